@@ -1,0 +1,326 @@
+"""What a run reports while it trains: compute, sizes, throughput, old and new rows after a growth, predictions, config.
+
+A growth changes what an optimizer step costs, so runs are compared over ``compute/training_flops``, not over steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from lit_tokenformer.growth import Rows
+from lit_tokenformer.models import Pattention, param_tokens
+
+
+class TrainingMonitor(Callback):
+    """Reports what a fit does to the trainer's loggers, at the trainer's log steps.
+
+    ``compute/training_flops``
+        Operations of all training steps so far, over all processes; it counts on when a fit is resumed.
+    ``compute/samples_per_second``
+        Training samples over all processes and seconds since the last report; validation does not count.
+    ``size/parameters``, ``size/tokens_qkv``, ...
+        Learned numbers, and parameter tokens of each kind of projection.
+    ``rows/grad_norm_old``, ``rows/update_norm_old``, ``rows/grad_norm_new``, ``rows/update_norm_new``
+        Norms over all parameter tokens of the gradient (before clipping) and of the optimizer's change; after a growth
+        for the tokens it appended and for the others.
+    ``best/...``
+        At the end of the fit, the best score of each ``ModelCheckpoint`` (since the last growth).
+
+    A logger with ``add_image`` and ``add_text`` (TensorBoard) also gets a picture of validation images with their
+    predictions (``val/predictions``: green where right, red where wrong) after each validation, and the run's
+    ``config.yaml``. TensorBoard's HPARAMS tab shows validation metrics, size and operations as they are now.
+
+    Args:
+        log_images: Images in the picture of predictions, spread over the validation set; 0 for no picture.
+        row_norms: Whether norms of gradients and updates are measured.
+
+    Raises:
+        ValueError: If ``log_images`` is negative.
+
+    Note:
+        Operations are counted where the module has a method ``cost()`` whose result has ``training_flops``, those of
+        one sample. A picture is made where a batch is ``(image (B, C, H, W), label)`` and the module's ``forward``
+        gives logits (B, classes); ``class_names``, ``mean`` and ``std`` of the data module are used if it has them.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TrainingMonitor(log_images=8)], logger=False)
+    """
+
+    def __init__(self, log_images: int = 16, row_norms: bool = True) -> None:
+        if log_images < 0:
+            raise ValueError(f"log_images: expected at least 0, got {log_images}")
+        self.log_images = log_images
+        self.row_norms = row_norms
+        self.training_flops = 0
+        """Operations of all training steps so far; a whole number of any size, so nothing is rounded."""
+        self._growth: dict[str, Any] | None = None
+        self._flops_per_sample: int | None = None
+        self._sizes: dict[str, int] = {}
+        self._samples = 0
+        self._since = self._paused = 0.0
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._row_norms: dict[str, Tensor] = {}
+        self._examples: list[tuple[Tensor, int, int]] = []
+        self._hparams_logged = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training_flops": self.training_flops, "growth": self._growth}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.training_flops = state_dict["training_flops"]
+        self._growth = state_dict["growth"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._hparams_logged = False
+        for logger in trainer.loggers if stage == "fit" else []:
+            if isinstance(logger, TensorBoardLogger):  # its record at the start would fix the tab's columns for good
+                logger._default_hp_metric = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # asks all processes
+        file = Path(folder or "") / "config.yaml"
+        for add_text in _writers(trainer, "add_text") if file.is_file() else []:
+            add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measure(pl_module)
+        _log(trainer, self._totals())
+
+    def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
+        """Measures the model at its new size.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model, grown already.
+            event: What was done: totals ``before`` and ``after``, and the ``method``.
+        """
+        self._growth = {key: event[key] for key in ("before", "after", "method")}
+        self._measure(pl_module)
+        _log(trainer, self._totals())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
+            return
+        rows = [(parameter, new) for parameter, new in self._rows(pl_module) if parameter.grad is not None]
+        self._held = [(parameter, parameter.detach().clone(), new) for parameter, new in rows]
+        gradients = [(parameter.grad, new) for parameter, new in rows if parameter.grad is not None]
+        self._row_norms = self._norms("grad", gradients)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        samples = _num_samples(batch) * (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        self._samples += samples
+        if self._flops_per_sample is not None:
+            self.training_flops += self._flops_per_sample * samples
+        if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
+            return
+        changes = [(parameter.detach() - before, new) for parameter, before, new in self._held]
+        norms = {name: float(norm) for name, norm in {**self._row_norms, **self._norms("update", changes)}.items()}
+        self._held, self._row_norms = [], {}
+        now = time.perf_counter()
+        rate = {"compute/samples_per_second": self._samples / (now - self._since)}
+        self._samples, self._since = 0, now
+        _log(trainer, {**self._totals(), **rate, **norms})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+        self._examples = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # here and not later, because an average of the weights leaves the model before the validation ends
+        if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and _writers(trainer, "add_image"):
+            self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
+        if not _is_fit(trainer):
+            return
+        if self._examples and trainer.is_global_zero:
+            picture = _picture(self._examples, getattr(trainer, "datamodule", None))
+            for add_image in _writers(trainer, "add_image"):
+                add_image("val/predictions", picture, _log_step(trainer))
+        self._examples = []
+        self._log_hparams(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _log(trainer, {**self._totals(), **_best_scores(trainer)})
+        self._log_hparams(trainer)
+
+    def _measure(self, pl_module: LightningModule) -> None:
+        """Sizes and cost of the model as it is; throughput is measured anew."""
+        cost = getattr(pl_module, "cost", None)
+        self._flops_per_sample = int(cost().training_flops) if callable(cost) else None
+        self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
+        self._sizes |= {f"size/tokens_{kind}": total for kind, total in param_tokens(pl_module).items()}
+        self._samples, self._since = 0, time.perf_counter()
+
+    def _totals(self) -> dict[str, float]:
+        flops = {} if self._flops_per_sample is None else {"compute/training_flops": float(self.training_flops)}
+        return {**flops, **self._sizes}
+
+    def _rows(self, pl_module: LightningModule) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended."""
+        for layer in pl_module.modules():
+            if isinstance(layer, Pattention):
+                rows = Rows(layer.num_tokens, layer.num_tokens)
+                if self._growth is not None and self._growth["after"].get(layer.kind) == layer.num_tokens:
+                    before = self._growth["before"][layer.kind]
+                    copies = layer.num_tokens // before if self._growth["method"] == "split" else 1
+                    rows = Rows(before, layer.num_tokens, copies)
+                new = rows.new().to(layer.key_tokens.device)
+                yield from ((layer.key_tokens, new), (layer.value_tokens, new))
+
+    def _norms(self, name: str, tensors: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
+        if not tensors:
+            return {}
+        squares = []
+        for tensor, new in tensors:
+            rows = tensor.float().square().sum(dim=1)  # (N,)
+            squares.append(torch.stack([rows[~new].sum(), rows[new].sum()]))
+        old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
+        norms = {f"rows/{name}_norm_old": old}
+        return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
+
+    def _log_hparams(self, trainer: Trainer) -> None:
+        """Names the metrics that TensorBoard's HPARAMS tab shows; it follows their values from then on."""
+        if self._hparams_logged:
+            return
+        self._hparams_logged = True
+        scores = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")
+        }
+        best = {f"best/{name}": scores[name] for name in _monitored(trainer) if name in scores}  # the first is the best
+        metrics = {**scores, **best, **self._totals(), **_best_scores(trainer)}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
+
+
+def _is_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _is_log_step(trainer: Trainer) -> bool:
+    return trainer._logger_connector.should_update_logs
+
+
+def _log_step(trainer: Trainer) -> int:
+    """The place on the x axis where Lightning puts what is logged now, in optimizer steps."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=_log_step(trainer))
+
+
+def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
+    """This method of the experiment of each logger that has it."""
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [getattr(experiment, method) for experiment in experiments if hasattr(experiment, method)]
+
+
+def _num_samples(batch: Any) -> int:
+    """Length of the first tensor in a batch."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _monitored(trainer: Trainer) -> dict[str, Tensor | None]:
+    """What checkpoints are chosen by, with the best score so far."""
+    found = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    return {one.monitor: one.best_model_score for one in found if one.monitor is not None}
+
+
+def _best_scores(trainer: Trainer) -> dict[str, float]:
+    return {f"best/{name}": float(score) for name, score in _monitored(trainer).items() if score is not None}
+
+
+@torch.no_grad()
+def _predict(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, count: int
+) -> list[tuple[Tensor, int, int]]:
+    """Image (C, H, W), class and predicted class of the samples of this batch that belong into the picture.
+
+    These are ``count`` samples at equal distances in the validation set, because its images may be sorted by class.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(one, Tensor) for one in batch[:2]):
+        return []
+    image, label = batch[:2]
+    batches = trainer.num_val_batches[0]
+    if image.ndim != 4 or label.ndim not in (1, 2) or (math.isinf(batches) and batch_idx > 0):
+        return []
+    places = [number * (1 if math.isinf(batches) else batches) / count for number in range(count)]
+    chosen = sorted({int((place - batch_idx) * len(image)) for place in places if int(place) == batch_idx})
+    if not chosen:
+        return []
+    with torch.compiler.set_stance("force_eager"):  # else it would be compiled for this number of images too
+        logits = pl_module(image[chosen])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        return []
+    labels = label[chosen] if label.ndim == 1 else label[chosen].argmax(dim=1)
+    return list(zip(image[chosen].float().cpu(), labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+
+
+def _picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
+    """A grid of images with their predictions below, (3, height, width) uint8."""
+    images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.as_tensor(one, dtype=torch.float32).reshape(1, -1, 1, 1) for one in (mean, std))
+        images = images * std + mean
+    else:
+        images = (images - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
+    names = getattr(datamodule, "class_names", None) or ()
+    tiles = [
+        _tile(image, _class_name(names, label), _class_name(names, guess))
+        for image, (_, label, guess) in zip(images.clamp(0, 1), examples, strict=True)
+    ]
+    return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=4, pad_value=255)
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return str(names[label]) if 0 <= label < len(names) else str(label)
+
+
+def _tile(image: Tensor, name: str, guess: str) -> Tensor:
+    """One image (3, H, W) in 0 to 1 with its prediction below, framed in green or red, (3, height, width) uint8."""
+    right, border, line = name == guess, 3, 14
+    zoom = math.ceil(96 / min(image.shape[1:]))
+    enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
+    colour = (0, 128, 0) if right else (200, 0, 0)
+    tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
+    tile.paste(colour, (0, 0, tile.width, enlarged.height + 2 * border))
+    tile.paste(enlarged, (border, border))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
+        while draw.textlength(text, font) > tile.width and len(text) > 1:
+            text = text[:-1]
+        draw.text((border, enlarged.height + 2 * border + number * line), text, colour, font)
+    return pil_to_tensor(tile)

@@ -1,0 +1,420 @@
+"""When a model grows, inside a running fit: the schedule, and what must happen around a growth.
+
+How tokens are made and how optimizer state is carried over stands in :mod:`lit_tokenformer.growth`.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.growth import METHODS, NEW_STATES, Rows, grow, grow_optimizer, plan_rows, target_tokens
+from lit_tokenformer.models import Pattention, param_tokens
+
+TokensByKind = int | dict[str, int]
+
+
+@contextmanager
+def _rewrap_ddp(trainer: Trainer) -> Iterator[None]:
+    """Takes the model out of DDP and wraps it again: a reducer that outlives its parameters averages no gradient."""
+    strategy = trainer.strategy
+    assert isinstance(strategy, DDPStrategy)
+    wrapped: Any = strategy.model
+    if hasattr(wrapped, "_remove_autograd_hooks"):
+        wrapped._remove_autograd_hooks()
+    del wrapped
+    strategy.model = trainer.lightning_module
+    gc.collect()
+    yield
+    strategy.configure_ddp()
+
+
+_STRATEGIES: dict[type, Callable[[Trainer], AbstractContextManager[None]] | None] = {
+    SingleDeviceStrategy: lambda trainer: nullcontext(),
+    DDPStrategy: _rewrap_ddp,
+    DeepSpeedStrategy: None,  # inherits from DDPStrategy, but its engine owns flat copies of the parameters
+    SingleDeviceXLAStrategy: None,
+}
+"""What surrounds a growth under each strategy; the first class in a strategy's MRO counts, None refuses."""
+
+
+class ParameterGrowthCallback(Callback):
+    """Appends parameter tokens at scheduled epochs or optimizer steps of a running fit.
+
+    A growth is due where ``epoch >= key`` and takes place before the first batch after that at which no gradient is
+    pending. The schedule holds totals, so a resumed run finds by itself what is due.
+
+    Args:
+        schedule: ``{epoch: tokens}``, zero-indexed and in rising order. Tokens are totals: a number n (qkv n, proj n,
+            ffn 4n) or ``{qkv: n, proj: n, ffn: m}``; kinds that are left out keep theirs.
+        unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
+        method: How new rows are made: ``split`` (exact for every score normalisation), ``zero_keys`` (exact but for
+            softmax) or ``random`` (as published; the function jumps).
+        noise: Size of the differences between the copies of a split, in standard deviations of values at birth.
+        new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
+            ``reset`` drops the whole state of each grown parameter.
+        tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
+        ramp_steps: Optimizer steps over which the updates of new rows rise from nothing to full size.
+        freeze_old_steps: Optimizer steps for which old rows stand still; -1 until the end.
+        rewarm_steps: Optimizer steps over which the learning rate rises again to where its schedule is.
+        seed: Seed of the new rows.
+        check: Compare the model's outputs for the next batch before and after each growth.
+
+    Raises:
+        ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
+            settings out of range; and when a fit starts, for a schedule that begins beyond its end or a strategy under
+            which a model cannot grow.
+
+    Note:
+        Other callbacks that define ``on_parameter_growth(trainer, pl_module, event)`` are told of each growth; an EMA
+        of the weights grows there.
+
+    Example:
+        >>> callback = ParameterGrowthCallback({10: 192, 20: {"qkv": 384, "proj": 384, "ffn": 1536}})
+        >>> callback.schedule
+        {10: 192, 20: {'qkv': 384, 'proj': 384, 'ffn': 1536}}
+    """
+
+    def __init__(
+        self,
+        schedule: dict[int, TokensByKind],
+        unit: str = "epoch",
+        method: str = "split",
+        noise: float = 1.0,
+        new_state: str = "mean",
+        tau_steps: int = 0,
+        ramp_steps: int = 0,
+        freeze_old_steps: int = 0,
+        rewarm_steps: int = 0,
+        seed: int = 0,
+        check: bool = True,
+    ) -> None:
+        for setting, value, choices in (
+            ("unit", unit, ("epoch", "step")),
+            ("method", method, METHODS),
+            ("new_state", new_state, NEW_STATES),
+        ):
+            if value not in choices:
+                raise unknown_name(setting, value, choices)
+        for setting, number, least in (
+            ("noise", noise, 0),
+            ("tau_steps", tau_steps, 0),
+            ("ramp_steps", ramp_steps, 0),
+            ("freeze_old_steps", freeze_old_steps, -1),
+            ("rewarm_steps", rewarm_steps, 0),
+        ):
+            if number < least:
+                raise ValueError(f"{setting}: expected at least {least}, got {number}")
+        self.schedule = _checked_schedule(schedule, unit)
+        self.unit = unit
+        self.method = method
+        self.noise = noise
+        self.new_state = new_state
+        self.tau_steps = tau_steps
+        self.ramp_steps = ramp_steps
+        self.freeze_old_steps = freeze_old_steps
+        self.rewarm_steps = rewarm_steps
+        self.seed = seed
+        self.check = check
+        self.events: list[dict[str, Any]] = []
+        """One entry for each growth: epoch, step, totals before and after, what it did."""
+        self._next = 0
+        self._step_hooks: list[Any] = []
+
+    def stages(self, tokens: Mapping[str, int]) -> list[tuple[int, dict[str, int]]]:
+        """The schedule as totals for each kind that a model has.
+
+        Args:
+            tokens: The model's totals at birth.
+
+        Returns:
+            Pairs (key, totals) in order.
+
+        Raises:
+            ValueError: If a stage does not fit the model or would shrink it.
+        """
+        found, current = [], dict(tokens)
+        for key, wanted in self.schedule.items():
+            current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
+            found.append((key, current))
+        return found
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _growth_context(trainer)
+        current = param_tokens(pl_module)
+        if not current:
+            raise ValueError("schedule: the model has no Pattention layer that could grow; use projection: pattention")
+        stages = self.stages(current)
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, Pattention) and layer.kind is not None:
+                totals = [layer.num_tokens, *(tokens[layer.kind] for _, tokens in stages)]
+                for before, after in itertools.pairwise(totals):
+                    plan_rows(before, after, self.method, layer.score_norm, name)
+        limit = trainer.max_epochs if self.unit == "epoch" else trainer.max_steps
+        setting = "max_epochs" if self.unit == "epoch" else "max_steps"
+        beyond = [key for key in self.schedule if limit is not None and 0 <= limit <= key]
+        if beyond:
+            raise ValueError(
+                f"schedule: {self.unit} {beyond[0]} is beyond the end of the fit (trainer.{setting}={limit})"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        beyond = [key for key in self.schedule if key >= total] if self.unit == "step" else []
+        if beyond:
+            raise ValueError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        current = param_tokens(pl_module)
+        stages = list(self.schedule.items())
+        self._next = 0
+        while self._next < len(stages) and _is_reached(stages[self._next][1], current):
+            self._next += 1  # the checkpoint that the fit resumes from holds this growth already
+        for key, wanted in stages[self._next :]:
+            current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
+        if self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps:
+            for optimizer in trainer.optimizers:
+                self._add_step_hooks(trainer, pl_module, optimizer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        position = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        stages = list(self.schedule.items())
+        while self._next < len(stages) and position >= stages[self._next][0]:
+            if batch_idx % trainer.accumulate_grad_batches:
+                return  # a gradient is pending
+            targets = target_tokens(stages[self._next][1], param_tokens(pl_module))
+            if targets != param_tokens(pl_module):
+                self._grow(trainer, pl_module, targets, batch)
+            self._next += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove_step_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_step_hooks()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"events": self.events}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.events = list(state_dict["events"])
+
+    def _grow(self, trainer: Trainer, pl_module: LightningModule, targets: dict[str, int], batch: Any) -> None:
+        before = param_tokens(pl_module)
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        flops = _flops(pl_module)
+        output = _probe(pl_module, batch) if self.check else None
+
+        start = time.perf_counter()
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with _growth_context(trainer):
+            grown = grow(pl_module, targets, self.method, noise=self.noise, seed=self.seed)
+            for optimizer in trainer.optimizers:
+                grow_optimizer(optimizer, grown, self.new_state)
+            del grown  # and with it the last reference to the old parameters
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
+        seconds = time.perf_counter() - start
+
+        difference = float("nan")
+        if output is not None:
+            difference = _relative_difference(output, _probe(pl_module, batch))
+        event = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "before": before,
+            "after": targets,
+            "method": self.method,
+            "noise": self.noise,
+            "seed": self.seed,
+            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "flops_per_sample": _flops(pl_module),
+            "output_difference": difference,
+            "seconds": seconds,
+        }
+        self.events.append(event)
+        _start_new_size(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_parameter_growth"):
+                callback.on_parameter_growth(trainer, pl_module, event)
+        self._tell(trainer, event, parameters, flops)
+
+    def _tell(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
+        sizes = ", ".join(f"{kind} {event['before'][kind]} -> {event['after'][kind]}" for kind in event["after"])
+        rank_zero_info(
+            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens; "
+            f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters; "
+            f"{flops / 1e9:.3g} -> {event['flops_per_sample'] / 1e9:.3g} GFLOPs per sample; "
+            f"relative output difference {event['output_difference']:.1e}; {event['seconds']:.2f} s"
+        )
+        if self.method != "random" and event["output_difference"] > 0.05:
+            rank_zero_warn(
+                f"The growth changed the model's output by {event['output_difference']:.1e}, although method "
+                f"{self.method!r} should not change it."
+            )
+        for logger in trainer.loggers:
+            metrics = {
+                "growth/output_difference": event["output_difference"],
+                "growth/seconds": event["seconds"],
+                "growth/added_parameters": event["parameters"] - parameters,
+            }
+            logger.log_metrics({k: v for k, v in metrics.items() if not math.isnan(v)}, step=event["step"])
+
+    def _add_step_hooks(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """What happens to single steps after a growth: learning rate, size of the updates, tau."""
+        rates: list[Any] = []
+        held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+        def before_step(*_: Any) -> None:
+            rates.clear()
+            held.clear()
+            if not self.events:
+                return
+            done = trainer.global_step - self.events[-1]["step"]
+            rates.extend(group["lr"] for group in optimizer.param_groups)
+            if done < self.rewarm_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * ((done + 1) / self.rewarm_steps)
+            new = min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0
+            frozen = done < self.freeze_old_steps or self.freeze_old_steps < 0
+            if new < 1 or frozen:
+                owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+                for parameter, rows in self._latest_rows(pl_module):
+                    if parameter in owned:
+                        share = torch.where(rows.new(), new, 0.0 if frozen else 1.0).to(parameter)[:, None]
+                        held.append((parameter, parameter.detach().clone(), share))
+
+        def after_step(*_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate
+            for parameter, previous, share in held:
+                with torch.no_grad():
+                    parameter.copy_(torch.where(share == 1, parameter, previous + share * (parameter - previous)))
+            held.clear()
+            if self.events:
+                left = self.tau_steps - (trainer.global_step - self.events[-1]["step"])
+                if left > 0:
+                    for layer in pl_module.modules():
+                        if isinstance(layer, Pattention):
+                            layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
+
+        self._step_hooks += [
+            optimizer.register_step_pre_hook(before_step),
+            optimizer.register_step_post_hook(after_step),
+        ]
+
+    def _latest_rows(self, pl_module: LightningModule) -> Iterator[tuple[nn.Parameter, Rows]]:
+        """Every parameter that the latest growth replaced, with where its rows come from."""
+        event = self.events[-1]
+        for layer in pl_module.modules():
+            if isinstance(layer, Pattention) and layer.kind in event["after"]:
+                before, after = event["before"][layer.kind], event["after"][layer.kind]
+                if after > before:
+                    rows = plan_rows(before, after, event["method"], layer.score_norm)
+                    yield from ((layer.key_tokens, rows), (layer.value_tokens, rows))
+
+    def _remove_step_hooks(self) -> None:
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks.clear()
+
+
+def _checked_schedule(schedule: Mapping[int, TokensByKind], unit: str) -> dict[int, TokensByKind]:
+    """The schedule, if its keys rise and no total shrinks.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not isinstance(schedule, Mapping):
+        raise ValueError(f"schedule: expected {{{unit}: tokens}}, got {schedule!r}")
+    last, current = -1, {"qkv": 1, "proj": 1, "ffn": 1}
+    for key, tokens in schedule.items():
+        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+            raise ValueError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")
+        if key <= last:
+            raise ValueError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
+        last, current = key, target_tokens(tokens, current, setting=f"schedule: {unit} {key}")
+    return dict(schedule)
+
+
+def _is_reached(tokens: TokensByKind, current: Mapping[str, int]) -> bool:
+    """Whether a model holds at least these totals of every kind already."""
+    wanted = target_tokens(tokens, dict.fromkeys(current, 1))
+    named = tokens if isinstance(tokens, Mapping) else wanted
+    return all(current[kind] >= wanted[kind] for kind in named)
+
+
+def _growth_context(trainer: Trainer) -> AbstractContextManager[None]:
+    """What surrounds a growth under the trainer's strategy.
+
+    Raises:
+        ValueError: If a model cannot grow under it.
+    """
+    for kind in type(trainer.strategy).__mro__:
+        if kind in _STRATEGIES:
+            context = _STRATEGIES[kind]
+            if context is not None:
+                return context(trainer)
+            break
+    raise ValueError(
+        f"trainer.strategy: a model cannot grow under {type(trainer.strategy).__name__}; use 'auto' or 'ddp', "
+        "or grow a checkpoint between two runs with `lit-tokenformer grow`"
+    )
+
+
+def _probe(pl_module: Any, batch: Any) -> Tensor | None:
+    """The model's output for a batch, in evaluation mode and without autocast; ``None`` if the module offers none."""
+    if not hasattr(pl_module, "model_output"):
+        return None
+    training = {module: module.training for module in pl_module.modules()}
+    pl_module.eval()
+    try:
+        device = pl_module.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
+            return pl_module.model_output(batch)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _relative_difference(before: Tensor, after: Tensor | None) -> float:
+    assert after is not None
+    before, after = before.double(), after.double()
+    return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _flops(pl_module: Any) -> float:
+    """Operations of one forward pass for each sample, if the module tells."""
+    return float(pl_module.cost().flops) if hasattr(pl_module, "cost") else float("nan")
+
+
+def _start_new_size(trainer: Trainer) -> None:
+    """The best of each size is kept, and patience starts anew: scores of different sizes are not compared."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models = {}
+            callback.kth_best_model_path = ""
+            callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+            callback.current_score = callback.best_model_score = None
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config.scheduler.num_bad_epochs = 0

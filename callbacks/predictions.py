@@ -1,0 +1,171 @@
+"""Predictions as a CSV file, one row for each image."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+TOP = 5
+"""Classes written for each image."""
+UNREADABLE = -100
+"""Label of a black image that keeps the place of one that could not be read."""
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``Trainer.predict`` finds: ``image,class1,prob1,...,class5,prob5``, in the order of the images.
+
+    ``image`` and the class names come from the data module (``predict_name(index)``, ``class_names``) if it has them,
+    else they are numbers. The row of an unreadable image (label -100) has empty cells. With fewer than five classes
+    there are fewer columns.
+
+    The file appears under its name when it is complete. Each process writes a hidden part beside it; the first one
+    joins them, so several machines need a folder that they share.
+
+    Args:
+        path: The file; left out, ``predictions.csv`` in the trainer's log folder, or ``predictions-1.csv`` and so on,
+            if that is taken.
+
+    Raises:
+        ValueError: When a prediction starts, if ``path`` exists: nothing is overwritten. During it, if ``predict_step``
+            does not give probabilities (B, C), or if there are several data loaders.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PredictionWriter("flowers.csv")], logger=False)
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__("batch")
+        self.path = path
+        self._target = Path()
+        self._part = Path()
+        self._file: TextIO | None = None
+        self._token = ""
+        self._written = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        target = Path(self.path) if self.path else _free(Path(folder) / "predictions.csv")
+        # all processes take the first one's view, so that they stop together or not at all
+        self._target, exists, self._token = trainer.strategy.broadcast((target, target.exists(), uuid.uuid4().hex[:8]))
+        if exists:
+            raise ValueError(f"output: {self._target} exists already; nothing is overwritten")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._part, self._written = self._part_of(trainer.global_rank), 0
+        self._file = self._part.open("x", encoding="utf-8", errors="surrogateescape", newline="")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if not isinstance(prediction, Tensor) or prediction.ndim != 2:
+            raise ValueError(f"predict_step: expected probabilities (B, C), got {_describe(prediction)}")
+        if dataloader_idx > 0:
+            raise ValueError("predict_dataloader: expected one data loader, got several")
+        if not batch_indices:  # a stream; process r of W gets every W-th sample from r on
+            first, step = trainer.global_rank, trainer.world_size
+            batch_indices = range(first + self._written * step, first + (self._written + len(prediction)) * step, step)
+        self._written += len(prediction)
+        datamodule = getattr(trainer, "datamodule", None)
+        rows = _rows(prediction, batch_indices, _labels(batch), datamodule)
+        assert self._file is not None
+        csv.writer(self._file, lineterminator="\n").writerows(rows)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        trainer.strategy.barrier("predictions are written")
+        if trainer.is_global_zero:
+            parts = [self._part_of(rank) for rank in range(trainer.world_size)]
+            whole = self._part.with_name(f"{self._part.name}.whole")
+            images = _join(parts, whole)
+            target = _free(self._target)  # another run may have taken the name meanwhile
+            whole.rename(target)
+            for part in parts:
+                part.unlink()
+            rank_zero_info(f"Predictions for {images} images: {target}")
+        trainer.strategy.barrier("predictions are joined")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._part.unlink(missing_ok=True)
+
+    def _part_of(self, rank: int) -> Path:
+        return self._target.with_name(f".{self._target.name}.{self._token}.{rank}")
+
+
+def _free(path: Path) -> Path:
+    """``path``, or the first of ``NAME-1``, ``NAME-2``, ... that does not exist."""
+    found, number = path, 0
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
+
+
+def _describe(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _labels(batch: Any) -> list[Any] | None:
+    """Labels (B,) of a batch ``(image, label)``."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor) and batch[1].ndim == 1:
+        return batch[1].tolist()
+    return None
+
+
+def _rows(
+    prediction: Tensor, indices: Sequence[int], labels: list[Any] | None, datamodule: Any
+) -> Iterator[list[str | int]]:
+    """Index, name, and classes with probabilities in falling order, for each image of a batch."""
+    probs, classes = prediction.float().topk(min(TOP, prediction.shape[1]), dim=1)  # (B, up to 5)
+    name = getattr(datamodule, "predict_name", str)
+    names = getattr(datamodule, "class_names", None) or [str(number) for number in range(prediction.shape[1])]
+    labels = labels or [None] * len(indices)
+    for index, label, best, shares in zip(indices, labels, classes.tolist(), probs.tolist(), strict=True):
+        cells = [cell for one, share in zip(best, shares, strict=True) for cell in (names[one], f"{share:.6g}")]
+        yield [index, name(index), *([""] * len(cells) if label == UNREADABLE else cells)]
+
+
+def _join(parts: Iterable[Path], whole: Path) -> int:
+    """Writes the rows of all parts, each of them in order, with a header; returns how many images there are."""
+    files = [part.open(encoding="utf-8", errors="surrogateescape", newline="") for part in parts]
+    images, last = 0, None
+    try:
+        with whole.open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for index, *row in heapq.merge(*map(csv.reader, files), key=lambda row: int(row[0])):
+                if last is None:
+                    top = range(1, len(row) // 2 + 1)
+                    writer.writerow(["image", *(name for rank in top for name in (f"class{rank}", f"prob{rank}"))])
+                if index != last:  # samplers may give an image to two processes
+                    writer.writerow(row)
+                    images += 1
+                last = index
+    finally:
+        for file in files:
+            file.close()
+    return images

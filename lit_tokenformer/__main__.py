@@ -1,0 +1,8 @@
+"""``python -m lit_tokenformer``."""
+
+import sys
+
+from lit_tokenformer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The command line: LightningCLI over the tasks, with our own commands beside its own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_tokenformer import data, models, tasks
+from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
+from lit_tokenformer.compute import Stage, model_cost, plan_stages
+from lit_tokenformer.errors import unknown_name
+
+try:
+    import callbacks
+    from callbacks import ParameterGrowthCallback, PredictionWriter
+except ImportError as error:
+    raise ImportError(
+        f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
+        "run from another folder or with `python -P`, or uninstall it"
+    ) from error
+
+COMMANDS = {"grow": grow_checkpoint}
+"""Commands that take neither model nor data from a config."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Arguments after the program's name; ``None`` takes those of the process.
+
+    Returns:
+        0, or 2 after an error in what the user gave, which is told in one line.
+    """
+    training = _TrainingStarted()
+    try:
+        arguments = [*_with_shipped_configs(sys.argv[1:] if args is None else list(args))]
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        TokenformerCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=PlanningTrainer,
+            trainer_defaults={"callbacks": [training]},
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "default_env": True, "env_prefix": "LIT_TOKENFORMER"},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if training.started or os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
+            raise
+        print(f"error: {_cause(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _TrainingStarted(Callback):
+    """Knows whether an error came before any work was done."""
+
+    started = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.started = True
+
+
+class _Parser(LightningArgumentParser):
+    """Tells errors in one line, with the nearest right name for a misspelt one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        told = _cause(message)
+        if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
+            told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
+        for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
+            for key in re.findall(pattern, told):
+                name = key.split(".")[-1]
+                near = difflib.get_close_matches(name, self._names() - {name}, n=1)
+                told += f" (did you mean {near[0]!r}?)" if near else ""
+        print(f"error: {told}", file=sys.stderr)
+        self.exit(2)
+
+    def _names(self) -> set[str]:
+        """Every name that an option may have, those of the classes that a config can name included."""
+        parsers: list[Any] = [self]
+        if self._subcommands_action is not None:
+            parsers += self._subcommands_action._name_parser_map.values()
+        names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
+        for room in (tasks, data, models, callbacks):
+            for part in (getattr(room, name) for name in room.__all__):
+                names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
+        return names
+
+
+def _cause(message: str) -> str:
+    """What is wrong, in one line, out of a parser's report that repeats the types and the whole configuration."""
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"Given value: (.*)", message)
+    causes = re.findall(r"^ *- (?!Not a valid subclass|a class path|a dict with)(.+)", message, flags=re.MULTILINE)
+    expected = re.findall(r"Expected an? <class '([\w.]+)'>", " ".join(causes))
+    told = [cause for cause in causes if not cause.startswith("Expected a")]
+    if told:
+        return told[0]
+    if key and value and expected:
+        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
+        return f"{key[1]}: expected {' or '.join(kinds)}, got {value[1]!r}"
+    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+
+
+class PlanningTrainer(Trainer):
+    """Lightning's trainer, which can also say what a fit would cost."""
+
+    def plan(self, model: tasks.LitTask, datamodule: LightningDataModule | None = None) -> list[Stage]:
+        """Shows what each stage of a fit costs, before it is run.
+
+        Args:
+            model: The task, at the size it is born with.
+            datamodule: Its data; what is read of them is the number of training samples.
+
+        Returns:
+            The stages, which are printed too.
+
+        Raises:
+            ValueError: If the number of steps cannot be told.
+        """
+        from rich.console import Console
+        from rich.table import Table
+
+        samples = getattr(datamodule, "num_train_samples", None)
+        batch = getattr(datamodule, "batch_size", 1)
+        per_step = batch * self.accumulate_grad_batches * self.world_size
+        per_epoch = (
+            None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
+        )
+        total = self.max_steps if self.max_steps >= 0 else 0
+        if per_epoch is not None and (self.max_epochs or 0) > 0:
+            by_epochs = per_epoch * (self.max_epochs or 0)
+            total = min(total, by_epochs) if total else by_epochs
+        if not total:
+            raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
+        backbone = model.backbone
+        growths = []
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ParameterGrowthCallback):
+                if callback.unit == "epoch" and per_epoch is None:
+                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
+                scale = per_epoch or 1 if callback.unit == "epoch" else 1
+                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(backbone.param_tokens)]
+        stages = plan_stages(backbone.config, growths, total, per_step)
+        sum_flops = sum(stage.training_flops for stage in stages)
+        scratch = model_cost(backbone.config, stages[-1].tokens).training_flops * per_step * total
+
+        table = Table(title=f"{total} optimizer steps of {per_step} samples")
+        for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
+            table.add_column(name, justify="right")
+        for number, stage in enumerate(stages):
+            table.add_row(
+                str(number),
+                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items()),
+                f"{stage.steps}",
+                "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
+                f"{stage.cost.parameters:,}",
+                f"{stage.cost.flops:.3g}",
+                f"{stage.cost.training_memory(batch) / 2**30:.2f} GiB",
+                f"{stage.training_flops:.3g}",
+                f"{stage.training_flops / sum_flops:.1%}",
+            )
+        last = stages[-1].cost
+        table.add_section()
+        table.add_row(
+            "all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", f"{sum_flops / scratch:.1%} of scratch"
+        )
+        table.add_row(
+            "scratch",
+            "the final size from the start",
+            str(total),
+            "",
+            f"{last.parameters:,}",
+            f"{last.flops:.3g}",
+            f"{last.training_memory(batch) / 2**30:.2f} GiB",
+            f"{scratch:.3g}",
+            "",
+        )
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
+        return stages
+
+
+class TokenformerCLI(LightningCLI):
+    """LightningCLI with sizes that reach the model from the data, and checkpoints that are looked at before work."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
+            "plan": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("num_classes", "image_size"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        self._subcommand_parsers["predict"].add_argument(
+            "--output",
+            type=str | None,
+            help="CSV file for the predictions; by default predictions.csv in the log folder.",
+        )
+        for name, function in COMMANDS.items():
+            own = _Parser(description=(function.__doc__ or "").splitlines()[0])
+            own.add_function_arguments(function)
+            parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        name = self.config["subcommand"]
+        if name in COMMANDS:
+            COMMANDS[name](**self.config[name].as_dict())
+            sys.exit(0)
+
+    def _parse_ckpt_path(self) -> None:
+        """The config decides what the model is; a checkpoint only has to be whole and safe."""
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
+            read_checkpoint(path, map_location="meta")
+
+    def instantiate_classes(self) -> None:
+        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
+            super().instantiate_classes()
+
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand in ("fit", "predict"):
+            _check_writable(self.trainer.default_root_dir)
+
+    def before_predict(self) -> None:
+        output = self.config[self.subcommand].get("output")
+        self.trainer.callbacks.append(PredictionWriter(path=output))  # type: ignore[attr-defined]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "plan":
+            kwargs["weights_only"] = True
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False
+        return kwargs
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parent
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _with_shipped_configs(args: list[str]) -> list[str]:
+    """The arguments, with the names of shipped configs replaced by their paths.
+
+    Raises:
+        ValueError: For a config that is neither a file nor the name of one that ships.
+    """
+    found = list(args)
+    for i, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        at, value = (i, value) if value else (i + 1, args[i + 1] if i + 1 < len(args) else "")
+        if not value or os.path.exists(value):
+            continue
+        name = Path(value).stem if value.startswith("configs/") else value
+        if name not in shipped_configs():
+            raise unknown_name("--config", value, shipped_configs())
+        path = str(shipped_configs()[name])
+        found[at] = f"{option}={path}" if at == i else path
+    return found
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"trainer.default_root_dir: cannot write to {folder} ({error.strerror})") from None

@@ -1,0 +1,21 @@
+"""Architectures in plain torch and timm layers: no loss, no logging, no lightning."""
+
+from lit_tokenformer.models.backbone import Tokenformer, param_tokens
+from lit_tokenformer.models.config import ParamTokens, TokenformerConfig, Tokens
+from lit_tokenformer.models.pattention import SCORE_NORMS, Pattention, pattention
+from lit_tokenformer.models.presets import BackboneOverrides, create_backbone, list_presets, preset_config
+
+__all__ = [
+    "SCORE_NORMS",
+    "BackboneOverrides",
+    "ParamTokens",
+    "Pattention",
+    "Tokenformer",
+    "TokenformerConfig",
+    "Tokens",
+    "create_backbone",
+    "list_presets",
+    "param_tokens",
+    "pattention",
+    "preset_config",
+]

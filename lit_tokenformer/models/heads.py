@@ -1,0 +1,42 @@
+"""From the residual stream to predictions."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lit_tokenformer.errors import unknown_name
+
+
+class ImageHead(nn.Module):
+    """Pools the data tokens and maps them to one logit for each class.
+
+    Args:
+        dim: Width of the residual stream, D.
+        num_classes: Classes, C; 0 gives the pooled features themselves.
+        global_pool: ``token`` (the first data token), ``avg`` (the mean without the prefix), or ``""`` (none).
+        num_prefix_tokens: Data tokens before the patches.
+
+    Raises:
+        ValueError: If ``token`` is asked for where no class token stands, or ``global_pool`` is not known.
+    """
+
+    def __init__(self, dim: int, num_classes: int, global_pool: str, num_prefix_tokens: int) -> None:
+        super().__init__()
+        if global_pool not in ("token", "avg", ""):
+            raise unknown_name("global_pool", global_pool, ("token", "avg", ""))
+        if global_pool == "token" and num_prefix_tokens == 0:
+            raise ValueError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
+        self.global_pool = global_pool
+        self.num_prefix_tokens = num_prefix_tokens
+        self.fc = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+        if isinstance(self.fc, nn.Linear):
+            nn.init.trunc_normal_(self.fc.weight, std=0.02)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 1 + T, D) -> (B, C), or the pooled features (B, D) with ``pre_logits``."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        return x if pre_logits else self.fc(x)

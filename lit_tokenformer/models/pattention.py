@@ -1,0 +1,183 @@
+"""Pattention: attention of data tokens over learnable key and value parameter tokens.
+
+Source: Wang et al., "TokenFormer", arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Where we differ from the published
+code: the scale ``tau`` is a stored buffer instead of the square root of the *current* number of tokens, so that tokens
+can be appended without changing the layer's function; a row of zero scores gives zeros instead of NaN; the ``softmax``
+form subtracts the maximum, so that it cannot overflow.
+
+Shapes: B batch, T data tokens, N parameter tokens. ``...`` is any number of leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.models.config import KINDS
+
+NORM_EPS = 1e-12
+"""Smallest norm that scores are divided by; below it they count as zeros."""
+
+
+class ScoreNorm(NamedTuple):
+    """How scores (..., N) become weights (..., N), and whether a token with a zero key takes no part in it."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    zero_keys_exact: bool
+
+
+def _l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
+    """tau / ||scores||_2 for each row, (..., 1) in float32 at least; 0 for a row of zeros."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(norm > NORM_EPS, tau / norm.clamp_min(NORM_EPS), 0.0)
+
+
+def _l2_gelu(scores: Tensor, tau: Tensor) -> Tensor:
+    return F.gelu((scores * _l2_scale(scores, tau)).to(scores.dtype))
+
+
+def _gelu_l2(scores: Tensor, tau: Tensor) -> Tensor:
+    activated = F.gelu(scores)
+    return (activated * _l2_scale(activated, tau)).to(scores.dtype)
+
+
+def _softmax(scores: Tensor, tau: Tensor) -> Tensor:
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return (tau.square() * scores.softmax(dim=-1, dtype=dtype)).to(scores.dtype)  # tau^2 = N
+
+
+def _gelu(scores: Tensor, tau: Tensor) -> Tensor:
+    return F.gelu(scores)
+
+
+SCORE_NORMS = {
+    "l2_gelu": ScoreNorm(_l2_gelu, zero_keys_exact=True),
+    "gelu_l2": ScoreNorm(_gelu_l2, zero_keys_exact=True),
+    "softmax": ScoreNorm(_softmax, zero_keys_exact=False),  # exp(0) = 1: a zero key takes weight from the others
+    "gelu": ScoreNorm(_gelu, zero_keys_exact=True),
+}
+
+
+def pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor, score_norm: str = "l2_gelu") -> Tensor:
+    """Attention of ``x`` over parameter tokens: ``y = norm(x K^T) V``.
+
+    Args:
+        x: Data tokens, (..., D_in).
+        key_tokens: K, (N, D_in).
+        value_tokens: V, (N, D_out).
+        tau: Scale of the normalised scores, (); sqrt(N) at birth.
+        score_norm: A name in ``SCORE_NORMS``.
+
+    Returns:
+        (..., D_out).
+
+    Example:
+        >>> one = torch.ones(1, 2)
+        >>> pattention(one, one, one, torch.tensor(1.0))
+        tensor([[0.8413, 0.8413]])
+    """
+    weights = SCORE_NORMS[score_norm].function(F.linear(x, key_tokens), tau)  # (..., N)
+    return weights @ value_tokens  # (..., D_out)
+
+
+class Pattention(nn.Module):
+    """A projection whose weights are parameter tokens; more tokens can be appended at any time.
+
+    A checkpoint with another number of tokens can be loaded: the layer takes the size of what it is given.
+
+    Args:
+        dim_in: Width of the input, D_in.
+        dim_out: Width of the output, D_out.
+        num_tokens: Number of parameter tokens, N.
+        score_norm: A name in ``SCORE_NORMS``; ``l2_gelu`` is the published one.
+        kind: Which total of a growth schedule this layer follows (``qkv``, ``proj``, ``ffn``).
+        key_std: Standard deviation of keys at birth.
+        value_std: Standard deviation of values at birth, for tokens appended later too.
+
+    Attributes:
+        key_tokens: (N, D_in).
+        value_tokens: (N, D_out).
+        tau: (), float32 or wider whatever the precision of the weights, because the exactness of growth rests on it.
+
+    Raises:
+        ValueError: If ``num_tokens`` < 1 or ``score_norm`` is not known.
+
+    Example:
+        >>> Pattention(8, 16, num_tokens=4)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 16])
+    """
+
+    tau: Tensor
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        num_tokens: int,
+        score_norm: str = "l2_gelu",
+        kind: str | None = None,
+        key_std: float = 0.02,
+        value_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+        if score_norm not in SCORE_NORMS:
+            raise unknown_name("score_norm", score_norm, SCORE_NORMS)
+        if kind is not None and kind not in KINDS:
+            raise unknown_name("kind", kind, KINDS)
+        self.score_norm = score_norm
+        self.kind = kind
+        self.key_std = key_std
+        self.value_std = value_std
+        self.key_tokens = nn.Parameter(torch.empty(num_tokens, dim_in))
+        self.value_tokens = nn.Parameter(torch.empty(num_tokens, dim_out))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("tau", torch.tensor(math.sqrt(num_tokens), dtype=wide))
+        self.reset_parameters()
+
+    @property
+    def num_tokens(self) -> int:
+        """Parameter tokens the layer holds now, N."""
+        return self.key_tokens.shape[0]
+
+    def reset_parameters(self) -> None:
+        """Draws all tokens anew: keys N(0, key_std), values N(0, value_std); tau is sqrt(N) again."""
+        nn.init.normal_(self.key_tokens, std=self.key_std)
+        nn.init.normal_(self.value_tokens, std=self.value_std)
+        self.tau.fill_(math.sqrt(self.num_tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.key_tokens.shape[1]}, {self.value_tokens.shape[1]}, num_tokens={self.num_tokens}, "
+            f"score_norm={self.score_norm!r}, kind={self.kind!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pattention:
+        before = self.tau
+        super()._apply(fn, recurse)
+        if self.tau.dtype.itemsize < 4:  # a half-precision tau would be off by up to 0.4 %
+            self.tau = before.to(self.tau.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = ("key_tokens", "value_tokens")
+        given = [state_dict[prefix + name] for name in names if prefix + name in state_dict]
+        if len(given) == 2 and given[0].shape[:1] == given[1].shape[:1]:
+            for name, saved in zip(names, given, strict=True):
+                parameter = getattr(self, name)
+                if saved.shape[1:] == parameter.shape[1:] and saved.shape != parameter.shape:
+                    parameter.grad = None
+                    parameter.data = parameter.data.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,71 @@
+"""From raw input to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from lit_tokenformer.models.config import TokenformerConfig
+
+
+class PatchStem(nn.Module):
+    """Patches, a class token and learned positions, which are resampled for an image of another size.
+
+    Args:
+        config: Sizes of images and patches.
+    """
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(
+            config.image_size,
+            config.patch_size,
+            config.in_chans,
+            config.dim,
+            strict_img_size=False,
+            output_fmt="NHWC",
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_data_tokens, config.dim))
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.grid_size = self.patch_embed.grid_size
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws positions, class token and patch projection anew (truncated normal, as in timm's ViT)."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        self.patch_embed.proj.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed."""
+        return {"cls_token", "pos_embed"} if self.cls_token is not None else {"pos_embed"}
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, height, width) in pixels -> (B, 1 + patches, D)."""
+        x = self.patch_embed(image)  # (B, height / patch, width / patch, D)
+        pos_embed = self._positions(self.pos_embed, (x.shape[1], x.shape[2]))
+        x = x.flatten(1, 2)  # (B, patches, D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + patches, D)
+        return x + pos_embed
+
+    def _positions(self, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The learned positions (1, prefix + patches, D) for a grid of (rows, columns) of patches."""
+        if grid == self.grid_size:
+            return pos_embed
+        return resample_abs_pos_embed(
+            pos_embed, new_size=list(grid), old_size=list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "pos_embed")
+        if saved is not None and saved.ndim == 3 and saved.shape[1] != self.pos_embed.shape[1]:
+            state_dict[prefix + "pos_embed"] = resample_abs_pos_embed(
+                saved, new_size=list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,7 @@
+"""LightningModules: loss, metrics, optimizer groups and schedule around one backbone."""
+
+from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.tasks.image_classification import LitImageClassifier
+from lit_tokenformer.tasks.schedule import LRSchedule
+
+__all__ = ["LRSchedule", "LitImageClassifier", "LitTask"]

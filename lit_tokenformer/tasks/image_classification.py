@@ -1,0 +1,110 @@
+"""Image classification: cross-entropy with hard or soft targets, top-1 and top-5 accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_tokenformer.models import BackboneOverrides, create_backbone
+from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.tasks.schedule import LRSchedule
+
+
+class LitImageClassifier(LitTask):
+    """Trains a backbone to classify images.
+
+    A batch is ``(image (B, 3, H, W) float, label (B,) int64 or (B, C) float)``; it logs ``train/loss``, ``val/loss``,
+    ``val/acc1`` and ``val/acc5`` (``test/...`` likewise), accuracies as shares of 1, losses in nats.
+
+    Args:
+        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
+        num_classes: Classes, C; on the command line the data set decides.
+        image_size: Side of the images in pixels; on the command line the data set decides.
+        overrides: Fields of the architecture that replace the preset's.
+        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters, class token and
+            positions.
+        schedule: Learning rate over the fit.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
+        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+
+    Raises:
+        ValueError: For an unknown preset or sizes that do not fit each other.
+
+    Example:
+        >>> task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=32)
+        >>> task(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+
+    def __init__(
+        self,
+        preset: str = "tokenformer_vit_small_patch16_224",
+        num_classes: int = 1000,
+        image_size: int = 224,
+        overrides: BackboneOverrides = BackboneOverrides(),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05
+        ),
+        schedule: LRSchedule = LRSchedule(),  # noqa: B008  (frozen)
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        given: dict[str, Any] = dataclasses.asdict(overrides) if dataclasses.is_dataclass(overrides) else overrides
+        given = {key: value for key, value in given.items() if value is not None}
+        backbone = create_backbone(preset, **{"num_classes": num_classes, "image_size": image_size, **given})
+        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        overrides = given  # type: ignore[assignment]  # a checkpoint keeps plain types only
+        self.save_hyperparameters(ignore=["optimizer", "schedule", "lr_scheduler"])
+        classes = backbone.num_classes
+        self.val_acc1 = MulticlassAccuracy(classes, top_k=1, average="micro")
+        self.val_acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+        self.test_acc1, self.test_acc5 = self.val_acc1.clone(), self.val_acc5.clone()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, classes)."""
+        return self.backbone(image)
+
+    def model_output(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.backbone(batch[0])
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        for name, own in (("num_classes", self.backbone.num_classes), ("image_size", self.backbone.config.image_size)):
+            theirs = getattr(data, name, own)
+            if theirs != own:
+                raise ValueError(f"model.{name}: the model was built for {own}, the data have {theirs}")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        image, label = batch
+        loss = F.cross_entropy(self(image), label)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_acc1, self.val_acc5)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_acc1, self.test_acc5)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Probabilities (B, C)."""
+        return self(batch[0]).float().softmax(dim=-1)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> None:
+        image, label = batch
+        logits = self(image)
+        acc1.update(logits, label)
+        acc5.update(logits, label)
+        loss = F.cross_entropy(logits, label)
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(image))
+        self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=len(image))
+        self.log(f"{stage}/acc5", acc5, batch_size=len(image))

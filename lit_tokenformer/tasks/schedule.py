@@ -1,0 +1,67 @@
+"""Learning rate schedules in closed form: the rate of any step follows from its number alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lit_tokenformer.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """Warm-up, and what follows it.
+
+    Args:
+        name: ``cosine``, ``constant``, or ``wsd`` (warm-up, stable, linear decay at the end).
+        warmup: Length of the linear warm-up, in ``unit``.
+        warmup_start: Factor on the learning rate at the first step of the warm-up.
+        decay: Length of the decay of ``wsd``, in ``unit``.
+        min_factor: Factor on the learning rate at the last step of ``cosine`` and ``wsd``.
+        unit: ``epoch`` or ``step`` (optimizer steps).
+    """
+
+    name: str = "cosine"
+    warmup: float = 0.0
+    warmup_start: float = 0.0
+    decay: float = 0.0
+    min_factor: float = 0.0
+    unit: str = "epoch"
+
+    def __post_init__(self) -> None:
+        for setting, value, choices in (
+            ("schedule.name", self.name, ("cosine", "constant", "wsd")),
+            ("schedule.unit", self.unit, ("epoch", "step")),
+        ):
+            if value not in choices:
+                raise unknown_name(setting, value, choices)
+        for setting in ("warmup", "decay"):
+            if getattr(self, setting) < 0:
+                raise ValueError(f"schedule.{setting}: expected at least 0, got {getattr(self, setting)}")
+        for setting in ("warmup_start", "min_factor"):
+            if not 0 <= getattr(self, setting) <= 1:
+                raise ValueError(f"schedule.{setting}: expected a factor in [0, 1], got {getattr(self, setting)}")
+
+    def factor(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
+        """The factor on the learning rate.
+
+        Args:
+            step: Zero-based optimizer step.
+            total_steps: Optimizer steps of the whole fit.
+            steps_per_epoch: Optimizer steps of one epoch.
+
+        Example:
+            >>> schedule = LRSchedule("cosine", warmup=2, unit="step")
+            >>> [round(schedule.factor(step, 6, 3), 3) for step in range(7)]
+            [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
+        """
+        scale = steps_per_epoch if self.unit == "epoch" else 1
+        warmup, decay = self.warmup * scale, self.decay * scale
+        if step < warmup:
+            return self.warmup_start + (1 - self.warmup_start) * step / warmup
+        if self.name == "constant":
+            return 1.0
+        start = warmup if self.name == "cosine" else max(warmup, total_steps - decay)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
+        falling = (1 + math.cos(math.pi * progress)) / 2 if self.name == "cosine" else 1 - progress
+        return self.min_factor + (1 - self.min_factor) * falling

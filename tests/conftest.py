@@ -1,0 +1,16 @@
+"""What every test shares: no network, one thread (the sizes are tiny), one seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)

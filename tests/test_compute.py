@@ -1,0 +1,113 @@
+"""Parameters and operations in closed form, against counting them."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_tokenformer.compute import ModelCost, model_cost, plan_stages
+from lit_tokenformer.growth import grow
+from lit_tokenformer.models import Tokenformer, TokenformerConfig, preset_config
+
+TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
+CONFIGS = {
+    "pattention": {},
+    "vit": {"projection": "linear", "feed_forward": "mlp", "bias": True, "norm_affine": True},
+    "vit-bare": {"projection": "linear", "feed_forward": "mlp"},
+    "pattention-mlp": {"feed_forward": "mlp", "mlp_ratio": 2.5, "norm_affine": True},
+    "linear-pattention": {"projection": "linear", "bias": True},
+    "avg": {"global_pool": "avg"},
+    "no-class-token": {"global_pool": "avg", "class_token": False},
+    "no-head": {"num_classes": 0},
+    "grey-uneven": {"in_chans": 1, "param_tokens": {"qkv": 7, "proj": 5, "ffn": 11}, "score_norm": "softmax"},
+    "drop-path": {"drop_path": 0.1},
+    "one-block-drop-path": {"drop_path": 0.1, "depth": 1},
+}
+EVERY_CONFIG = pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+
+
+def counted(model, training):
+    """Operations for one sample as torch counts them; the image needs no gradient."""
+    config = model.config
+    image = torch.randn(1, config.in_chans, config.image_size, config.image_size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(image)
+        if training:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+def assert_cost_is_right(model, cost):
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.flops == counted(model, training=False)
+    assert cost.training_flops == counted(model, training=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@EVERY_CONFIG
+def test_cost_equals_counting_at_every_size(settings, checkpointing):
+    model = Tokenformer(dataclasses.replace(TINY, **settings)).train()
+    model.set_grad_checkpointing(checkpointing)
+    assert_cost_is_right(model, model_cost(model.config, checkpointing=checkpointing))
+    for factor in (2, 6) if model.param_tokens else ():
+        totals = {kind: total * factor for kind, total in model.config.tokens.items()}
+        grow(model, {kind: totals[kind] for kind in model.param_tokens})
+        cost = model_cost(model.config, model.param_tokens, checkpointing)
+        assert_cost_is_right(model, cost)
+        assert cost == model_cost(model.config, totals, checkpointing)
+
+
+def test_tokens_at_birth_are_the_default():
+    assert model_cost(TINY) == model_cost(TINY, {"qkv": 8, "proj": 8, "ffn": 32})
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("tokenformer_vit_base_matched_patch16_224", 86_447_848),
+        ("tokenformer_vit_large_patch16_224", 404_670_440),
+        ("vit_base_patch16_224", 86_567_656),
+    ],
+)
+def test_published_parameter_counts(name, parameters):
+    assert model_cost(preset_config(name)).parameters == parameters
+
+
+def test_published_formula():
+    """arXiv 2410.23168, Table 3: N = 2 L d (3 n_qkv + n_o + n_ffn), operations 2 N T + 4 L d T^2."""
+    config = preset_config("tokenformer_vit_base_patch16_224")
+    length, dim, depth = config.num_data_tokens, config.dim, config.depth
+    weights = 2 * depth * dim * (3 * 768 + 768 + 3072)
+    stem_and_head = 2 * 196 * 3 * 16**2 * dim + 2 * dim * 1000
+    assert model_cost(config).flops == 2 * weights * length + 4 * depth * dim * length**2 + stem_and_head
+
+
+def test_training_memory_counts_weights_gradients_states_and_activations():
+    cost = ModelCost(parameters=10, flops=0, training_flops=0, kept=3)
+    assert cost.training_memory(batch_size=5) == 4 * (10 * 4 + 3 * 5)
+    assert cost.training_memory(batch_size=5, bytes_per_number=2, states=1) == 2 * (10 * 3 + 3 * 5)
+    assert model_cost(TINY, checkpointing=True).kept < model_cost(TINY).kept
+
+
+def test_stages_add_up_to_the_run():
+    growths = [(3, 30, {"qkv": 16, "proj": 16, "ffn": 64}), (5, 50, {"qkv": 16, "proj": 16, "ffn": 96})]
+    stages = plan_stages(TINY, growths, total_steps=80, samples_per_step=4)
+    assert [stage.start for stage in stages] == [0, 3, 5]
+    assert [stage.steps for stage in stages] == [30, 20, 30]
+    assert [stage.tokens["ffn"] for stage in stages] == [32, 64, 96]
+    for stage in stages:
+        assert stage.cost == model_cost(TINY, stage.tokens)
+        assert stage.training_flops == stage.cost.training_flops * stage.steps * 4
+    without = plan_stages(TINY, [], total_steps=80, samples_per_step=4)
+    assert [stage.steps for stage in without] == [80]
+    assert without[0].training_flops == 80 * 4 * model_cost(TINY).training_flops
+
+
+@pytest.mark.parametrize("due", [[0, 20], [20, 20], [20, 80], [20, 200], [100, 200]])
+def test_stages_add_up_whenever_growths_are_due(due):
+    growths = [(i, step, {"qkv": 16 * i, "proj": 16 * i, "ffn": 64 * i}) for i, step in enumerate(due, start=1)]
+    stages = plan_stages(TINY, growths, total_steps=80, samples_per_step=4)
+    assert sum(stage.steps for stage in stages) == 80
+    assert stages[0].steps == min(due[0], 80)

@@ -1,0 +1,264 @@
+"""What a user who reads TensorBoard alone is told of a run that grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, parse_experiment_plugin_data
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks.ema import GrowingEMA
+from callbacks.monitor import TrainingMonitor, _picture
+from callbacks.parameter_growth import ParameterGrowthCallback
+from lit_tokenformer.growth import Rows, grow
+from lit_tokenformer.models import Pattention
+from lit_tokenformer.tasks import LitImageClassifier
+
+TINY: Any = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
+SCALARS = {
+    "compute/training_flops",
+    "compute/samples_per_second",
+    "size/parameters",
+    "size/tokens_qkv",
+    "size/tokens_proj",
+    "size/tokens_ffn",
+    "rows/grad_norm_old",
+    "rows/grad_norm_new",
+    "rows/update_norm_old",
+    "rows/update_norm_new",
+}
+
+
+class Images(LightningDataModule):
+    """32 random images for training and 24 for validation."""
+
+    class_names = [f"class {number}" for number in range(10)]
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def _loader(self, samples: int) -> DataLoader:
+        draw = torch.Generator().manual_seed(1)
+        images = torch.randn(samples, 3, 8, 8, generator=draw)
+        return DataLoader(TensorDataset(images, torch.randint(10, (samples,), generator=draw)), batch_size=8)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(32)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(24)
+
+
+def build_task() -> LitImageClassifier:
+    seed_everything(0, verbose=False)
+    return LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, overrides=TINY)
+
+
+def build_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        **{
+            "default_root_dir": folder,
+            "callbacks": list(callbacks),
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": TensorBoardLogger(folder, name="", version="run"),
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **settings,
+        }
+    )
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def test_events_across_a_growth(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed_everything: 7\n")
+    save = ModelCheckpoint(dirpath=tmp_path, monitor="val/acc1", mode="max")
+    growth, task = ParameterGrowthCallback({1: 16}), build_task()
+    trainer = build_trainer(tmp_path, growth, TrainingMonitor(), save, enable_checkpointing=True)
+    trainer.fit(task, datamodule=Images())
+    found = events(tmp_path)
+
+    assert set(found.Tags()["scalars"]) >= SCALARS | {"val/acc1", "val/loss", "best/val/acc1"}
+    assert "hp_metric" not in found.Tags()["scalars"]
+    assert [event.step for event in found.Scalars("train/loss")] == list(range(8))
+    tokens = {event.step: event.value for event in found.Scalars("size/tokens_ffn")}
+    assert tokens == {0: 32, 1: 32, 2: 32, 3: 32, 4: 64, 5: 64, 6: 64, 7: 64, 8: 64}
+    assert found.Scalars("size/parameters")[-1].value == sum(parameter.numel() for parameter in task.parameters())
+    assert {event.step for event in found.Scalars("rows/grad_norm_new")} == {4, 5, 6, 7}
+    assert all(event.value > 0 for event in found.Scalars("rows/update_norm_new"))
+    assert all(event.value > 0 for event in found.Scalars("compute/samples_per_second"))
+
+    pictures = found.Images("val/predictions")
+    assert [event.step for event in pictures] == [3, 7]
+    assert pictures[0].width > 4 * 96
+    text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "```yaml\nseed_everything: 7\n\n```"
+
+
+def test_hparams_tab_has_hyperparameters_and_metrics(tmp_path: Path) -> None:
+    save = ModelCheckpoint(dirpath=tmp_path, monitor="val/acc1", mode="max")
+    build_trainer(tmp_path, TrainingMonitor(), save, enable_checkpointing=True).fit(build_task(), datamodule=Images())
+    content = events(tmp_path).SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
+    experiment = parse_experiment_plugin_data(content)
+    assert {"preset", "num_classes", "overrides/dim"} <= {info.name for info in experiment.hparam_infos}
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert {"val/acc1", "val/loss", "best/val/acc1", "size/parameters", "compute/training_flops"} <= metrics
+
+
+def test_flops_are_exact_across_growth_and_resume(tmp_path: Path) -> None:
+    def fit(folder: Path, epochs: int, ckpt_path: Path | None = None) -> int:
+        monitor, save = TrainingMonitor(), ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+        growth = ParameterGrowthCallback({1: 16})
+        settings = {"max_epochs": epochs, "enable_checkpointing": True, "log_every_n_steps": 3}
+        trainer = build_trainer(folder, growth, monitor, save, accumulate_grad_batches=2, **settings)
+        trainer.fit(build_task(), datamodule=Images(), ckpt_path=ckpt_path)
+        return monitor.training_flops
+
+    task = build_task()
+    small = task.cost().training_flops
+    grow(task, 16)
+    large = task.cost().training_flops
+    assert fit(tmp_path / "whole", 3) == 32 * small + 64 * large
+    assert fit(tmp_path / "resumed", 3, tmp_path / "whole" / "epoch=0.ckpt") == 32 * small + 64 * large
+    assert fit(tmp_path / "again", 3, tmp_path / "whole" / "epoch=1.ckpt") == 32 * small + 64 * large
+
+
+def test_flops_count_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = property(lambda trainer: {"num_replicas": 4, "rank": 0})
+    monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", place)
+    monitor, task = TrainingMonitor(), build_task()
+    build_trainer(tmp_path, monitor, max_epochs=1).fit(task, datamodule=Images())
+    assert monitor.training_flops == 4 * 32 * task.cost().training_flops
+
+
+def test_training_is_not_disturbed(tmp_path: Path) -> None:
+    trained = []
+    for number, extra in enumerate(([], [TrainingMonitor()])):
+        task = build_task()
+        growth = ParameterGrowthCallback({1: 16})
+        build_trainer(tmp_path / str(number), growth, GrowingEMA(0.9), *extra).fit(task, datamodule=Images())
+        trained.append(task.state_dict())
+    for name in trained[0]:
+        assert torch.equal(trained[0][name], trained[1][name]), name
+
+
+def test_row_norms_are_those_of_gradient_and_change(tmp_path: Path) -> None:
+    """Against plain loops over the parameters; the monitor stands first, so nothing depends on the order."""
+
+    class Measures(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            self.before = [one.detach().clone() for one in tokens(pl_module)]
+            self.gradients = [one.grad.clone() for one in tokens(pl_module) if one.grad is not None]
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            self.changes = [now - then for now, then in zip(tokens(pl_module), self.before, strict=True)]
+
+    def tokens(module: LightningModule) -> list[Tensor]:
+        layers = [layer for layer in module.modules() if isinstance(layer, Pattention)]
+        return [token for layer in layers for token in (layer.key_tokens, layer.value_tokens)]
+
+    def norm(tensors: list[Tensor], new: bool) -> float:
+        total = 0.0
+        for tensor in tensors:
+            # 8 tokens (ffn: 32) became 20 (80): each was copied once, the rest were appended
+            rows = Rows(len(tensor) * 8 // 20, len(tensor), copies=2).new()
+            total += float(tensor.detach()[rows == new].double().square().sum())
+        return total**0.5
+
+    measures = Measures()
+    growth = ParameterGrowthCallback({1: 20}, ramp_steps=50)
+    build_trainer(tmp_path, TrainingMonitor(), growth, measures, gradient_clip_val=0.1).fit(
+        build_task(), datamodule=Images()
+    )
+    found = events(tmp_path)
+    for measure, tensors in (("grad", measures.gradients), ("update", measures.changes)):
+        for part, new in (("old", False), ("new", True)):
+            value = found.Scalars(f"rows/{measure}_norm_{part}")[-1].value
+            assert value == pytest.approx(norm(tensors, new), rel=1e-4)
+
+
+def test_nothing_is_measured_between_log_steps(tmp_path: Path) -> None:
+    class Watches(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            assert not monitor._held
+
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            assert not monitor._held
+
+    monitor = TrainingMonitor()
+    build_trainer(tmp_path, monitor, Watches(), log_every_n_steps=4).fit(build_task(), datamodule=Images())
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("rows/grad_norm_old")] == [3, 7]
+    assert "rows/grad_norm_new" not in found.Tags()["scalars"]
+
+
+def test_picture_shows_the_averaged_model_and_spreads_over_the_set(tmp_path: Path) -> None:
+    class Keeps(TrainingMonitor):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            self.kept = list(self._examples)
+            super().on_validation_end(trainer, pl_module)
+
+    monitor, task, data = Keeps(log_images=6), build_task(), Images()
+    build_trainer(tmp_path, GrowingEMA(0.5, warmup=False), monitor, max_epochs=3).fit(task, datamodule=data)
+    images, labels = next(iter(DataLoader(data.val_dataloader().dataset, batch_size=24)))
+    with torch.no_grad():  # a finished fit leaves the average
+        guesses = task.eval()(images).argmax(dim=1)
+    places = [0, 4, 8, 12, 16, 20]
+    assert [label for _, label, _ in monitor.kept] == labels[places].tolist()
+    assert [guess for _, _, guess in monitor.kept] == guesses[places].tolist()
+    assert all(torch.equal(image, images[place]) for (image, _, _), place in zip(monitor.kept, places, strict=True))
+
+
+def test_picture_marks_right_and_wrong(tmp_path: Path) -> None:
+    image = torch.full((3, 8, 8), 2.0)
+    picture = _picture([(image, 1, 1), (image, 1, 2)], Images())
+    assert picture.dtype == torch.uint8
+    pixels = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+    frame_right, frame_wrong = pixels[5, 10], pixels[5, pixels.shape[1] // 2 + 10]
+    assert frame_right.tolist() == [0, 128, 0]
+    assert frame_wrong.tolist() == [200, 0, 0]
+    assert pixels[50, 50].tolist() == [255] * 3  # 2 x 0.25 + 0.5
+    plain = _picture([(image * torch.rand(1, 8, 8), 11, 2)], None)  # no names, no mean, one image
+    assert plain.shape[0] == 3
+
+
+def test_other_loggers_and_modules_without_cost(tmp_path: Path) -> None:
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 8 * 8, 10)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    logger = CSVLogger(tmp_path, name="", version="run")
+    build_trainer(tmp_path, TrainingMonitor(), logger=logger).fit(Plain(), datamodule=Images())
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"size/parameters", "compute/samples_per_second"} <= set(header)
+    assert "compute/training_flops" not in header
+    build_trainer(tmp_path, TrainingMonitor(), logger=False).fit(Plain(), datamodule=Images())
+
+
+def test_wrong_setting_is_named() -> None:
+    with pytest.raises(ValueError, match="log_images: expected at least 0, got -1"):
+        TrainingMonitor(log_images=-1)

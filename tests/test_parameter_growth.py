@@ -1,0 +1,299 @@
+"""A model that grows inside a running fit."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks import ParameterGrowthCallback
+from lit_tokenformer.models import Pattention, param_tokens
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
+SGD = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
+
+
+def make_task(compile=False, optimizer=None, **overrides):
+    torch.manual_seed(0)
+    settings = {"optimizer": optimizer} if optimizer else {}
+    return LitImageClassifier(
+        "tokenformer_vit_tiny_patch16_224",
+        num_classes=10,
+        image_size=8,
+        overrides={**TINY, **overrides},
+        schedule=LRSchedule("constant"),
+        compile=compile,
+        **settings,
+    )
+
+
+def loader(batches=6, batch_size=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batches * batch_size, 3, 8, 8, generator=generator)
+    labels = torch.randint(10, (len(images),), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
+
+
+def fit(task, *callbacks, max_epochs=3, **settings):
+    trainer = Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **settings,
+    )
+    trainer.fit(task, loader(), loader(1) if settings.get("limit_val_batches") else None)
+    return trainer
+
+
+class Watch(Callback):
+    """Calls a function after every optimizer step."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(self.look(trainer, pl_module))
+
+
+def sizes(trainer, task):
+    return trainer.global_step, param_tokens(task)["qkv"]
+
+
+def test_growth_by_epoch_and_by_step_happens_where_it_is_due():
+    by_epoch = Watch(sizes)
+    fit(make_task(), ParameterGrowthCallback({1: 16, 2: 32}), by_epoch)
+    assert [size for _, size in by_epoch.seen] == [8] * 6 + [16] * 6 + [32] * 6
+    by_step = Watch(sizes)
+    fit(make_task(), ParameterGrowthCallback({4: 16, 13: 32}, unit="step"), by_step)
+    assert [size for _, size in by_step.seen] == [8] * 4 + [16] * 9 + [32] * 5
+
+
+def test_growth_waits_until_no_gradient_is_pending():
+    grown_at = []
+
+    class Look(Callback):
+        def on_parameter_growth(self, trainer, pl_module, event):
+            grown_at.append((event["step"], trainer.fit_loop.epoch_loop.batch_idx))
+            assert all(parameter.grad is None for parameter in pl_module.parameters())
+
+    # 6 batches an epoch, 4 accumulated, the last 2 of an epoch step too: steps end with batches 3 and 5
+    fit(make_task(), ParameterGrowthCallback({1: 16, 2: 32}, unit="step"), Look(), accumulate_grad_batches=4)
+    assert [step for step, _ in grown_at] == [1, 2]
+    assert [batch for _, batch in grown_at] == [4, 0]
+
+
+def test_each_growth_is_checked_and_remembered():
+    growth = ParameterGrowthCallback({1: 16, 2: {"ffn": 100}})
+    fit(make_task(), growth)
+    first, second = growth.events
+    assert first["before"] == {"qkv": 8, "proj": 8, "ffn": 32} and first["after"] == {"qkv": 16, "proj": 16, "ffn": 64}
+    assert second["after"] == {"qkv": 16, "proj": 16, "ffn": 100}
+    assert first["epoch"] == 1 and first["step"] == 6
+    assert first["output_difference"] < 1e-6 and second["output_difference"] < 1e-6
+    assert second["parameters"] - first["parameters"] == 2 * 36 * 64  # 36 tokens of 32 + 32 numbers in 2 blocks
+
+
+def test_random_growth_is_told_to_change_the_function():
+    growth = ParameterGrowthCallback({1: 16}, method="random")
+    fit(make_task(), growth)
+    assert growth.events[0]["output_difference"] > 0.01
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("method", ["split", "zero_keys"])
+def test_every_precision_works_through_a_growth(precision, method):
+    task, growth = make_task(), ParameterGrowthCallback({1: 16, 2: 32}, method=method)
+    trainer = fit(task, growth, precision=precision)
+    assert param_tokens(task)["ffn"] == 128
+    assert all(torch.isfinite(parameter).all() for parameter in task.parameters())
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    half = precision == "bf16-true"
+    assert {parameter.dtype for parameter in task.parameters()} == {torch.bfloat16 if half else torch.float32}
+    layer = task.backbone.blocks[0].attn.query
+    assert layer.tau.dtype == torch.float32
+    assert layer.tau.item() == pytest.approx(math.sqrt(32 if method == "split" else 8), rel=1e-6)
+    # bf16 keeps 8 bits: what V / r rounds to is off by up to 2^-9
+    assert max(event["output_difference"] for event in growth.events) < (0.02 if half else 1e-6)
+
+
+def test_compiled_backbone_is_compiled_once_for_each_size(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    task = make_task()
+    task.backbone.compile(dynamic=False, backend=backend, fullgraph=True)
+    fit(task, ParameterGrowthCallback({1: 16, 2: 32}))
+    assert len(compiled) == 3
+
+
+def test_the_same_optimizer_goes_on_with_its_groups_and_steps():
+    task = make_task()
+    trainer = fit(task, ParameterGrowthCallback({1: 16}))
+    (optimizer,) = trainer.optimizers
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(task.parameters())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert {float(optimizer.state[parameter]["step"]) for parameter in task.parameters()} == {18.0}
+
+
+def test_frozen_parameters_stay_frozen():
+    task = make_task()
+    task.backbone.blocks[0].requires_grad_(False)
+    before = task.backbone.blocks[0].mlp.key_tokens.detach().clone()
+    fit(task, ParameterGrowthCallback({1: 16}))
+    grown = task.backbone.blocks[0].mlp.key_tokens
+    assert not grown.requires_grad
+    assert torch.equal(grown[::2], before) and torch.equal(grown[1::2], before)
+
+
+def keys_of(trainer, task):
+    layer = task.backbone.blocks[0].mlp
+    return layer.key_tokens.detach().clone(), layer.value_tokens.detach().clone()
+
+
+def test_zero_keys_move_at_the_first_step_and_their_values_at_the_second():
+    watch = Watch(keys_of)
+    fit(make_task(**SGD), ParameterGrowthCallback({1: 16}, method="zero_keys"), watch, max_epochs=2)
+    (first_keys, first_values), (_, second_values) = watch.seen[6:8]
+    assert (first_keys[32:].norm(dim=1) > 0).all()
+    assert not torch.equal(first_values[32:], second_values[32:])
+
+
+def test_copies_of_a_split_differ_after_one_step():
+    watch = Watch(keys_of)
+    fit(make_task(**SGD), ParameterGrowthCallback({1: 16}), watch, max_epochs=2)
+    keys, values = watch.seen[6]
+    assert ((keys[::2] - keys[1::2]).norm(dim=1) > 0).all()
+    assert ((values[::2] - values[1::2]).norm(dim=1) > 0).all()
+
+
+def test_old_rows_stand_still_while_they_are_frozen():
+    watch = Watch(keys_of)
+    growth = ParameterGrowthCallback({1: 16}, method="zero_keys", freeze_old_steps=3)
+    fit(make_task(), growth, watch, max_epochs=2)  # AdamW with weight decay
+    before, frozen, free = watch.seen[5][0], watch.seen[8][0], watch.seen[9][0]
+    assert torch.equal(before, frozen[:32]) and not torch.equal(before, free[:32])
+    assert not torch.equal(watch.seen[6][0][32:], frozen[32:])
+
+
+def test_ramp_scales_the_updates_of_new_rows_only():
+    plain, ramped = Watch(keys_of), Watch(keys_of)
+    fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys"), plain, max_epochs=2)
+    fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys", ramp_steps=4), ramped, max_epochs=2)
+    torch.testing.assert_close(ramped.seen[6][0][32:], plain.seen[6][0][32:] / 4)  # from zero, a quarter of the way
+    torch.testing.assert_close(ramped.seen[6][0][:32], plain.seen[6][0][:32])
+
+
+def test_learning_rate_is_warmed_up_again_without_a_trace_in_the_schedule():
+    rates, shown = [], Watch(lambda trainer, task: trainer.optimizers[0].param_groups[0]["lr"])
+
+    class Recorder(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    task = make_task(optimizer=lambda params: Recorder(params, lr=0.1))
+    fit(task, ParameterGrowthCallback({1: 16}, rewarm_steps=4), shown, max_epochs=2)
+    assert rates == pytest.approx([0.1] * 6 + [0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert shown.seen == pytest.approx([0.1] * 12)
+
+
+def test_tau_moves_to_the_root_of_the_number_of_tokens():
+    taus = Watch(lambda trainer, task: task.backbone.blocks[0].attn.query.tau.item())
+    fit(make_task(), ParameterGrowthCallback({1: 18}, method="zero_keys", tau_steps=4), taus, max_epochs=2)
+    assert taus.seen[:6] == pytest.approx([math.sqrt(8)] * 6)
+    assert taus.seen[6:10] == pytest.approx([math.sqrt(8) * (18 / 8) ** (step / 8) for step in (1, 2, 3, 4)])
+    assert taus.seen[9:] == pytest.approx([math.sqrt(18)] * 3)
+
+
+def test_the_best_of_each_size_is_kept(tmp_path):
+    name = "{epoch}-{size:.0f}"
+    best = ModelCheckpoint(tmp_path, name, monitor="val/loss", save_top_k=1)
+
+    class Size(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("size", float(param_tokens(pl_module)["qkv"]))
+
+    patience = EarlyStopping("val/loss", patience=3, min_delta=1e9)
+    growth = ParameterGrowthCallback({2: 16, 4: 32})
+    trainer = fit(make_task(), growth, Size(), best, patience, max_epochs=6, limit_val_batches=1)
+    assert {path.stem.split("size=")[1] for path in tmp_path.iterdir()} == {"8", "16", "32"}
+    assert trainer.current_epoch == 6  # patience began anew at each growth
+
+
+def test_layers_without_a_kind_or_without_pattention():
+    task = make_task(projection="linear", feed_forward="mlp")
+    with pytest.raises(ValueError, match="schedule: the model has no Pattention layer"):
+        fit(task, ParameterGrowthCallback({1: 16}))
+    task = make_task(projection="linear")
+    fit(task, ParameterGrowthCallback({1: 16}))
+    assert param_tokens(task) == {"ffn": 64}
+    assert sum(isinstance(layer, Pattention) for layer in task.modules()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": {4: 16, 2: 32}}, "schedule: epoch 2 stands after epoch 4"),
+        ({"schedule": {1: 16, 2: 8}}, "schedule: epoch 2: qkv would shrink from 16 to 8"),
+        ({"schedule": {1: {"qkv": 16, "fnn": 9}}}, "schedule: epoch 1: unknown value 'fnn', did you mean 'ffn'"),
+        ({"schedule": {"x": 16}}, "schedule: expected a whole number of at least 0 as epoch, got 'x'"),
+        ({"schedule": {-1: 16}}, "schedule: expected a whole number of at least 0 as epoch, got -1"),
+        ({"schedule": {1: "many"}}, "schedule: epoch 1: .*got 'many'"),
+        ({"schedule": {1: 0}}, "schedule: epoch 1: .*at least 1, got 0"),
+        ({"schedule": {1: 1.5}}, "schedule: epoch 1: .*got 1.5"),
+        ({"schedule": {1: 16}, "unit": "epochs"}, "unit: unknown value 'epochs', did you mean 'epoch'"),
+        ({"schedule": {1: 16}, "method": "copy"}, "method: unknown value 'copy'"),
+        ({"schedule": {1: 16}, "new_state": "none"}, "new_state: unknown value"),
+        ({"schedule": {1: 16}, "ramp_steps": -2}, "ramp_steps: expected at least 0, got -2"),
+    ],
+)
+def test_bad_settings_are_refused_when_made(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ParameterGrowthCallback(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": {3: 16}}, r"schedule: epoch 3 is beyond the end of the fit \(trainer.max_epochs=3\)"),
+        ({"schedule": {18: 16}, "unit": "step"}, r"schedule: step 18 is beyond the end of the fit \(18 optimizer steps\)"),
+        ({"schedule": {1: 4}}, "schedule: epoch 1: qkv would shrink from 8 to 4"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused_before_training(settings, message):
+    steps = Watch(sizes)
+    with pytest.raises(ValueError, match=message):
+        fit(make_task(), ParameterGrowthCallback(**settings), steps)
+    assert not steps.seen
+
+
+def test_zero_keys_are_refused_for_softmax_before_training():
+    steps = Watch(sizes)
+    with pytest.raises(ValueError, match="zero keys change the output under score_norm 'softmax'"):
+        fit(make_task(score_norm="softmax"), ParameterGrowthCallback({1: 16}, method="zero_keys"), steps)
+    assert not steps.seen
+
+
+def test_a_strategy_that_cannot_grow_is_refused():
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+    from callbacks.parameter_growth import _growth_context
+
+    for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
+        trainer = Trainer(accelerator="cpu", logger=False)
+        trainer._accelerator_connector.strategy = strategy.__new__(strategy)
+        with pytest.raises(ValueError, match=f"trainer.strategy: a model cannot grow under {strategy.__name__}"):
+            _growth_context(trainer)

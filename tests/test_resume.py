@@ -1,0 +1,143 @@
+"""A run that is stopped anywhere and resumed ends with the weights of one that was not, bit for bit."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import GrowingEMA, ParameterGrowthCallback
+from lit_tokenformer.data import Augmentation, ImageDataModule
+from lit_tokenformer.growth import check_optimizer_state
+from lit_tokenformer.models import param_tokens
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8, "drop_path": 0.2}
+
+
+def make_task(**overrides):
+    return LitImageClassifier(
+        "tokenformer_vit_tiny_patch16_224",
+        num_classes=10,
+        image_size=8,
+        overrides={**TINY, **overrides},
+        schedule=LRSchedule("cosine", warmup=1, min_factor=0.1),
+    )
+
+
+def make_data(num_workers=0, **augmentation):
+    settings = {"num_workers": num_workers, "augmentation": Augmentation(**augmentation)}
+    return ImageDataModule("digits", batch_size=160, seed=3, **settings)
+
+
+def run(folder, growth, ckpt_path=None, ema=False, data=None, max_epochs=4, **trainer):
+    """Fits for 4 epochs of 8 batches and keeps a checkpoint of every optimizer step and every epoch's end."""
+    seed_everything(7 if ckpt_path is None else 99)  # what is not in the checkpoint must not matter
+    task = make_task()
+    callbacks = [
+        ParameterGrowthCallback(**growth),
+        ModelCheckpoint(folder, "step{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
+        ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False),
+    ]
+    if ema:
+        callbacks.append(GrowingEMA(decay=0.9))
+    fit = Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        limit_val_batches=1,
+        **trainer,
+    )
+    fit.fit(task, data or make_data(shift=0.125), ckpt_path=ckpt_path, weights_only=True)
+    return fit, task
+
+
+def assert_equal_weights(task, other):
+    ours, theirs = task.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+BY_EPOCH = {"schedule": {1: 16, 3: {"ffn": 80}}}
+BY_STEP = {"schedule": {3: 16, 7: 32}, "unit": "step"}
+RAMPED = {"schedule": {1: 12, 2: 24}, "method": "zero_keys", "tau_steps": 6, "ramp_steps": 5, "rewarm_steps": 4}
+SOME = ("step2.ckpt", "step3.ckpt", "step4.ckpt", "step5.ckpt", "step7.ckpt", "step9.ckpt", "end1.ckpt")
+"""Before, at and after each growth, in the middle of an epoch and at its end."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", [BY_EPOCH, BY_STEP, RAMPED], ids=["by_epoch", "by_step", "ramped"])
+def test_resume_from_every_step_and_epoch_end_is_bit_equal(tmp_path, growth):
+    # 8 batches an epoch, two of them accumulated: 4 optimizer steps an epoch, 16 in all
+    _, whole = run(tmp_path / "whole", growth, accumulate_grad_batches=2)
+    kept = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert len(kept) == 20
+    for name in kept if growth is BY_EPOCH else SOME:
+        if name not in ("step16.ckpt", "end3.ckpt"):
+            checkpoint = tmp_path / "whole" / name
+            fit, resumed = run(tmp_path / f"from-{name}", growth, ckpt_path=checkpoint, accumulate_grad_batches=2)
+            assert fit.global_step == 16, name
+            assert_equal_weights(resumed, whole)
+
+
+@pytest.mark.slow
+def test_resume_with_moving_average_mixup_and_workers_is_bit_equal(tmp_path):
+    data = {"num_workers": 2, "shift": 0.125, "mixup": 0.5, "label_smoothing": 0.1}
+    _, whole = run(tmp_path / "whole", BY_EPOCH, ema=True, data=make_data(**data))
+    for name in ("step5.ckpt", "step9.ckpt", "end1.ckpt", "step27.ckpt"):
+        _, resumed = run(
+            tmp_path / name, BY_EPOCH, ckpt_path=tmp_path / "whole" / name, ema=True, data=make_data(**data)
+        )
+        assert_equal_weights(resumed, whole)
+
+
+def test_growth_by_nothing_equals_a_run_without_the_callback(tmp_path):
+    with_callback, first = run(tmp_path / "a", {"schedule": {1: 8, 2: {"ffn": 32}}}, max_epochs=3)
+    growth = with_callback.callbacks[0]
+    assert isinstance(growth, ParameterGrowthCallback) and not growth.events
+    _, second = run(tmp_path / "b", {"schedule": {}}, max_epochs=3)
+    assert_equal_weights(first, second)
+
+
+def test_a_checkpoint_of_any_stage_loads_into_the_ungrown_config(tmp_path):
+    _, task = run(tmp_path, BY_EPOCH)
+    plain = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    for name, tokens in (("end0", 8), ("end1", 16), ("end3", 16)):
+        path = tmp_path / f"{name}.ckpt"
+        loaded = LitImageClassifier.load_from_checkpoint(path, weights_only=True)
+        assert param_tokens(loaded)["qkv"] == tokens
+        fresh = make_task()
+        plain.validate(fresh, make_data(), ckpt_path=path, verbose=False, weights_only=True)
+        assert param_tokens(fresh) == param_tokens(loaded)
+        assert_equal_weights(fresh, loaded)
+    assert param_tokens(task) == {"qkv": 16, "proj": 16, "ffn": 80}
+    plain.validate(task, make_data(), ckpt_path=tmp_path / "end0.ckpt", verbose=False, weights_only=True)
+    assert param_tokens(task)["ffn"] == 32  # an earlier stage into a later model shrinks it
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    run(tmp_path, BY_EPOCH, max_epochs=4)
+    other = make_task(depth=3)
+    with pytest.raises(ValueError, match=r"ckpt_path: .*another architecture: .*blocks\.2.* is missing"):
+        Trainer(accelerator="cpu", logger=False).validate(
+            other, make_data(), ckpt_path=tmp_path / "end0.ckpt", weights_only=True
+        )
+    with pytest.raises(ValueError, match=r"another architecture: .* expected .*48"):
+        Trainer(accelerator="cpu", logger=False).validate(
+            make_task(dim=48), make_data(), ckpt_path=tmp_path / "end0.ckpt", weights_only=True
+        )
+
+
+def test_optimizer_state_of_a_wrong_shape_is_found_at_load(tmp_path):
+    run(tmp_path, BY_EPOCH, max_epochs=4)
+    checkpoint = torch.load(tmp_path / "end1.ckpt", weights_only=True)
+    state = checkpoint["optimizer_states"][0]["state"]
+    key = next(key for key, value in state.items() if value["exp_avg"].ndim == 2 and len(value["exp_avg"]) == 16)
+    state[key]["exp_avg"] = state[key]["exp_avg"][:8]
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    with pytest.raises(ValueError, match=r"optimizer state: exp_avg of parameter .* has shape \(8, 32\)"):
+        run(tmp_path / "again", BY_EPOCH, ckpt_path=tmp_path / "broken.ckpt")
+    check_optimizer_state(make_task().build_optimizer())
