@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
     if not Path(path).is_file():
         raise ValueError(f"ckpt_path: {path} is not a file")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta" or None)
+        mapped = map_location == "meta" and zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         raise ValueError(f"ckpt_path: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"ckpt_path: {path} is truncated or damaged ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"ckpt_path: {path} is truncated or damaged ({_first_line(error)})") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
     return checkpoint
@@ -103,6 +105,10 @@ def grow_checkpoint(
     sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
     print(f"{target}: {sizes} tokens")
     return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _rebuild(path: str, checkpoint: dict[str, Any]) -> tasks.LitTask:

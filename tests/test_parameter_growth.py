@@ -269,7 +269,10 @@ def test_bad_settings_are_refused_when_made(settings, message):
     ("settings", "message"),
     [
         ({"schedule": {3: 16}}, r"schedule: epoch 3 is beyond the end of the fit \(trainer.max_epochs=3\)"),
-        ({"schedule": {18: 16}, "unit": "step"}, r"schedule: step 18 is beyond the end of the fit \(18 optimizer steps\)"),
+        (
+            {"schedule": {18: 16}, "unit": "step"},
+            r"schedule: step 18 is beyond the end of the fit \(18 optimizer steps\)",
+        ),
         ({"schedule": {1: 4}}, "schedule: epoch 1: qkv would shrink from 8 to 4"),
     ],
 )

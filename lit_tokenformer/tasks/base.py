@@ -98,6 +98,11 @@ class LitTask(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_validation_epoch_end(self) -> None:
+        """Tells callbacks the model's size, so that a checkpoint can have it in its name."""
+        sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self.backbone).items()}
+        self.log_dict(sizes, logger=False)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__
         checkpoint["param_tokens"] = param_tokens(self)

@@ -50,9 +50,7 @@ class LitImageClassifier(LitTask):
         num_classes: int = 1000,
         image_size: int = 224,
         overrides: BackboneOverrides = BackboneOverrides(),  # noqa: B008  (frozen)
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05
-        ),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.05),
         schedule: LRSchedule = LRSchedule(),  # noqa: B008  (frozen)
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,

@@ -1,0 +1,295 @@
+"""The command line, as its user calls it."""
+
+import csv
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_tokenformer.cli import main, shipped_configs
+from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
+from lit_tokenformer.models import param_tokens
+from lit_tokenformer.tasks import LitImageClassifier
+
+TINY = [
+    *("--config", "vit_small"),
+    *("--model.overrides.dim", "32", "--model.overrides.depth", "2", "--model.overrides.num_heads", "2"),
+    *("--model.overrides.param_tokens", "8"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+]
+
+
+def growth(folder, schedule, **settings):
+    """A config that replaces the callbacks of a shipped one."""
+    callbacks = [
+        {"class_path": "callbacks.ParameterGrowthCallback", "init_args": {"schedule": schedule, **settings}},
+        {"class_path": "callbacks.GrowingEMA"},
+        {"class_path": "callbacks.TrainingMonitor"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
+    ]
+    path = folder / "growth.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}, sort_keys=False))
+    return ["--config", str(path)]
+
+
+def run(command, folder, *args):
+    """Runs a command in this process; returns its exit status."""
+    where = ["--trainer.default_root_dir", str(folder)] if command not in ("grow",) else []
+    config = TINY if command not in ("grow",) else []
+    try:
+        return main([command, *config, *where, *map(str, args)])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A folder with a fit of three epochs that grew twice."""
+    folder = tmp_path_factory.mktemp("fitted")
+    schedule = growth(folder, {1: 16, 2: 32})
+    assert run("fit", folder, *schedule, "--trainer.max_epochs", 3, "--data.batch_size", 256) == 0
+    return folder
+
+
+def last(folder):
+    (path,) = folder.glob("lightning_logs/version_0/checkpoints/last.ckpt")
+    return path
+
+
+def test_fit_writes_checkpoints_logs_and_the_config(fitted):
+    assert torch.load(last(fitted), weights_only=True)["param_tokens"] == {"qkv": 32, "proj": 32, "ffn": 128}
+    version = fitted / "lightning_logs" / "version_0"
+    assert list(version.glob("events.out.tfevents.*"))
+    saved = yaml.safe_load((version / "config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["schedule"] == {"1": 16, "2": 32}
+    assert saved["model"]["init_args"]["overrides"]["dim"] == 32
+
+
+def test_a_saved_config_can_be_run_again(fitted, tmp_path):
+    config = fitted / "lightning_logs" / "version_0" / "config.yaml"
+    args = ["--config", config, "--trainer.default_root_dir", tmp_path, "--trainer.limit_train_batches", 1]
+    assert main(["fit", *map(str, args)]) == 0
+    assert torch.load(last(tmp_path), weights_only=True)["param_tokens"]["qkv"] == 32
+
+
+def test_sizes_reach_the_model_from_the_data(fitted):
+    task = LitImageClassifier.load_from_checkpoint(last(fitted), weights_only=True)
+    assert task.backbone.num_classes == 10 and task.backbone.config.image_size == 8
+    assert param_tokens(task)["qkv"] == 32
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_grown_checkpoint_is_evaluated_with_the_ungrown_config(command, fitted, capsys):
+    assert run(command, fitted, "--ckpt_path", last(fitted)) == 0
+    assert "acc1" in capsys.readouterr().out
+
+
+def test_predict_writes_a_row_for_each_image(fitted, tmp_path):
+    output = tmp_path / "predictions.csv"
+    assert run("predict", fitted, "--ckpt_path", last(fitted), "--output", output) == 0
+    rows = list(csv.reader(output.open()))
+    assert rows[0] == ["image", *(f"{part}{i}" for i in range(1, 6) for part in ("class", "prob"))]
+    assert [row[0] for row in rows[1:]] == [str(index) for index in range(360)]
+    assert 0 < float(rows[1][4]) <= float(rows[1][2]) <= 1
+    assert run("predict", fitted, "--ckpt_path", last(fitted), "--output", output) == 2
+
+
+def test_fit_goes_on_from_a_checkpoint(fitted, tmp_path):
+    schedule = growth(tmp_path, {1: 16, 2: 32})
+    more = ["--trainer.max_epochs", 4, "--data.batch_size", 256, "--ckpt_path", last(fitted)]
+    assert run("fit", tmp_path, *schedule, *more) == 0
+    assert torch.load(last(tmp_path), weights_only=True)["epoch"] == 3
+
+
+def test_a_checkpoint_grown_offline_gives_the_same_outputs_and_goes_on(fitted, tmp_path, capsys):
+    output = tmp_path / "grown.ckpt"
+    assert run("grow", tmp_path, "--ckpt_path", last(fitted), "--tokens", 64, "--output", output) == 0
+    assert "qkv 32 -> 64" in capsys.readouterr().out
+    before = LitImageClassifier.load_from_checkpoint(last(fitted), weights_only=True).eval()
+    after = LitImageClassifier.load_from_checkpoint(output, weights_only=True).eval()
+    image = torch.randn(4, 3, 8, 8)
+    assert param_tokens(after) == {"qkv": 64, "proj": 64, "ffn": 256}
+    torch.testing.assert_close(after(image), before(image), rtol=1e-5, atol=1e-6)
+    schedule = growth(tmp_path, {1: 16, 2: 32, 3: 64})
+    more = ["--trainer.max_epochs", 5, "--data.batch_size", 256, "--ckpt_path", output]
+    assert run("fit", tmp_path, *schedule, *more) == 0
+    assert run("grow", tmp_path, "--ckpt_path", last(fitted), "--tokens", 64, "--output", output) == 2
+
+
+def test_plan_shows_what_each_stage_costs(tmp_path, capsys):
+    assert run("plan", tmp_path, *growth(tmp_path, {1: 16, 2: 32}), "--trainer.max_epochs", 4) == 0
+    shown = capsys.readouterr().out
+    assert "176 optimizer steps of 32 samples" in shown
+    assert "qkv 32, proj 32, ffn 128" in shown and "of scratch" in shown
+
+
+def shown_help(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    shown = shown_help(capsys, "--help")
+    assert all(f"\n    {name} " in shown for name in ("fit", "validate", "test", "predict", "plan", "grow"))
+
+
+CALLBACKS = ("ParameterGrowthCallback", "GrowingEMA", "TrainingMonitor")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["grow", "--help"],
+        ["fit", "--help"],
+        ["predict", "--help"],
+        ["fit", "--data.help", "ImageDataModule"],
+        ["fit", "--model.help", "LitImageClassifier"],
+        *(["fit", "--trainer.callbacks.help", f"callbacks.{name}"] for name in CALLBACKS),
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_every_option_is_documented(args, capsys):
+    blocks = re.split(r"\n  (?:ARG:   )?--", shown_help(capsys, *args))[1:]
+    options = [" ".join(block.split()) for block in blocks if "(type:" in block]
+    assert options
+    for option in options:
+        name, told = option.split("(type:")[0].split(" ", 1)
+        assert len(re.findall(r"[a-z]{2,}", told.replace("ENV: LIT_TOKENFORMER", ""))) > 1, name
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def bad_checkpoint(kind, folder, good):
+    path = folder / f"{kind}.ckpt"
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:5000])
+    elif kind == "pickled":
+        checkpoint = torch.load(good, weights_only=True)
+        torch.save({**checkpoint, "hyper_parameters": Malicious(folder / "executed")}, path)
+    elif kind == "raw_pickle":
+        path.write_bytes(pickle.dumps(Malicious(folder / "executed")))
+    elif kind == "empty":
+        path.touch()
+    elif kind == "no_fit":
+        torch.save({"weights": torch.zeros(1)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "is not a file"),
+        ("truncated", "truncated or damaged"),
+        ("pickled", "holds pickled code or is damaged"),
+        ("raw_pickle", "holds pickled code or is damaged"),
+        ("empty", "truncated or damaged"),
+        ("no_fit", "is not a checkpoint of a fit"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "validate", "grow"])
+def test_bad_checkpoints_are_refused_and_never_executed(command, kind, message, fitted, tmp_path, capsys):
+    path = bad_checkpoint(kind, tmp_path, last(fitted))
+    tokens = ["--tokens", 64] if command == "grow" else []
+    assert run(command, tmp_path, "--ckpt_path", path, *tokens) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(f"error: ckpt_path: {path}") and message in told
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "vit_smal"], "--config: unknown value 'vit_smal', did you mean 'vit_small'?"),
+        (["--model.preset", "vit_smal"], "preset: unknown value 'vit_smal', did you mean 'vit_small_patch16_224'?"),
+        (["--data.dataset", "digit"], "data.dataset: unknown value 'digit', did you mean 'digits'?"),
+        (["--model.presett", "x"], "did you mean 'preset'?"),
+        (["--data.batch_sise", "3"], "did you mean 'batch_size'?"),
+        (["--model.overrides.dims", "3"], "did you mean 'dim'?"),
+        (["--trainer.max_epohcs", "3"], "did you mean 'max_epochs'?"),
+        (["--model.overrides.num_heads", "5"], "num_heads: 5 heads do not divide dim 32"),
+        (["--model.overrides.patch_size", "3"], "image_size: 8 is not divisible by patch_size 3"),
+        (["--model.overrides.param_tokens", "0"], "param_tokens.qkv: expected a whole number of at least 1, got 0"),
+        (["--model.overrides.param_tokens", "many"], "overrides.param_tokens: expected int or dict, got 'many'"),
+        (["--data.dataset", "imagefolder", "--data.root", "/no/such"], "data.root: no such folder: /no/such"),
+        (["--data.dataset", "imagefolder"], "data.root: "),
+        (["--trainer.default_root_dir", "/proc/no"], "trainer.default_root_dir: cannot write to /proc/no"),
+        (["--trainer.max_epochs", "3"], "schedule: epoch"),
+        (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected int, got 'many'"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(args, message, tmp_path, capsys):
+    assert run("fit", tmp_path, *args) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and message in told[0]
+    assert not list(tmp_path.glob("lightning_logs/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "message"),
+    [
+        ({2: 16, 1: 32}, {}, "schedule: epoch 1 stands after epoch 2; keys must rise"),
+        ({1: 16, 2: 12}, {}, "schedule: epoch 2: qkv would shrink from 16 to 12"),
+        ({1: 4}, {}, "schedule: epoch 1: qkv would shrink from 8 to 4"),
+        ({1: {"fnn": 64}}, {}, "schedule: epoch 1: unknown value 'fnn', did you mean 'ffn'?"),
+        ({"soon": 16}, {}, "schedule: invalid literal for int() with base 10: 'soon'"),
+        ({1: 16}, {"methd": "split"}, "did you mean 'method'?"),
+        ({99: 16}, {}, "schedule: epoch 99 is beyond the end of the fit"),
+    ],
+)
+def test_bad_schedules_are_told_in_one_line_before_any_work(schedule, settings, message, tmp_path, capsys):
+    assert run("fit", tmp_path, *growth(tmp_path, schedule, **settings), "--trainer.max_epochs", 4) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and message in told[0]
+
+
+def test_environment_variables_and_interpolation_set_options(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "more.yaml"
+    size = "${data.init_args.batch_size}"
+    overrides = {"model": {"init_args": {"overrides": {"image_size": size}}}, "data": {"init_args": {"batch_size": 16}}}
+    config.write_text(yaml.safe_dump(overrides))
+    monkeypatch.setenv("LIT_TOKENFORMER_FIT__TRAINER__MAX_STEPS", "77")
+    shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
+    assert shown["model"]["init_args"]["overrides"]["image_size"] == 16
+    assert shown["trainer"]["max_steps"] == 77
+
+
+def test_another_callbacks_package_is_named(tmp_path):
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "__init__.py").write_text("")
+    command = [sys.executable, "-m", "lit_tokenformer", "--help"]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    hidden = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert hidden.returncode != 0 and "another package named 'callbacks' hides ours" in hidden.stderr
+    assert str(tmp_path) in hidden.stderr
+
+
+def test_shipped_configs_are_found_from_any_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", tmp_path, "--config", "configs/vit_small.yaml") == 0
+    assert set(shipped_configs()) >= {"vit_small", "tokenformer_vit_base_imagenet"}
+
+
+def test_growing_offline_without_an_output_never_overwrites(fitted, tmp_path):
+    source = tmp_path / "one.ckpt"
+    source.write_bytes(last(fitted).read_bytes())
+    assert grow_checkpoint(str(source), 64).name == "one-grown.ckpt"
+    with pytest.raises(ValueError, match="output: .*one-grown.ckpt exists already"):
+        grow_checkpoint(str(source), 64)
+    assert read_checkpoint(tmp_path / "one-grown.ckpt", "meta")["param_tokens"]["ffn"] == 256

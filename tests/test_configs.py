@@ -1,0 +1,76 @@
+"""Every config that ships is parsed and built; those on embedded data run."""
+
+import gzip
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PillowImage
+
+from lit_tokenformer.cli import main, shipped_configs
+
+CONFIGS = shipped_configs()
+
+
+def imagenet(folder):
+    """A folder in ImageNet's layout with all its 1000 classes and one small image in each."""
+    for split in ("train", "val"):
+        for number in range(1000):
+            (folder / split / f"n{number:08d}").mkdir(parents=True)
+    picture = folder / "picture.jpg"
+    PillowImage.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(picture)
+    for place in folder.glob("*/n*"):
+        shutil.copy(picture, place / "0.jpg")
+    return ["--data.root", str(folder)]
+
+
+def fashion_mnist(folder):
+    """Fashion-MNIST's four files with a few images each."""
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 256), ("t10k", 32)):
+        images, labels = np.zeros((count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (raw / f"{name}-{kind}-ubyte").write_bytes(head + array.tobytes())
+            with gzip.open(raw / f"{name}-{kind}-ubyte.gz", "wb") as packed:
+                packed.write(head + array.tobytes())
+    return ["--data.root", str(folder)]
+
+
+def hugging_face(folder):
+    """A local data set that load_dataset opens as it opens one on the hub."""
+    features = Features({"img": Image(), "label": ClassLabel(names=[str(number) for number in range(10)])})
+    picture = PillowImage.fromarray(np.zeros((32, 32, 3), np.uint8))
+    rows = Dataset.from_dict({"img": [picture] * 140, "label": [i % 10 for i in range(140)]}, features=features)
+    for split in ("train", "test"):
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return ["--data.hf_name", str(folder)]
+
+
+DATA = {"imagefolder": imagenet, "fashion_mnist": fashion_mnist, "huggingface": hugging_face}
+
+
+def data_arguments(config, folder):
+    name = yaml.safe_load(config.read_text())["data"]["init_args"]["dataset"]
+    return DATA[name](folder) if name in DATA else []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_parsed_built_and_planned(name, tmp_path, capsys):
+    args = [*data_arguments(CONFIGS[name], tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    assert main(["plan", "--config", name, *args, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    stages = yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks"][0]["init_args"].get("schedule", {})
+    shown = capsys.readouterr().out
+    assert all(f"qkv {tokens}," in shown for tokens in stages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "imagenet" not in name])
+def test_configs_of_small_data_run_for_some_steps(name, tmp_path):
+    args = [*data_arguments(CONFIGS[name], tmp_path), "--trainer.accelerator", "cpu"]
+    args += ["--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", name, *args, "--trainer.fast_dev_run", "2"]) == 0

@@ -1,0 +1,79 @@
+"""Growth under DDP, on two processes of this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_tokenformer.models import param_tokens
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+from callbacks import ParameterGrowthCallback
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+torch.set_num_threads(1)
+devices, output, method, accumulate = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+seed_everything(0)
+task = LitImageClassifier(
+    "tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8,
+    overrides={"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8},
+    schedule=LRSchedule("constant"),
+)
+images, labels = torch.randn(96, 3, 8, 8), torch.randint(10, (96,))
+loader = DataLoader(TensorDataset(images, labels), batch_size=16 // devices)
+growth = ParameterGrowthCallback({1: 16, 2: 20} if method == "zero_keys" else {1: 16, 2: 32}, method=method)
+trainer = Trainer(
+    max_epochs=4, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
+    strategy=DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True) if devices > 1 else "auto",
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[growth], accumulate_grad_batches=accumulate,
+)
+trainer.fit(task, loader)
+moments = {n: trainer.optimizers[0].state[p] for n, p in task.named_parameters()}
+found = {"weights": task.state_dict(), "moments": moments, "events": len(growth.events)}
+torch.save(found, f"{output}-{trainer.global_rank}")
+"""
+
+
+def run(folder, devices, method, accumulate):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    output = folder / f"out-{devices}"
+    command = [sys.executable, str(script), str(devices), str(output), method, str(accumulate)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{output}-{rank}", weights_only=True) for rank in range(devices)]
+
+
+def environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "accumulate"), [("split", 1), ("zero_keys", 2)])
+def test_ddp_ranks_agree_after_growth_and_equal_one_process(tmp_path, method, accumulate):
+    first, second = run(tmp_path, 2, method, accumulate)
+    (alone,) = run(tmp_path, 1, method, accumulate)
+    assert first["events"] == second["events"] == alone["events"] == 2
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+        # the order of summation differs between one batch of 16 and two of 8
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-4)
+    for name, state in first["moments"].items():
+        assert torch.equal(state["exp_avg"], second["moments"][name]["exp_avg"]), name
+        torch.testing.assert_close(state["exp_avg"], alone["moments"][name]["exp_avg"], rtol=1e-3, atol=1e-4)
+        assert state["step"] == alone["moments"][name]["step"] == 24 / accumulate
+
+
+def test_param_tokens_of_nothing_is_empty():
+    assert param_tokens(torch.nn.Linear(2, 2)) == {}

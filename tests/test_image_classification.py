@@ -1,0 +1,153 @@
+"""The image classification task: loss, metrics, optimizer and schedule."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
+
+
+def make_task(**settings):
+    return LitImageClassifier(
+        "tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, overrides=TINY, **settings
+    )
+
+
+def loader(count=24, batch_size=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.randint(10, (count,), generator=generator)), batch_size=batch_size)
+
+
+def fit(task, max_epochs=2, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=max_epochs, accelerator="cpu", enable_model_summary=False, **quiet, **settings)
+    trainer.fit(task, loader(), loader())
+    return trainer
+
+
+def test_soft_targets_of_one_class_equal_hard_ones():
+    task, (image, label) = make_task().eval(), next(iter(loader()))
+    task.log = lambda *_, **__: None
+    hard = task.training_step((image, label), 0)
+    soft = task.training_step((image, F.one_hot(label, 10).float()), 0)
+    torch.testing.assert_close(hard, soft)
+
+
+def test_metrics_are_shares_over_the_whole_validation_set():
+    task = make_task()
+    trainer = fit(task)
+    task.eval()
+    with torch.no_grad():
+        logits = torch.cat([task(image) for image, _ in loader()])
+    label = torch.cat([label for _, label in loader()])
+    assert trainer.callback_metrics["val/acc1"].item() == pytest.approx(
+        (logits.argmax(1) == label).float().mean().item()
+    )
+    top5 = (logits.topk(5).indices == label[:, None]).any(1).float().mean().item()
+    assert trainer.callback_metrics["val/acc5"].item() == pytest.approx(top5)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-5)
+
+
+def test_decay_spares_vectors_class_token_and_positions():
+    task = make_task()
+    decayed, spared = task.parameter_groups()
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    assert spared["weight_decay"] == 0.0 and "weight_decay" not in decayed
+    assert {names[parameter].split(".")[-1] for parameter in spared["params"]} == {
+        *("cls_token", "pos_embed", "weight", "bias")  # the final norm's weight and bias, biases of stem and head
+    }
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert len(names) == len(decayed["params"]) + len(spared["params"])
+
+
+class Rates(torch.optim.SGD):
+    """Remembers its learning rate at every step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.rates = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def rates(schedule, **settings):
+    trainer = fit(make_task(optimizer=lambda params: Rates(params, lr=1.0), schedule=schedule), **settings)
+    return trainer.optimizers[0].rates  # 6 steps an epoch
+
+
+def test_cosine_with_warmup_in_epochs():
+    expected = [step / 6 for step in range(6)] + [0.1 + 0.9 * (1 + math.cos(math.pi * s / 12)) / 2 for s in range(12)]
+    assert rates(LRSchedule("cosine", warmup=1, min_factor=0.1), max_epochs=3) == pytest.approx(expected)
+
+
+def test_constant_with_warmup_in_steps():
+    expected = [0.5, 0.75, *[1.0] * 10]
+    assert rates(LRSchedule("constant", warmup=2, warmup_start=0.5, unit="step")) == pytest.approx(expected)
+
+
+def test_warmup_stable_decay():
+    expected = [0.0, 0.5, *[1.0] * 7, 0.75, 0.5, 0.25]
+    assert rates(LRSchedule("wsd", warmup=2, decay=4, unit="step")) == pytest.approx(expected)
+
+
+def test_schedule_counts_optimizer_steps_under_accumulation():
+    assert len(rates(LRSchedule("constant"), accumulate_grad_batches=4)) == 4
+    expected = [0.0, 0.5, 1.0, 0.5]
+    found = rates(LRSchedule("cosine", warmup=1), accumulate_grad_batches=4)
+    assert found == pytest.approx(expected)
+
+
+def test_a_torch_scheduler_takes_the_place_of_the_schedule():
+    def halve(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    trainer = fit(make_task(optimizer=lambda params: Rates(params, lr=1.0), lr_scheduler=halve))
+    assert trainer.optimizers[0].rates == pytest.approx([1.0] * 6 + [0.5] * 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "cosin"}, "schedule.name: unknown value 'cosin', did you mean 'cosine'"),
+        ({"unit": "epochs"}, "schedule.unit: unknown value 'epochs', did you mean 'epoch'"),
+        ({"warmup": -1}, "schedule.warmup: expected at least 0, got -1"),
+        ({"min_factor": 2}, r"schedule.min_factor: expected a factor in \[0, 1\], got 2"),
+    ],
+)
+def test_bad_schedules_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LRSchedule(**settings)
+
+
+def test_a_schedule_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="schedule.name: 'cosine' needs an end"):
+        fit(make_task(), max_epochs=-1)
+
+
+def test_data_of_another_number_of_classes_are_refused():
+    from lit_tokenformer.data import ImageDataModule
+
+    task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=7, image_size=8, overrides=TINY)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="model.num_classes: the model was built for 7, the data have 10"):
+        trainer.fit(task, ImageDataModule("digits"))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    plain, saving = make_task(), make_task(grad_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    for task in (plain, saving):
+        task.log = lambda *_, **__: None
+        task.training_step(next(iter(loader())), 0).backward()
+    for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

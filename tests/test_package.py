@@ -1,0 +1,65 @@
+"""What ships: packages, notebooks, and what the README says."""
+
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_setup_lists_every_package():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    found = {
+        str(init.parent.relative_to(ROOT)).replace("/", ".")
+        for room in ("lit_tokenformer", "callbacks")
+        for init in (ROOT / room).rglob("__init__.py")
+    }
+    assert listed == found | {"lit_tokenformer.configs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run_and_are_stored_without_output(notebook):
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_python_in_the_readme_runs():
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(block, {})
+
+
+def test_configs_and_files_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(((?!http)[\w./]+)\)|(configs/[\w.]+yaml)", README):
+        assert (ROOT / next(filter(None, path))).exists(), path
+    for name in re.findall(r"--config (\w+)", README):
+        assert name == "configs" or (ROOT / "configs" / f"{name}.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_code_and_configs(tmp_path):
+    build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
+    import shutil
+
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "*.egg-info", "lightning_logs", ".*_cache"))
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    import zipfile
+
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("lit_tokenformer/configs/vit_small.yaml", "callbacks/parameter_growth.py", "lit_tokenformer/cli.py"):
+        assert name in names
+    assert not any(name.startswith(("tests/", "configs/", "benchmarks/")) for name in names)
