@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from lit_tokenformer.growth import Rows
+from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
 
 
@@ -190,8 +190,7 @@ class TrainingMonitor(Callback):
                 rows = Rows(layer.num_tokens, layer.num_tokens)
                 if self._growth is not None and self._growth["after"].get(layer.kind) == layer.num_tokens:
                     before = self._growth["before"][layer.kind]
-                    copies = layer.num_tokens // before if self._growth["method"] == "split" else 1
-                    rows = Rows(before, layer.num_tokens, copies)
+                    rows = plan_rows(before, layer.num_tokens, self._growth["method"], layer.score_norm)
                 new = rows.new().to(layer.key_tokens.device)
                 yield from ((layer.key_tokens, new), (layer.value_tokens, new))
 

@@ -175,8 +175,10 @@ class ParameterGrowthCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.unit != "step":
+            return
         total = trainer.estimated_stepping_batches
-        beyond = [key for key in self.schedule if key >= total] if self.unit == "step" else []
+        beyond = [key for key in self.schedule if key >= total]
         if beyond:
             raise ValueError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
 

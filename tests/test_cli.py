@@ -100,6 +100,19 @@ def test_predict_writes_a_row_for_each_image(fitted, tmp_path):
     assert run("predict", fitted, "--ckpt_path", last(fitted), "--output", output) == 2
 
 
+def test_optimizer_and_schedule_are_replaced_by_class_path(tmp_path):
+    config = tmp_path / "lion.yaml"
+    optimizer = {"class_path": "timm.optim.Lion", "init_args": {"lr": 1e-4}}
+    scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}
+    config.write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer, "lr_scheduler": scheduler}}}))
+    more = ["--config", config, *growth(tmp_path, {1: 16}), "--trainer.max_epochs", 2, "--data.batch_size", 512]
+    assert run("fit", tmp_path, *more) == 0
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    assert set(checkpoint["optimizer_states"][0]["state"][0]) == {"exp_avg"}
+    assert checkpoint["lr_schedulers"][0]["gamma"] == 0.5
+    assert LitImageClassifier.load_from_checkpoint(last(tmp_path), weights_only=True).backbone.num_classes == 10
+
+
 def test_fit_goes_on_from_a_checkpoint(fitted, tmp_path):
     schedule = growth(tmp_path, {1: 16, 2: 32})
     more = ["--trainer.max_epochs", 4, "--data.batch_size", 256, "--ckpt_path", last(fitted)]

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm.optim
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -144,6 +145,42 @@ def test_the_same_optimizer_goes_on_with_its_groups_and_steps():
     assert held == set(task.parameters())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
     assert {float(optimizer.state[parameter]["step"]) for parameter in task.parameters()} == {18.0}
+
+
+def adafactor(params):
+    return timm.optim.Adafactor(params, lr=1e-3)
+
+
+OPTIMIZERS = {
+    "adam": lambda params: torch.optim.Adam(params, lr=1e-3, amsgrad=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+    "lion": lambda params: timm.optim.Lion(params, lr=1e-4),
+    "muon": lambda params: timm.optim.Muon(params, lr=1e-3),
+    "torch_adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["split", "zero_keys"])
+def test_optimizers_carry_their_state_over_in_a_fit(name, method, recwarn):
+    task = make_task(optimizer=OPTIMIZERS[name])
+    kept = []
+
+    class Look(Callback):
+        def on_parameter_growth(self, trainer, pl_module, event):
+            kept.append(all(trainer.optimizers[0].state[p] for p in pl_module.parameters()))
+
+    trainer = fit(task, ParameterGrowthCallback({1: 32, 2: 64}, method=method), Look())
+    assert kept == [True, True] and trainer.global_step == 18
+    assert all(torch.isfinite(parameter).all() for parameter in task.parameters())
+    assert not [warning for warning in recwarn if "carried over" in str(warning.message)]
+
+
+def test_state_that_cannot_be_carried_over_is_reset_with_a_warning():
+    task = make_task(optimizer=adafactor, param_tokens=32)
+    with pytest.warns(UserWarning, match=r"Adafactor keeps exp_avg_sq_col, exp_avg_sq_row, which cannot be carried over.*was reset"):
+        fit(task, ParameterGrowthCallback({1: 64}))
 
 
 def test_frozen_parameters_stay_frozen():
