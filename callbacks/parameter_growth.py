@@ -153,7 +153,7 @@ class ParameterGrowthCallback(Callback):
             found.append((key, current))
         return found
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         _growth_context(trainer)
@@ -166,6 +166,8 @@ class ParameterGrowthCallback(Callback):
                 totals = [layer.num_tokens, *(tokens[layer.kind] for _, tokens in stages)]
                 for before, after in itertools.pairwise(totals):
                     plan_rows(before, after, self.method, layer.score_norm, name)
+        if trainer.fast_dev_run:
+            return  # a fit of some batches, whatever is scheduled
         limit = trainer.max_epochs if self.unit == "epoch" else trainer.max_steps
         setting = "max_epochs" if self.unit == "epoch" else "max_steps"
         beyond = [key for key in self.schedule if limit is not None and 0 <= limit <= key]
@@ -174,8 +176,8 @@ class ParameterGrowthCallback(Callback):
                 f"schedule: {self.unit} {beyond[0]} is beyond the end of the fit (trainer.{setting}={limit})"
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.unit != "step":
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self.unit != "step" or trainer.fast_dev_run:
             return
         total = trainer.estimated_stepping_batches
         beyond = [key for key in self.schedule if key >= total]

@@ -9,7 +9,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -248,9 +247,10 @@ class TokenformerCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
             read_checkpoint(path, map_location="meta")
 
-    def instantiate_classes(self) -> None:
-        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
-            super().instantiate_classes()
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        if self.subcommand == "plan":  # shapes are all it needs
+            self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand in ("fit", "predict"):
@@ -267,6 +267,11 @@ class TokenformerCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
+
+
+def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
+    with torch.device("meta"):
+        return kind(*args, **kwargs)
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -179,7 +179,9 @@ def test_optimizers_carry_their_state_over_in_a_fit(name, method, recwarn):
 
 def test_state_that_cannot_be_carried_over_is_reset_with_a_warning():
     task = make_task(optimizer=adafactor, param_tokens=32)
-    with pytest.warns(UserWarning, match=r"Adafactor keeps exp_avg_sq_col, exp_avg_sq_row, which cannot be carried over.*was reset"):
+    with pytest.warns(
+        UserWarning, match=r"Adafactor keeps exp_avg_sq_col, exp_avg_sq_row, which cannot be carried over.*was reset"
+    ):
         fit(task, ParameterGrowthCallback({1: 64}))
 
 
