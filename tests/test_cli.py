@@ -80,6 +80,7 @@ def test_a_saved_config_can_be_run_again(fitted, tmp_path):
 
 def test_sizes_reach_the_model_from_the_data(fitted):
     task = LitImageClassifier.load_from_checkpoint(last(fitted), weights_only=True)
+    assert task.build_optimizer().param_groups[0]["lr"] == 2e-4 and task.schedule.warmup == 2
     assert task.backbone.num_classes == 10 and task.backbone.config.image_size == 8
     assert param_tokens(task)["qkv"] == 32
 

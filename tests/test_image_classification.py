@@ -143,6 +143,17 @@ def test_data_of_another_number_of_classes_are_refused():
         trainer.fit(task, ImageDataModule("digits"))
 
 
+def test_hyperparameters_are_plain_and_come_back(tmp_path):
+    schedule = LRSchedule("wsd", warmup=1, decay=2)
+    task = make_task(optimizer=lambda params: Rates(params, lr=1.0), schedule=schedule, grad_checkpointing=True)
+    trainer = fit(task)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    hparams = torch.load(tmp_path / "one.ckpt", weights_only=True)["hyper_parameters"]
+    assert "optimizer" not in hparams and hparams["overrides"] == TINY and hparams["schedule"]["name"] == "wsd"
+    loaded = LitImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert loaded.schedule == schedule and loaded.backbone.grad_checkpointing
+
+
 def test_activation_checkpointing_gives_the_same_gradients():
     plain, saving = make_task(), make_task(grad_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
