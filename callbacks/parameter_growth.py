@@ -157,13 +157,13 @@ class ParameterGrowthCallback(Callback):
         if stage != "fit":
             return
         _growth_context(trainer)
-        current = param_tokens(pl_module)
-        if not current:
+        birth = self.events[0]["before"] if self.events else param_tokens(pl_module)  # events: fitted before
+        if not birth:
             raise ValueError("schedule: the model has no Pattention layer that could grow; use projection: pattention")
-        stages = self.stages(current)
+        stages = self.stages(birth)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:
-                totals = [layer.num_tokens, *(tokens[layer.kind] for _, tokens in stages)]
+                totals = [birth[layer.kind], *(tokens[layer.kind] for _, tokens in stages)]
                 for before, after in itertools.pairwise(totals):
                     plan_rows(before, after, self.method, layer.score_norm, name)
         if trainer.fast_dev_run:

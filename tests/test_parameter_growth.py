@@ -185,6 +185,14 @@ def test_state_that_cannot_be_carried_over_is_reset_with_a_warning():
         fit(task, ParameterGrowthCallback({1: 64}))
 
 
+def test_a_second_fit_goes_on_with_the_schedule():
+    task, growth = make_task(), ParameterGrowthCallback({1: 16, 3: 32})
+    trainer = fit(task, growth, max_epochs=4)
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(task, loader())
+    assert param_tokens(task)["qkv"] == 32 and len(growth.events) == 2 and trainer.global_step == 30
+
+
 def test_frozen_parameters_stay_frozen():
     task = make_task()
     task.backbone.blocks[0].requires_grad_(False)
