@@ -119,6 +119,8 @@ class ParameterGrowthCallback(Callback):
         ):
             if number < least:
                 raise ValueError(f"{setting}: expected at least {least}, got {number}")
+        if method == "split" and noise == 0:
+            raise ValueError("noise: 0 would leave the copies of a split equal for ever")
         self.schedule = _checked_schedule(schedule, unit)
         self.unit = unit
         self.method = method

@@ -207,7 +207,10 @@ def grow(
                 scale = 1 / rows.copies if part == "key_tokens" else 1.0
                 replaced[old] = GrownParameter(f"{name}.{part}".lstrip("."), old, new, rows, scale)
             setattr(layer, part, replaced[old].new)
-        layer.tau.fill_(math.sqrt(rows.after) if method == "random" else layer.tau.item() * math.sqrt(rows.copies))
+        if method == "random":
+            layer.tau.fill_(math.sqrt(rows.after))
+        else:
+            layer.tau.copy_(layer.tau.double() * math.sqrt(rows.copies))
     return list(replaced.values())
 
 
@@ -279,6 +282,8 @@ def _plan_rows(name: str, layer: Pattention, total: int, method: str) -> Rows:
     rows = plan_rows(layer.num_tokens, total, method, layer.score_norm, name)
     if total == rows.before:
         return rows
+    if method != "random" and total > rows.copies * rows.before and layer.value_std == 0:
+        raise ValueError(f"method: new keys and new values of layer {name!r} would both be zero, and never train")
     for part in ("key_tokens", "value_tokens"):
         parameter, layer_part = layer._parameters.get(part), f"{name}.{part}".lstrip(".")
         if parametrize.is_parametrized(layer, part) or parameter is None:

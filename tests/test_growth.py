@@ -472,3 +472,11 @@ def test_an_old_gradient_is_not_carried_along():
     model, images = trained()
     model(images).sum().backward()
     assert all(one.new.grad is None for one in grow(model, 16))
+
+
+@pytest.mark.parametrize(("method", "total"), [("zero_keys", 8), ("split", 10)])
+def test_new_tokens_with_both_key_and_value_zero_are_refused(method, total):
+    layer = Pattention(8, 8, num_tokens=4, value_std=0.0)
+    with pytest.raises(ValueError, match="would both be zero, and never train"):
+        grow(layer, total, method)
+    assert layer.num_tokens == 4

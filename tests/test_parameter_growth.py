@@ -303,6 +303,7 @@ def test_layers_without_a_kind_or_without_pattention():
         ({"schedule": {1: 16}, "unit": "epochs"}, "unit: unknown value 'epochs', did you mean 'epoch'"),
         ({"schedule": {1: 16}, "method": "copy"}, "method: unknown value 'copy'"),
         ({"schedule": {1: 16}, "new_state": "none"}, "new_state: unknown value"),
+        ({"schedule": {1: 16}, "noise": 0}, "noise: 0 would leave the copies of a split equal for ever"),
         ({"schedule": {1: 16}, "ramp_steps": -2}, "ramp_steps: expected at least 0, got -2"),
     ],
 )
