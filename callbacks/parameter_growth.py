@@ -23,9 +23,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import METHODS, NEW_STATES, Rows, grow, grow_optimizer, plan_rows, target_tokens
-from lit_tokenformer.models import Pattention, param_tokens
-
-TokensByKind = int | dict[str, int]
+from lit_tokenformer.models import Pattention, Tokens, param_tokens
 
 
 @contextmanager
@@ -91,7 +89,7 @@ class ParameterGrowthCallback(Callback):
 
     def __init__(
         self,
-        schedule: dict[int, TokensByKind],
+        schedule: dict[int, Tokens],
         unit: str = "epoch",
         method: str = "split",
         noise: float = 1.0,
@@ -342,7 +340,7 @@ class ParameterGrowthCallback(Callback):
         self._step_hooks.clear()
 
 
-def _checked_schedule(schedule: Mapping[int, TokensByKind], unit: str) -> dict[int, TokensByKind]:
+def _checked_schedule(schedule: Mapping[int, Tokens], unit: str) -> dict[int, Tokens]:
     """The schedule, if its keys rise and no total shrinks.
 
     Raises:
@@ -360,7 +358,7 @@ def _checked_schedule(schedule: Mapping[int, TokensByKind], unit: str) -> dict[i
     return dict(schedule)
 
 
-def _is_reached(tokens: TokensByKind, current: Mapping[str, int]) -> bool:
+def _is_reached(tokens: Tokens, current: Mapping[str, int]) -> bool:
     """Whether a model holds at least these totals of every kind already."""
     wanted = target_tokens(tokens, dict.fromkeys(current, 1))
     named = tokens if isinstance(tokens, Mapping) else wanted

@@ -243,7 +243,10 @@ class TokenformerCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """The config decides what the model is; a checkpoint only has to be whole and safe."""
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        config = self.config[self.config["subcommand"]]
+        path = config.get("ckpt_path")
+        if path == "last" and (found := _last_checkpoint(config["trainer"].get("default_root_dir"))):
+            config["ckpt_path"] = path = str(found)
         if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
             read_checkpoint(path, map_location="meta")
 
@@ -301,6 +304,12 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
         path = str(shipped_configs()[name])
         found[at] = f"{option}={path}" if at == i else path
     return found
+
+
+def _last_checkpoint(folder: str | None) -> Path | None:
+    """The newest ``last.ckpt`` of the runs below a folder; Lightning itself looks only in the run that begins."""
+    found = Path(folder or ".").glob("*/version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _check_writable(folder: str) -> None:

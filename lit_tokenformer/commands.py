@@ -13,9 +13,7 @@ import torch
 from lit_tokenformer import tasks
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import grow, grow_optimizer
-from lit_tokenformer.models import param_tokens
-
-Tokens = int | dict[str, int]
+from lit_tokenformer.models import Tokens, param_tokens
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:

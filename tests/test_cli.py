@@ -121,6 +121,24 @@ def test_fit_goes_on_from_a_checkpoint(fitted, tmp_path):
     assert torch.load(last(tmp_path), weights_only=True)["epoch"] == 3
 
 
+def test_fit_goes_on_from_the_last_checkpoint_of_the_last_run(tmp_path):
+    schedule = [*growth(tmp_path, {1: 16}), "--data.batch_size", 512, "--ckpt_path", "last"]
+    for version, epochs in enumerate((2, 3, 4)):  # the first finds none, and begins anew
+        assert run("fit", tmp_path, *schedule, "--trainer.max_epochs", epochs) == 0
+        (path,) = tmp_path.glob(f"lightning_logs/version_{version}/checkpoints/last.ckpt")
+        checkpoint = torch.load(path, weights_only=True)
+        assert (checkpoint["epoch"], checkpoint["global_step"]) == (epochs - 1, 2 * epochs)
+        assert len(checkpoint["callbacks"]["ParameterGrowthCallback"]["events"]) == 1
+
+
+def test_strategies_that_cannot_grow_are_refused(tmp_path, capsys):
+    config = tmp_path / "strategy.yaml"
+    strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    config.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    assert run("fit", tmp_path, "--config", config) == 2
+    assert "trainer.strategy: a model cannot grow under ModelParallelStrategy" in capsys.readouterr().err
+
+
 def test_a_checkpoint_grown_offline_gives_the_same_outputs_and_goes_on(fitted, tmp_path, capsys):
     output = tmp_path / "grown.ckpt"
     assert run("grow", tmp_path, "--ckpt_path", last(fitted), "--tokens", 64, "--output", output) == 0

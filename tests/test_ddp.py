@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_tokenformer.models import param_tokens
-
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
@@ -77,7 +75,3 @@ def test_ddp_ranks_agree_after_growth_and_equal_one_process(tmp_path, method, ac
         assert torch.equal(state["exp_avg"], second["moments"][name]["exp_avg"]), name
         torch.testing.assert_close(state["exp_avg"], alone["moments"][name]["exp_avg"], rtol=1e-6, atol=1e-8)
         assert state["step"] == alone["moments"][name]["step"] == 24 / accumulate
-
-
-def test_param_tokens_of_nothing_is_empty():
-    assert param_tokens(torch.nn.Linear(2, 2)) == {}

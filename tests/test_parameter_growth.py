@@ -124,7 +124,7 @@ def test_every_precision_works_through_a_growth(precision, method):
     assert max(event["output_difference"] for event in growth.events) < (0.02 if half else 1e-6)
 
 
-def test_compiled_backbone_is_compiled_once_for_each_size(monkeypatch):
+def test_compiled_backbone_is_compiled_once_for_each_size():
     compiled = []
 
     def backend(graph, inputs):
