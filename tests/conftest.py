@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread (the sizes are tiny), one seed."""
+"""What every test shares: no network, one thread (the sizes are tiny), one seed, an environment of its own."""
 
 import os
 
@@ -14,3 +14,12 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """Every test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Lightning writes MASTER_PORT and ranks into the environment; a later test's processes would meet on a port taken since."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
