@@ -18,7 +18,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """Lightning writes MASTER_PORT and ranks into the environment; a later test's processes would meet on a port taken since."""
+    """Lightning writes MASTER_PORT and ranks into it; processes of a later test would meet on a port taken since."""
     before = dict(os.environ)
     yield
     os.environ.clear()
