@@ -16,12 +16,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from lit_tokenformer.compute import ModelCost
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
 
@@ -31,7 +33,9 @@ class TrainingMonitor(Callback):
 
     ``compute/training_flops``
         Operations of all training steps so far, over all processes; it counts on when a fit is resumed.
-    ``compute/samples_per_second``
+    ``compute/data_tokens``
+        Data tokens (of texts) or patches (of images) that were trained on so far, likewise.
+    ``compute/samples_per_second``, ``compute/data_tokens_per_second``
         Training samples over all processes and seconds since the last report; validation does not count.
     ``size/parameters``, ``size/tokens_qkv``, ...
         Learned numbers, and parameter tokens of each kind of projection.
@@ -40,6 +44,8 @@ class TrainingMonitor(Callback):
         for the tokens it appended and for the others.
     ``best/...``
         At the end of the fit, the best score of each ``ModelCheckpoint`` (since the last growth).
+
+    At the end it tells the throughput of the whole fit in one line.
 
     A logger with ``add_image`` and ``add_text`` (TensorBoard) also gets a picture of validation images with their
     predictions (``val/predictions``: green where right, red where wrong) after each validation, and the run's
@@ -53,9 +59,10 @@ class TrainingMonitor(Callback):
         ValueError: If ``log_images`` is negative.
 
     Note:
-        Operations are counted where the module has a method ``cost()`` whose result has ``training_flops``, those of
-        one sample. A picture is made where a batch is ``(image (B, C, H, W), label)`` and the module's ``forward``
-        gives logits (B, classes); ``class_names``, ``mean`` and ``std`` of the data module are used if it has them.
+        Operations and data tokens are counted where the module has a method ``cost()`` whose result has
+        ``training_flops`` and ``data_tokens``, those of one sample. A picture is made where a batch is
+        ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``, ``mean``
+        and ``std`` of the data module are used if it has them.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -69,21 +76,25 @@ class TrainingMonitor(Callback):
         self.row_norms = row_norms
         self.training_flops = 0
         """Operations of all training steps so far; a whole number of any size, so nothing is rounded."""
+        self.data_tokens = 0
+        """Data tokens of all training steps so far."""
         self._growth: dict[str, Any] | None = None
-        self._flops_per_sample: int | None = None
+        self._cost: ModelCost | None = None
         self._sizes: dict[str, int] = {}
         self._samples = 0
-        self._since = self._paused = 0.0
+        self._tokens_before_fit = 0
+        self._since = self._paused = self._begun = 0.0
         self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
         self._hparams_logged = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"training_flops": self.training_flops, "growth": self._growth}
+        return {"training_flops": self.training_flops, "data_tokens": self.data_tokens, "growth": self._growth}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.training_flops = state_dict["training_flops"]
+        self.data_tokens = state_dict["data_tokens"]
         self._growth = state_dict["growth"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,6 +111,7 @@ class TrainingMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measure(pl_module)
+        self._begun, self._tokens_before_fit = time.perf_counter(), self.data_tokens
         _log(trainer, self._totals())
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
@@ -127,17 +139,21 @@ class TrainingMonitor(Callback):
     ) -> None:
         samples = _num_samples(batch) * (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         self._samples += samples
-        if self._flops_per_sample is not None:
-            self.training_flops += self._flops_per_sample * samples
+        if self._cost is not None:
+            self.training_flops += self._cost.training_flops * samples
+            self.data_tokens += self._cost.data_tokens * samples
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
         changes = [(parameter.detach() - before, new) for parameter, before, new in self._held]
         norms = {name: float(norm) for name, norm in {**self._row_norms, **self._norms("update", changes)}.items()}
         self._held, self._row_norms = [], {}
         now = time.perf_counter()
-        rate = {"compute/samples_per_second": self._samples / (now - self._since)}
+        rate = self._samples / (now - self._since)
+        rates = {"compute/samples_per_second": rate}
+        if self._cost is not None:
+            rates["compute/data_tokens_per_second"] = rate * self._cost.data_tokens
         self._samples, self._since = 0, now
-        _log(trainer, {**self._totals(), **rate, **norms})
+        _log(trainer, {**self._totals(), **rates, **norms})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -157,7 +173,9 @@ class TrainingMonitor(Callback):
             self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since += time.perf_counter() - self._paused
+        pause = time.perf_counter() - self._paused
+        self._since += pause
+        self._begun += pause
         if not _is_fit(trainer):
             return
         if self._examples and trainer.is_global_zero:
@@ -170,18 +188,26 @@ class TrainingMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _log(trainer, {**self._totals(), **_best_scores(trainer)})
         self._log_hparams(trainer)
+        tokens, seconds = self.data_tokens - self._tokens_before_fit, time.perf_counter() - self._begun
+        if tokens:
+            rank_zero_info(
+                f"Trained on {tokens:,} data tokens in {seconds:.0f} s without validation: {tokens / seconds:,.0f} per "
+                f"second; {self.training_flops:.3g} FLOPs so far"
+            )
 
     def _measure(self, pl_module: LightningModule) -> None:
         """Sizes and cost of the model as it is; throughput is measured anew."""
         cost = getattr(pl_module, "cost", None)
-        self._flops_per_sample = int(cost().training_flops) if callable(cost) else None
+        self._cost = cost() if callable(cost) else None
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
         self._sizes |= {f"size/tokens_{kind}": total for kind, total in param_tokens(pl_module).items()}
         self._samples, self._since = 0, time.perf_counter()
 
     def _totals(self) -> dict[str, float]:
-        flops = {} if self._flops_per_sample is None else {"compute/training_flops": float(self.training_flops)}
-        return {**flops, **self._sizes}
+        if self._cost is None:
+            return {**self._sizes}
+        flops, tokens = float(self.training_flops), float(self.data_tokens)
+        return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
 
     def _rows(self, pl_module: LightningModule) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended."""

@@ -79,18 +79,48 @@ def _recomputed(config: TokenformerConfig, tokens: Totals) -> int:
     return config.depth * _block(config, tokens).flops - spared * last
 
 
+def _patch_stem(config: TokenformerConfig) -> Cost:
+    dim, length = config.dim, config.num_data_tokens
+    pixels = config.in_chans * config.patch_size**2
+    patches = length - config.num_prefix_tokens
+    parameters = pixels * dim + dim + length * dim + config.num_prefix_tokens * dim
+    return Cost(parameters, 2 * patches * pixels * dim, length * dim)
+
+
+def _token_stem(config: TokenformerConfig) -> Cost:
+    return Cost(config.vocab_size * config.dim, 0, config.num_data_tokens * config.dim)
+
+
+def _image_head(config: TokenformerConfig) -> Cost:
+    size = config.dim * config.num_classes
+    return Cost(size + config.num_classes, 2 * size, config.num_data_tokens * config.dim)
+
+
+def _language_head(config: TokenformerConfig) -> Cost:
+    size, length = config.dim * config.vocab_size, config.num_data_tokens
+    return Cost(0 if config.tie_embeddings else size, 2 * size * length, length * config.dim)
+
+
+_STEMS = {"patch": _patch_stem, "token": _token_stem}
+"""What stems cost: parameters, and operations and kept numbers for each sample."""
+_HEADS = {"image": _image_head, "language": _language_head}
+"""What heads cost: parameters, and operations and kept numbers for each sample."""
+
+
 @dataclass(frozen=True)
 class ModelCost:
-    """What a whole model costs.
+    """What a whole model costs; a sample is an image, or a text of ``context_length``.
 
     Args:
         parameters: Numbers that are learned.
+        data_tokens: Data tokens of each sample, T.
         flops: Operations of one forward pass, for each sample.
         training_flops: Operations of one forward and backward pass, for each sample.
         kept: Numbers kept for the backward pass, for each sample (an estimate).
     """
 
     parameters: int
+    data_tokens: int
     flops: int
     training_flops: int
     kept: int
@@ -120,23 +150,16 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         86447848
     """
     totals = dict(config.tokens.items()) if tokens is None else tokens
-    dim, length = config.dim, config.num_data_tokens
-    patches = length - config.num_prefix_tokens
-    pixels = config.in_chans * config.patch_size**2
-    block = _block(config, totals)
-
-    stem_flops = 2 * patches * pixels * dim
-    head_flops = 2 * dim * config.num_classes
-    block_flops = config.depth * block.flops * length
+    dim, depth, length = config.dim, config.depth, config.num_data_tokens
+    block, stem, head = _block(config, totals), _STEMS[config.stem](config), _HEADS[config.head](config)
     again = _recomputed(config, totals) * length if checkpointing else 0
-    stem_parameters = pixels * dim + dim + length * dim + config.num_prefix_tokens * dim
-    head_parameters = (dim + 1) * config.num_classes
     return ModelCost(
-        parameters=stem_parameters + config.depth * block.parameters + 2 * dim + head_parameters,
-        flops=stem_flops + block_flops + head_flops,
+        parameters=stem.parameters + depth * block.parameters + 2 * dim + head.parameters,
+        data_tokens=length,
+        flops=stem.flops + depth * block.flops * length + head.flops,
         # the stem's input needs no gradient, so its backward pass is one product instead of two
-        training_flops=2 * stem_flops + 3 * block_flops + again + 3 * head_flops,
-        kept=length * (2 * dim + (config.depth * dim + block.kept if checkpointing else config.depth * block.kept)),
+        training_flops=2 * stem.flops + 3 * depth * block.flops * length + again + 3 * head.flops,
+        kept=stem.kept + head.kept + length * (depth * dim + block.kept if checkpointing else depth * block.kept),
     )
 
 

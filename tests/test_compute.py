@@ -85,7 +85,7 @@ def test_published_formula():
 
 
 def test_training_memory_counts_weights_gradients_states_and_activations():
-    cost = ModelCost(parameters=10, flops=0, training_flops=0, kept=3)
+    cost = ModelCost(parameters=10, data_tokens=1, flops=0, training_flops=0, kept=3)
     assert cost.training_memory(batch_size=5) == 4 * (10 * 4 + 3 * 5)
     assert cost.training_memory(batch_size=5, bytes_per_number=2, states=1) == 2 * (10 * 3 + 3 * 5)
     assert model_cost(TINY, checkpointing=True).kept < model_cost(TINY).kept

@@ -21,6 +21,16 @@ PUBLISHED = {
     "tokenformer_vit_large_matched_patch16_224": 304_007_144,
     "tokenformer_vit_large_patch16_224": 404_670_440,
     "vit_base_patch16_224": 86_567_656,
+    "tokenformer_150m": 151_881_216,
+    "tokenformer_450m": 454_166_528,
+    "tokenformer_900m": 903_252_480,
+    "tokenformer_1_5b": 1_587_219_456,
+    "tokenformer_owt_124m": 123_569_664,
+    "tokenformer_owt_354m": 354_190_848,
+    "tokenformer_owt_757m": 753_796_608,
+    "tokenformer_owt_1_4b": 1_309_705_728,
+    "tokenformer_owt2_354m": 353_503_232,
+    "tokenformer_owt2_757m": 756_156_416,
 }
 
 
@@ -44,8 +54,10 @@ def test_vit_presets_count_as_timm_does(name):
 
 @pytest.mark.parametrize("name", list_presets())
 def test_every_preset_runs_when_shrunk(name):
-    model = create_backbone(name, depth=1, dim=48, num_heads=3, image_size=32, num_classes=4, param_tokens=6)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    small = {"depth": 1, "dim": 48, "num_heads": 3, "param_tokens": 6}
+    model = create_backbone(name, **small, image_size=32, num_classes=4, vocab_size=7, context_length=5)
+    inputs = {"patch": torch.zeros(1, 3, 32, 32), "token": torch.zeros(1, 5, dtype=torch.long)}
+    assert model(inputs[model.config.stem]).shape == {"patch": (1, 4), "token": (1, 5, 7)}[model.config.stem]
 
 
 def test_overrides_replace_and_none_keeps():

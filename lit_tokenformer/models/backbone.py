@@ -1,6 +1,9 @@
 """Tokenformer: a stem, blocks, a final norm and a head, under timm's contract for backbones.
 
 Source: arXiv 2410.23168, section 3.2; the contract is that of ``timm.models.vision_transformer``.
+
+Shapes: B batch, T data tokens, D width. The input is ``image (B, C, height, width)`` or ``tokens (B, T) int64``,
+as the config's stem has it.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -15,13 +19,38 @@ from torch import Tensor, nn
 
 from lit_tokenformer.models.block import Block
 from lit_tokenformer.models.config import TokenformerConfig
-from lit_tokenformer.models.heads import ImageHead
+from lit_tokenformer.models.heads import ImageHead, make_head
+from lit_tokenformer.models.mixers import Context, KeyValueCache
 from lit_tokenformer.models.pattention import Pattention
-from lit_tokenformer.models.stems import PatchStem
+from lit_tokenformer.models.positions import rotary_angles
+from lit_tokenformer.models.stems import make_stem
+
+
+class DecodingState:
+    """What a model remembers of the sequences it has read so far, so that they can go on token by token.
+
+    Args:
+        caches: One cache for each block.
+        length: Data tokens that fit.
+        padding: Data tokens at the left of each sequence that are none of it, (B,) int64; ``None`` for none at all.
+        param_tokens: Parameter tokens of the model it belongs to.
+
+    Attributes:
+        start: Data tokens read so far, those of the padding included.
+    """
+
+    def __init__(
+        self, caches: list[KeyValueCache], length: int, padding: Tensor | None, param_tokens: dict[str, int]
+    ) -> None:
+        self.caches = caches
+        self.length = length
+        self.padding = padding
+        self.param_tokens = param_tokens
+        self.start = 0
 
 
 class Tokenformer(nn.Module):
-    """A vision transformer whose projections are Pattention layers.
+    """A Transformer for images or text whose projections are Pattention layers.
 
     Args:
         config: The architecture at birth.
@@ -47,10 +76,10 @@ class Tokenformer(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
         rates: Any = calculate_drop_path_rates(config.drop_path, config.depth)
-        self.stem = PatchStem(config)
+        self.stem: Any = make_stem(config)
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
         self.norm: nn.Module = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.head = ImageHead(config.dim, config.num_classes, config.global_pool, config.num_prefix_tokens)
+        self.head = make_head(config, self.stem)
 
     @property
     def param_tokens(self) -> dict[str, int]:
@@ -71,7 +100,7 @@ class Tokenformer(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer of the head."""
-        return self.head.fc
+        return getattr(self.head, "fc", self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head with fresh weights.
@@ -79,27 +108,70 @@ class Tokenformer(nn.Module):
         Args:
             num_classes: Outputs; 0 leaves the linear layer out.
             global_pool: ``token``, ``avg`` or ``""``; ``None`` keeps what it was.
+
+        Raises:
+            ValueError: If the model has no image head.
         """
+        if not isinstance(self.head, ImageHead):
+            raise ValueError(f"head: a {self.config.head} head has no classes that could be set")
         pool = self.head.global_pool if global_pool is None else global_pool
         reference = self.stem.pos_embed  # the final norm may have been pruned
         self.head = ImageHead(self.num_features, num_classes, pool, self.num_prefix_tokens)
         self.head.to(device=reference.device, dtype=reference.dtype)
         self.num_classes = num_classes
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """(B, C, height, width) -> normalised data tokens (B, 1 + T, D)."""
-        x = self.stem(image)
-        for block in self.blocks:
-            x = self._run(block, x)
+    def new_state(self, length: int, padding: Tensor | None = None) -> DecodingState:
+        """A state for decoding token by token, with nothing read yet.
+
+        Args:
+            length: Data tokens that must fit, those of the padding included.
+            padding: Data tokens at the left of each sequence that are none of it, (B,) int64, so that sequences of
+                different length end together.
+        """
+        return DecodingState([KeyValueCache(length) for _ in self.blocks], length, padding, self.param_tokens)
+
+    def forward_features(
+        self, x: Tensor, documents: Tensor | None = None, state: DecodingState | None = None
+    ) -> Tensor:
+        """The input -> normalised data tokens (B, T, D).
+
+        Args:
+            x: Images (B, C, height, width) or token ids (B, T) int64.
+            documents: Number of the document that each token belongs to, (B, T) int64; a token does not attend to
+                those of another document.
+            state: What was read before; it is extended by what is read now.
+
+        Raises:
+            ValueError: If the state is full, or if it is from before a growth.
+        """
+        x = self.stem(x)
+        context = self._context(x, documents, state)
+        for number, block in enumerate(self.blocks):
+            x = self._run(block, x, context, None if state is None else state.caches[number])
+        if state is not None:
+            state.start += x.shape[1]
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1 + T, D) -> logits (B, C), or pooled features (B, D) with ``pre_logits``."""
+        """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits`` what they are made from."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, C, height, width) -> logits (B, C)."""
-        return self.forward_head(self.forward_features(image))
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        state: DecodingState | None = None,
+        pre_logits: bool = False,
+    ) -> Tensor:
+        """Images (B, C, height, width) -> logits (B, C), or token ids (B, T) -> logits (B, T, V).
+
+        Args:
+            x: The input.
+            documents: As in :meth:`forward_features`.
+            state: As in :meth:`forward_features`.
+            pre_logits: Give what the logits are made from, (B, D) or (B, T, D).
+        """
+        return self.forward_head(self.forward_features(x, documents, state), pre_logits)
 
     def forward_intermediates(
         self,
@@ -114,7 +186,7 @@ class Tokenformer(nn.Module):
         """Outputs of chosen blocks, as timm's feature extraction wants them.
 
         Args:
-            x: Images, (B, C, height, width).
+            x: Images, (B, C, height, width), or token ids, (B, T).
             indices: The last n blocks, these blocks, or all (``None``).
             return_prefix_tokens: Give ``(patches, prefix)`` pairs instead of patches.
             norm: Apply the final norm to each.
@@ -128,17 +200,18 @@ class Tokenformer(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        height, width = x.shape[-2:]
+        size = x.shape[-2:]
         x = self.stem(x)
+        context = self._context(x)
         intermediates = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run(block, x)
+            x = self._run(block, x, context)
             if i in take:
                 intermediates.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in intermediates]
         patches = [y[:, self.num_prefix_tokens :] for y in intermediates]
         if output_fmt == "NCHW":
-            grid = self.stem.patch_embed.dynamic_feat_size((height, width))
+            grid = self.stem.patch_embed.dynamic_feat_size(size)
             patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, rows, columns)
         found: list[Any] = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
         return found if intermediates_only else (self.norm(x), found)
@@ -155,10 +228,42 @@ class Tokenformer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _context(self, x: Tensor, documents: Tensor | None = None, state: DecodingState | None = None) -> Context:
+        """What the blocks need to know of the data tokens (B, T, D)."""
+        config, length, device = self.config, x.shape[1], x.device
+        start = 0 if state is None else state.start
+        padding = None if state is None else state.padding
+        if state is not None and state.param_tokens != self.param_tokens:
+            raise ValueError(
+                f"state: it was made by a model with {state.param_tokens} parameter tokens, this one has "
+                f"{self.param_tokens}; begin with a new state after a growth"
+            )
+        if state is not None and start + length > state.length:
+            raise ValueError(f"state: {start + length} data tokens do not fit into its length of {state.length}")
+        rotary = None
+        if config.positions == "rotary":
+            positions = torch.arange(start, start + length, device=device)  # (T,)
+            if padding is not None:
+                positions = (positions - padding[:, None]).clamp_min(0)  # (B, T)
+            rotary = rotary_angles(config, positions, x.dtype)
+        mask = None
+        if documents is not None:
+            mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
+            mask = mask.tril() if config.causal else mask
+        elif padding is not None or (start and length > 1):
+            rows = torch.arange(start, start + length, device=device)[:, None]  # (T, 1)
+            columns = torch.arange(start + length, device=device)  # (S,)
+            mask = (columns <= rows)[None, None]  # (1, 1, T, S)
+            if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
+                mask = mask & ((columns >= padding[:, None, None, None]) | (columns == rows))  # (B, 1, T, S)
+        return Context(rotary, mask, config.causal and length > 1, start)
+
+    def _run(
+        self, block: Callable[..., Tensor], x: Tensor, context: Context, cache: KeyValueCache | None = None
+    ) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x)
-        return block(x)
+            return checkpoint(block, x, context, cache)
+        return block(x, context, cache)
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:

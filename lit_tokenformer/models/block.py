@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.feed_forward import make_feed_forward
-from lit_tokenformer.models.mixers import Attention
+from lit_tokenformer.models.mixers import Attention, Context, KeyValueCache
 
 
 class Block(nn.Module):
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.mlp = make_feed_forward(config)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, context: Context = Context(), cache: KeyValueCache | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a cache, data tokens attend to those in it too."""
+        x = x + self.drop_path(self.attn(self.norm1(x), context, cache))
         return x + self.drop_path(self.mlp(self.norm2(x)))

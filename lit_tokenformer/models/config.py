@@ -78,6 +78,13 @@ KINDS = tuple(field.name for field in fields(ParamTokens))
 """The kinds of projection that a growth schedule can name."""
 
 
+_MODALITIES: list[dict[str, str]] = [
+    {"stem": "patch", "head": "image", "positions": "learned"},
+    {"stem": "token", "head": "language", "positions": "rotary"},
+]
+"""The ways in which input, output and positions go together."""
+
+
 @dataclass(frozen=True)
 class TokenformerConfig:
     """One architecture: sizes and names of parts.
@@ -95,12 +102,21 @@ class TokenformerConfig:
         norm_affine: Whether the norms inside the blocks have weights and biases; the final norm always has.
         norm_eps: Epsilon of every layer norm.
         drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        causal: Whether a data token attends only to those before it and to itself.
+        positions: ``learned`` (added by the stem) or ``rotary`` (queries and keys are turned).
+        rotary_fraction: Share of each head's dimensions that ``rotary`` turns, the first ones.
+        rotary_base: Base of the rotary frequencies.
+        stem: What the input is: ``patch`` (images) or ``token`` (token ids).
+        head: What comes out: ``image`` (logits of classes) or ``language`` (logits over the vocabulary).
         image_size: Side of the square input images in pixels.
         patch_size: Side of the square patches in pixels; must divide ``image_size``.
         in_chans: Channels of the input images.
         num_classes: Outputs of the head; 0 leaves the head out.
         global_pool: ``token`` (the class token) or ``avg`` (the mean of the patch tokens).
         class_token: Whether a class token is prepended to the patches.
+        vocab_size: Token ids that can be read and written, V.
+        context_length: Longest sequence of token ids, T.
+        tie_embeddings: Whether the language head shares the weights of the token embedding.
     """
 
     dim: int = 384
@@ -115,16 +131,26 @@ class TokenformerConfig:
     norm_affine: bool = False
     norm_eps: float = 1e-5
     drop_path: float = 0.0
+    causal: bool = False
+    positions: str = "learned"
+    rotary_fraction: float = 0.25
+    rotary_base: float = 10000.0
+    stem: str = "patch"
+    head: str = "image"
     image_size: int = 224
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000
     global_pool: str = "token"
     class_token: bool = True
+    vocab_size: int = 50304
+    context_length: int = 1024
+    tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
-        for name in ("dim", "depth", "num_heads", "image_size", "patch_size", "in_chans"):
+        sizes = ("dim", "depth", "num_heads", "image_size", "patch_size", "in_chans", "vocab_size", "context_length")
+        for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
@@ -144,12 +170,30 @@ class TokenformerConfig:
             ("projection", ("pattention", "linear")),
             ("feed_forward", ("pattention", "mlp")),
             ("score_norm", ("l2_gelu", "gelu_l2", "softmax", "gelu")),
+            ("positions", ("learned", "rotary")),
+            ("stem", ("patch", "token")),
+            ("head", ("image", "language")),
             ("global_pool", ("token", "avg")),
         ):
             if getattr(self, name) not in choices:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
+        parts = {"stem": self.stem, "head": self.head, "positions": self.positions}
+        if parts not in _MODALITIES:
+            known = "; ".join(", ".join(f"{part}: {name}" for part, name in one.items()) for one in _MODALITIES)
+            told = ", ".join(f"{part}: {name}" for part, name in parts.items())
+            raise ValueError(f"stem: no model is put together from {told}; there are: {known}")
+        if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
+            raise ValueError(
+                f"rotary_fraction: expected a share in (0, 1] and a positive base, "
+                f"got {self.rotary_fraction} and {self.rotary_base}"
+            )
+        if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                f"rotary_fraction: {self.rotary_fraction} of {self.dim // self.num_heads} dimensions in a head are "
+                f"{self.rotary_dim}; expected an even number of at least 2"
+            )
 
     @property
     def tokens(self) -> ParamTokens:
@@ -163,8 +207,14 @@ class TokenformerConfig:
 
     @property
     def num_data_tokens(self) -> int:
-        """Length of the sequence, T, for an image of ``image_size``."""
-        return (self.image_size // self.patch_size) ** 2 + self.num_prefix_tokens
+        """Length of the sequence, T, for an image of ``image_size`` or a text of ``context_length``."""
+        patches = (self.image_size // self.patch_size) ** 2
+        return {"patch": patches + self.num_prefix_tokens, "token": self.context_length}[self.stem]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotary positions turn."""
+        return int(self.dim // self.num_heads * self.rotary_fraction)
 
     @property
     def mlp_hidden(self) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.models.config import TokenformerConfig
 
 
 class ImageHead(nn.Module):
@@ -40,3 +45,38 @@ class ImageHead(nn.Module):
         elif self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
         return x if pre_logits else self.fc(x)
+
+
+class LanguageHead(nn.Module):
+    """Maps each data token to one logit for each token id; without a bias, as published.
+
+    Args:
+        config: Width and vocabulary.
+        embedding: Weights to share, (V, D); ``None`` for weights of its own.
+    """
+
+    def __init__(self, config: TokenformerConfig, embedding: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if embedding is None else embedding
+        if embedding is None:
+            nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, V), or what was given with ``pre_logits``."""
+        return x if pre_logits else F.linear(x, self.weight)
+
+
+def _image(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
+    return ImageHead(config.dim, config.num_classes, config.global_pool, config.num_prefix_tokens)
+
+
+def _language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
+    return LanguageHead(config, stem.embedding.weight if config.tie_embeddings else None)  # type: ignore
+
+
+HEADS: dict[str, Callable[[TokenformerConfig, nn.Module], nn.Module]] = {"image": _image, "language": _language}
+
+
+def make_head(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
+    """The head that ``config.head`` names, for a model with this stem."""
+    return HEADS[config.head](config, stem)

@@ -2,6 +2,9 @@
 
 Sizes of the vision models: arXiv 2410.23168, Table 9 (with the misprinted feed-forward of Large-matched read as
 3072, the only reading that gives the published 304 M). The Small and Tiny rows follow DeiT's widths and depths.
+Sizes of the language models: appendix F (Pile), appendix D (``owt``: the growth ladder on OpenWebText) and the
+published configs (``owt2``: the pair on OpenWebText2). Names hold the size as published, and so ``owt_1_4b`` has
+1,309,705,728 parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +21,10 @@ _SMALL = {"dim": 384, "depth": 12, "num_heads": 6}
 _BASE = {"dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"dim": 1024, "depth": 24, "num_heads": 16}
 _VIT = {"projection": "linear", "feed_forward": "mlp", "bias": True, "norm_affine": True, "norm_eps": 1e-6}
+_LM = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
+_PILE = {**_LM, "context_length": 2048}
+_OWT = {**_LM, **_BASE}
+_OWT2 = {**_LM, **_LARGE}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_tiny_patch16_224": {**_TINY, "param_tokens": 192},
@@ -26,6 +33,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_base_patch16_224": {**_BASE, "param_tokens": 768},
     "tokenformer_vit_large_matched_patch16_224": {**_LARGE, "param_tokens": 768},
     "tokenformer_vit_large_patch16_224": {**_LARGE, "param_tokens": 1024},
+    "tokenformer_lm_tiny": {**_LM, "dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 128},
+    "tokenformer_lm_small": {**_LM, "dim": 256, "depth": 6, "num_heads": 8, "param_tokens": 256},
+    "tokenformer_150m": {**_PILE, **_BASE, "param_tokens": 768},
+    "tokenformer_450m": {**_PILE, **_LARGE, "param_tokens": 1024},
+    "tokenformer_900m": {**_PILE, "dim": 1280, "depth": 32, "num_heads": 16, "param_tokens": 1280},
+    "tokenformer_1_5b": {**_PILE, "dim": 1536, "depth": 40, "num_heads": 16, "param_tokens": 1536},
+    "tokenformer_owt_124m": {**_OWT, "param_tokens": 576},
+    "tokenformer_owt_354m": {**_OWT, "param_tokens": 2140},
+    "tokenformer_owt_757m": {**_OWT, "param_tokens": 4850},
+    "tokenformer_owt_1_4b": {**_OWT, "param_tokens": 8620},
+    "tokenformer_owt2_354m": {**_OWT2, "param_tokens": 768},
+    "tokenformer_owt2_757m": {**_OWT2, "param_tokens": 1792},
     "vit_tiny_patch16_224": {**_TINY, **_VIT},
     "vit_small_patch16_224": {**_SMALL, **_VIT},
     "vit_base_patch16_224": {**_BASE, **_VIT},

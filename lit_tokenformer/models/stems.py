@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,3 +70,36 @@ class PatchStem(nn.Module):
                 saved, new_size=list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TokenStem(nn.Module):
+    """An embedding of token ids, N(0, 0.02) as in the published code.
+
+    Args:
+        config: Width and vocabulary.
+    """
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the embedding anew."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed: none, as published."""
+        return set()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) int64 -> (B, T, D)."""
+        return self.embedding(tokens)
+
+
+STEMS: dict[str, Callable[[TokenformerConfig], nn.Module]] = {"patch": PatchStem, "token": TokenStem}
+
+
+def make_stem(config: TokenformerConfig) -> nn.Module:
+    """The stem that ``config.stem`` names; what it gives is (B, T, D)."""
+    return STEMS[config.stem](config)

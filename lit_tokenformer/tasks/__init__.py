@@ -1,7 +1,8 @@
 """LightningModules: loss, metrics, optimizer groups and schedule around one backbone."""
 
 from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.tasks.causal_lm import LitCausalLM
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
 from lit_tokenformer.tasks.schedule import LRSchedule
 
-__all__ = ["LRSchedule", "LitImageClassifier", "LitTask"]
+__all__ = ["LRSchedule", "LitCausalLM", "LitImageClassifier", "LitTask"]

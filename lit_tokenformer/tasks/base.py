@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import random
 from collections.abc import Iterator
@@ -38,7 +40,7 @@ class LitTask(pl.LightningModule):
         self,
         backbone: Tokenformer,
         optimizer: OptimizerCallable,
-        schedule: LRSchedule,
+        schedule: LRSchedule | dict[str, Any],
         lr_scheduler: LRSchedulerCallable | None,
         compile: bool,
         grad_checkpointing: bool,
@@ -46,12 +48,30 @@ class LitTask(pl.LightningModule):
         super().__init__()
         self.backbone = backbone
         self.make_optimizer = optimizer
-        self.schedule = schedule
+        self.schedule = LRSchedule(**schedule) if isinstance(schedule, dict) else schedule
         self.make_lr_scheduler = lr_scheduler
         backbone.set_grad_checkpointing(grad_checkpointing)
         if compile:
             backbone.compile(dynamic=False)
         self._rng_states: list[dict[str, Any]] | None = None
+
+    @staticmethod
+    def plain(overrides: Any) -> dict[str, Any]:
+        """The fields of an architecture that a user gave, from a dataclass or from what a checkpoint keeps of it."""
+        given = overrides if isinstance(overrides, dict) else dataclasses.asdict(overrides)
+        return {key: value for key, value in given.items() if value is not None}
+
+    def remember_arguments(self) -> None:
+        """Keeps the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
+
+        Functions are plain where they come from a config; others are left out.
+        """
+        frame = inspect.currentframe()
+        self.save_hyperparameters(frame=frame and frame.f_back)
+        plain = {key: value for key, value in self.hparams.items() if not callable(value)}
+        plain |= {"overrides": self.plain(plain["overrides"]), "schedule": dataclasses.asdict(self.schedule)}
+        self.hparams.clear()
+        self.save_hyperparameters(plain)
 
     def model_output(self, batch: Any) -> Tensor:
         """What the model gives for a batch, without loss; growth is checked on it."""

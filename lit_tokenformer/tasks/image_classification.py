@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -56,19 +53,10 @@ class LitImageClassifier(LitTask):
         compile: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
-        given: dict[str, Any] = dataclasses.asdict(overrides) if dataclasses.is_dataclass(overrides) else overrides
-        given = {key: value for key, value in given.items() if value is not None}
-        backbone = create_backbone(preset, **{"num_classes": num_classes, "image_size": image_size, **given})
-        schedule = LRSchedule(**schedule) if isinstance(schedule, dict) else schedule
+        given = {"num_classes": num_classes, "image_size": image_size, **self.plain(overrides)}
+        backbone = create_backbone(preset, **given)
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
-        # a checkpoint keeps plain types only
-        overrides, schedule = given, dataclasses.asdict(schedule)  # type: ignore[assignment]
-        self.save_hyperparameters()
-        functions = [name for name in ("optimizer", "lr_scheduler") if callable(self.hparams[name])]
-        if functions:  # from a config they are plain too
-            for name in functions:
-                del self.hparams[name]
-            self.save_hyperparameters(ignore=functions)
+        self.remember_arguments()
         classes = backbone.num_classes
         self.val_acc1 = MulticlassAccuracy(classes, top_k=1, average="micro")
         self.val_acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")

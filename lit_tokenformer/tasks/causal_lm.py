@@ -1,0 +1,181 @@
+"""Causal language modelling: the next token's cross-entropy, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.aggregation import MeanMetric
+
+from lit_tokenformer.models import BackboneOverrides, create_backbone
+from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.tasks.losses import linear_cross_entropy
+from lit_tokenformer.tasks.schedule import LRSchedule
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the tokenizer's file beside the checkpoints."""
+
+
+class LitCausalLM(LitTask):
+    """Trains a backbone to predict the next token.
+
+    A batch is ``tokens (B, T + 1) int64``; negative ones are neither read nor predicted. It logs ``train/loss``,
+    ``val/loss``, ``val/perplexity`` and, where the data know the bytes of the original text, ``val/bits_per_byte``
+    (``test/...`` likewise); losses in nats for each token.
+
+    The checkpoint holds the tokenizer of the data, and its folder gets a ``tokenizer.json``, so that text can be
+    generated from it without the data.
+
+    Args:
+        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
+        vocab_size: Token ids, V; on the command line the data's tokenizer decides, unless ``overrides`` has it.
+        context_length: Longest text in tokens, T; on the command line the data's block size decides.
+        separator_id: Token id that ends a document; on the command line the data decide.
+        overrides: Fields of the architecture that replace the preset's.
+        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
+        schedule: Learning rate over the fit.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        z_loss: Weight of the squared log-partition in the training loss; ``train/loss`` is logged without it.
+        cross_documents: Whether a token attends to documents before its own in the same block; without it
+            ``separator_id`` must be known.
+        compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
+        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+
+    Raises:
+        ValueError: For an unknown preset, sizes that do not fit each other, or an architecture that is not causal.
+
+    Example:
+        >>> task = LitCausalLM("tokenformer_lm_tiny", vocab_size=257, context_length=32)
+        >>> task(torch.zeros(1, 32, dtype=torch.long)).shape
+        torch.Size([1, 32, 257])
+    """
+
+    def __init__(
+        self,
+        preset: str = "tokenformer_lm_small",
+        vocab_size: int = 50304,
+        context_length: int = 1024,
+        separator_id: int | None = None,
+        overrides: BackboneOverrides = BackboneOverrides(),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1
+        ),
+        schedule: LRSchedule = LRSchedule(),  # noqa: B008  (frozen)
+        lr_scheduler: LRSchedulerCallable | None = None,
+        z_loss: float = 0.0,
+        cross_documents: bool = True,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
+        backbone = create_backbone(preset, **given)
+        if not backbone.config.causal or backbone.config.head != "language":
+            raise ValueError(f"model.preset: {preset!r} does not predict the next token")
+        if z_loss < 0:
+            raise ValueError(f"model.z_loss: expected at least 0, got {z_loss}")
+        if not cross_documents and separator_id is None:
+            raise ValueError("model.cross_documents: false needs separator_id, the token that ends a document")
+        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        self.remember_arguments()
+        self.separator_id = separator_id
+        self.z_loss = z_loss
+        self.cross_documents = cross_documents
+        self.tokenizer_json: str | None = None
+        """The tokenizer of the data that the model was trained on, as the text of a ``tokenizer.json``."""
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V)."""
+        return self.backbone(tokens)
+
+    def model_output(self, batch: Tensor) -> Tensor:
+        """Logits (1, T, V) of the first block of a batch: those of all would not fit into memory."""
+        return self.backbone(batch[:1, :-1].clamp_min(0), self._documents(batch[:1]))
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        config = self.backbone.config
+        size = getattr(data, "vocab_size", config.vocab_size)
+        if size > config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer: it has {size} tokens, the model's vocab_size is {config.vocab_size}; "
+                "use the tokenizer that the model was trained with, or set model.overrides.vocab_size"
+            )
+        length = getattr(data, "context_length", config.context_length)
+        if length > config.context_length:
+            raise ValueError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss, count = self._loss(batch, self.z_loss)
+        if self.z_loss:
+            with torch.no_grad():
+                self.log("train/loss_with_z", loss / count, batch_size=len(batch))
+        self.log("train/loss", loss / count, prog_bar=True, batch_size=len(batch))
+        return loss / count
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self._log_scores("val", self.val_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test", self.test_loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tokenizer"] = self._tokenizer_of_data()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.tokenizer_json = checkpoint.get("tokenizer")
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        text = self._tokenizer_of_data()
+        if text is None or not self.trainer.is_global_zero:
+            return
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+    def _tokenizer_of_data(self) -> str | None:
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        return self.tokenizer_json if tokenizer is None else tokenizer.to_json()
+
+    def _documents(self, batch: Tensor) -> Tensor | None:
+        """The number of each token's document, (B, T); a separator belongs to the document that it ends."""
+        if self.cross_documents or self.separator_id is None:
+            return None
+        ends = torch.eq(batch[:, :-1], self.separator_id)
+        return ends.cumsum(dim=1) - ends.long()
+
+    def _loss(self, batch: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the predicted tokens of a batch (B, T + 1), and their number."""
+        features = self.backbone(batch[:, :-1].clamp_min(0), self._documents(batch), pre_logits=True)  # (B, T, D)
+        weight = self.backbone.get_classifier().weight
+        return linear_cross_entropy(features, weight, batch[:, 1:], z_loss)  # type: ignore[arg-type]
+
+    def _evaluate(self, batch: Tensor, mean: Metric) -> None:
+        loss, count = self._loss(batch)
+        mean.update(loss / count.clamp_min(1), count)
+
+    def _log_scores(self, stage: str, mean: Metric) -> None:
+        loss = mean.compute()
+        scores = {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}
+        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        if bytes_per_token is not None:
+            scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
+        self.log_dict(scores, prog_bar=True)
+        mean.reset()

@@ -1,0 +1,77 @@
+"""Cross-entropy over a large vocabulary, without ever holding all logits.
+
+The pieces are rows of the logits; the gradient of each is computed in the forward pass, while its logits are there
+(the idea of Liger kernels, arXiv 2410.10989, section 3.2). torch 2.14 has ``F.linear_cross_entropy`` for this, which
+under autocast rounds the loss itself to half precision, and which cannot give the z-loss its log-partition; our tests
+compare with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS = 2**24
+"""Logits that are held at once."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the loss over rows; gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, z_loss: float) -> Tensor:  # type: ignore[override]
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = max(1, CHUNK_NUMBERS // weight.shape[0])
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=wide, device=x.device)
+        with torch.autocast(device, enabled=False):
+            kernel = weight.to(dtype)
+            for start in range(0, len(x), rows):
+                piece, label = x[start : start + rows].to(dtype), target[start : start + rows, None]
+                logits = (piece @ kernel.T).to(wide)  # (rows, V)
+                partition = logits.logsumexp(dim=1, keepdim=True)  # (rows, 1)
+                kept, known = (label >= 0).to(wide), label.clamp_min(0)
+                loss = partition - logits.gather(1, known) + z_loss * partition.square()
+                total += (loss * kept).sum()
+                if grad_x is None and grad_weight is None:
+                    continue
+                grad = logits.sub_(partition).exp_().mul_(kept * (1 + 2 * z_loss * partition))
+                grad = grad.scatter_add_(1, known, -kept).to(dtype)  # (rows, V)
+                if grad_x is not None:
+                    grad_x[start : start + rows] = grad @ kernel
+                if grad_weight is not None:
+                    grad_weight += grad.T @ piece
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_x, grad_weight = (None if one is None else one * grad.to(one.dtype) for one in ctx.saved_tensors)
+        return grad_x, grad_weight, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ``softmax(x W^T)``, with the log-partition's square times ``z_loss`` added.
+
+    Args:
+        x: What the logits are made from, (..., D).
+        weight: W, (V, D).
+        target: Token ids (...); negative ones do not count.
+        z_loss: Weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5; there 1e-4).
+
+    Returns:
+        The sum over targets in nats, (), in float32 at least; and the number of targets, ().
+
+    Example:
+        >>> loss, count = linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
+        >>> round(loss.item(), 4), count.item()  # ln 8
+        (2.0794, 1)
+    """
+    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, target.flatten(), z_loss)
+    return total, (target >= 0).sum()
