@@ -61,8 +61,8 @@ class TrainingMonitor(Callback):
     Note:
         Operations and data tokens are counted where the module has a method ``cost()`` whose result has
         ``training_flops`` and ``data_tokens``, those of one sample. A picture is made where a batch is
-        ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``, ``mean``
-        and ``std`` of the data module are used if it has them.
+        ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``,
+        ``mean`` and ``std`` of the data module are used if it has them.
 
     Example:
         >>> from lightning.pytorch import Trainer

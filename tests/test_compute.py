@@ -12,6 +12,15 @@ from lit_tokenformer.growth import grow
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, preset_config
 
 TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
+LANGUAGE = {
+    "stem": "token",
+    "head": "language",
+    "positions": "rotary",
+    "rotary_fraction": 0.5,
+    "causal": True,
+    "vocab_size": 19,
+    "context_length": 9,
+}
 CONFIGS = {
     "pattention": {},
     "vit": {"projection": "linear", "feed_forward": "mlp", "bias": True, "norm_affine": True},
@@ -24,16 +33,21 @@ CONFIGS = {
     "grey-uneven": {"in_chans": 1, "param_tokens": {"qkv": 7, "proj": 5, "ffn": 11}, "score_norm": "softmax"},
     "drop-path": {"drop_path": 0.1},
     "one-block-drop-path": {"drop_path": 0.1, "depth": 1},
+    "language": LANGUAGE,
+    "language-untied": {**LANGUAGE, "tie_embeddings": False, "projection": "linear", "feed_forward": "mlp"},
 }
 EVERY_CONFIG = pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
 
 
 def counted(model, training):
-    """Operations for one sample as torch counts them; the image needs no gradient."""
+    """Operations for one sample as torch counts them; the input needs no gradient."""
     config = model.config
-    image = torch.randn(1, config.in_chans, config.image_size, config.image_size)
+    inputs = {
+        "patch": torch.randn(1, config.in_chans, config.image_size, config.image_size),
+        "token": torch.randint(config.vocab_size, (1, config.context_length)),
+    }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(image)
+        output = model(inputs[config.stem])
         if training:
             output.sum().backward()
     return counter.get_total_flops()
@@ -82,6 +96,16 @@ def test_published_formula():
     weights = 2 * depth * dim * (3 * 768 + 768 + 3072)
     stem_and_head = 2 * 196 * 3 * 16**2 * dim + 2 * dim * 1000
     assert model_cost(config).flops == 2 * weights * length + 4 * depth * dim * length**2 + stem_and_head
+
+
+def test_published_formula_for_language():
+    """As above with the product that gives logits, 2 V d for each token; the embedding is a look-up."""
+    config = preset_config("tokenformer_150m")
+    length, dim, depth = 2048, 768, 12
+    weights = 2 * depth * dim * (3 * 768 + 768 + 3072)
+    cost = model_cost(config)
+    assert cost.data_tokens == length
+    assert cost.flops == 2 * weights * length + 4 * depth * dim * length**2 + 2 * 50304 * dim * length
 
 
 def test_training_memory_counts_weights_gradients_states_and_activations():
