@@ -47,6 +47,10 @@ def test_a_scaled_loss_scales_the_gradient_and_parts_can_be_frozen():
     torch.testing.assert_close(scaled, 1000 * once)
     (weights_only,) = torch.autograd.grad(linear_cross_entropy(x.detach(), weight, target)[0], weight)
     assert weights_only.shape == weight.shape
+    total, _ = linear_cross_entropy(x, weight, target)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="were used already"):
+        total.backward()
     with torch.no_grad():
         assert not linear_cross_entropy(x, weight, target)[0].requires_grad
 

@@ -45,14 +45,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = grad.scatter_add_(1, known, -kept).to(dtype)  # (rows, V)
                 if grad_x is not None:
                     grad_x[start : start + rows] = grad @ kernel
-                if grad_weight is not None:
+                if grad_weight is not None and grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad.T, piece)  # without a product that takes as much memory again
+                elif grad_weight is not None:
                     grad_weight += grad.T @ piece
-        ctx.save_for_backward(grad_x, grad_weight)
+                del logits, grad
+        ctx.gradients = grad_x, grad_weight
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_x, grad_weight = (None if one is None else one * grad.to(one.dtype) for one in ctx.saved_tensors)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were used already; compute the loss again")
+        found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight's is large
+        grad_x, grad_weight = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
         return grad_x, grad_weight, None, None
 
 
