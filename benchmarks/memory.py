@@ -19,7 +19,9 @@ from lit_tokenformer.tasks import LitCausalLM
 def main(preset: str, length: int, batch: int, checkpointing: bool) -> None:
     """Prints the peak, what weights, gradients and moments take, and the difference."""
     torch.manual_seed(0)
-    optimizer = partial(torch.optim.AdamW, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)  # as in the configs
+    optimizer = partial(
+        torch.optim.AdamW, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )  # as in the configs
     task = LitCausalLM(preset, context_length=length, optimizer=optimizer, grad_checkpointing=checkpointing)
     task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     adam = task.build_optimizer()

@@ -1,4 +1,4 @@
-"""Draws a run from its TensorBoard logs: validation accuracy and loss against training compute, with its growths.
+"""Draws a run from its TensorBoard logs: scores and loss against training compute, with its growths.
 
     python benchmarks/plot_growth.py LOG_DIR OUTPUT.png
 
@@ -13,44 +13,34 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import Run
+
+SCORES = {"val/acc1": ("validation accuracy (%)", 100), "val/bits_per_byte": ("validation bits per byte", 1)}
 
 
 def main(log_dir: str, output: str) -> None:
     """Reads the events in ``log_dir`` and writes a picture to ``output``."""
-    events = EventAccumulator(log_dir, size_guidance={"scalars": 0})
-    events.Reload()
-
-    def series(tag: str) -> tuple[list[int], list[float]]:
-        scalars = events.Scalars(tag)
-        return [scalar.step for scalar in scalars], [scalar.value for scalar in scalars]
-
-    flop_steps, flops = series("compute/training_flops")
-
-    def compute(step: int) -> float:
-        return next((value for at, value in zip(flop_steps, flops, strict=True) if at >= step), flops[-1]) / 1e12
-
+    run = Run(log_dir)
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1])
     for tag, colour in (("train/loss", "tab:gray"), ("val/loss", "tab:orange")):
-        steps, values = series(tag)
-        upper.plot([compute(step) for step in steps], values, color=colour, label=tag, linewidth=1.2)
+        steps, values = run.series(tag)
+        upper.plot(run.compute(steps), values, color=colour, label=tag, linewidth=1.2)
     upper.set_yscale("log")
     upper.set_ylabel("loss (nats)")
     right = upper.twinx()
-    steps, values = series("val/acc1")
-    right.plot([compute(step) for step in steps], [100 * value for value in values], color="tab:blue", label="val/acc1")
-    right.set_ylabel("validation accuracy (%)", color="tab:blue")
-    steps, values = series("size/parameters")
-    ends = [*(compute(step) for step in steps[1:]), flops[-1] / 1e12]
-    lower.step(
-        [compute(steps[0]) * 0, *ends], [value / 1e6 for value in (*values, values[-1])], where="post", color="k"
-    )
-    lower.set_ylabel("parameters (M)")
+    for tag, (label, scale) in SCORES.items():
+        if tag in run.tags:
+            steps, values = run.series(tag)
+            right.plot(run.compute(steps), scale * values, color="tab:blue", label=tag)
+            right.set_ylabel(label, color="tab:blue")
+    steps, values = run.series("size/parameters")
+    lower.step([0, *run.compute(steps[1:]), run.compute(steps[-1:])[0]], [*values, values[-1]], where="post", color="k")
+    lower.set_ylabel("parameters")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("training compute (TFLOP)")
-    for step, _ in zip(*series("growth/output_difference"), strict=True):
+    for place in run.compute(run.growths()):
         for axis in (upper, lower):
-            axis.axvline(compute(step), color="tab:green", linestyle="--", linewidth=1)
+            axis.axvline(place, color="tab:green", linestyle="--", linewidth=1)
     upper.plot([], [], color="tab:green", linestyle="--", label="growth")
     upper.legend(loc="center right")
     figure.tight_layout()

@@ -100,6 +100,12 @@ def test_warmup_stable_decay():
     assert rates(LRSchedule("wsd", warmup=2, decay=4, unit="step")) == pytest.approx(expected)
 
 
+def test_restarts_begin_anew_with_a_warmup_that_is_a_share_of_their_steps():
+    found = rates(LRSchedule("cosine", warmup=0.25, min_factor=0.5, unit="share", restarts=(8,)))
+    first = [0.0, 0.5, *[0.75 + 0.25 * math.cos(math.pi * step / 6) for step in range(6)]]
+    assert found == pytest.approx([*first, 0.0, *[0.75 + 0.25 * math.cos(math.pi * step / 3) for step in range(3)]])
+
+
 def test_schedule_counts_optimizer_steps_under_accumulation():
     assert len(rates(LRSchedule("constant"), accumulate_grad_batches=4)) == 4
     expected = [0.0, 0.5, 1.0, 0.5]
@@ -121,6 +127,8 @@ def test_a_torch_scheduler_takes_the_place_of_the_schedule():
         ({"name": "cosin"}, "schedule.name: unknown value 'cosin', did you mean 'cosine'"),
         ({"unit": "epochs"}, "schedule.unit: unknown value 'epochs', did you mean 'epoch'"),
         ({"warmup": -1}, "schedule.warmup: expected at least 0, got -1"),
+        ({"restarts": (5, 5)}, "schedule.restarts: expected steps above 0 in rising order, got .5, 5."),
+        ({"restarts": (0,)}, "schedule.restarts: expected steps above 0"),
         ({"min_factor": 2}, r"schedule.min_factor: expected a factor in \[0, 1\], got 2"),
     ],
 )

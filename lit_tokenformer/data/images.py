@@ -6,12 +6,10 @@ Transforms, mixup and CutMix are timm's; the way a run is resumed bit for bit is
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +19,6 @@ from lit_tokenformer.data.image_sources import SOURCES, HubStream, SourceSetting
 from lit_tokenformer.data.loading import (
     EpochSampler,
     EvalImages,
-    FitProgress,
     ImageReader,
     ResumableLoader,
     ResumableStreamLoader,
@@ -31,12 +28,13 @@ from lit_tokenformer.data.loading import (
     collate_readable,
     seeded,
 )
+from lit_tokenformer.data.resumable import ResumableDataModule
 from lit_tokenformer.errors import unknown_name
 
 _DATA_SET_DEFAULTS = Augmentation()
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(ResumableDataModule):
     """Batches ``(image (B, 3, H, W) float32, label (B,) int64)`` for training, evaluation and prediction.
 
     Images are normalised by the data set's mean and standard deviation; grey ones become RGB. With mixup, CutMix or
@@ -112,7 +110,7 @@ class ImageDataModule(LightningDataModule):
         streaming: bool = False,
         shuffle_buffer: int = 1000,
     ) -> None:
-        super().__init__()
+        super().__init__(seed, num_workers)
         if dataset not in SOURCES:
             raise unknown_name("data.dataset", dataset, SOURCES)
         self.source = SOURCES[dataset]
@@ -131,15 +129,11 @@ class ImageDataModule(LightningDataModule):
         self.image_size = self.source.image_size if image_size is None else image_size
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.augmentation = augmentation.completed(self.source.augmentation)
-        self.seed = seed
         self.predict_root = predict_root
         self.max_corrupt_share = max_corrupt_share
         self.shuffle_buffer = shuffle_buffer
-        self._train_loader: ResumableLoader | ResumableStreamLoader | None = None
-        self._resume_from: dict[str, Any] = {}
 
         for name, value, low in (
             ("image_size", self.image_size, 1),
@@ -204,7 +198,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The resumable training loader of this process."""
-        trainer, samples, seed, (rank, replicas) = self.trainer, self.splits.train, self._seed, self._place
+        samples, seed, (rank, replicas) = self.splits.train, self._seed, self._place
         loader: ResumableLoader | ResumableStreamLoader
         if isinstance(samples, HubStream):
             stream = self._stream(samples, self.batch_size, seed)
@@ -232,21 +226,7 @@ class ImageDataModule(LightningDataModule):
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),
             )
-        loader.progress = FitProgress(trainer) if trainer is not None else None
-        if self._resume_from:
-            loader.load_state_dict(self._resume_from)
-            self._resume_from = {}
-        self._train_loader = loader
-        return loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training loader stands. Lightning restores this before it asks for loaders; what it restores of the
-        loaders themselves is lost where a schedule has asked for the number of steps before."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next training loader go on where another one stood."""
-        self._resume_from = state_dict
+        return self._resumed(loader)
 
     def val_dataloader(self) -> DataLoader:
         """Validation images, in order."""
@@ -316,22 +296,10 @@ class ImageDataModule(LightningDataModule):
         return self.splits.test if self.predict_root is None else find_images(self.predict_root)
 
     @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        """This process among those that see different data, and their number."""
-        place = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (place["rank"], place["num_replicas"]) if place else (0, 1)
-
-    @property
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // (self.trainer.num_devices if self.trainer is not None else 1)
-        return 0 if self.source.tiny or share < 2 else min(share, 8)
+        return 0 if self.source.tiny else self._spare_workers
 
     def _stream(self, split: HubStream, batch_size: int, seed: int | None) -> StreamImages:
         from datasets.distributed import split_dataset_by_node

@@ -399,15 +399,20 @@ class ResumableStreamLoader(_CountingLoader):
             epoch, skip = (epoch + 1, 0) if self._finished else (epoch, self._batches)
         self._enter(epoch, skip)
         self._finished = False
+        for batch in self._read(epoch, skip):
+            self._batches += 1
+            yield batch
+        self._finished = True
+
+    def _read(self, epoch: int, skip: int) -> Iterator[Any]:
+        """The batches of an epoch that come after the first ``skip``."""
         stream: Any = self.dataset
         # Workers take turns, so the first skip // workers batches of each lie before the point to go on from, whatever
         # the shards' sizes.
         stream.epoch, stream.skip_batches = epoch, skip // max(1, self.num_workers)
         for number, batch in enumerate(super().__iter__()):
             if number >= skip:
-                self._batches += 1
                 yield batch
-        self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the batches of it that were trained on, and whether the epoch is over."""

@@ -106,17 +106,24 @@ class LitTask(pl.LightningModule):
                 return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": scheduler.monitor}
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total) and self.schedule.name != "constant":
+        if math.isinf(total) and (self.schedule.name != "constant" or self.schedule.unit == "share"):
             raise ValueError(
                 f"schedule.name: {self.schedule.name!r} needs an end; set trainer.max_epochs or trainer.max_steps"
             )
-        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        per_epoch = self._steps_per_epoch() if self.schedule.unit == "epoch" else 1
 
         def factor(step: int) -> float:
             return self.schedule.factor(step, total, per_epoch)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps_per_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()  # a fit that is limited by steps has not done so yet
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            raise ValueError("schedule.unit: epochs of a stream have no known length; use 'step'")
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_validation_epoch_end(self) -> None:
         """Tells callbacks the model's size, so that a checkpoint can have it in its name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ class LRSchedule:
         warmup_start: Factor on the learning rate at the first step of the warm-up.
         decay: Length of the decay of ``wsd``, in ``unit``.
         min_factor: Factor on the learning rate at the last step of ``cosine`` and ``wsd``.
-        unit: ``epoch`` or ``step`` (optimizer steps).
+        unit: What ``warmup`` and ``decay`` are measured in: ``epoch``, ``step`` (optimizer steps) or ``share`` (of all
+            steps, or of those between two restarts).
+        restarts: Optimizer steps at which it begins anew, warm-up included, in rising order.
     """
 
     name: str = "cosine"
@@ -27,11 +30,12 @@ class LRSchedule:
     decay: float = 0.0
     min_factor: float = 0.0
     unit: str = "epoch"
+    restarts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for setting, value, choices in (
             ("schedule.name", self.name, ("cosine", "constant", "wsd")),
-            ("schedule.unit", self.unit, ("epoch", "step")),
+            ("schedule.unit", self.unit, ("epoch", "step", "share")),
         ):
             if value not in choices:
                 raise unknown_name(setting, value, choices)
@@ -41,6 +45,8 @@ class LRSchedule:
         for setting in ("warmup_start", "min_factor"):
             if not 0 <= getattr(self, setting) <= 1:
                 raise ValueError(f"schedule.{setting}: expected a factor in [0, 1], got {getattr(self, setting)}")
+        if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.restarts))):
+            raise ValueError(f"schedule.restarts: expected steps above 0 in rising order, got {list(self.restarts)}")
 
     def factor(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
         """The factor on the learning rate.
@@ -55,7 +61,10 @@ class LRSchedule:
             >>> [round(schedule.factor(step, 6, 3), 3) for step in range(7)]
             [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
         """
-        scale = steps_per_epoch if self.unit == "epoch" else 1
+        begin = max((restart for restart in self.restarts if restart <= step), default=0)
+        end = min((restart for restart in self.restarts if restart > step), default=total_steps)
+        step, total_steps = step - begin, end - begin
+        scale = {"epoch": steps_per_epoch, "step": 1, "share": total_steps}[self.unit]
         warmup, decay = self.warmup * scale, self.decay * scale
         if step < warmup:
             return self.warmup_start + (1 - self.warmup_start) * step / warmup

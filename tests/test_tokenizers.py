@@ -1,0 +1,237 @@
+"""Tokenizers: exact round trips, ids one can rely on, and what a wrong name or file says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from tokenizers import models, pre_tokenizers, processors
+
+from lit_tokenformer.data.tokenizers import USUAL_SEPARATORS, Tokenizer, bpe_size, check_name, cut
+
+TEXTS = [
+    "plain words, and more of them",
+    "naïve café — “quotes” 日本語 🙂👩‍👩‍👧 \U0010ffff",
+    "tabs\tand\r\nline\n\n\nbreaks  \u2028 two  spaces   three\x00\x7f\x85\xa0",
+    "the literal <|endoftext|> and </s> are text",
+    " leading and trailing ",
+    "def f(x):\n    return x ** 2\n",
+]
+
+
+def letters(count: int, seed: int = 0) -> str:
+    random.seed(seed)
+    return "".join(random.choices("abcde é\n\n 日", k=count))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return Tokenizer.train_bpe([*TEXTS, letters(5000)], 400)
+
+
+def words(*vocabulary: str) -> hf.Tokenizer:
+    backend = hf.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+def one_line(caught: pytest.ExceptionInfo) -> bool:
+    return "\n" not in str(caught.value)
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = Tokenizer.bytes()
+    for text in TEXTS:
+        assert tokenizer.encode(text) == list(text.encode())
+    assert (tokenizer.size, tokenizer.separator, tokenizer.separator_id) == (257, "<|endoftext|>", 256)
+    assert tokenizer.decode(range(256)) == bytes(range(256)).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip_is_exact(bpe: Tokenizer, text: str):
+    for tokenizer in (bpe, Tokenizer.bytes()):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.separator_id not in tokenizer.encode(text)
+
+
+def test_every_character_survives(bpe: Tokenizer):
+    text = "".join(map(chr, [*range(0x3000), *range(0xE000, 0x10FFFF, 997)]))
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_batch_is_encoded_like_its_texts(bpe: Tokenizer):
+    assert bpe.encode_batch(TEXTS) == [bpe.encode(text) for text in TEXTS]
+
+
+def test_bpe_is_shorter_than_bytes_and_the_same_each_time(bpe: Tokenizer):
+    again = Tokenizer.train_bpe([*TEXTS, letters(5000)], 400)
+    assert again.to_json() == bpe.to_json() and again.fingerprint == bpe.fingerprint
+    assert bpe.size <= 400 and len(bpe.encode(letters(100))) < len(letters(100).encode())
+
+
+def test_separators_are_written_by_name(bpe: Tokenizer):
+    for tokenizer in (bpe, Tokenizer.bytes("</s>")):
+        ids = [tokenizer.separator_id, *tokenizer.encode("a"), tokenizer.separator_id]
+        assert tokenizer.decode(ids) == f"{tokenizer.separator}a{tokenizer.separator}"
+
+
+# --- Long texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 7, 50, 1000])
+def test_pieces_of_a_text_are_the_text(size: int):
+    for text in ("", "a", letters(2000), "x" * 100, " " * 100, "\n" * 100, "a\nb" * 50, "a b" * 50):
+        pieces = list(cut(text, size))
+        assert "".join(pieces) == text and all(len(piece) <= size for piece in pieces)
+
+
+def test_pieces_give_the_tokens_of_the_whole(bpe: Tokenizer):
+    text = "\n".join("some words, naïve  and\n\n\tmore of them 1234"[: 5 + i % 38] for i in range(400))
+    pieces = list(cut(text, 300))
+    assert len(pieces) > 20
+    assert [token for ids in bpe.encode_batch(pieces) for token in ids] == bpe.encode(text)
+
+
+def test_documents_come_back_in_order_and_whole(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lit_tokenformer.data.tokenizers._BATCH", 500)
+    documents = [letters(n, seed=n) for n in (1, 700, 3, 2000, 499, 0, 5)]
+    found: list[list[int]] = [[]]
+    for ids, ends in bpe.encode_documents(iter(documents)):
+        found[-1] += ids.tolist()
+        found += [[]] if ends else []
+    assert found == [*map(bpe.encode, documents), []]
+
+
+# --- Text as it is produced ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_text_is_the_text(bpe: Tokenizer, text: str):
+    for tokenizer in (bpe, Tokenizer.bytes()):
+        streamer = tokenizer.stream()
+        parts = [streamer.step(token) for token in tokenizer.encode(text)]
+        assert "".join(parts) == text and streamer.finish() == ""
+
+
+def test_incomplete_characters_are_held_back():
+    streamer = Tokenizer.bytes().stream()
+    assert [streamer.step(byte) for byte in "a🙂b".encode()] == ["a", "", "", "", "🙂", "b"]
+    assert streamer.step(0xF0) == "" and streamer.finish() == "\ufffd"
+    assert [streamer.step(np.int64(97)), streamer.step(256)] == ["a", "<|endoftext|>"]
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream():
+    streamer = Tokenizer.bytes().stream()
+    text = "".join(streamer.step(token) for token in [0xFF, 97, 0xC3, 0x28, 98]) + streamer.finish()
+    assert text == bytes([0xFF, 97, 0xC3, 0x28, 98]).decode(errors="replace")
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_tokenizer_is_the_same(bpe: Tokenizer, tmp_path: Path):
+    bpe.save(tmp_path / "tokenizer.json")
+    for name in (tmp_path / "tokenizer.json", tmp_path):
+        loaded = Tokenizer.load(str(name))
+        assert loaded.fingerprint == bpe.fingerprint and loaded.encode(TEXTS[1]) == bpe.encode(TEXTS[1])
+    assert Tokenizer.from_json(bpe.to_json()).separator_id == bpe.separator_id
+
+
+def test_pickled_tokenizer_still_takes_special_tokens_for_text(bpe: Tokenizer):
+    copy = pickle.loads(pickle.dumps(bpe))
+    assert copy.encode(TEXTS[3]) == bpe.encode(TEXTS[3]) and copy.fingerprint == bpe.fingerprint
+
+
+@pytest.mark.parametrize("separator", USUAL_SEPARATORS)
+def test_usual_separators_are_found(separator: str):
+    tokenizer = Tokenizer.from_json(words("?", "a", separator, "b").to_str())
+    assert (tokenizer.separator, tokenizer.separator_id, tokenizer.size) == (separator, 2, 4)
+
+
+def test_separator_can_be_named_and_must_exist():
+    text = words("?", "STOP", "</s>").to_str()
+    tokenizer = Tokenizer.from_json(text, "STOP")
+    assert tokenizer.separator_id == 1 and tokenizer.fingerprint != Tokenizer.from_json(text).fingerprint
+    for json, separator, message in (
+        (text, "<eos>", "data.separator: the tokenizer has no token '<eos>'"),
+        (words("?", "a").to_str(), None, "data.separator: the tokenizer has none of <|endoftext|>"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
+            Tokenizer.from_json(json, separator)
+        assert one_line(caught)
+
+
+def test_padding_truncation_and_templates_of_a_file_are_not_used(tmp_path: Path):
+    backend = words("?", "a", "b", "</s>")
+    backend.enable_padding(length=8)
+    backend.enable_truncation(max_length=2)
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 3)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(str(tmp_path)).encode("a b a b") == [1, 2, 1, 2]
+
+
+def test_size_is_the_largest_id(tmp_path: Path):
+    backend = hf.Tokenizer(models.WordLevel({"?": 0, "</s>": 900}, unk_token="?"))
+    assert Tokenizer(backend).size == 901
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe:", "bpe:x", "bpe:256", "bpe:-1", "bpe:4k"])
+def test_wrong_bpe_size_is_refused(name: str):
+    with pytest.raises(ValueError, match=r"^data.tokenizer: expected bpe:N with N of 257 or more") as caught:
+        check_name(name)
+    assert one_line(caught) and bpe_size("bpe:257") == 257
+
+
+@pytest.mark.parametrize("name", ["byte", "Bytes", "bpe4096", ""])
+def test_misspelt_name_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"^data.tokenizer: unknown value '{name}'") as caught:
+        check_name(name)
+    assert one_line(caught)
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text('{"version":')
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for name, message in (
+        ("no.json", "no such file or folder: "),
+        ("empty", "no tokenizer.json in "),
+        ("broken.json", ".*broken.json is damaged: EOF"),
+        ("binary.json", "cannot read .*binary.json"),
+    ):
+        with pytest.raises(ValueError, match=f"^data.tokenizer: {message}") as caught:
+            Tokenizer.load(str(tmp_path / name))
+        assert one_line(caught)
+
+
+def test_name_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def offline(name: str) -> None:
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr("lit_tokenformer.data.tokenizers.hf.Tokenizer", type("T", (), {"from_pretrained": offline}))
+    with pytest.raises(ValueError, match=r"^data.tokenizer: 'gpt2' is not bytes.*no connection$"):
+        Tokenizer.load("gpt2")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forks_neither_hang_nor_warn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    tokenizer = Tokenizer.bytes()
+    assert len(tokenizer.encode_batch(["ab", "cd"] * 50)) == 100
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    process = fork.Process(target=lambda: results.put(tokenizer.encode_batch(["ab", "cd"] * 50)))
+    process.start()
+    assert results.get(timeout=30)[:2] == [[97, 98], [99, 100]]
+    process.join()
+    assert "parallelism" not in capfd.readouterr().err
