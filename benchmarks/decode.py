@@ -48,7 +48,8 @@ def milliseconds(function: Callable[[], object]) -> float:
 def main(preset: str, lengths: list[int], tokens: int, batch: int, device: str, dtype: str) -> None:
     """Prints a line for each length."""
     torch.manual_seed(0)
-    model = create_backbone(preset).eval().to(device, getattr(torch, dtype))
+    room = max(lengths) + tokens + 2
+    model = create_backbone(preset, context_length=room).eval().to(device, getattr(torch, dtype))
     config = model.config
     weight = next(model.parameters())
     steps, attentions = [], []

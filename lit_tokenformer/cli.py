@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_tokenformer import data, models, tasks
-from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
+from lit_tokenformer.commands import export_weights, generate_text, grow_checkpoint, import_weights, read_checkpoint
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import unknown_name
 
@@ -32,8 +32,19 @@ except ImportError as error:
         "run from another folder or with `python -P`, or uninstall it"
     ) from error
 
-COMMANDS = {"grow": grow_checkpoint}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate_text,
+    "grow": grow_checkpoint,
+    "import": import_weights,
+    "export": export_weights,
+}
 """Commands that take neither model nor data from a config."""
+
+TEXTS = {
+    "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
+    "stop": "A text that ends what is written where it appears; repeat the option for several.",
+}
+"""Options of commands that are taken as they are written, be it ``[x]`` or ``a: b``, and can be repeated."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -231,7 +242,10 @@ class TokenformerCLI(LightningCLI):
         )
         for name, function in COMMANDS.items():
             own = _Parser(description=(function.__doc__ or "").splitlines()[0])
-            own.add_function_arguments(function)
+            texts = TEXTS.keys() & inspect.signature(function).parameters
+            own.add_function_arguments(function, skip={*texts})
+            for text in sorted(texts):
+                own.add_argument(f"--{text}", action="append", help=TEXTS[text])
             parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

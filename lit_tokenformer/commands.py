@@ -1,44 +1,29 @@
-"""Commands that are no method of a trainer: growing a checkpoint between two runs."""
+"""Commands that are no method of a trainer: growing a checkpoint between two runs, published weights in and out, text
+from a checkpoint."""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
-import zipfile
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
+from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
+from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import grow, grow_optimizer
-from lit_tokenformer.models import Tokens, param_tokens
-
-
-def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
-    """A checkpoint of a fit; nothing in the file is executed.
-
-    Args:
-        path: The file.
-        map_location: Device of the tensors; ``meta`` reads their shapes only.
-
-    Raises:
-        ValueError: If the file is not there, is not whole, holds pickled code or is no checkpoint of a fit.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt_path: {path} is not a file")
-    try:
-        mapped = map_location == "meta" and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
-        raise ValueError(f"ckpt_path: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"ckpt_path: {path} is truncated or damaged ({_first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
-    return checkpoint
+from lit_tokenformer.interop import read_published, write_published
+from lit_tokenformer.interop.tokenformer import find_weights
+from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, param_tokens, preset_config
+from lit_tokenformer.models.generation import Sampling
+from lit_tokenformer.tasks.causal_lm import TOKENIZER_FILE
+from lit_tokenformer.text_generation import Completion, TextGenerator
 
 
 def grow_checkpoint(
@@ -71,7 +56,7 @@ def grow_checkpoint(
     if target.exists():
         raise ValueError(f"output: {target} exists already")
     checkpoint = read_checkpoint(ckpt_path)
-    task = _rebuild(ckpt_path, checkpoint)
+    task = rebuild_task(ckpt_path, checkpoint)
     before = param_tokens(task)
     settings: dict[str, Any] = {"method": method, "noise": noise, "seed": seed}
 
@@ -79,7 +64,7 @@ def grow_checkpoint(
     if averaged:
         grow(task, tokens, **settings)
         checkpoint["state_dict"] = task.state_dict()
-        task = _rebuild(ckpt_path, checkpoint)
+        task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
@@ -105,14 +90,205 @@ def grow_checkpoint(
     return target
 
 
+def import_weights(
+    source: str,
+    output: str | None = None,
+    config_json: str | None = None,
+    tokenizer: str | None = None,
+) -> Path:
+    """Makes a checkpoint of published TokenFormer weights, to generate from, to evaluate, to grow or to fit further.
+
+    The checkpoint holds the tensors as they are in the file, so that an export gives them back bit for bit. Whatever
+    loads it makes float32 weights of them. A fit from it begins at epoch 0 with a fresh optimizer.
+
+    Args:
+        source: A pytorch_model.bin, a .safetensors file, or the folder that holds one.
+        output: Where the checkpoint is written; by default beside the weights, under their name with .ckpt.
+        config_json: The architecture; by default the config.json beside the weights.
+        tokenizer: Its tokenizer.json; by default the one beside the weights, if there is one.
+
+    Returns:
+        The path of what was written; a tokenizer.json stands beside it.
+
+    Raises:
+        ValueError: If a file cannot be read or holds pickled code, if a tensor is missing, superfluous or misshapen,
+            if the tokenizer has more tokens than the embedding, or if the output exists already.
+    """
+    weights = find_weights(source)
+    target = Path(output) if output else weights.with_suffix(".ckpt")
+    vocabulary = Path(tokenizer) if tokenizer else weights.with_name(TOKENIZER_FILE)
+    text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
+    copy = target.with_name(TOKENIZER_FILE)
+    if target.exists():
+        raise ValueError(f"output: {target} exists already")
+    if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
+        raise ValueError(f"output: {copy} exists already, and is another tokenizer")
+    config, state = read_published(weights, config_json)
+    size = 0 if text is None else max(Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values()) + 1
+    if size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
+        )
+    preset, overrides = _preset_of(config)
+    with torch.device("meta"):  # shapes are all it needs
+        task = tasks.LitCausalLM(preset, config.vocab_size, config.context_length, overrides=overrides)  # type: ignore
+    task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
+    task.tokenizer_json = text
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": {f"backbone.{name}": tensor for name, tensor in state.items()},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        task.CHECKPOINT_HYPER_PARAMS_KEY: dict(task.hparams),
+    }
+    task.on_save_checkpoint(checkpoint)
+    del checkpoint["rng_states"]  # a fit shall draw by its own seed
+
+    unfinished = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, unfinished)
+    if text is not None and not copy.exists():
+        copy.write_text(text, encoding="utf-8")
+    os.replace(unfinished, target)
+    numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
+    changes = "".join(f", {name} {value}" for name, value in overrides.items())
+    print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))
+    return target
+
+
+def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dtype: str | None = None) -> Path:
+    """Writes the model of a checkpoint as TokenFormer's are published; of a fit with a moving average, the average.
+
+    Args:
+        ckpt_path: A checkpoint of a causal language model.
+        output: A folder that is not there yet; it gets the weights, config.json and, if known, tokenizer.json.
+        format: safetensors (model.safetensors) or bin (pytorch_model.bin).
+        dtype: Precision of the weights: float32, float16 or bfloat16; by default that of the checkpoint.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, if the published format has no such architecture, if a tau is
+            not the square root of its number of tokens, or if the output exists already.
+    """
+    target = Path(output)
+    if target.exists():
+        raise ValueError(f"output: {target} exists already")
+    checkpoint = read_checkpoint(ckpt_path)
+    task = rebuild_task(ckpt_path, checkpoint, device="meta")
+    weights = checkpoint["state_dict"]
+    state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
+    unfinished = target.with_name(target.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        write_published(unfinished, task.backbone.config, state, dtype, format)
+        text = checkpoint.get("tokenizer")
+        if text is not None:
+            (unfinished / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+    return target
+
+
+def _read_tokenizer(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+    except Exception as error:  # all that the library raises
+        raise ValueError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
+    return text
+
+
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _rebuild(path: str, checkpoint: dict[str, Any]) -> tasks.LitTask:
-    """The task that a checkpoint belongs to, with its weights."""
-    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit")}
-    name = checkpoint.get("task")
-    if name not in known:
-        raise unknown_name("ckpt_path: task", name, known)
-    return known[name].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
+    """The preset that differs least from a config, and the fields in which it does, sizes of the data aside."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in list_presets():
+        base = preset_config(name, vocab_size=config.vocab_size, context_length=config.context_length)
+        found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
+    name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
+    return name, found[name]
+
+
+def generate_text(
+    ckpt_path: str,
+    prompt: str | list[str] = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | list[str] | None = None,
+    seed: int = 0,
+    format: str = "text",
+    device: str = "auto",
+) -> None:
+    """Writes text with a language model, and shows it while it is produced.
+
+    Args:
+        ckpt_path: A checkpoint of a fit.
+        prompt: Texts to go on from, several at once; without, a new document is written.
+        max_new_tokens: Tokens that are written after each prompt at most.
+        temperature: How freely the next token is chosen; 0 always takes the most probable.
+        top_k: Only the k most probable tokens are chosen from.
+        top_p: Only the most probable tokens that together have this probability are chosen from.
+        repetition_penalty: Makes tokens that occurred before less probable if above 1.
+        stop: Texts that end the text where they appear; the separator of documents ends it too.
+        seed: The same seed gives the same text.
+        format: text shows prompts and what was written; json gives a line with one object for each prompt.
+        device: Where the model runs; auto takes the accelerator, if there is one.
+
+    Raises:
+        ValueError: If the checkpoint cannot be used, a setting is out of range, or a prompt does not fit the context.
+    """
+    if format not in _FORMATS:
+        raise unknown_name("format", format, _FORMATS)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    generator = TextGenerator.load(ckpt_path, device)
+    number, printed = 0, 0  # the prompt that is shown, and how much of it
+    for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
+        while number < len(completions):
+            shown = _FORMATS[format](completions[number], number, len(completions), seed)
+            print(shown[printed:], end="", flush=True)
+            printed = len(shown)
+            if completions[number].stopped is None:
+                break
+            number, printed = number + 1, 0
+    for number, completion in enumerate(completions, start=1):
+        if completion.stopped == "context":
+            length = generator.backbone.config.context_length
+            name = "" if len(completions) == 1 else f"prompt {number}: "
+            print(f"note: {name}the text ends where the context of {length} tokens is full", file=sys.stderr)
+
+
+def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
+    header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
+    return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")
+
+
+def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
+    if completion.stopped is None:
+        return ""
+    told = {
+        "prompt": completion.prompt,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "stopped": completion.stopped,
+        "seconds": round(completion.seconds, 6),
+        "tokens_per_second": round(completion.tokens / completion.seconds, 3) if completion.tokens else 0.0,
+        "seed": seed,
+    }
+    return json.dumps(told) + "\n"
+
+
+_FORMATS = {"text": _as_text, "json": _as_json}

@@ -18,6 +18,9 @@ FORBIDDEN = {  # what may not be imported, by the place that may not
     "data": ["callbacks", "lit_tokenformer.[^ed]"],
     "tasks": ["callbacks", "lit_tokenformer.data", "lit_tokenformer.interop", "lit_tokenformer.cli"],
     "interop": ["callbacks", "lightning", "lit_tokenformer.tasks", "lit_tokenformer.data", "lit_tokenformer.cli"],
+    "checkpoints.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands", "lit_tokenformer.data"],
+    "text_generation.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands"],
+    "evaluation.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands"],
     "../callbacks": ["lit_tokenformer.tasks", "lit_tokenformer.data", "lit_tokenformer.interop", "lit_tokenformer.cli"],
 }
 

@@ -33,20 +33,27 @@ class DecodingState:
         caches: One cache for each block.
         length: Data tokens that fit.
         padding: Data tokens at the left of each sequence that are none of it, (B,) int64; ``None`` for none at all.
-        param_tokens: Parameter tokens of the model it belongs to.
+        layers: The Pattention layers of the model it belongs to.
 
     Attributes:
         start: Data tokens read so far, those of the padding included.
     """
 
     def __init__(
-        self, caches: list[KeyValueCache], length: int, padding: Tensor | None, param_tokens: dict[str, int]
+        self, caches: list[KeyValueCache], length: int, padding: Tensor | None, layers: list[Pattention]
     ) -> None:
         self.caches = caches
         self.length = length
         self.padding = padding
-        self.param_tokens = param_tokens
         self.start = 0
+        self._sizes = [(layer, layer.num_tokens) for layer in layers]
+
+    def check(self, more: int) -> None:
+        """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
+        if any(layer.num_tokens != size for layer, size in self._sizes):
+            raise ValueError("state: it is from before a growth of the model; begin with a new one")
+        if self.start + more > self.length:
+            raise ValueError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
 
 
 class Tokenformer(nn.Module):
@@ -128,7 +135,8 @@ class Tokenformer(nn.Module):
             padding: Data tokens at the left of each sequence that are none of it, (B,) int64, so that sequences of
                 different length end together.
         """
-        return DecodingState([KeyValueCache(length) for _ in self.blocks], length, padding, self.param_tokens)
+        layers = [layer for layer in self.modules() if isinstance(layer, Pattention)]
+        return DecodingState([KeyValueCache(length) for _ in self.blocks], length, padding, layers)
 
     def forward_features(
         self, x: Tensor, documents: Tensor | None = None, state: DecodingState | None = None
@@ -233,13 +241,8 @@ class Tokenformer(nn.Module):
         config, length, device = self.config, x.shape[1], x.device
         start = 0 if state is None else state.start
         padding = None if state is None else state.padding
-        if state is not None and state.param_tokens != self.param_tokens:
-            raise ValueError(
-                f"state: it was made by a model with {state.param_tokens} parameter tokens, this one has "
-                f"{self.param_tokens}; begin with a new state after a growth"
-            )
-        if state is not None and start + length > state.length:
-            raise ValueError(f"state: {start + length} data tokens do not fit into its length of {state.length}")
+        if state is not None:
+            state.check(more=length)
         rotary = None
         if config.positions == "rotary":
             positions = torch.arange(start, start + length, device=device)  # (T,)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,11 +64,12 @@ class LitTask(pl.LightningModule):
     def remember_arguments(self) -> None:
         """Keeps the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
 
-        Functions are plain where they come from a config; others are left out.
+        What makes the optimizer is plain where it comes from a config, and left out where it is a function.
         """
         frame = inspect.currentframe()
         self.save_hyperparameters(frame=frame and frame.f_back)
-        plain = {key: value for key, value in self.hparams.items() if not callable(value)}
+        made = ("optimizer", "lr_scheduler")
+        plain = {key: value for key, value in self.hparams.items() if key not in made or isinstance(value, Mapping)}
         plain |= {"overrides": self.plain(plain["overrides"]), "schedule": dataclasses.asdict(self.schedule)}
         self.hparams.clear()
         self.save_hyperparameters(plain)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.aggregation import MeanMetric
 
 from lit_tokenformer.models import BackboneOverrides, create_backbone
 from lit_tokenformer.tasks.base import LitTask
@@ -87,7 +85,6 @@ class LitCausalLM(LitTask):
         self.cross_documents = cross_documents
         self.tokenizer_json: str | None = None
         """The tokenizer of the data that the model was trained on, as the text of a ``tokenizer.json``."""
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V)."""
@@ -119,17 +116,17 @@ class LitCausalLM(LitTask):
         return loss / count
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_loss)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_loss)
+        self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        self._log_scores("val", self.val_loss)
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test", self.test_loss)
+        self._log_scores("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -167,15 +164,16 @@ class LitCausalLM(LitTask):
         weight = self.backbone.get_classifier().weight
         return linear_cross_entropy(features, weight, batch[:, 1:], z_loss)  # type: ignore[arg-type]
 
-    def _evaluate(self, batch: Tensor, mean: Metric) -> None:
+    def _evaluate(self, batch: Tensor, stage: str) -> None:
         loss, count = self._loss(batch)
-        mean.update(loss / count.clamp_min(1), count)
+        # a mean over tokens, whatever batches and processes they are in
+        weight = int(count)
+        self.log(f"{stage}/loss", loss / max(weight, 1), batch_size=weight, sync_dist=True, prog_bar=True)
 
-    def _log_scores(self, stage: str, mean: Metric) -> None:
-        loss = mean.compute()
-        scores = {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}
+    def _log_scores(self, stage: str) -> None:
+        loss = self.trainer.callback_metrics[f"{stage}/loss"]
+        scores = {f"{stage}/perplexity": loss.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None:
             scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
         self.log_dict(scores, prog_bar=True)
-        mean.reset()

@@ -1,0 +1,47 @@
+"""Checkpoints of a fit, read without executing anything that is in them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from lit_tokenformer import tasks
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.interop.files import load_pickle
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
+    """A checkpoint of a fit; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        map_location: Device of the tensors; ``meta`` reads their shapes only.
+
+    Raises:
+        ValueError: If the file is not there, is not whole, holds pickled code or is no checkpoint of a fit.
+    """
+    checkpoint = load_pickle(path, "ckpt_path", map_location)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
+    return checkpoint
+
+
+def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
+    """The task that a checkpoint belongs to, with its weights.
+
+    Args:
+        path: The file.
+        checkpoint: What :func:`read_checkpoint` gave for it; only the task's name is taken from there.
+        device: Where the weights are put; ``meta`` gives their shapes only.
+
+    Raises:
+        ValueError: If the task is not one of ours, or the weights do not fit it.
+    """
+    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit")}
+    name = checkpoint.get("task")
+    if name not in known:
+        raise unknown_name("ckpt_path: task", name, known)
+    with torch.device(device):
+        return known[name].load_from_checkpoint(path, map_location=device, weights_only=True)

@@ -1,0 +1,352 @@
+"""The published TokenFormer checkpoints: ``pytorch_model.bin`` or ``.safetensors``, with their ``config.json``.
+
+Source: github.com/Haiyang-W/TokenFormer. Its models are GPT-NeoX pipelines that DeepSpeed has flattened, so tensors
+have the names of ``SequentialWrapper.sequential`` (``megatron/model/gpt2_model.py``), and ``config.json`` has the keys
+of the NeoX configs. One table, ``TENSORS``, serves both ways, and so does ``SETTINGS`` for the configs.
+
+The format has no tau: it is sqrt(N), always. Here it is a buffer, so that a model may hold another one (after a growth
+by ``zero_keys``, say); such a model has no equal in the format, and is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.interop.files import read_tensors, write_tensors
+from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
+
+
+class Row(NamedTuple):
+    """A tensor of the format.
+
+    Args:
+        published: Its name there; block i is layer i + 2 of the pipeline, norm and head stand after the blocks.
+        ours: Its name in a :class:`Tokenformer`.
+        shape: Its shape, in keys of ``config.json``.
+    """
+
+    published: str
+    ours: str
+    shape: tuple[str, ...]
+
+
+_WORDS = ("vocab_size", "hidden_size")
+_QKV = ("qkv_slot_num", "hidden_size")
+_PROJ = ("proj_slot_num", "hidden_size")
+_FFN = ("ffn_slot_num", "hidden_size")
+_NORM = ("hidden_size",)
+
+TENSORS = (
+    Row("sequential.0.word_embeddings.weight", "stem.embedding.weight", _WORDS),
+    Row("sequential.{layer}.attention.query.key_param_tokens", "blocks.{block}.attn.query.key_tokens", _QKV),
+    Row("sequential.{layer}.attention.query.value_param_tokens", "blocks.{block}.attn.query.value_tokens", _QKV),
+    Row("sequential.{layer}.attention.key.key_param_tokens", "blocks.{block}.attn.key.key_tokens", _QKV),
+    Row("sequential.{layer}.attention.key.value_param_tokens", "blocks.{block}.attn.key.value_tokens", _QKV),
+    Row("sequential.{layer}.attention.value.key_param_tokens", "blocks.{block}.attn.value.key_tokens", _QKV),
+    Row("sequential.{layer}.attention.value.value_param_tokens", "blocks.{block}.attn.value.value_tokens", _QKV),
+    Row("sequential.{layer}.attention.proj.key_param_tokens", "blocks.{block}.attn.proj.key_tokens", _PROJ),
+    Row("sequential.{layer}.attention.proj.value_param_tokens", "blocks.{block}.attn.proj.value_tokens", _PROJ),
+    Row("sequential.{layer}.mlp.key_param_tokens", "blocks.{block}.mlp.key_tokens", _FFN),
+    Row("sequential.{layer}.mlp.value_param_tokens", "blocks.{block}.mlp.value_tokens", _FFN),
+    Row("sequential.{norm}.norm.weight", "norm.weight", _NORM),
+    Row("sequential.{norm}.norm.bias", "norm.bias", _NORM),
+    Row("sequential.{head}.final_linear.weight", "head.weight", _WORDS),  # only without tied embeddings
+)
+
+SETTINGS = {
+    "num_layers": "depth",
+    "hidden_size": "dim",
+    "num_attention_heads": "num_heads",
+    "vocab_size": "vocab_size",
+    "seq_length": "context_length",
+    "rotary_pct": "rotary_fraction",
+    "rotary_emb_base": "rotary_base",
+    "layernorm_epsilon": "norm_eps",
+}
+"""Keys of ``config.json`` and the fields of :class:`TokenformerConfig` that hold the same."""
+
+SLOTS = {"qkv_slot_num": "qkv", "proj_slot_num": "proj", "ffn_slot_num": "ffn"}
+"""Keys of ``config.json`` and the kinds of projection whose parameter tokens they count."""
+
+SCORE_NORMS = {"l2_norm_gelu": "l2_gelu", "gelu_l2_norm": "gelu_l2", "softmax": "softmax"}
+"""Names of the score normalisations, theirs and ours."""
+
+DEFAULTS: dict[str, Any] = {
+    "rotary_emb_base": 10000,
+    "layernorm_epsilon": 1e-5,
+    "no_weight_tying": False,
+    "norm_activation_type": "l2_norm_gelu",
+}
+"""What a ``config.json`` may leave out, as in the NeoX arguments. The share of rotary positions is not among it: the
+default there is not what any published model has."""
+
+FIXED = {
+    "pos_emb": "rotary",
+    "norm": "layernorm_nonparam",
+    "final_norm": "layernorm",
+    "gpt_j_residual": False,
+    "apply_query_key_layer_scaling": False,
+    "use_mup": False,
+}
+"""What every published model has; other values are other architectures."""
+
+WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
+"""Names of the file of weights in a folder, by format."""
+
+CONFIG_FILE = "config.json"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_FIXED_PARTS: dict[str, Any] = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
+_FREE = ("param_tokens", "drop_path")  # growth changes the one, the other acts in training only
+
+
+def find_weights(source: str | os.PathLike[str]) -> Path:
+    """The file of weights that ``source`` names: itself, or the one in this folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"source: {path} is neither a file nor a folder")
+    found = [path / name for name in WEIGHTS.values() if (path / name).is_file()]
+    if not found:
+        raise ValueError(f"source: there is no {' or '.join(WEIGHTS.values())} in {path}")
+    return found[0]
+
+
+def read_published(
+    source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None
+) -> tuple[TokenformerConfig, dict[str, Tensor]]:
+    """The architecture and the weights of a published checkpoint.
+
+    Args:
+        source: ``pytorch_model.bin``, a ``.safetensors`` file, or a folder that holds one.
+        config_json: The architecture; by default the ``config.json`` beside the weights.
+
+    Returns:
+        The config, and a state dict that a :class:`Tokenformer` of this config loads strictly. Tensors have the
+        precision of the file; tau, which the format has not, is sqrt(N) in float64.
+
+    Raises:
+        ValueError: If a file cannot be read or holds pickled code, if the config is of another architecture, or if a
+            tensor is missing, superfluous or of another shape than the config says.
+    """
+    weights = find_weights(source)
+    settings = _read_settings(Path(config_json) if config_json else weights.with_name(CONFIG_FILE))
+    tensors = read_tensors(weights, "source")
+    embedding = tensors.get(TENSORS[0].published)
+    rows = 1 if embedding is None or embedding.ndim == 0 else embedding.shape[0]
+    settings["vocab_size"] = _vocab_size(settings, rows)
+    names = {row.published: row.ours for row in _rows(settings)}
+    for problem in _problems(tensors, {row.published: row for row in _rows(settings)}, settings):
+        raise ValueError(f"source: {weights}: {problem}")
+    try:
+        config = _config(settings)
+    except ValueError as error:
+        raise ValueError(f"config_json: {error}") from None
+    state = {names[name]: tensor for name, tensor in tensors.items()}
+    if config.tie_embeddings:
+        state["head.weight"] = state["stem.embedding.weight"]
+    for name in [name for name in state if name.endswith(".key_tokens")]:
+        root = math.sqrt(state[name].shape[0])
+        state[name.replace(".key_tokens", ".tau")] = torch.tensor(root, dtype=torch.float64)
+    return config, state
+
+
+def load_published(source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None) -> Tokenformer:
+    """A model with published weights, in torch's default precision.
+
+    Args:
+        source: As in :func:`read_published`.
+        config_json: As in :func:`read_published`.
+
+    Returns:
+        The model, token ids (B, T) -> logits (B, T, V).
+
+    Raises:
+        ValueError: As :func:`read_published`.
+    """
+    config, state = read_published(source, config_json)
+    model = Tokenformer(config)
+    model.load_state_dict(state)
+    return model
+
+
+def write_published(
+    folder: str | os.PathLike[str],
+    config: TokenformerConfig,
+    state: Mapping[str, Tensor],
+    dtype: str | None = None,
+    format: str = "safetensors",
+) -> None:
+    """Writes weights and ``config.json`` as they were published.
+
+    Args:
+        folder: Where to, an empty folder.
+        config: The architecture at birth.
+        state: The state dict of a :class:`Tokenformer` of this config, grown or not.
+        dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` leaves it as it is.
+        format: ``safetensors``, or ``bin`` for a pickled state dict.
+
+    Raises:
+        ValueError: For an unknown ``dtype`` or ``format``, numbers that do not fit into ``dtype``, an architecture
+            that the format has not, or a tau other than sqrt(N). Nothing is written then.
+    """
+    if format not in WEIGHTS:
+        raise unknown_name("format", format, WEIGHTS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    settings = _settings(config, state)
+    taus = {name: tensor for name, tensor in state.items() if name.endswith(".tau")}
+    for name, tau in taus.items():
+        count = state[name.replace(".tau", ".key_tokens")].shape[0]
+        if not math.isclose(tau.item(), math.sqrt(count), rel_tol=1e-6):
+            raise ValueError(
+                f"state: tau of {name.removesuffix('.tau')} is {tau.item():.6g}, and the published format has only "
+                f"sqrt({count}) = {math.sqrt(count):.6g}; a growth by zero_keys keeps tau: grow by a whole factor with "
+                "method split, or let tau_steps of ParameterGrowthCallback move tau there in a fit"
+            )
+    rows = {row.ours: row for row in _rows(settings)}
+    skipped = {*taus, "head.weight"} if config.tie_embeddings else set(taus)
+    own = {name: tensor for name, tensor in state.items() if name not in skipped}
+    for problem in _problems(own, rows, settings):
+        raise ValueError(f"state: {problem}")
+    tensors = {row.published: _cast(own[name], name, dtype) for name, row in rows.items()}
+    settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_tensors(tensors, Path(folder) / WEIGHTS[format])
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _rows(settings: Mapping[str, Any]) -> Iterator[Row]:
+    """The table for a model of this size: a row for each tensor, numbers filled in."""
+    depth = settings["num_layers"]
+    for row in TENSORS:
+        if "{head}" in row.published and not settings["no_weight_tying"]:
+            continue
+        for block in range(depth if "{layer}" in row.published else 1):
+            published = row.published.format(layer=block + 2, norm=depth + 3, head=depth + 4)
+            yield Row(published, row.ours.format(block=block), row.shape)
+
+
+def _problems(found: Mapping[str, Tensor], rows: Mapping[str, Row], settings: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps tensors from being those of the table, by the names that its keys have; a line each."""
+    for name, row in rows.items():
+        expected = tuple(settings[key] for key in row.shape)
+        told = f"expected {expected}, which is ({', '.join(row.shape)})"
+        if name not in found:
+            yield f"{name} is missing, {told}"
+        elif tuple(found[name].shape) != expected:
+            yield f"{name} has shape {tuple(found[name].shape)}, {told}"
+    for name in found:
+        if name not in rows:
+            near = difflib.get_close_matches(name, rows, n=1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            yield f"{name} is not one of the {len(rows)} tensors of a model with {settings['num_layers']} layers{hint}"
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a ``config.json`` says, all that is needed and in its range."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config_json: cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"config_json: {path} is no JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"config_json: {path} holds a {type(given).__name__}, expected keys and values")
+    settings = {key.replace("-", "_"): value for key, value in given.items() if value is not None}
+    if "max_position_embeddings" in settings:
+        settings.setdefault("seq_length", settings["max_position_embeddings"])
+    settings = {**DEFAULTS, **settings}
+    for key in [*SETTINGS, *SLOTS]:
+        if key not in settings and key != "vocab_size":
+            raise ValueError(f"config_json: {path} has no {key}")
+    real = ("rotary_pct", "rotary_emb_base", "layernorm_epsilon")
+    for key in [*SETTINGS, *SLOTS, "padded_vocab_size", "make_vocab_size_divisible_by"]:
+        value = settings.get(key, 1)
+        if key in real and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"config_json: {path}: {key}: expected a number, got {value!r}")
+        if key not in real and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"config_json: {path}: {key}: expected a whole number of at least 1, got {value!r}")
+    for key, value in {**FIXED, "no_weight_tying": settings["no_weight_tying"] is True}.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"config_json: {path}: {key}: expected {value!r}, got {settings[key]!r}")
+    if settings["norm_activation_type"] not in SCORE_NORMS:
+        raise unknown_name(f"config_json: {path}: norm_activation_type", settings["norm_activation_type"], SCORE_NORMS)
+    return settings
+
+
+def _vocab_size(settings: Mapping[str, Any], rows: int) -> int:
+    """The rows that the embedding shall have: NeoX pads the tokenizer's vocabulary, and may tell either number."""
+    if "padded_vocab_size" in settings:
+        return settings["padded_vocab_size"]
+    told = settings.get("vocab_size", rows)
+    multiple = settings.get("make_vocab_size_divisible_by", 128)
+    padded = -(-told // multiple) * multiple
+    return padded if rows == padded else told
+
+
+def _config(settings: Mapping[str, Any]) -> TokenformerConfig:
+    """The architecture that a complete ``config.json`` describes."""
+    tokens = ParamTokens(**{kind: settings[key] for key, kind in SLOTS.items()})
+    usual = tokens == ParamTokens.parse(tokens.qkv)
+    return TokenformerConfig(
+        **{field: settings[key] for key, field in SETTINGS.items()},
+        **_FIXED_PARTS,
+        param_tokens=tokens.qkv if usual else dict(tokens.items()),
+        score_norm=SCORE_NORMS[settings["norm_activation_type"]],
+        tie_embeddings=not settings["no_weight_tying"],
+    )
+
+
+def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The ``config.json`` of a model; whatever would not come back from it is refused."""
+    activations = {ours: theirs for theirs, ours in SCORE_NORMS.items()}
+    slots = dict(config.tokens.items())
+    for row in TENSORS:
+        tokens = state.get(row.ours.format(block=0))
+        if tokens is not None and row.shape[0] in SLOTS:
+            slots[SLOTS[row.shape[0]]] = tokens.shape[0]
+    settings = {
+        "architectures": ["TokenFormerForCausalLM"],
+        **{key: getattr(config, field) for key, field in SETTINGS.items()},
+        "max_position_embeddings": config.context_length,
+        **{key: slots[kind] for key, kind in SLOTS.items()},
+        "attention_config": [[["tokenformer"], config.depth]],
+        "norm_activation_type": activations.get(config.score_norm, DEFAULTS["norm_activation_type"]),
+        "no_weight_tying": not config.tie_embeddings,
+        **FIXED,
+    }
+    if float(config.rotary_base).is_integer():  # the format has it as a whole number
+        settings["rotary_emb_base"] = int(config.rotary_base)
+    back = _config(settings)
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+    lost = [name for name in names if getattr(config, name) != getattr(back, name)]
+    if lost:
+        told = ", ".join(f"{name} {getattr(config, name)!r} (only {getattr(back, name)!r})" for name in lost)
+        raise ValueError(f"config: the published format has no {told}")
+    return settings
+
+
+def _cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
+    if dtype is None:
+        return tensor
+    cast = tensor.to(DTYPES[dtype])
+    if cast.isinf().any():
+        raise ValueError(f"dtype: {name} holds numbers up to {tensor.abs().max():.3g}, too large for {dtype}")
+    return cast

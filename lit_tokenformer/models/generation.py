@@ -1,0 +1,299 @@
+"""Token ids from a language model, one after the other: sampling, stopping, prompts of different length at once.
+
+Sources: top-p is nucleus sampling, arXiv 1904.09751, section 3.1; the repetition penalty is that of CTRL, arXiv
+1909.05858, section 4.1, in the form of Hugging Face (a negative logit is multiplied instead of divided, so that the
+penalty lowers it too). The order is that of ``transformers``: penalty, temperature, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_tokenformer.models.backbone import Tokenformer
+
+ENDED = -1
+"""Stands in place of a token id where a text has ended before."""
+
+_NOT_FINITE = -2
+_NUCLEUS = 1024  # most nuclei are smaller, and to find so many takes a sixth of the time of sorting 50,304
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits.
+
+    Args:
+        temperature: Divides the logits; 0 always takes the most probable token (greedy).
+        top_k: Only the k most probable tokens can be chosen; ``None`` for all.
+        top_p: Only the most probable tokens that together have this probability; ``None`` for all.
+        repetition_penalty: Makes tokens that occurred before less probable if above 1; 1 for none.
+
+    Raises:
+        ValueError: For a number out of its range.
+
+    Example:
+        >>> Sampling(temperature=0.7, top_k=2).scores(torch.tensor([[0.7, 2.1, 1.4]]))
+        tensor([[   -inf,  0.0000, -1.0000]])
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k: expected a whole number of at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+    def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits as they are sampled from, up to a constant for each row; ``-inf`` for what cannot be chosen.
+
+        Args:
+            logits: (B, V).
+            seen: Which token ids occurred before, (B, V) bool; ``None`` for none.
+
+        Returns:
+            (B, V), in float32 or what is wider.
+        """
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if seen is not None and self.repetition_penalty != 1:
+            scores = penalise(scores, seen, self.repetition_penalty)
+        if self.greedy:
+            return scores
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature  # no overflow however cold it is
+        if self.top_k is not None:
+            scores = keep_top_k(scores, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            scores = keep_top_p(scores, self.top_p)
+        return scores
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V), those of the tokens in ``seen`` (B, V) bool lowered by the penalty of CTRL."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Logits (B, V) with all but the k largest of each row at ``-inf``."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1, sorted=False)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Logits (B, V) with all at ``-inf`` but the smallest set of the largest whose probabilities reach ``p``."""
+    probabilities = logits.softmax(dim=-1)
+    largest, ids = probabilities.topk(min(_NUCLEUS, logits.shape[-1]), dim=-1)
+    if (largest.sum(dim=-1) < p).any():
+        largest, ids = probabilities.sort(dim=-1, descending=True)
+    before = largest.cumsum(dim=-1) - largest  # of all that are more probable; 0 for the first, which always stays
+    kept = logits.gather(-1, ids).masked_fill(before >= p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, kept)
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Token ids distributed as the softmax of ``scores``, by inversion of the distribution function.
+
+    Args:
+        scores: (B, V).
+        uniform: A number in [0, 1) for each row, (B,).
+
+    Returns:
+        (B,) int64, never an id whose score is ``-inf``; -2 for a row that has no distribution (NaN).
+    """
+    probabilities = scores.softmax(dim=-1)
+    reached = probabilities.cumsum(dim=-1)
+    # On some devices rounding lets the sums fall again, so the end is their maximum, over ids that can be chosen.
+    reached = reached.masked_fill(probabilities == 0, -1)
+    end = reached.amax(dim=-1)
+    found = (reached > (uniform.to(scores) * end)[:, None]).byte().argmax(dim=-1)  # the first
+    return torch.where(end > 0, found, _NOT_FINITE)
+
+
+def generate_tokens(
+    model: Tokenformer,
+    prompts: Sequence[Tensor | Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Collection[int] = (),
+    vocab_size: int | None = None,
+    seed: int | None = None,
+    cache: bool = True,
+) -> Generator[Tensor, None, None]:
+    """Goes on from prompts, token by token.
+
+    Each row draws from a generator of its own, so that its text does not depend on the others in the batch. A row
+    ends with a token of ``stop``, after ``max_new_tokens``, or where prompt and new tokens fill the context.
+
+    Args:
+        model: A causal language model; it is in eval mode while the generator lives, then as it was.
+        prompts: Token ids, one sequence of at least one for each row; their lengths may differ.
+        max_new_tokens: New tokens of each row at most.
+        sampling: How they are chosen.
+        stop: Token ids that end a row; the one that did is given too.
+        vocab_size: Ids from there on are never chosen (rows of a vocabulary that was rounded up).
+        seed: Of the draws; ``None`` takes one from torch's global generator.
+        cache: Whether keys and values are kept; without, every row is computed anew, alone, for each token.
+
+    Yields:
+        The next token id of each row, (B,) int64 on the CPU; ``ENDED`` (-1) for rows that ended before.
+
+    Raises:
+        ValueError: At the call, if the arguments do not fit the model; later, if the model's logits are not finite, or
+            if the model grew since the last token (what it remembers is of another model then).
+
+    Example:
+        >>> from lit_tokenformer.models import create_backbone
+        >>> model = create_backbone("tokenformer_lm_tiny", vocab_size=257, context_length=8)
+        >>> len(list(generate_tokens(model, [[1, 2, 3], [4]], max_new_tokens=6)))
+        6
+    """
+    config = model.config
+    check_writes_text(model)
+    if isinstance(max_new_tokens, bool) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
+    size = config.vocab_size if vocab_size is None else vocab_size
+    if not 1 <= size <= config.vocab_size:
+        raise ValueError(f"vocab_size: expected 1 to the model's {config.vocab_size}, got {size}")
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one")
+    rows = [torch.as_tensor(prompt, dtype=torch.long, device="cpu") for prompt in prompts]
+    for number, row in enumerate(rows, start=1):
+        name = "prompt" if len(rows) == 1 else f"prompt {number}"
+        if row.ndim != 1 or len(row) == 0:
+            raise ValueError(f"{name}: expected at least one token id, got shape {tuple(row.shape)}")
+        if len(row) > config.context_length:
+            raise ValueError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.context_length}")
+        if row.min() < 0 or row.max() >= config.vocab_size:
+            worst = row.min() if row.min() < 0 else row.max()
+            raise ValueError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    limits = [min(max_new_tokens, config.context_length - len(row)) for row in rows]
+    return _generate(model, rows, limits, sampling, frozenset(stop), size, seed, cache)
+
+
+def check_writes_text(model: Tokenformer) -> None:
+    """Raises a ``ValueError`` for a model that does not predict the next token."""
+    if model.config.head != "language" or not model.config.causal:
+        kind = f"head: {model.config.head}, causal: {str(model.config.causal).lower()}"
+        raise ValueError(f"model: it cannot write text ({kind}); a causal language model is needed")
+
+
+class _Reader:
+    """Reads tokens, and remembers in a state of the model what it read."""
+
+    def __init__(self, model: Tokenformer, rows: list[Tensor], length: int, device: torch.device) -> None:
+        longest = max(len(row) for row in rows)
+        padding = torch.tensor([longest - len(row) for row in rows], device=device)  # (B,)
+        self.model = model
+        self.state = model.new_state(length, padding if len({len(row) for row in rows}) > 1 else None)
+        self.prompt = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows]).to(device)
+
+    def __call__(self, tokens: Tensor | None) -> Tensor:
+        """The prompts (``None``), or what came after the last tokens (B, 1) -> logits of what comes next, (B, V)."""
+        # not model(...): a compiled model would be compiled anew for each length
+        features = self.model.forward_features(self.prompt if tokens is None else tokens, state=self.state)
+        return self.model.forward_head(features[:, -1:])[:, 0]
+
+
+class _Rereader:
+    """Reads each row from its beginning, alone, for every token: slow, and plainly right."""
+
+    def __init__(self, model: Tokenformer, rows: list[Tensor], device: torch.device) -> None:
+        self.model = model
+        self.rows = [row.to(device) for row in rows]
+
+    def __call__(self, tokens: Tensor | None) -> Tensor:
+        """As :meth:`_Reader.__call__`."""
+        if tokens is not None:
+            self.rows = [torch.cat([row, new]) for row, new in zip(self.rows, tokens, strict=True)]
+        features = torch.cat([self.model.forward_features(row[None])[:, -1] for row in self.rows])
+        return self.model.forward_head(features[:, None])[:, 0]
+
+
+def _generate(
+    model: Tokenformer,
+    rows: list[Tensor],
+    limits: list[int],
+    sampling: Sampling,
+    stop: frozenset[int],
+    vocab_size: int,
+    seed: int,
+    cache: bool,
+) -> Generator[Tensor, None, None]:
+    device = next(model.parameters()).device
+    generators = [] if sampling.greedy else [_row_generator(seed, number) for number in range(len(rows))]
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
+        for occurred, row in zip(seen, rows, strict=True):
+            occurred[row] = True
+        seen = seen.to(device)
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        length = max(len(row) for row in rows) + max(limits)
+        read = _Reader(model, rows, length, device) if cache else _Rereader(model, rows, device)
+        tokens: Tensor | None = None
+        alive = [limit > 0 for limit in limits]
+        for count in range(1, max(limits) + 1):
+            tokens = _next_tokens(read, tokens, sampling, seen, vocab_size, generators)  # (B, 1)
+            chosen = tokens[:, 0].tolist()
+            if _NOT_FINITE in chosen:
+                raise ValueError("model: its logits are not finite; were its weights trained at too high a rate?")
+            chosen = [token if lives else ENDED for token, lives in zip(chosen, alive, strict=True)]
+            alive = [
+                lives and token not in stop and count < limit
+                for token, lives, limit in zip(chosen, alive, limits, strict=True)
+            ]
+            yield torch.tensor(chosen)
+            if not any(alive):
+                return
+    finally:
+        for module in were_training:
+            module.training = True
+
+
+@torch.inference_mode()
+def _next_tokens(
+    read: _Reader | _Rereader,
+    tokens: Tensor | None,
+    sampling: Sampling,
+    seen: Tensor | None,
+    vocab_size: int,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """Reads the last tokens (B, 1) and chooses the next, (B, 1)."""
+    logits = read(tokens)[:, :vocab_size]  # (B, V)
+    scores = sampling.scores(logits, None if seen is None else seen[:, :vocab_size])
+    if sampling.greedy:
+        best, chosen = scores.max(dim=-1)
+        chosen = torch.where(best.isfinite(), chosen, _NOT_FINITE)
+    else:
+        uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        chosen = draw(scores, uniform.to(logits.device))
+    if seen is not None:
+        seen.scatter_(1, chosen.clamp_min(0)[:, None], True)
+    return chosen[:, None]
+
+
+def _row_generator(seed: int, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

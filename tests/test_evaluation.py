@@ -1,0 +1,131 @@
+"""The harness's scores of a model, against scoring by hand; nothing is fetched."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+
+from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.evaluation import HarnessModel, evaluate
+from lit_tokenformer.models import create_backbone
+from lit_tokenformer.text_generation import TextGenerator
+
+QUESTIONS = [
+    {"question": "The sky is", "choices": [" blue", " a very long river"], "label": 0},
+    {"question": "Water is", "choices": [" dry", " wet", " loud"], "label": 1},
+    {"question": "Two and two are", "choices": [" four", " five"], "label": 0},
+    {"question": "A cat says", "choices": [" woof", " meow meow"], "label": 1},
+]
+
+
+@pytest.fixture
+def generator():
+    torch.manual_seed(1)
+    backbone = create_backbone(
+        "tokenformer_lm_tiny", vocab_size=320, context_length=32, dim=32, depth=2, num_heads=2, rotary_fraction=0.5
+    )
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            weight.mul_(8 if weight.ndim > 1 else 1)  # so that the logits differ
+    return TextGenerator(backbone.eval(), Tokenizer.bytes())
+
+
+def by_hand(generator, context, continuation):
+    """Log-probability of a continuation in nats, and whether each of its tokens is the most probable."""
+    tokenizer = generator.tokenizer
+    first, second = tokenizer.encode(context) or [tokenizer.separator_id], tokenizer.encode(continuation)
+    ids = torch.tensor([(first + second)[-33:]])
+    with torch.no_grad():
+        logits = generator.backbone(ids[:, :-1])[0, -len(second) :]
+    picked = logits.log_softmax(dim=-1).gather(1, ids[0, -len(second) :, None])
+    return picked.sum().item(), bool((logits.argmax(dim=-1) == ids[0, -len(second) :]).all())
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_log_likelihoods_are_those_by_hand(generator, batch_size):
+    pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
+    pairs += [("", "A beginning"), ("x" * 50, " is cut on the left")]
+    found = HarnessModel(generator, batch_size=batch_size).loglikelihood(requests("loglikelihood", *pairs))
+    for (score, greedy), pair in zip(found, pairs, strict=True):
+        expected, most_probable = by_hand(generator, *pair)
+        assert score == pytest.approx(expected, rel=1e-4)
+        assert greedy == most_probable
+
+
+def test_what_greedy_decoding_writes_is_greedy(generator):
+    text = generator.generate("Once", max_new_tokens=4, temperature=0, return_full_text=False)
+    if text.encode().decode(errors="ignore") != text or "\ufffd" in text:
+        pytest.skip("the model writes broken characters")
+    ((_, greedy),) = HarnessModel(generator).loglikelihood(requests("loglikelihood", ("Once", text)))
+    assert greedy
+
+
+def test_whole_texts_are_scored_in_windows_of_the_context(generator):
+    text = "Each token is predicted once, and none twice, in windows as long as the context."
+    (found,) = HarnessModel(generator, batch_size=2).loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    tokens = generator.tokenizer.encode(text)
+    expected, done = 0.0, 0
+    while done < len(tokens):
+        size = min(32, len(tokens) - done)
+        first = [generator.tokenizer.separator_id, *tokens][max(0, done + size - 32) : done + size]
+        with torch.no_grad():
+            log_probs = generator.backbone(torch.tensor([first]))[0, -size:].log_softmax(dim=-1)
+        expected += log_probs.gather(1, torch.tensor(tokens[done : done + size])[:, None]).sum().item()
+        done += size
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_text_is_written_up_to_a_stop(generator):
+    model = HarnessModel(generator)
+    (text,) = model.generate_until(requests("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 6})))
+    assert text == generator.generate("Once upon", 6, temperature=0, stop="\n\n", return_full_text=False)
+
+
+def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, tmp_path):
+    lines = "\n".join(json.dumps(question) for question in QUESTIONS)
+    (tmp_path / "questions.jsonl").write_text(lines)
+    task = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
+    results = evaluate(generator, ["tiny_choice"], include_path=str(tmp_path), batch_size=2)["results"]["tiny_choice"]
+    right = normed = 0
+    for question in QUESTIONS:
+        scores = [by_hand(generator, question["question"], choice)[0] for choice in question["choices"]]
+        lengths = [len(choice) for choice in question["choices"]]
+        right += max(range(len(scores)), key=scores.__getitem__) == question["label"]
+        normed += max(range(len(scores)), key=lambda i: scores[i] / lengths[i]) == question["label"]
+    assert results["acc,none"] == right / len(QUESTIONS)
+    assert results["acc_norm,none"] == normed / len(QUESTIONS)
+    assert not math.isnan(results["acc_stderr,none"])
+
+
+def test_an_unknown_task_is_refused(generator):
+    with pytest.raises(ValueError, match="tasks: the harness knows no task named hellaswak"):
+        evaluate(generator, ["hellaswak"])
+
+
+def test_the_published_tasks_are_known():
+    from lm_eval.tasks import TaskManager
+
+    names = {"lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande"}
+    assert names <= set(TaskManager().all_tasks)
