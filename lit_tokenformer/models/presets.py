@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_large_matched_patch16_224": {**_LARGE, "param_tokens": 768},
     "tokenformer_vit_large_patch16_224": {**_LARGE, "param_tokens": 1024},
     "tokenformer_lm_tiny": {**_LM, "dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 128},
-    "tokenformer_lm_small": {**_LM, "dim": 256, "depth": 6, "num_heads": 8, "param_tokens": 256},
+    "tokenformer_lm_small": {**_LM, "dim": 192, "depth": 4, "num_heads": 6, "param_tokens": 192},
     "tokenformer_150m": {**_PILE, **_BASE, "param_tokens": 768},
     "tokenformer_450m": {**_PILE, **_LARGE, "param_tokens": 1024},
     "tokenformer_900m": {**_PILE, "dim": 1280, "depth": 32, "num_heads": 16, "param_tokens": 1280},

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 2**24
-"""Logits that are held at once."""
+CHUNK_ROWS = {"cpu": 256}
+"""Rows of logits that are held at once, by the kind of device: as many as stay in a processor's cache."""
+ACCELERATOR_ROWS = 2048
+"""The same for every other kind: as many as keep it busy."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         wide = torch.promote_types(dtype, torch.float32)
-        rows = max(1, CHUNK_NUMBERS // weight.shape[0])
+        rows = CHUNK_ROWS.get(device, ACCELERATOR_ROWS)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=wide, device=x.device)
