@@ -19,7 +19,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_tokenformer import data, models, tasks
-from lit_tokenformer.commands import export_weights, generate_text, grow_checkpoint, import_weights, read_checkpoint
+from lit_tokenformer.checkpoints import read_checkpoint
+from lit_tokenformer.commands import (
+    evaluate_checkpoint,
+    export_weights,
+    generate_text,
+    grow_checkpoint,
+    import_weights,
+)
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import unknown_name
 
@@ -34,6 +41,7 @@ except ImportError as error:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
+    "evaluate": evaluate_checkpoint,
     "grow": grow_checkpoint,
     "import": import_weights,
     "export": export_weights,

@@ -271,6 +271,47 @@ def generate_text(
             print(f"note: {name}the text ends where the context of {length} tokens is full", file=sys.stderr)
 
 
+def evaluate_checkpoint(
+    ckpt_path: str,
+    tasks: list[str],
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 8,
+    include_path: str | None = None,
+    output: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Scores a language model on tasks of EleutherAI's lm-evaluation-harness.
+
+    Args:
+        ckpt_path: A checkpoint of a fit.
+        tasks: Names of the harness's tasks, such as lambada_openai, hellaswag, piqa, arc_easy and winogrande.
+        num_fewshot: Solved examples before each question; by default what the task says.
+        limit: Only so many questions of each task, or this share of them if below 1.
+        batch_size: Texts that are scored at once.
+        include_path: Folder with tasks of one's own.
+        output: JSON file for the results.
+        device: Where the model runs; auto takes the accelerator, if there is one.
+
+    Returns:
+        The results, as the harness gives them.
+
+    Raises:
+        ValueError: If the harness is not installed, the checkpoint cannot be used, a task is not known, or the output
+            exists already.
+    """
+    if output is not None and Path(output).exists():
+        raise ValueError(f"output: {output} exists already")
+    from lit_tokenformer.evaluation import as_table, evaluate  # the harness takes seconds to import
+
+    generator = TextGenerator.load(ckpt_path, device)
+    results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
+    print(as_table(results))
+    if output is not None:
+        Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    return results
+
+
 def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
     header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
     return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")

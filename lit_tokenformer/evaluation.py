@@ -7,6 +7,7 @@ the Hugging Face hub, as ever with the harness; ``include_path`` adds tasks of o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
     raise ValueError(
         f"evaluate: the lm-evaluation-harness is missing ({error}); pip install 'lit-tokenformer[eval]'"
@@ -52,8 +53,10 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
-        given = isinstance(ckpt_path, TextGenerator)
-        self.generator = ckpt_path if given else TextGenerator.load(ckpt_path, device or "auto")  # type: ignore
+        generator = ckpt_path
+        if not isinstance(generator, TextGenerator):
+            generator = TextGenerator.load(generator, device or "auto")
+        self.generator = generator
         self.batch_size = 8 if batch_size in (None, "auto") else int(batch_size)
         self.max_gen_toks = max_gen_toks
         self.max_length = self.generator.backbone.config.context_length
@@ -135,6 +138,12 @@ class HarnessModel(TemplateLM):
         return scores
 
 
+@lru_cache(maxsize=2)
+def _tasks(include_path: str | None) -> TaskManager:
+    """The harness's tasks; reading their files takes seconds."""
+    return TaskManager(include_path=include_path)
+
+
 def evaluate(
     generator: TextGenerator,
     tasks: Sequence[str],
@@ -159,7 +168,7 @@ def evaluate(
     Raises:
         ValueError: For a task that the harness does not know.
     """
-    manager = TaskManager(include_path=include_path)
+    manager = _tasks(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise ValueError(f"tasks: the harness knows no task named {', '.join(unknown) or '(none given)'}")
@@ -173,3 +182,8 @@ def evaluate(
     )
     assert found is not None  # only the first of several processes gets results, and there is one
     return dict(found)
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """The results of :func:`evaluate` as the harness shows them."""
+    return make_table(results)

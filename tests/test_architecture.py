@@ -63,7 +63,7 @@ def test_imports_go_one_way(place):
 
 
 def test_the_rooms_that_are_checked_exist():
-    for place in ("models", "growth.py", "compute.py", "data", "tasks", "../callbacks"):
+    for place in ("models", "growth.py", "compute.py", "data", "tasks", "interop", "../callbacks"):
         assert sources(place)
 
 

@@ -238,6 +238,19 @@ def test_checkpoints_hold_the_tokenizer(tmp_path):
     assert torch.load(tmp_path / "again.ckpt", weights_only=True)["tokenizer"] == Tokenizer().to_json()
 
 
+def test_a_checkpoint_is_not_read_with_another_tokenizer(tmp_path):
+    fit(tmp_path, epochs=1)
+
+    class Other(Data):
+        class tokenizer:
+            def to_json():
+                return '{"another": "tokenizer"}'
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="data.tokenizer: it is not the one that the checkpoint's model was trained"):
+        trainer.validate(make_task(), datamodule=Other(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
 def test_z_loss_is_added_to_the_training_loss_only():
     batch = torch.randint(20, (2, 13))
     seed_everything(0)

@@ -931,3 +931,15 @@ def test_wrong_hugging_face_settings_are_refused(corpus: Path):
         for streaming in (False, True):
             with refused(message):
                 hub(corpus, streaming=streaming, **settings).corpus.splits  # noqa: B018
+
+
+def test_files_to_validate_on_need_none_to_train_on(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Only to be read. " * 20)
+    files = [str(tmp_path / "a.txt")]
+    data = TextDataModule("files", val_files=files, block_size=16, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    data.setup("validate")
+    targets = sum(int((batch[:, 1:] >= 0).sum()) for batch in data.val_dataloader())
+    assert targets == 17 * 20 + 1 and data.bytes_per_token("val") == 340 / 341
+    with refused("data.files: there are no training documents"):
+        data.setup("fit")

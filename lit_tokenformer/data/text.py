@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_tokenformer.data.loading import EpochSampler, ResumableLoader
@@ -51,6 +52,7 @@ class TextDataModule(ResumableDataModule):
             .parquet files hold one in each line or row. With huggingface they are the ``data_files`` of
             ``load_dataset``.
         val_files: The same for validation. None: documents are held out by their hash. A file of both is held out.
+            Without ``files`` there is nothing to train on, but a model can be evaluated on these.
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
         encoding_errors: What happens with text that is not UTF-8: strict stops, replace puts U+FFFD in its place.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
@@ -244,6 +246,7 @@ class TextDataModule(ResumableDataModule):
         self._check_length(self.corpus.split_of("test"))
         if stage == "fit":
             self._check_length("train", replicas=self._place[1])
+            rank_zero_info(self.corpus_summary())
 
     def train_dataloader(self) -> DataLoader:
         """The resumable training loader of this process."""
@@ -287,6 +290,10 @@ class TextDataModule(ResumableDataModule):
         """Test blocks, in order; the validation blocks where there is no test split."""
         return self._eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader:
+        """Refused with a ``ValueError``: text is written by ``generate``, and scored by ``validate``."""
+        raise ValueError("predict: text is written by `lit-tokenformer generate`, and scored by `validate`")
+
     # --- Loaders -----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -296,6 +303,8 @@ class TextDataModule(ResumableDataModule):
     def _check_length(self, split: Split, replicas: int = 1) -> None:
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
+        if tokens == 0:
+            raise ValueError(f"data.files: there are no {name} documents")
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
             if 0 < blocks < self.batch_size:

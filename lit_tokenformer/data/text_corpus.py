@@ -156,6 +156,8 @@ class TextCorpus:
         if total == 0:
             raise ValueError(f"data.{'files' if self.settings.files else 'dataset'}: no document holds any text")
         for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
+            if stage == "train" and self.splits.train.size == 0:  # type: ignore[union-attr]
+                continue  # there are only files to validate on
             if counts["train" if stage == "train" else self.split_of(stage)].documents == 0:
                 raise self._empty(setting, stage, f"{total} documents")
         return tokens

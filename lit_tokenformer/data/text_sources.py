@@ -343,13 +343,15 @@ def _open_python_stdlib(settings: TextSettings) -> TextSplits:
 
 
 def _open_files(settings: TextSettings) -> TextSplits:
-    if not settings.files:
+    if not settings.files and not settings.val_files:
         raise ValueError("data.files: expected files, folders or patterns, got none")
     memory = settings.cache_dir / "file_hashes.json"
 
     def documents(paths: list[Path]) -> TextFiles:
         return TextFiles(paths, settings.text_column, settings.encoding_errors, memory)
 
+    if not settings.files:
+        return TextSplits(TextList([]), documents(find_files("data.val_files", settings.val_files)))
     train = find_files("data.files", settings.files)
     if not settings.val_files:
         return TextSplits(documents(train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from lit_tokenformer.tasks.schedule import LRSchedule
 
 TOKENIZER_FILE = "tokenizer.json"
 """Name of the tokenizer's file beside the checkpoints."""
+
+
+def published_adamw(params: Any) -> torch.optim.Optimizer:
+    """AdamW as all published language models were trained with it (arXiv 2410.23168, appendix F)."""
+    return torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 class LitCausalLM(LitTask):
@@ -60,9 +66,7 @@ class LitCausalLM(LitTask):
         context_length: int = 1024,
         separator_id: int | None = None,
         overrides: BackboneOverrides = BackboneOverrides(),  # noqa: B008  (frozen)
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1
-        ),
+        optimizer: OptimizerCallable = published_adamw,
         schedule: LRSchedule = LRSchedule(),  # noqa: B008  (frozen)
         lr_scheduler: LRSchedulerCallable | None = None,
         z_loss: float = 0.0,
@@ -134,7 +138,13 @@ class LitCausalLM(LitTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.tokenizer_json = checkpoint.get("tokenizer")
+        saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
+        if None not in (saved, present) and json.loads(saved) != json.loads(present):
+            raise ValueError(
+                "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
+                f"set it to the {TOKENIZER_FILE} beside the checkpoint"
+            )
+        self.tokenizer_json = saved
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -1,0 +1,150 @@
+"""The command line for language models, as its user calls it."""
+
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+
+from lit_tokenformer.cli import main
+from lit_tokenformer.models import param_tokens
+from lit_tokenformer.tasks import LitCausalLM
+
+
+def run(*args):
+    """Runs a command in this process; returns its exit status."""
+    try:
+        return main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
+
+
+def config(folder):
+    """A tiny model on Python's documentation, with growth by step and all that has a default left out."""
+    growth = {"class_path": "callbacks.ParameterGrowthCallback", "init_args": {"schedule": {2: 16}, "unit": "step"}}
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    sizes = {"dim": 32, "depth": 1, "num_heads": 2, "rotary_fraction": 0.5, "param_tokens": 8}
+    given = {
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "limit_val_batches": 2,
+            "val_check_interval": 2,
+            "default_root_dir": str(folder),
+            "callbacks": [growth, {"class_path": "callbacks.TrainingMonitor"}, checkpoint],
+        },
+        "model": {
+            "class_path": "LitCausalLM",
+            "init_args": {"preset": "tokenformer_lm_tiny", "overrides": sizes, "schedule": {"unit": "step"}},
+        },
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {"block_size": 32, "batch_size": 4, "cache_dir": str(folder / "cache")},
+        },
+    }
+    path = folder / "given.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A folder with a fit that grew."""
+    folder = tmp_path_factory.mktemp("text")
+    assert run("fit", "--config", config(folder)) == 0
+    return folder
+
+
+def last(folder):
+    return folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def test_sizes_reach_the_model_from_the_data_and_it_grows(fitted):
+    task = LitCausalLM.load_from_checkpoint(last(fitted), weights_only=True)
+    assert task.backbone.config.vocab_size == 257 and task.backbone.config.context_length == 32
+    assert task.separator_id == 256 and param_tokens(task)["qkv"] == 16
+    assert (last(fitted).parent / "tokenizer.json").is_file()
+
+
+def test_it_is_told_what_was_trained_on_and_how_fast(tmp_path, caplog):
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    assert run("fit", "--config", config(tmp_path), "--trainer.max_steps", 3) == 0
+    told = caplog.text
+    assert "python_docs: 7" in told and "sha256" in told
+    assert "data tokens in" in told and "per second" in told and "Growth at epoch 0, step 2" in told
+
+
+def test_a_saved_config_with_the_default_optimizer_can_be_run_again(fitted, tmp_path):
+    saved = fitted / "lightning_logs" / "version_0" / "config.yaml"
+    assert run("fit", "--config", saved, "--trainer.default_root_dir", tmp_path) == 0
+    ours, theirs = (torch.load(last(folder), weights_only=True)["state_dict"] for folder in (fitted, tmp_path))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_was_trained_writes_grows_and_is_exported_and_imported(fitted, tmp_path, capsys):
+    args = ["--prompt", "The import", "--max_new_tokens", 8, "--temperature", 0, "--format", "json"]
+    assert run("generate", "--ckpt_path", last(fitted), *args) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["tokens"] <= 8 and written["prompt"] == "The import"
+    assert run("grow", "--ckpt_path", last(fitted), "--tokens", 32, "--output", tmp_path / "grown.ckpt") == 0
+    assert run("export", "--ckpt_path", tmp_path / "grown.ckpt", "--output", tmp_path / "published") == 0
+    assert run("import", "--source", tmp_path / "published", "--output", tmp_path / "again.ckpt") == 0
+    capsys.readouterr()
+    for path in (tmp_path / "grown.ckpt", tmp_path / "again.ckpt"):
+        assert run("generate", "--ckpt_path", path, *args) == 0
+        assert json.loads(capsys.readouterr().out)["completion"] == written["completion"]
+
+
+def test_any_text_is_validated_on_but_not_with_another_tokenizer(fitted, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A text that nobody trained on. " * 20)
+    where = ["--ckpt_path", last(fitted), "--trainer.default_root_dir", tmp_path, "--data.dataset", "files"]
+    where += ["--data.val_files", f"[{tmp_path / 'a.txt'}]"]
+    assert run("validate", "--config", config(tmp_path), *where) == 0
+    assert "val/bits_per_byte" in capsys.readouterr().out
+    own = str(last(fitted).parent / "tokenizer.json")
+    assert run("validate", "--config", config(tmp_path), *where, "--data.tokenizer", own) == 0
+    other = json.loads((last(fitted).parent / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    other["model"]["vocab"] = {piece: 255 - number if number < 256 else number for piece, number in vocabulary.items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    capsys.readouterr()
+    assert run("validate", "--config", config(tmp_path), *where, "--data.tokenizer", tmp_path / "tokenizer.json") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: data.tokenizer: it is not the one that the checkpoint's model was trained with")
+
+
+def test_prediction_points_to_generate(fitted, tmp_path, capsys):
+    assert run("predict", "--config", config(tmp_path), "--ckpt_path", last(fitted)) == 2
+    assert "generate" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.tokenizer", "bpe:100"], "data.tokenizer: "),
+        (["--data.block_size", "0"], "data.block_size: expected a whole number of 1 or more, got 0"),
+        (["--data.dataset", "python_doc"], "did you mean 'python_docs'?"),
+        (["--data.dataset", "files"], "data.files: expected files, folders or patterns, got none"),
+        (["--model.overrides.vocab_size", "100"], "data.tokenizer: it has 257 tokens, the model's vocab_size is 100"),
+        (["--model.overrides.context_length", "8"], "data.block_size: 32 tokens, the model's context_length is 8"),
+        (["--model.z_loss", "-1"], "model.z_loss: expected at least 0, got -1"),
+        (["--model.schedule.unit", "steps"], "did you mean 'step'"),
+        (["--data.val_fraction", "0"], "none falls into the validation split"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(args, message, tmp_path, capsys):
+    assert run("fit", "--config", config(tmp_path), *args) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ") and message in told
+
+
+def test_an_imported_model_is_fitted_further(fitted, tmp_path):
+    assert run("export", "--ckpt_path", last(fitted), "--output", tmp_path / "published") == 0
+    assert run("import", "--source", tmp_path / "published", "--output", tmp_path / "start.ckpt") == 0
+    args = ["--ckpt_path", tmp_path / "start.ckpt", "--trainer.default_root_dir", tmp_path]
+    assert run("fit", "--config", config(tmp_path), *args) == 0
+    saved = torch.load(last(tmp_path), weights_only=True)
+    assert saved["global_step"] == 4 and saved["param_tokens"]["qkv"] == 16
