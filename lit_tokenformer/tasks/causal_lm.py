@@ -139,7 +139,7 @@ class LitCausalLM(LitTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
-        if None not in (saved, present) and json.loads(saved) != json.loads(present):
+        if saved is not None and present is not None and json.loads(saved) != json.loads(present):
             raise ValueError(
                 "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
                 f"set it to the {TOKENIZER_FILE} beside the checkpoint"
