@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,23 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
     return checkpoint
 
 
+def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint so that it is there whole or not at all; its folder is made.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    target = Path(path)
+    unfinished = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, unfinished)
+        os.replace(unfinished, target)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
+
+
 def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
     """The task that a checkpoint belongs to, with its weights.
 
@@ -39,7 +57,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     Raises:
         ValueError: If the task is not one of ours, or the weights do not fit it.
     """
-    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit")}
+    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit") and name != "LitTask"}
     name = checkpoint.get("task")
     if name not in known:
         raise unknown_name("ckpt_path: task", name, known)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_tokenformer import data, models, tasks
@@ -74,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
             trainer_class=PlanningTrainer,
             trainer_defaults={"callbacks": [training]},
             seed_everything_default=0,
+            save_config_callback=_SaveConfig,
             parser_class=_Parser,
             parser_kwargs={
                 "prog": "lit-tokenformer",
@@ -102,6 +103,14 @@ class _TrainingStarted(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.started = True
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into a run's log folder; without a logger there is none, and nothing is written."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class _Parser(LightningArgumentParser):

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
+from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task, write_checkpoint
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import grow, grow_optimizer
 from lit_tokenformer.interop import read_published, write_published
@@ -82,9 +82,7 @@ def grow_checkpoint(
         elif key.startswith("TrainingMonitor"):
             state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
 
-    unfinished = target.with_name(target.name + ".part")
-    torch.save(checkpoint, unfinished)
-    os.replace(unfinished, target)
+    write_checkpoint(checkpoint, target)
     sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
     print(f"{target}: {sizes} tokens")
     return target
@@ -147,12 +145,9 @@ def import_weights(
     task.on_save_checkpoint(checkpoint)
     del checkpoint["rng_states"]  # a fit shall draw by its own seed
 
-    unfinished = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, unfinished)
+    write_checkpoint(checkpoint, target)
     if text is not None and not copy.exists():
         copy.write_text(text, encoding="utf-8")
-    os.replace(unfinished, target)
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())
     print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))

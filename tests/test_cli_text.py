@@ -89,11 +89,11 @@ def test_what_was_trained_writes_grows_and_is_exported_and_imported(fitted, tmp_
     assert run("generate", "--ckpt_path", last(fitted), *args) == 0
     written = json.loads(capsys.readouterr().out)
     assert written["tokens"] <= 8 and written["prompt"] == "The import"
-    assert run("grow", "--ckpt_path", last(fitted), "--tokens", 32, "--output", tmp_path / "grown.ckpt") == 0
-    assert run("export", "--ckpt_path", tmp_path / "grown.ckpt", "--output", tmp_path / "published") == 0
+    assert run("grow", "--ckpt_path", last(fitted), "--tokens", 32, "--output", tmp_path / "new/grown.ckpt") == 0
+    assert run("export", "--ckpt_path", tmp_path / "new/grown.ckpt", "--output", tmp_path / "published") == 0
     assert run("import", "--source", tmp_path / "published", "--output", tmp_path / "again.ckpt") == 0
     capsys.readouterr()
-    for path in (tmp_path / "grown.ckpt", tmp_path / "again.ckpt"):
+    for path in (tmp_path / "new/grown.ckpt", tmp_path / "again.ckpt"):
         assert run("generate", "--ckpt_path", path, *args) == 0
         assert json.loads(capsys.readouterr().out)["completion"] == written["completion"]
 
@@ -114,6 +114,20 @@ def test_any_text_is_validated_on_but_not_with_another_tokenizer(fitted, tmp_pat
     assert run("validate", "--config", config(tmp_path), *where, "--data.tokenizer", tmp_path / "tokenizer.json") == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("error: data.tokenizer: it is not the one that the checkpoint's model was trained with")
+
+
+def test_a_tokenizer_of_another_size_is_told_as_such(fitted, tmp_path, capsys):
+    args = ["--ckpt_path", last(fitted), "--data.tokenizer", "bpe:300"]
+    assert run("validate", "--config", config(tmp_path), *args) == 2
+    assert "data.tokenizer: it is not the one" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_nothing_is_overwritten_without_a_logger(fitted, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("mine")
+    args = ["--ckpt_path", last(fitted), "--trainer.logger", "false"]
+    for command in ("validate", "test"):
+        assert run(command, "--config", config(tmp_path), *args) == 0
+    assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
 def test_prediction_points_to_generate(fitted, tmp_path, capsys):

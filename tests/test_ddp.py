@@ -75,3 +75,36 @@ def test_ddp_ranks_agree_after_growth_and_equal_one_process(tmp_path, method, ac
         assert torch.equal(state["exp_avg"], second["moments"][name]["exp_avg"]), name
         torch.testing.assert_close(state["exp_avg"], alone["moments"][name]["exp_avg"], rtol=1e-6, atol=1e-8)
         assert state["step"] == alone["moments"][name]["step"] == 24 / accumulate
+
+
+VALIDATION = """
+import sys
+from lightning.pytorch import Trainer, seed_everything
+from lit_tokenformer.data import TextDataModule
+from lit_tokenformer.tasks import LitCausalLM
+
+devices, folder = int(sys.argv[1]), sys.argv[2]
+seed_everything(0)
+sizes = {"dim": 32, "depth": 1, "num_heads": 2, "rotary_fraction": 0.5, "param_tokens": 8}
+task = LitCausalLM("tokenformer_lm_tiny", vocab_size=257, context_length=16, overrides=sizes)
+data = TextDataModule("files", val_files=[folder + "/a.txt"], block_size=16, batch_size=2, cache_dir=folder)
+trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+                  enable_progress_bar=False)
+(scores,) = trainer.validate(task, datamodule=data, verbose=False)
+if trainer.is_global_zero:
+    print("scores", scores["val/loss"], scores["val/bits_per_byte"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_score_text_as_one_does(tmp_path):
+    (tmp_path / "a.txt").write_text("An odd number of tokens, in blocks that two do not share evenly")
+    (tmp_path / "script.py").write_text(VALIDATION)
+    scores = []
+    for devices in (1, 2):
+        command = [sys.executable, str(tmp_path / "script.py"), str(devices), str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("scores")]
+        scores.append([float(score) for score in line.split()[1:]])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_tokenformer.data import TextDataModule, Tokenizer, text_sources, token_cache
 from lit_tokenformer.data.text_corpus import HashSplit
-from lit_tokenformer.data.text_sources import HubStream
+from lit_tokenformer.data.text_sources import HubStream, TextFiles
 from lit_tokenformer.data.text_stream import TextStreamLoader, eval_stream_loader, train_stream_loader
 from lit_tokenformer.data.token_cache import EvalSampler
 
@@ -241,7 +241,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, corpus: Pat
 
 
 def test_text_is_taken_as_it_is(tmp_path: Path):
-    content = "\ufeffone\r\ntwo\x00 \n\n"
+    content = "one\r\ntwo\x00 \n\n"
     (tmp_path / "a.txt").write_bytes(content.encode())
     assert list(text(tmp_path / "a.txt").corpus.splits.train) == [content]
 
@@ -350,7 +350,7 @@ def flip(path: Path, place: int = 1001) -> None:
         ("meta.json", Path.unlink),
         ("meta.json", lambda path: path.write_text(path.read_text()[:50])),
         ("meta.json", lambda path: path.write_text("{}")),
-        ("meta.json", lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 0'))),
+        ("meta.json", lambda path: path.write_text(path.read_text().replace(f'"format": {token_cache.FORMAT}', '"format": 0'))),
         ("train.bin", Path.unlink),
         ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2])),
         ("val.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
@@ -943,3 +943,17 @@ def test_files_to_validate_on_need_none_to_train_on(tmp_path: Path):
     assert targets == 17 * 20 + 1 and data.bytes_per_token("val") == 340 / 341
     with refused("data.files: there are no training documents"):
         data.setup("fit")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfText")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Line"}\n')
+    files = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text", "strict", None)
+    assert list(files) == ["Text", "Line"]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}"])
+def test_lines_that_the_json_parser_gives_up_on_are_named(tmp_path: Path, line: str):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with refused("data.files: .*a.jsonl:2 is not JSON"):
+        list(TextFiles([tmp_path / "a.jsonl"], "text", "strict", None))

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,10 @@ def test_forks_neither_hang_nor_warn(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert results.get(timeout=30)[:2] == [[97, 98], [99, 100]]
     process.join()
     assert "parallelism" not in capfd.readouterr().err
+
+
+def test_a_vocabulary_is_trained_on_words_without_end():
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train_bpe(["abc" * 40_000, " " * 40_000, "some words"], 300)
+    assert time.perf_counter() - start < 10  # minutes, if such a word is merged as a whole
+    assert tokenizer.decode(tokenizer.encode("abc" * 5000)) == "abc" * 5000

@@ -155,7 +155,7 @@ class TextFiles:
     def _whole(self, path: Path) -> Iterator[str]:
         data = path.read_bytes()
         try:
-            yield data.decode("utf-8", "replace" if self.encoding_errors == "replace" else "strict")
+            yield data.decode("utf-8-sig", "replace" if self.encoding_errors == "replace" else "strict")
         except UnicodeDecodeError as error:
             if self.encoding_errors == "strict":
                 raise _not_utf8(str(path), error) from None
@@ -167,11 +167,11 @@ class TextFiles:
                     continue
                 where = f"{path}:{number}"
                 try:
-                    row = json.loads(line.decode("utf-8", self.encoding_errors))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", self.encoding_errors))
                 except UnicodeDecodeError as error:
                     raise _not_utf8(where, error) from None
-                except json.JSONDecodeError as error:
-                    raise BadText(f"data.files: {where} is not JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:
+                    raise BadText(f"data.files: {where} is not JSON: {getattr(error, 'msg', error)}") from None
                 yield row_text(row, self.column, self.encoding_errors, where)
 
     def _parquet_rows(self, path: Path) -> Iterator[str]:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from lit_tokenformer.data.text_sources import Split
 from lit_tokenformer.data.tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files. Others are not read."""
 
 PADDING = -100

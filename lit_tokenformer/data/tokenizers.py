@@ -28,6 +28,7 @@ USUAL_SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 BYTES_VOCAB_SIZE = 257  # the bytes and the separator
 _PIECE = 1 << 18  # characters that are tokenised at once; a longer document is cut
+_LONG = re.compile(r"\S{1000}(?=\S)|\s{1000}(?=\s)")  # where a word is cut that a vocabulary is trained on
 _BATCH = 1 << 20  # characters in a batch for encode_batch: some 100 MB inside the library
 
 
@@ -145,7 +146,8 @@ class Tokenizer:
             initial_alphabet=[_BYTE_CHARS[byte] for byte in range(256)],
             show_progress=False,
         )
-        backend.train_from_iterator((piece for text in documents for piece in cut(text)), trainer)
+        pieces = (piece for text in documents for whole in cut(text) for piece in _without_long_words(whole))
+        backend.train_from_iterator(pieces, trainer)
         return cls(backend, name)
 
     @classmethod
@@ -320,6 +322,15 @@ def cut(text: str, size: int = _PIECE) -> Iterator[str]:
             stop = start + size
         yield text[start:stop]
         start = stop
+    yield text[start:]
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """A text cut wherever a run of spaces or of anything else gets long: training is quadratic in a word's length."""
+    start = 0
+    for run in _LONG.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
     yield text[start:]
 
 

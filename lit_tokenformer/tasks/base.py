@@ -78,6 +78,13 @@ class LitTask(pl.LightningModule):
         """What the model gives for a batch, without loss; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
 
+    def log_weight(self, count: int) -> int:
+        """The weight of a mean over ``count`` items that is logged with ``sync_dist``.
+
+        Lightning averages the weights of all processes as whole numbers; times their number, none is rounded.
+        """
+        return count * self.trainer.world_size
+
     def cost(self) -> ModelCost:
         """Parameters and operations of the model at its present size."""
         return model_cost(self.backbone.config, param_tokens(self.backbone), self.backbone.grad_checkpointing)

@@ -137,13 +137,13 @@ class LitCausalLM(LitTask):
         checkpoint["tokenizer"] = self._tokenizer_of_data()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
         saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
         if saved is not None and present is not None and json.loads(saved) != json.loads(present):
             raise ValueError(
                 "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
                 f"set it to the {TOKENIZER_FILE} beside the checkpoint"
             )
+        super().on_load_checkpoint(checkpoint)
         self.tokenizer_json = saved
 
     def on_train_start(self) -> None:
@@ -176,9 +176,9 @@ class LitCausalLM(LitTask):
 
     def _evaluate(self, batch: Tensor, stage: str) -> None:
         loss, count = self._loss(batch)
-        # a mean over tokens, whatever batches and processes they are in
         weight = int(count)
-        self.log(f"{stage}/loss", loss / max(weight, 1), batch_size=weight, sync_dist=True, prog_bar=True)
+        mean, weight = loss / max(weight, 1), self.log_weight(weight)  # over tokens, whatever batches they are in
+        self.log(f"{stage}/loss", mean, batch_size=weight, sync_dist=True, prog_bar=True)
 
     def _log_scores(self, stage: str) -> None:
         loss = self.trainer.callback_metrics[f"{stage}/loss"]

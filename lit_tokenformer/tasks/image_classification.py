@@ -98,6 +98,6 @@ class LitImageClassifier(LitTask):
         acc1.update(logits, label)
         acc5.update(logits, label)
         loss = F.cross_entropy(logits, label)
-        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(image))
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=self.log_weight(len(image)))
         self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=len(image))
         self.log(f"{stage}/acc5", acc5, batch_size=len(image))
