@@ -350,7 +350,7 @@ def flip(path: Path, place: int = 1001) -> None:
         ("meta.json", Path.unlink),
         ("meta.json", lambda path: path.write_text(path.read_text()[:50])),
         ("meta.json", lambda path: path.write_text("{}")),
-        ("meta.json", lambda path: path.write_text(path.read_text().replace(f'"format": {token_cache.FORMAT}', '"format": 0'))),
+        ("meta.json", lambda path: path.write_text(path.read_text().replace('"format": ', '"format": -'))),
         ("train.bin", Path.unlink),
         ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2])),
         ("val.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
