@@ -149,7 +149,11 @@ def publish(folder, weights, config=TINY, file="pytorch_model.bin", vocabulary=N
 
 def read(folder):
     path = folder / "pytorch_model.bin"
-    return torch.load(path) if path.is_file() else safetensors.torch.load_file(folder / "model.safetensors")
+    return (
+        torch.load(path, weights_only=True)
+        if path.is_file()
+        else safetensors.torch.load_file(folder / "model.safetensors")
+    )
 
 
 def assert_same_tensors(found, expected):

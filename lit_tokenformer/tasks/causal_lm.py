@@ -44,7 +44,7 @@ class LitCausalLM(LitTask):
         optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
         schedule: Learning rate over the fit.
         lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
-        z_loss: Weight of the squared log-partition in the training loss; ``train/loss`` is logged without it.
+        z_loss: Weight of the squared log-partition in the training loss; ``val/loss`` is without it.
         cross_documents: Whether a token attends to documents before its own in the same block; without it
             ``separator_id`` must be known.
         compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
@@ -113,9 +113,6 @@ class LitCausalLM(LitTask):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, count = self._loss(batch, self.z_loss)
-        if self.z_loss:
-            with torch.no_grad():
-                self.log("train/loss_with_z", loss / count, batch_size=len(batch))
         self.log("train/loss", loss / count, prog_bar=True, batch_size=len(batch))
         return loss / count
 
