@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.models import SCORE_NORMS, ParamTokens, Pattention, Tokens, param_tokens
+from lit_tokenformer.models import SCORE_NORMS, SERIES_STD, ParamTokens, Pattention, Tokens, param_tokens
 
 METHODS = ("split", "zero_keys", "random")
 NEW_STATES = ("mean", "zeros", "reset")
@@ -200,11 +200,11 @@ def grow(
     replaced: dict[nn.Parameter, GrownParameter] = {}
     for name, layer, rows in plan:
         draw = generator or _layer_generator(seed, name, rows.after)
-        for part, make in (("key_tokens", _new_keys), ("value_tokens", _new_values)):
+        for part in _parts(layer):
             old = getattr(layer, part)
             if old not in replaced:  # tied to a parameter that has grown already
-                new = nn.Parameter(make(layer, rows, method, noise, draw), requires_grad=old.requires_grad)
-                scale = 1 / rows.copies if part == "key_tokens" else 1.0
+                new = nn.Parameter(_NEW_ROWS[part](layer, rows, method, noise, draw), requires_grad=old.requires_grad)
+                scale = 1.0 if part == "value_tokens" else 1 / rows.copies
                 replaced[old] = GrownParameter(f"{name}.{part}".lstrip("."), old, new, rows, scale)
             setattr(layer, part, replaced[old].new)
         if method == "random":
@@ -284,7 +284,7 @@ def _plan_rows(name: str, layer: Pattention, total: int, method: str) -> Rows:
         return rows
     if method != "random" and total > rows.copies * rows.before and layer.value_std == 0:
         raise ValueError(f"method: new keys and new values of layer {name!r} would both be zero, and never train")
-    for part in ("key_tokens", "value_tokens"):
+    for part in _parts(layer):
         parameter, layer_part = layer._parameters.get(part), f"{name}.{part}".lstrip(".")
         if parametrize.is_parametrized(layer, part) or parameter is None:
             raise ValueError(f"tokens: {layer_part} is parametrized; remove the parametrization before a growth")
@@ -296,15 +296,18 @@ def _plan_rows(name: str, layer: Pattention, total: int, method: str) -> Rows:
 def _check_ties(module: nn.Module, plan: Iterable[tuple[str, Pattention, Rows]]) -> None:
     """Raises a ``ValueError`` if a parameter that grows also stands where it would not grow in the same way."""
     rows_of = {layer: rows for _, layer, rows in plan}
-    ways = {
-        getattr(layer, part): (part, rows) for layer, rows in rows_of.items() for part in ("key_tokens", "value_tokens")
-    }
+    ways = {getattr(layer, part): (part, rows) for layer, rows in rows_of.items() for part in _parts(layer)}
     for name, owner in module.named_modules():
         for part, parameter in owner._parameters.items():
             if parameter in ways and ways[parameter] != (part, rows_of.get(owner)):  # type: ignore[call-overload]
                 raise ValueError(
                     f"tokens: {f'{name}.{part}'.lstrip('.')} is tied to parameter tokens that would grow in another way"
                 )
+
+
+def _parts(layer: Pattention) -> list[str]:
+    """The tensors of a layer that grow."""
+    return [part for part in layer.PARTS if getattr(layer, part) is not None]
 
 
 def _layer_generator(seed: int, name: str, total: int) -> torch.Generator:
@@ -341,6 +344,32 @@ def _new_values(layer: Pattention, rows: Rows, method: str, noise: float, genera
         kept = parts.flatten(0, 1)
     appended = _draw((rows.after - copies * rows.before, width), old, layer.value_std, generator)
     return torch.cat([kept, appended.to(old.dtype)])
+
+
+@torch.no_grad()
+def _new_scales(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
+    """A series as at birth for tokens that are no copies: one plain term, the others small."""
+    old = layer.scale_tokens
+    assert old is not None
+    appended = _draw((rows.after - rows.copies * rows.before, old.shape[1]), old, SERIES_STD, generator)
+    appended[:, 0] = 1.0
+    return torch.cat([rows.repeat(old), appended.to(old.dtype)])
+
+
+@torch.no_grad()
+def _new_shifts(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
+    """No shift for tokens that are no copies, so that a score of zero has a weight of zero."""
+    old = layer.shift_tokens
+    assert old is not None
+    return torch.cat([rows.repeat(old), old.new_zeros(rows.after - rows.copies * rows.before, old.shape[1])])
+
+
+_NEW_ROWS = {
+    "key_tokens": _new_keys,
+    "value_tokens": _new_values,
+    "scale_tokens": _new_scales,
+    "shift_tokens": _new_shifts,
+}
 
 
 def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:

@@ -186,8 +186,8 @@ def test_keys_and_values_get_memory_once(model, monkeypatch):
     monkeypatch.setattr(Tokenformer, "new_state", lambda *args: states.append(new_state(*args)) or states[-1])
     places = set()
     for _ in generate_tokens(model, PROMPTS, 6, GREEDY):
-        places.add(states[0].caches[0].key.data_ptr())
-    assert len(states) == len(places) == 1 and states[0].caches[0].key.shape[2] == 9 + 6
+        places.add(states[0].blocks[0][0].key.data_ptr())
+    assert len(states) == len(places) == 1 and states[0].blocks[0][0].key.shape[2] == 9 + 6
 
 
 @pytest.mark.parametrize("method", ["split", "random"])

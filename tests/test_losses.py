@@ -32,6 +32,19 @@ def test_loss_and_gradients_are_those_of_torch(monkeypatch, rows, z_loss):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_a_bias_is_added_to_the_logits():
+    x, weight, target = inputs(torch.float64)
+    bias = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    total, _ = linear_cross_entropy(x, weight, target, bias=bias)
+    expected = F.cross_entropy(x @ weight.T + bias, target, reduction="sum")
+    torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
+    found = torch.autograd.grad(total, (x, weight, bias))
+    for mine, theirs in zip(found, torch.autograd.grad(expected, (x, weight, bias)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    (alone,) = torch.autograd.grad(linear_cross_entropy(x.detach(), weight.detach(), target, bias=bias)[0], bias)
+    torch.testing.assert_close(alone, found[2])
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has it from 2.14 on")
 def test_agrees_with_torchs_own_in_pieces():
     x, weight, target = inputs(torch.float64)

@@ -2,11 +2,12 @@
 
 from lit_tokenformer.models.backbone import Tokenformer, param_tokens
 from lit_tokenformer.models.config import ParamTokens, TokenformerConfig, Tokens
-from lit_tokenformer.models.pattention import SCORE_NORMS, Pattention, pattention
+from lit_tokenformer.models.pattention import SCORE_NORMS, SERIES_STD, Pattention, pattention
 from lit_tokenformer.models.presets import BackboneOverrides, create_backbone, list_presets, preset_config
 
 __all__ = [
     "SCORE_NORMS",
+    "SERIES_STD",
     "BackboneOverrides",
     "ParamTokens",
     "Pattention",

@@ -8,7 +8,7 @@ as the config's stem has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from lit_tokenformer.models.block import Block
+from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.heads import ImageHead, make_head
-from lit_tokenformer.models.mixers import Context, KeyValueCache
+from lit_tokenformer.models.mixers import Context, Packing
+from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
-from lit_tokenformer.models.positions import rotary_angles
+from lit_tokenformer.models.positions import alibi_bias, rotary_angles, token_positions
 from lit_tokenformer.models.stems import make_stem
 
 
@@ -30,7 +31,7 @@ class DecodingState:
     """What a model remembers of the sequences it has read so far, so that they can go on token by token.
 
     Args:
-        caches: One cache for each block.
+        blocks: What each block remembers.
         length: Data tokens that fit.
         padding: Data tokens at the left of each sequence that are none of it, (B,) int64; ``None`` for none at all.
         layers: The Pattention layers of the model it belongs to.
@@ -39,10 +40,8 @@ class DecodingState:
         start: Data tokens read so far, those of the padding included.
     """
 
-    def __init__(
-        self, caches: list[KeyValueCache], length: int, padding: Tensor | None, layers: list[Pattention]
-    ) -> None:
-        self.caches = caches
+    def __init__(self, blocks: list[State], length: int, padding: Tensor | None, layers: list[Pattention]) -> None:
+        self.blocks = blocks
         self.length = length
         self.padding = padding
         self.start = 0
@@ -84,8 +83,8 @@ class Tokenformer(nn.Module):
         self.grad_checkpointing = False
         rates: Any = calculate_drop_path_rates(config.drop_path, config.depth)
         self.stem: Any = make_stem(config)
-        self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
-        self.norm: nn.Module = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, layer, rate) for layer, rate in enumerate(rates))
+        self.norm: nn.Module = nn.Identity() if config.norm_position == "post" else make_norm(config)
         self.head = make_head(config, self.stem)
 
     @property
@@ -95,7 +94,24 @@ class Tokenformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all that have one dimension."""
-        return {f"stem.{name}" for name in self.stem.no_weight_decay()}
+        return {f"{name}.{part}" for name, declared in self._declared("no_weight_decay") for part in declared}
+
+    def lr_scales(self) -> dict[str, float]:
+        """Learning rates of parameters in multiples of the optimizer's, where an architecture was published with some.
+
+        Example:
+            >>> from lit_tokenformer.models import create_backbone
+            >>> create_backbone("rwkv4_tiny").lr_scales()["blocks.0.attn.time_decay"]
+            2.0
+        """
+        found = self._declared("lr_scales")
+        return {f"{name}.{part}": scale for name, scales in found for part, scale in scales.items()}
+
+    def _declared(self, method: str) -> Iterator[tuple[str, Any]]:
+        """What the modules below declare of their parameters, by the name of each module."""
+        for name, module in self.named_modules():
+            if module is not self and hasattr(module, method):
+                yield name, getattr(module, method)()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers, for timm's layer-wise learning rates."""
@@ -136,10 +152,15 @@ class Tokenformer(nn.Module):
                 different length end together.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, Pattention)]
-        return DecodingState([KeyValueCache(length) for _ in self.blocks], length, padding, layers)
+        blocks: list[Any] = list(self.blocks)
+        return DecodingState([block.new_state(length) for block in blocks], length, padding, layers)
 
     def forward_features(
-        self, x: Tensor, documents: Tensor | None = None, state: DecodingState | None = None
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        state: DecodingState | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """The input -> normalised data tokens (B, T, D).
 
@@ -148,17 +169,24 @@ class Tokenformer(nn.Module):
             documents: Number of the document that each token belongs to, (B, T) int64; a token does not attend to
                 those of another document.
             state: What was read before; it is extended by what is read now.
+            lengths: Data tokens of each sequence, (B,) int64, at least 1; what stands after them is padding, and what
+                comes out there means nothing.
 
         Raises:
-            ValueError: If the state is full, or if it is from before a growth.
+            ValueError: If the state is full, or if it is from before a growth; for documents, in a model that cannot
+                keep them apart.
         """
-        x = self.stem(x)
-        context = self._context(x, documents, state)
+        start, padding = (0, None) if state is None else (state.start, state.padding)
+        x = self.stem(x, start, padding)
+        context = self._context(x, documents, state, lengths)
+        if context.packing is not None:
+            x = context.packing.pack(x)  # (1, n, D)
         for number, block in enumerate(self.blocks):
-            x = self._run(block, x, context, None if state is None else state.caches[number])
+            x = self._run(block, x, context, (None, None) if state is None else state.blocks[number])
         if state is not None:
             state.start += x.shape[1]
-        return self.norm(x)
+        x = self.norm(x)
+        return x if context.packing is None else context.packing.unpack(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits`` what they are made from."""
@@ -170,6 +198,8 @@ class Tokenformer(nn.Module):
         documents: Tensor | None = None,
         state: DecodingState | None = None,
         pre_logits: bool = False,
+        lengths: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Images (B, C, height, width) -> logits (B, C), or token ids (B, T) -> logits (B, T, V).
 
@@ -178,8 +208,14 @@ class Tokenformer(nn.Module):
             documents: As in :meth:`forward_features`.
             state: As in :meth:`forward_features`.
             pre_logits: Give what the logits are made from, (B, D) or (B, T, D).
+            lengths: As in :meth:`forward_features`.
+            places: Data tokens that the head is wanted for, (M,) int64, numbered through the whole batch; what is given
+                has their number in the place of B and T then.
         """
-        return self.forward_head(self.forward_features(x, documents, state), pre_logits)
+        features = self.forward_features(x, documents, state, lengths)
+        if places is not None:
+            features = features.flatten(0, 1)[places]
+        return self.forward_head(features, pre_logits)
 
     def forward_intermediates(
         self,
@@ -236,37 +272,73 @@ class Tokenformer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def _context(self, x: Tensor, documents: Tensor | None = None, state: DecodingState | None = None) -> Context:
+    def _context(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        state: DecodingState | None = None,
+        lengths: Tensor | None = None,
+    ) -> Context:
         """What the blocks need to know of the data tokens (B, T, D)."""
         config, length, device = self.config, x.shape[1], x.device
-        start = 0 if state is None else state.start
-        padding = None if state is None else state.padding
+        start, padding = (0, None) if state is None else (state.start, state.padding)
         if state is not None:
             state.check(more=length)
+        if documents is not None and not self.keeps_documents_apart:
+            raise ValueError("documents: a model with a token shift reads on from one to the next")
         rotary = None
         if config.positions == "rotary":
-            positions = torch.arange(start, start + length, device=device)  # (T,)
-            if padding is not None:
-                positions = (positions - padding[:, None]).clamp_min(0)  # (B, T)
-            rotary = rotary_angles(config, positions, x.dtype)
+            rotary = rotary_angles(config, token_positions(start, length, padding, device), x.dtype)
+        return Context(
+            rotary,
+            self._mask(x, documents, start, padding, lengths),
+            config.causal and length > 1,
+            start,
+            None if padding is None else self._columns(start, length, device)[:, None] >= padding[:, None, None],
+            self._packing(lengths, length) if config.unpad and lengths is not None else None,
+        )
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether ``documents`` can be given: whether data tokens meet in attention alone."""
+        return self.config.mixer == "attention" and self.config.feed_forward != "channel_mix"
+
+    def _mask(
+        self, x: Tensor, documents: Tensor | None, start: int, padding: Tensor | None, lengths: Tensor | None
+    ) -> Tensor | None:
+        """Who attends to whom, bool or what is added to scores; ``None`` where all do, or all that come before."""
+        config, length, device = self.config, x.shape[1], x.device
+        columns, rows = self._columns(0, start + length, device), self._columns(start, length, device)[:, None]
+        alibi = config.positions == "alibi"
         mask = None
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
-            mask = mask.tril() if config.causal else mask
-        elif padding is not None or (start and length > 1):
-            rows = torch.arange(start, start + length, device=device)[:, None]  # (T, 1)
-            columns = torch.arange(start + length, device=device)  # (S,)
-            mask = (columns <= rows)[None, None]  # (1, 1, T, S)
-            if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
-                mask = mask & ((columns >= padding[:, None, None, None]) | (columns == rows))  # (B, 1, T, S)
-        return Context(rotary, mask, config.causal and length > 1, start)
+        if lengths is not None:
+            given = (columns < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+            mask = given if mask is None else mask & (given | (columns == rows))
+        if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
+            mask = (columns >= padding[:, None, None, None]) | (columns == rows)  # (B, 1, T, S)
+        if config.causal and length > 1 and (mask is not None or start or alibi):
+            before = (columns <= rows)[None, None]  # (1, 1, T, S)
+            mask = before if mask is None else mask & before
+        if not alibi:
+            return mask
+        bias = alibi_bias(config.num_heads, start, length, x)  # (1, H, T, S)
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
-    def _run(
-        self, block: Callable[..., Tensor], x: Tensor, context: Context, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    @staticmethod
+    def _columns(start: int, length: int, device: torch.device) -> Tensor:
+        return torch.arange(start, start + length, device=device)
+
+    @staticmethod
+    def _packing(lengths: Tensor, length: int) -> Packing:
+        present = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
+        return Packing(present.flatten().nonzero()[:, 0], len(lengths), length)
+
+    def _run(self, block: Callable[..., Tensor], x: Tensor, context: Context, state: State = (None, None)) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, context, cache)
-        return block(x, context, cache)
+            return checkpoint(block, x, context, state)
+        return block(x, context, state)
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:

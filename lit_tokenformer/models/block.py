@@ -1,32 +1,92 @@
-"""One block: norm, token-token interaction, norm, feed-forward, each added to the residual stream."""
+"""One block: mixer and feed-forward, each added to the residual stream, with norms before, after or beside them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.feed_forward import make_feed_forward
-from lit_tokenformer.models.mixers import Attention, Context, KeyValueCache
+from lit_tokenformer.models.mixers import Context, make_mixer
+from lit_tokenformer.models.norms import make_norm
+
+State = tuple[Any, Any]
+"""What mixer and feed-forward of a block remember of a sequence."""
+
+
+class AugmentedShortcut(nn.Module):
+    """A narrow map beside the mixer, ``up(GELU(down x))`` (PanGu-pi, arXiv 2312.17276, eq. 4 and the text below it).
+
+    It is linear whatever the projections are: a bottleneck already.
+
+    Args:
+        config: Its width is ``dim / shortcut_reduction``.
+    """
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.dim, config.shortcut_dim, bias=False)
+        self.up = nn.Linear(config.shortcut_dim, config.dim, bias=False)
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.up(F.gelu(self.down(x)))
 
 
 class Block(nn.Module):
-    """A pre-norm block (arXiv 2410.23168, eq. 5-10); as published its norms have no parameters.
+    """A block (arXiv 2410.23168, eq. 5-10); as published it is pre-norm and its norms have no parameters.
 
     Args:
         config: The architecture.
+        layer: Its number, from 0.
         drop_path: Stochastic depth rate of this block.
     """
 
-    def __init__(self, config: TokenformerConfig, drop_path: float = 0.0) -> None:
+    def __init__(self, config: TokenformerConfig, layer: int = 0, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps, elementwise_affine=config.norm_affine)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps, elementwise_affine=config.norm_affine)
-        self.mlp = make_feed_forward(config)
+        self.norm1 = make_norm(config, config.norm_affine)
+        self.attn = make_mixer(config, layer)
+        self.shortcut = AugmentedShortcut(config) if config.shortcut_dim else None
+        self.norm2 = make_norm(config, config.norm_affine)
+        self.mlp = make_feed_forward(config, layer)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self._order = _ORDERS[config.norm_position]
 
-    def forward(self, x: Tensor, context: Context = Context(), cache: KeyValueCache | None = None) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a cache, data tokens attend to those in it too."""
-        x = x + self.drop_path(self.attn(self.norm1(x), context, cache))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def new_state(self, length: int) -> State:
+        """What it remembers of a sequence of at most ``length`` data tokens."""
+        return self.attn.new_state(length), self.mlp.new_state(length)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
+        return self._order(self, x, context, state)
+
+    def mix(self, x: Tensor, context: Context, state: State) -> Tensor:
+        """What the mixer, and the shortcut beside it, add to the residual stream."""
+        out = self.attn(x, context, state[0])
+        return self.drop_path(out if self.shortcut is None else out + self.shortcut(x))
+
+    def feed_forward(self, x: Tensor, context: Context, state: State) -> Tensor:
+        """What the feed-forward adds to the residual stream."""
+        return self.drop_path(self.mlp(x, context, state[1]))
+
+
+def _pre(block: Block, x: Tensor, context: Context, state: State) -> Tensor:
+    x = x + block.mix(block.norm1(x), context, state)
+    return x + block.feed_forward(block.norm2(x), context, state)
+
+
+def _post(block: Block, x: Tensor, context: Context, state: State) -> Tensor:
+    x = block.norm1(x + block.mix(x, context, state))
+    return block.norm2(x + block.feed_forward(x, context, state))
+
+
+def _parallel(block: Block, x: Tensor, context: Context, state: State) -> Tensor:
+    return x + block.mix(block.norm1(x), context, state) + block.feed_forward(block.norm2(x), context, state)
+
+
+_ORDERS = {"pre": _pre, "post": _post, "parallel": _parallel}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from lit_tokenformer.errors import unknown_name
 
@@ -78,11 +79,53 @@ KINDS = tuple(field.name for field in fields(ParamTokens))
 """The kinds of projection that a growth schedule can name."""
 
 
-_MODALITIES: list[dict[str, str]] = [
-    {"stem": "patch", "head": "image", "positions": "learned"},
-    {"stem": "token", "head": "language", "positions": "rotary"},
+PARTS: dict[str, tuple[str, ...]] = {
+    "stem": ("patch", "token"),
+    "head": ("image", "language", "masked_language"),
+    "mixer": ("attention", "wkv"),
+    "positions": ("learned", "rotary", "alibi", "none"),
+    "projection": ("pattention", "linear"),
+    "feed_forward": ("pattention", "mlp", "glu", "channel_mix"),
+    "activation": ("gelu", "gelu_tanh", "silu", "relu"),
+    "score_norm": ("l2_gelu", "gelu_l2", "softmax", "gelu"),
+    "norm": ("layer_norm", "rms_norm"),
+    "norm_position": ("pre", "post", "parallel"),
+    "init": ("trunc_normal", "normal", "gpt2", "neox", "rwkv"),
+    "global_pool": ("token", "avg"),
+}
+"""The names that each part of an architecture can have."""
+
+COMBINATIONS: list[dict[str, tuple[Any, ...]]] = [
+    {
+        "stem": ("patch",),
+        "head": ("image",),
+        "mixer": ("attention",),
+        "positions": ("learned",),
+        "causal": (False, True),
+    },
+    {
+        "stem": ("token",),
+        "head": ("language",),
+        "mixer": ("attention",),
+        "positions": ("learned", "rotary", "alibi", "none"),
+        "causal": (False, True),
+    },
+    {
+        "stem": ("token",),
+        "head": ("language",),
+        "mixer": ("wkv",),
+        "positions": ("none",),
+        "causal": (True,),
+    },
+    {
+        "stem": ("token",),
+        "head": ("masked_language",),
+        "mixer": ("attention",),
+        "positions": ("learned", "rotary", "alibi"),
+        "causal": (False,),
+    },
 ]
-"""The ways in which input, output and positions go together."""
+"""The ways in which input, output, interaction and positions go together."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +138,38 @@ class TokenformerConfig:
         num_heads: Attention heads, H; must divide ``dim``.
         param_tokens: Parameter tokens at birth: a number n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
         projection: What projects queries, keys, values and outputs: ``pattention`` or ``linear``.
-        feed_forward: ``pattention`` (one layer, as published) or ``mlp`` (two projections with a GELU between).
+        mixer: How data tokens interact: softmax ``attention``, or RWKV-4's ``wkv`` with a token shift.
+        feed_forward: ``pattention`` (one layer, as published), ``mlp`` (two projections with an activation between),
+            ``glu`` (a gated one) or RWKV-4's ``channel_mix``.
         score_norm: How Pattention normalises its scores: ``l2_gelu`` (published), ``gelu_l2``, ``softmax``, ``gelu``.
-        mlp_ratio: Hidden width of ``feed_forward: mlp`` in multiples of ``dim``.
-        bias: Whether linear projections have a bias; Pattention never has one.
-        norm_affine: Whether the norms inside the blocks have weights and biases; the final norm always has.
-        norm_eps: Epsilon of every layer norm.
+        mlp_ratio: Hidden width of ``mlp``, ``glu`` and ``channel_mix`` in multiples of ``dim``.
+        activation: Of ``mlp`` and ``glu``: ``gelu``, ``gelu_tanh`` (its approximation), ``silu`` or ``relu``.
+        series: Terms of the activation in ``mlp``, ``glu`` and ``pattention`` feed-forwards; above 1 it is PanGu-pi's
+            series informed activation.
+        shortcut_reduction: How many times narrower than ``dim`` the augmented shortcut around the mixer is (PanGu-pi);
+            0 for none.
+        bias: Whether linear projections have a bias; Pattention never has one, nor has the way into a ``glu``.
+        norm: ``layer_norm`` or ``rms_norm``.
+        norm_position: ``pre``, ``post`` (after each sum, and none at the end) or ``parallel`` (mixer and feed-forward
+            read the same input, each through its own norm).
+        norm_affine: Whether the norms inside the blocks have weights and biases; the others always have.
+        norm_eps: Epsilon of every norm.
+        low_precision_norm: Whether layer norms compute in autocast's precision instead of float32.
+        stem_norm: Whether the embedding is normalised.
+        init: How weights are born: ``trunc_normal`` (ViT), ``normal`` (BERT), ``gpt2``, ``neox`` or ``rwkv``;
+            Pattention is always born as published.
+        dropout: Rate of dropout after the embedding, the mixer and the feed-forward (in a ``glu`` before its
+            last map).
+        attn_dropout: Rate of dropout of attention's weights.
         drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
         causal: Whether a data token attends only to those before it and to itself.
-        positions: ``learned`` (added by the stem) or ``rotary`` (queries and keys are turned).
+        positions: ``learned`` (added by the stem), ``rotary`` (queries and keys are turned), ``alibi`` (scores fall
+            with the distance) or ``none``.
         rotary_fraction: Share of each head's dimensions that ``rotary`` turns, the first ones.
         rotary_base: Base of the rotary frequencies.
         stem: What the input is: ``patch`` (images) or ``token`` (token ids).
-        head: What comes out: ``image`` (logits of classes) or ``language`` (logits over the vocabulary).
+        head: What comes out: ``image`` (logits of classes), ``language`` (logits over the vocabulary) or
+            ``masked_language`` (the same after a dense layer).
         image_size: Side of the square input images in pixels.
         patch_size: Side of the square patches in pixels; must divide ``image_size``.
         in_chans: Channels of the input images.
@@ -117,6 +179,7 @@ class TokenformerConfig:
         vocab_size: Token ids that can be read and written, V.
         context_length: Longest sequence of token ids, T.
         tie_embeddings: Whether the language head shares the weights of the token embedding.
+        unpad: Whether padding is left out of all that treats data tokens one by one; only attention sees it then.
     """
 
     dim: int = 384
@@ -124,12 +187,23 @@ class TokenformerConfig:
     num_heads: int = 6
     param_tokens: Tokens = 384
     projection: str = "pattention"
+    mixer: str = "attention"
     feed_forward: str = "pattention"
     score_norm: str = "l2_gelu"
     mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    series: int = 1
+    shortcut_reduction: int = 0
     bias: bool = False
+    norm: str = "layer_norm"
+    norm_position: str = "pre"
     norm_affine: bool = False
     norm_eps: float = 1e-5
+    low_precision_norm: bool = False
+    stem_norm: bool = False
+    init: str = "trunc_normal"
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
     drop_path: float = 0.0
     causal: bool = False
     positions: str = "learned"
@@ -146,44 +220,53 @@ class TokenformerConfig:
     vocab_size: int = 50304
     context_length: int = 1024
     tie_embeddings: bool = True
+    unpad: bool = False
 
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
-        sizes = ("dim", "depth", "num_heads", "image_size", "patch_size", "in_chans", "vocab_size", "context_length")
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        for names, least in (
+            ("dim depth num_heads image_size patch_size in_chans vocab_size context_length series", 1),
+            ("num_classes shortcut_reduction", 0),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
-        if isinstance(self.num_classes, bool) or not isinstance(self.num_classes, int) or self.num_classes < 0:
-            raise ValueError(f"num_classes: expected a whole number of at least 0, got {self.num_classes!r}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
+        for name in ("drop_path", "dropout", "attn_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
         if self.mlp_ratio <= 0 or self.mlp_hidden < 1:
             raise ValueError(f"mlp_ratio: expected at least 1 / dim, got {self.mlp_ratio}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps: expected a positive number, got {self.norm_eps}")
-        for name, choices in (
-            ("projection", ("pattention", "linear")),
-            ("feed_forward", ("pattention", "mlp")),
-            ("score_norm", ("l2_gelu", "gelu_l2", "softmax", "gelu")),
-            ("positions", ("learned", "rotary")),
-            ("stem", ("patch", "token")),
-            ("head", ("image", "language")),
-            ("global_pool", ("token", "avg")),
-        ):
+        for name, choices in PARTS.items():
             if getattr(self, name) not in choices:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
-        parts = {"stem": self.stem, "head": self.head, "positions": self.positions}
-        if parts not in _MODALITIES:
-            known = "; ".join(", ".join(f"{part}: {name}" for part, name in one.items()) for one in _MODALITIES)
-            told = ", ".join(f"{part}: {name}" for part, name in parts.items())
-            raise ValueError(f"stem: no model is put together from {told}; there are: {known}")
+        parts = {part: getattr(self, part) for part in COMBINATIONS[0]}
+        if not any(all(name in one[part] for part, name in parts.items()) for one in COMBINATIONS):
+            known = "; ".join(
+                _told({part: " | ".join(map(_word, names)) for part, names in c.items()}) for c in COMBINATIONS
+            )
+            raise ValueError(f"stem: no model is put together from {_told(parts)}; there are: {known}")
+        if self.shortcut_reduction > self.dim:
+            raise ValueError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
+        if self.series > 1 and (self.feed_forward == "channel_mix" or self._softmax_feed_forward):
+            raise ValueError(
+                f"series: {self.series} terms need an activation in the feed-forward; "
+                f"feed_forward {self.feed_forward!r} with score_norm {self.score_norm!r} has none"
+            )
+        if self.low_precision_norm and self.norm != "layer_norm":
+            raise ValueError(f"low_precision_norm: true needs norm: layer_norm, got {self.norm}")
+        if self.feed_forward == "channel_mix" and not self.causal:
+            raise ValueError("feed_forward: 'channel_mix' reads the data token before; it needs causal: true")
+        if self.unpad and (self.mixer != "attention" or self.feed_forward == "channel_mix" or self.drop_path > 0):
+            raise ValueError("unpad: true needs parts that treat data tokens one by one, and drop_path: 0")
         if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
             raise ValueError(
                 f"rotary_fraction: expected a share in (0, 1] and a positive base, "
@@ -201,6 +284,10 @@ class TokenformerConfig:
         return ParamTokens.parse(self.param_tokens)
 
     @property
+    def _softmax_feed_forward(self) -> bool:
+        return self.feed_forward == "pattention" and self.score_norm == "softmax"
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Data tokens that stand before the patches."""
         return int(self.class_token)
@@ -212,11 +299,29 @@ class TokenformerConfig:
         return {"patch": patches + self.num_prefix_tokens, "token": self.context_length}[self.stem]
 
     @property
+    def length_limit(self) -> int | None:
+        """Data tokens that the model can read at most; ``None`` where nothing limits them."""
+        return None if self.positions in ("alibi", "none") else self.num_data_tokens
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotary positions turn."""
         return int(self.dim // self.num_heads * self.rotary_fraction)
 
     @property
     def mlp_hidden(self) -> int:
-        """Hidden width of ``feed_forward: mlp``."""
-        return int(self.dim * self.mlp_ratio)
+        """Hidden width of feed-forwards that have one."""
+        return round(self.dim * self.mlp_ratio)
+
+    @property
+    def shortcut_dim(self) -> int:
+        """Width of the augmented shortcut; 0 for none."""
+        return self.dim // self.shortcut_reduction if self.shortcut_reduction else 0
+
+
+def _told(parts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{part}: {_word(name)}" for part, name in parts.items())
+
+
+def _word(name: Any) -> str:
+    return str(name).lower() if isinstance(name, bool) else str(name)

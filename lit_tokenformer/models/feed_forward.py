@@ -1,38 +1,172 @@
-"""What a block does to each data token by itself."""
+"""What a block does to each data token by itself (RWKV's channel mix looks at the one before, too)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
-from lit_tokenformer.models.projections import make_projection
+from lit_tokenformer.models.mixers import Context, RecurrentState, layer_ratios, mixed, token_shift
+from lit_tokenformer.models.pattention import Pattention, new_series, series_activation
+from lit_tokenformer.models.projections import make_projection, pattention_value_std
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
-class MLP(nn.Module):
-    """Two projections with a GELU between them.
+class Activation(nn.Module):
+    """An activation, or a series of it (PanGu-pi, arXiv 2312.17276, eq. 7) with a scale and a shift for each channel.
 
     Args:
-        config: Sizes and the kind of projection.
+        config: Its name and number of terms.
     """
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__()
-        self.fc1 = make_projection(config.projection, config, "ffn", config.dim, config.mlp_hidden)
-        self.fc2 = make_projection(config.projection, config, "ffn", config.mlp_hidden, config.dim)
+        self.function = ACTIVATIONS[config.activation]
+        self.series = config.series
+        if config.series > 1:
+            self.scale, self.shift = new_series(config.mlp_hidden, config.series)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed."""
+        return {"scale", "shift"} if self.series > 1 else set()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D_hidden) -> (..., D_hidden)."""
+        return series_activation(x, self.scale, self.shift, self.function) if self.series > 1 else self.function(x)
+
+
+class FeedForward(nn.Module):
+    """What all have in common: most need no more than the data token itself."""
+
+    def new_state(self, length: int) -> RecurrentState | None:
+        """What it remembers of a sequence: nothing."""
+        return None
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        raise NotImplementedError
 
 
-def _pattention(config: TokenformerConfig) -> nn.Module:
-    return make_projection("pattention", config, "ffn", config.dim, config.dim)
+class PattentionFeedForward(Pattention):
+    """One Pattention layer as the whole feed-forward (arXiv 2410.23168, eq. 10).
+
+    Args:
+        config: Sizes.
+        layer: Number of the block it stands in; all are alike.
+    """
+
+    new_state = FeedForward.new_state
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
+        super().__init__(
+            config.dim,
+            config.dim,
+            num_tokens=config.tokens.ffn,
+            score_norm=config.score_norm,
+            kind="ffn",
+            key_std=0.02,
+            value_std=pattention_value_std(config),
+            series=config.series,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D)."""
+        return self.dropout(super().forward(x))
 
 
-FEED_FORWARDS = {"pattention": _pattention, "mlp": MLP}
+class MLP(FeedForward):
+    """Two projections with an activation between them.
+
+    Args:
+        config: Sizes, the activation and the kind of projection.
+        layer: Number of the block it stands in; all are alike.
+    """
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.fc1 = make_projection(config, "ffn", config.dim, config.mlp_hidden)
+        self.activation = Activation(config)
+        self.fc2 = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D)."""
+        return self.dropout(self.fc2(self.activation(self.fc1(x))))
 
 
-def make_feed_forward(config: TokenformerConfig) -> nn.Module:
-    """The feed-forward layer that ``config.feed_forward`` names, (B, T, D) -> (B, T, D)."""
-    return FEED_FORWARDS[config.feed_forward](config)
+class GLU(FeedForward):
+    """A gated feed-forward (arXiv 2002.05202, section 2): ``down(activation(gate x) * up x)``.
+
+    With ``gelu`` it is MosaicBERT's, with ``silu`` and a series PanGu-pi's.
+
+    Args:
+        config: Sizes, the activation and the kind of projection.
+        layer: Number of the block it stands in; all are alike.
+    """
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.gate = make_projection(config, "ffn", config.dim, config.mlp_hidden, bias=False)
+        self.up = make_projection(config, "ffn", config.dim, config.mlp_hidden, bias=False)
+        self.activation = Activation(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.down = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
+
+
+class ChannelMix(FeedForward):
+    """RWKV-4's channel mix: ``sigmoid(R x_r) * V relu(K x_k)^2``, where x_r and x_k hold a share of the token before.
+
+    Source: arXiv 2305.13048, eq. 18-20.
+
+    Args:
+        config: Sizes and the kind of projection.
+        layer: Number of the block it stands in; the shares are born by it.
+    """
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
+        super().__init__()
+        _, to_zero, place = layer_ratios(config, layer)
+        self.mix_key = nn.Parameter(place**to_zero)
+        self.mix_receptance = nn.Parameter(place**to_zero)
+        self.key = make_projection(config, "ffn", config.dim, config.mlp_hidden)
+        self.value = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True, zero=True)
+        self.receptance = make_projection(config, "ffn", config.dim, config.dim, zero=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def new_state(self, length: int) -> RecurrentState:
+        """What it remembers of a sequence: the last data token."""
+        return RecurrentState()
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D)."""
+        shifted = token_shift(x, context.present, state)
+        hidden = self.key(mixed(x, shifted, self.mix_key)).relu().square()
+        gate = self.receptance(mixed(x, shifted, self.mix_receptance)).sigmoid()
+        return self.dropout(gate * self.value(hidden))
+
+
+FEED_FORWARDS: dict[str, Callable[[TokenformerConfig, int], nn.Module]] = {
+    "pattention": PattentionFeedForward,
+    "mlp": MLP,
+    "glu": GLU,
+    "channel_mix": ChannelMix,
+}
+
+
+def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
+    """The feed-forward that ``config.feed_forward`` names, (B, T, D) -> (B, T, D), for the block with this number."""
+    return FEED_FORWARDS[config.feed_forward](config, layer)

@@ -139,7 +139,8 @@ def generate_tokens(
     """Goes on from prompts, token by token.
 
     Each row draws from a generator of its own, so that its text does not depend on the others in the batch. A row
-    ends with a token of ``stop``, after ``max_new_tokens``, or where prompt and new tokens fill the context.
+    ends with a token of ``stop``, after ``max_new_tokens``, or where prompt and new tokens fill the context, if there
+    is an end to it.
 
     Args:
         model: A causal language model; it is in eval mode while the generator lives, then as it was.
@@ -178,14 +179,15 @@ def generate_tokens(
         name = "prompt" if len(rows) == 1 else f"prompt {number}"
         if row.ndim != 1 or len(row) == 0:
             raise ValueError(f"{name}: expected at least one token id, got shape {tuple(row.shape)}")
-        if len(row) > config.context_length:
-            raise ValueError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.context_length}")
+        if config.length_limit is not None and len(row) > config.length_limit:
+            raise ValueError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.length_limit}")
         if row.min() < 0 or row.max() >= config.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
             raise ValueError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    limits = [min(max_new_tokens, config.context_length - len(row)) for row in rows]
+    limit = config.length_limit
+    limits = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in rows]
     return _generate(model, rows, limits, sampling, frozenset(stop), size, seed, cache)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.feed_forward import ACTIVATIONS
+from lit_tokenformer.models.norms import make_norm
+from lit_tokenformer.models.projections import INITS
 
 
 class ImageHead(nn.Module):
@@ -59,11 +62,39 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if embedding is None else embedding
         if embedding is None:
-            nn.init.normal_(self.weight, std=0.02)
+            INITS[config.init].head(self.weight)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, V), or what was given with ``pre_logits``."""
         return x if pre_logits else F.linear(x, self.weight)
+
+
+class MaskedLanguageHead(nn.Module):
+    """BERT's head: a dense layer, an activation and a norm, then one logit for each token id, with a bias.
+
+    Source: arXiv 1810.04805, section 3.1, as in its published code.
+
+    Args:
+        config: Width, vocabulary, activation and norm.
+        embedding: Weights to share, (V, D); ``None`` for weights of its own.
+    """
+
+    def __init__(self, config: TokenformerConfig, embedding: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.dim, config.dim)
+        INITS[config.init].projection(self.dense.weight, config, False)
+        nn.init.zeros_(self.dense.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = make_norm(config)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if embedding is None else embedding
+        if embedding is None:
+            INITS[config.init].head(self.weight)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(..., D) -> (..., V), or what the logits are made from, (..., D), with ``pre_logits``."""
+        x = self.norm(self.activation(self.dense(x)))
+        return x if pre_logits else F.linear(x, self.weight, self.bias)
 
 
 def _image(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
@@ -71,10 +102,22 @@ def _image(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
 
 
 def _language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
-    return LanguageHead(config, stem.embedding.weight if config.tie_embeddings else None)  # type: ignore
+    return LanguageHead(config, _shared(config, stem))
 
 
-HEADS: dict[str, Callable[[TokenformerConfig, nn.Module], nn.Module]] = {"image": _image, "language": _language}
+def _masked_language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
+    return MaskedLanguageHead(config, _shared(config, stem))
+
+
+def _shared(config: TokenformerConfig, stem: nn.Module) -> nn.Parameter | None:
+    return stem.embedding.weight if config.tie_embeddings else None  # type: ignore
+
+
+HEADS: dict[str, Callable[[TokenformerConfig, nn.Module], nn.Module]] = {
+    "image": _image,
+    "language": _language,
+    "masked_language": _masked_language,
+}
 
 
 def make_head(config: TokenformerConfig, stem: nn.Module) -> nn.Module:

@@ -1,15 +1,40 @@
-"""Interaction between data tokens: softmax attention."""
+"""Interaction between data tokens: softmax attention, and RWKV-4's time mix."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.positions import Rotary, turn
 from lit_tokenformer.models.projections import make_projection
+from lit_tokenformer.models.wkv import WKVState, wkv
+
+
+class Packing(NamedTuple):
+    """Data tokens of a padded batch (B, T), side by side without the padding.
+
+    Args:
+        places: Where each of them stands in the flattened batch, (n,) int64.
+        batch: Sequences, B.
+        length: Data tokens of each with padding, T.
+    """
+
+    places: Tensor
+    batch: int
+    length: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, n, ...)."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, n, ...) -> (B, T, ...), zeros where there is padding."""
+        padded = x.new_zeros(self.batch * self.length, *x.shape[2:]).index_copy(0, self.places, x[0])
+        return padded.unflatten(0, (self.batch, self.length))
 
 
 class Context(NamedTuple):
@@ -17,15 +42,20 @@ class Context(NamedTuple):
 
     Args:
         rotary: Angles of the positions, where there are rotary ones.
-        mask: Who attends to whom, (B, 1, T, S) bool, or (1, 1, T, S); ``None`` for the rule in ``causal``.
+        mask: Who attends to whom, bool or what is added to the scores, (B, 1 | H, T, S), or (1, ...) for all; ``None``
+            for the rule in ``causal``.
         causal: Whether a data token attends only to those before it and to itself, where there is no mask.
         start: Data tokens of the sequence that were computed before, S - T.
+        present: Which data tokens are part of the sequence, (B, T, 1) bool; ``None`` for all.
+        packing: How the data tokens of the batch are packed; ``None`` where they are (B, T).
     """
 
     rotary: Rotary | None = None
     mask: Tensor | None = None
     causal: bool = False
     start: int = 0
+    present: Tensor | None = None
+    packing: Packing | None = None
 
 
 class KeyValueCache:
@@ -58,27 +88,140 @@ class Attention(nn.Module):
 
     Args:
         config: Sizes and the kind of projection.
+        layer: Number of the block it stands in; all are alike.
     """
 
-    def __init__(self, config: TokenformerConfig) -> None:
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
-        self.query = make_projection(config.projection, config, "qkv", dim, dim)
-        self.key = make_projection(config.projection, config, "qkv", dim, dim)
-        self.value = make_projection(config.projection, config, "qkv", dim, dim)
-        self.proj = make_projection(config.projection, config, "proj", dim, dim)
+        self.query = make_projection(config, "qkv", dim, dim)
+        self.key = make_projection(config, "qkv", dim, dim)
+        self.value = make_projection(config, "qkv", dim, dim)
+        self.proj = make_projection(config, "proj", dim, dim, residual=True)
+        self.attn_dropout = config.attn_dropout
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, context: Context = Context(), cache: KeyValueCache | None = None) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a cache, data tokens attend to those in it too."""
-        split = (*x.shape[:2], self.num_heads, -1)
-        query = self.query(x).view(split).transpose(1, 2)  # (B, H, T, d)
-        key = self.key(x).view(split).transpose(1, 2)  # (B, H, T, d)
-        value = self.value(x).view(split).transpose(1, 2)  # (B, H, T, d)
+    def new_state(self, length: int) -> KeyValueCache:
+        """What it remembers of a sequence: all keys and values."""
+        return KeyValueCache(length)
+
+    def forward(self, x: Tensor, context: Context = Context(), state: KeyValueCache | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a state, data tokens attend to those in it too."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if context.packing is not None:
+            query, key, value = (context.packing.unpack(one) for one in (query, key, value))
+        split = (*query.shape[:2], self.num_heads, -1)
+        query = query.view(split).transpose(1, 2)  # (B, H, T, d)
+        key = key.view(split).transpose(1, 2)  # (B, H, T, d)
+        value = value.view(split).transpose(1, 2)  # (B, H, T, d)
         if context.rotary is not None:
             query, key = turn(query, context.rotary), turn(key, context.rotary)
-        if cache is not None:
-            key, value = cache.append(key, value, context.start)  # (B, H, S, d)
+        if state is not None:
+            key, value = state.append(key, value, context.start)  # (B, H, S, d)
         causal = context.causal and context.mask is None
-        mixed = F.scaled_dot_product_attention(query, key, value, context.mask, is_causal=causal)  # (B, H, T, d)
-        return self.proj(mixed.transpose(1, 2).reshape(x.shape))  # (B, T, D)
+        rate = self.attn_dropout if self.training else 0.0
+        mask = (
+            context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(query.dtype)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal)  # (B, H, T, d)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
+        if context.packing is not None:
+            mixed = context.packing.pack(mixed)
+        return self.dropout(self.proj(mixed))  # (B, T, D)
+
+
+class RecurrentState:
+    """What RWKV's layers remember of a sequence: of the same size however long it is.
+
+    Attributes:
+        last: Input of the last data token, (B, 1, D), for the token shift.
+        sums: The weighted sums of the WKV operator; ``None`` where there is none.
+    """
+
+    last: Tensor | None = None
+    sums: WKVState | None = None
+
+
+def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None) -> Tensor:
+    """The input of the data token before, (B, T, D) -> (B, T, D); zeros before the first.
+
+    Args:
+        x: Inputs.
+        present: Which of them are part of the sequence, (B, T, 1) bool; ``None`` for all.
+        state: Where the last input is remembered.
+    """
+    if present is not None:
+        x = x * present
+    before = state.last if state is not None and state.last is not None else torch.zeros_like(x[:, :1])
+    if state is not None:
+        state.last = x[:, -1:]
+    return torch.cat([before, x[:, :-1]], dim=1)
+
+
+def mixed(x: Tensor, shifted: Tensor, share: Tensor) -> Tensor:
+    """``share`` (D,) of each data token, and the rest of the one before it."""
+    return torch.lerp(shifted, x, share.to(x.dtype))
+
+
+def layer_ratios(config: TokenformerConfig, layer: int) -> tuple[float, float, Tensor]:
+    """How deep a block stands, from 0 to 1 and from 1 to almost 0; each channel's place, (D,) from 0 to almost 1."""
+    return layer / max(config.depth - 1, 1), 1 - layer / config.depth, torch.arange(config.dim) / config.dim
+
+
+class TimeMix(nn.Module):
+    """RWKV-4's time mix: a gated average of all values so far, whose weights decay with the distance.
+
+    Source: arXiv 2305.13048, eq. 11-17; born as in the official code (RWKV-v4neo). All that is exponential is computed
+    in float32 at least.
+
+    Args:
+        config: Sizes and the kind of projection.
+        layer: Number of the block it stands in; decay and shift are born by it.
+    """
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
+        super().__init__()
+        dim = config.dim
+        to_one, to_zero, place = layer_ratios(config, layer)
+        channel = torch.arange(dim)
+        steps = channel / max(dim - 1, 1)
+        self.time_decay = nn.Parameter(-5 + 8 * steps ** (0.7 + 1.3 * to_one))
+        self.time_first = nn.Parameter(torch.full((dim,), 0.3).log() + 0.5 * ((channel + 1) % 3 - 1))
+        self.mix_key = nn.Parameter(place**to_zero)
+        self.mix_value = nn.Parameter(place**to_zero + 0.3 * to_one)
+        self.mix_receptance = nn.Parameter(place ** (0.5 * to_zero))
+        self.key = make_projection(config, "qkv", dim, dim, zero=True)
+        self.value = make_projection(config, "qkv", dim, dim)
+        self.receptance = make_projection(config, "qkv", dim, dim, zero=True)
+        self.proj = make_projection(config, "proj", dim, dim, residual=True, zero=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def new_state(self, length: int) -> RecurrentState:
+        """What it remembers of a sequence, however long."""
+        return RecurrentState()
+
+    def lr_scales(self) -> dict[str, float]:
+        """Learning rates of its parameters, in multiples, as the official code has them."""
+        return {"time_decay": 2.0, "time_first": 3.0}
+
+    def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
+        shifted = token_shift(x, context.present, state)
+        key = self.key(mixed(x, shifted, self.mix_key))
+        value = self.value(mixed(x, shifted, self.mix_value))
+        gate = self.receptance(mixed(x, shifted, self.mix_receptance)).sigmoid()
+        if context.present is not None:
+            key, value = key.masked_fill(~context.present, -torch.inf), value * context.present
+        averaged, sums = wkv(self.time_decay, self.time_first, key, value, None if state is None else state.sums)
+        if state is not None:
+            state.sums = sums
+        return self.dropout(self.proj(gate * averaged))
+
+
+MIXERS = {"attention": Attention, "wkv": TimeMix}
+
+
+def make_mixer(config: TokenformerConfig, layer: int) -> nn.Module:
+    """The mixer that ``config.mixer`` names, (B, T, D) -> (B, T, D), for the block with this number."""
+    return MIXERS[config.mixer](config, layer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,17 @@ NORM_EPS = 1e-12
 """Smallest norm that scores are divided by; below it they count as zeros."""
 
 
+Activation = Callable[[Tensor], Tensor]
+
+
+SERIES_STD = 0.02
+"""Standard deviation at birth of the scales of a series, but for the first term's."""
+
+
 class ScoreNorm(NamedTuple):
     """How scores (..., N) become weights (..., N), and whether a token with a zero key takes no part in it."""
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[[Tensor, Tensor, Activation], Tensor]
     zero_keys_exact: bool
 
 
@@ -39,22 +47,22 @@ def _l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
     return torch.where(norm > NORM_EPS, tau / norm.clamp_min(NORM_EPS), 0.0)
 
 
-def _l2_gelu(scores: Tensor, tau: Tensor) -> Tensor:
-    return F.gelu((scores * _l2_scale(scores, tau)).to(scores.dtype))
+def _l2_gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
+    return activation((scores * _l2_scale(scores, tau)).to(scores.dtype))
 
 
-def _gelu_l2(scores: Tensor, tau: Tensor) -> Tensor:
-    activated = F.gelu(scores)
+def _gelu_l2(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
+    activated = activation(scores)
     return (activated * _l2_scale(activated, tau)).to(scores.dtype)
 
 
-def _softmax(scores: Tensor, tau: Tensor) -> Tensor:
+def _softmax(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return (tau.square() * scores.softmax(dim=-1, dtype=dtype)).to(scores.dtype)  # tau^2 = N
 
 
-def _gelu(scores: Tensor, tau: Tensor) -> Tensor:
-    return F.gelu(scores)
+def _gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
+    return activation(scores)
 
 
 SCORE_NORMS = {
@@ -65,7 +73,41 @@ SCORE_NORMS = {
 }
 
 
-def pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor, score_norm: str = "l2_gelu") -> Tensor:
+def series_activation(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation = F.gelu) -> Tensor:
+    """Series informed activation of PanGu-pi (arXiv 2312.17276, eq. 7): ``sum_i activation(a_i x + b_i)``.
+
+    Args:
+        x: (..., N).
+        scale: a, (N, terms).
+        shift: b, (N, terms).
+        activation: What each term goes through.
+
+    Returns:
+        (..., N).
+    """
+    terms = zip(scale.to(x.dtype).unbind(dim=1), shift.to(x.dtype).unbind(dim=1), strict=True)
+    return sum((activation(x * a + b) for a, b in terms), start=torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def new_series(size: int, terms: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Scale and shift, each (size, terms), of a series that starts near the plain activation, with unequal terms.
+
+    The first term is the plain activation (a = 1); the others begin with a ~ N(0, SERIES_STD); every b is 0.
+    """
+    scale, shift = torch.empty(size, terms), torch.zeros(size, terms)
+    nn.init.normal_(scale, std=SERIES_STD)
+    scale[:, 0] = 1.0
+    return nn.Parameter(scale), nn.Parameter(shift)
+
+
+def pattention(
+    x: Tensor,
+    key_tokens: Tensor,
+    value_tokens: Tensor,
+    tau: Tensor,
+    score_norm: str = "l2_gelu",
+    activation: Activation = F.gelu,
+) -> Tensor:
     """Attention of ``x`` over parameter tokens: ``y = norm(x K^T) V``.
 
     Args:
@@ -74,6 +116,7 @@ def pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor,
         value_tokens: V, (N, D_out).
         tau: Scale of the normalised scores, (); sqrt(N) at birth.
         score_norm: A name in ``SCORE_NORMS``.
+        activation: What takes the place of GELU in the score normalisations that have one.
 
     Returns:
         (..., D_out).
@@ -83,7 +126,7 @@ def pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor,
         >>> pattention(one, one, one, torch.tensor(1.0))
         tensor([[0.8413, 0.8413]])
     """
-    weights = SCORE_NORMS[score_norm].function(F.linear(x, key_tokens), tau)  # (..., N)
+    weights = SCORE_NORMS[score_norm].function(F.linear(x, key_tokens), tau, activation)  # (..., N)
     return weights @ value_tokens  # (..., D_out)
 
 
@@ -100,21 +143,29 @@ class Pattention(nn.Module):
         kind: Which total of a growth schedule this layer follows (``qkv``, ``proj``, ``ffn``).
         key_std: Standard deviation of keys at birth.
         value_std: Standard deviation of values at birth, for tokens appended later too.
+        series: Terms of a series informed activation in the place of GELU; 1 is GELU itself.
 
     Attributes:
         key_tokens: (N, D_in).
         value_tokens: (N, D_out).
+        scale_tokens: Scales of the series, (N, series); ``None`` for GELU itself.
+        shift_tokens: Shifts of the series, (N, series); ``None`` for GELU itself.
         tau: (), float32 or wider whatever the precision of the weights, because the exactness of growth rests on it.
 
     Raises:
-        ValueError: If ``num_tokens`` < 1 or ``score_norm`` is not known.
+        ValueError: If ``num_tokens`` < 1, ``score_norm`` is not known, or a series has no activation to stand for.
 
     Example:
         >>> Pattention(8, 16, num_tokens=4)(torch.zeros(2, 3, 8)).shape
         torch.Size([2, 3, 16])
     """
 
+    PARTS = ("key_tokens", "value_tokens", "scale_tokens", "shift_tokens")
+    """The tensors that have a row for each parameter token."""
+
     tau: Tensor
+    scale_tokens: nn.Parameter | None
+    shift_tokens: nn.Parameter | None
 
     def __init__(
         self,
@@ -125,6 +176,7 @@ class Pattention(nn.Module):
         kind: str | None = None,
         key_std: float = 0.02,
         value_std: float = 0.02,
+        series: int = 1,
     ) -> None:
         super().__init__()
         if num_tokens < 1:
@@ -133,12 +185,18 @@ class Pattention(nn.Module):
             raise unknown_name("score_norm", score_norm, SCORE_NORMS)
         if kind is not None and kind not in KINDS:
             raise unknown_name("kind", kind, KINDS)
+        if series < 1 or (series > 1 and score_norm == "softmax"):
+            raise ValueError(f"series: expected at least 1, and 1 with score_norm 'softmax', got {series}")
         self.score_norm = score_norm
+        self.series = series
         self.kind = kind
         self.key_std = key_std
         self.value_std = value_std
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, dim_in))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, dim_out))
+        scale, shift = new_series(num_tokens, series) if series > 1 else (None, None)
+        self.register_parameter("scale_tokens", scale)
+        self.register_parameter("shift_tokens", shift)
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("tau", torch.tensor(math.sqrt(num_tokens), dtype=wide))
         self.reset_parameters()
@@ -148,15 +206,27 @@ class Pattention(nn.Module):
         """Parameter tokens the layer holds now, N."""
         return self.key_tokens.shape[0]
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed: those of a series."""
+        return {"scale_tokens", "shift_tokens"} if self.series > 1 else set()
+
     def reset_parameters(self) -> None:
         """Draws all tokens anew: keys N(0, key_std), values N(0, value_std); tau is sqrt(N) again."""
         nn.init.normal_(self.key_tokens, std=self.key_std)
         nn.init.normal_(self.value_tokens, std=self.value_std)
+        if self.series > 1:
+            for part, fresh in zip(
+                ("scale_tokens", "shift_tokens"), new_series(self.num_tokens, self.series), strict=True
+            ):
+                getattr(self, part).data.copy_(fresh)
         self.tau.fill_(math.sqrt(self.num_tokens))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm)
+        activation: Activation = F.gelu
+        if self.scale_tokens is not None and self.shift_tokens is not None:
+            activation = partial(series_activation, scale=self.scale_tokens, shift=self.shift_tokens)
+        return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm, activation)
 
     def extra_repr(self) -> str:
         return (
@@ -172,12 +242,15 @@ class Pattention(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = ("key_tokens", "value_tokens")
-        given = [state_dict[prefix + name] for name in names if prefix + name in state_dict]
-        if len(given) == 2 and given[0].shape[:1] == given[1].shape[:1]:
-            for name, saved in zip(names, given, strict=True):
-                parameter = getattr(self, name)
-                if saved.shape[1:] == parameter.shape[1:] and saved.shape != parameter.shape:
+        saved = {part: state_dict[prefix + part] for part in self.PARTS if prefix + part in state_dict}
+        if {"key_tokens", "value_tokens"} <= saved.keys() and len({len(tensor) for tensor in saved.values()}) == 1:
+            for part, tensor in saved.items():
+                parameter = getattr(self, part)
+                if (
+                    parameter is not None
+                    and tensor.shape[1:] == parameter.shape[1:]
+                    and tensor.shape != parameter.shape
+                ):
                     parameter.grad = None
-                    parameter.data = parameter.data.new_empty(saved.shape)
+                    parameter.data = parameter.data.new_empty(tensor.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,10 +1,13 @@
-"""Positions of data tokens that act inside attention.
+"""Positions of data tokens, and those that act inside attention.
 
-Source: Su et al., "RoFormer", arXiv 2104.09864, section 3.2; in GPT-NeoX's form (the two halves of the turned
-dimensions are the pairs, and only the first dimensions of each head are turned), which the published TokenFormer uses.
+Sources: rotary positions, arXiv 2104.09864, section 3.2, in GPT-NeoX's form (the two halves of the turned dimensions
+are the pairs, and only the first dimensions of each head are turned), which the published TokenFormer uses; ALiBi,
+arXiv 2108.12409, section 3, and its symmetric form for models that look both ways, arXiv 2312.17482, section 3.1.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,6 +16,40 @@ from lit_tokenformer.models.config import TokenformerConfig
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each (T, r) or (B, 1, T, r), of the angles by which r dimensions of a head are turned."""
+
+
+def token_positions(start: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """Places of data tokens in their sequence, (T,) int64, or (B, T) where there is padding at the left.
+
+    Args:
+        start: Data tokens that came before.
+        length: Data tokens, T.
+        padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
+        device: Where they are put.
+    """
+    positions = torch.arange(start, start + length, device=device)
+    return positions if padding is None else (positions - padding[:, None]).clamp_min(0)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """How fast the scores of each head fall with the distance.
+
+    Example:
+        >>> alibi_slopes(4)
+        [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    whole = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / whole) for head in range(whole)]
+    between = [2 ** (-4 * (head + 1) / whole) for head in range(0, 2 * whole, 2)]
+    return slopes + between[: num_heads - whole]
+
+
+def alibi_bias(num_heads: int, start: int, length: int, like: Tensor) -> Tensor:
+    """What is added to the scores of T data tokens with all S = start + T, (1, H, T, S): minus slope times distance."""
+    rows = torch.arange(start, start + length, device=like.device)
+    distance = (rows[:, None] - torch.arange(start + length, device=like.device)).abs()  # (T, S)
+    slopes = torch.tensor(alibi_slopes(num_heads), dtype=like.dtype, device=like.device)
+    return -(slopes[:, None, None] * distance)[None]
 
 
 def rotary_angles(config: TokenformerConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:

@@ -5,6 +5,13 @@ Sizes of the vision models: arXiv 2410.23168, Table 9 (with the misprinted feed-
 Sizes of the language models: appendix F (Pile), appendix D (``owt``: the growth ladder on OpenWebText) and the
 published configs (``owt2``: the pair on OpenWebText2). Names hold the size as published, and so ``owt_1_4b`` has
 1,309,705,728 parameters.
+
+The challengers: ``transformer`` is TokenFormer's twin with linear projections; GPT-2 (Radford et al. 2019), Pythia
+(arXiv 2304.01373), BERT (arXiv 1810.04805), RoBERTa (arXiv 1907.11692), MosaicBERT (arXiv 2312.17482), RWKV-4 (arXiv
+2305.13048), PanGu-pi (arXiv 2312.17276; the width of its feed-forward is not published and is LLaMA's, 8/3). Segment
+embeddings of the BERTs and RoBERTa's two positions for padding are left out. Each family has a ``tiny`` and a ``small``
+row of the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``; ``tokenformer_mlm`` is TokenFormer for masked
+language modelling.
 """
 
 from __future__ import annotations
@@ -22,6 +29,67 @@ _BASE = {"dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"dim": 1024, "depth": 24, "num_heads": 16}
 _VIT = {"projection": "linear", "feed_forward": "mlp", "bias": True, "norm_affine": True, "norm_eps": 1e-6}
 _LM = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
+_MLM = {"stem": "token", "head": "masked_language"}
+_LINEAR = {"projection": "linear", "feed_forward": "mlp"}
+_AFFINE = {"bias": True, "norm_affine": True}
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "tokenformer_lm": _LM,
+    "tokenformer_mlm": {**_MLM, "positions": "rotary"},
+    "transformer": {**_LM, **_LINEAR, "init": "neox"},
+    "gpt2": {**_LM, **_LINEAR, **_AFFINE, "positions": "learned", "activation": "gelu_tanh", "init": "gpt2"},
+    "pythia": {**_LM, **_LINEAR, **_AFFINE, "norm_position": "parallel", "tie_embeddings": False, "init": "neox"},
+    "rwkv4": {
+        **_LM,
+        "projection": "linear",
+        "mixer": "wkv",
+        "feed_forward": "channel_mix",
+        "positions": "none",
+        "norm_affine": True,
+        "stem_norm": True,
+        "tie_embeddings": False,
+        "init": "rwkv",
+    },
+    "pangu_pi": {
+        **_LM,
+        "projection": "linear",
+        "feed_forward": "glu",
+        "mlp_ratio": 8 / 3,
+        "activation": "silu",
+        "series": 2,
+        "shortcut_reduction": 32,
+        "rotary_fraction": 1.0,
+        "norm": "rms_norm",
+        "norm_affine": True,
+        "norm_eps": 1e-6,
+        "tie_embeddings": False,
+        "init": "normal",
+    },
+    "bert": {
+        **_MLM,
+        **_LINEAR,
+        **_AFFINE,
+        "positions": "learned",
+        "norm_position": "post",
+        "norm_eps": 1e-12,
+        "stem_norm": True,
+        "init": "normal",
+        "dropout": 0.1,
+        "attn_dropout": 0.1,
+    },
+}
+_FAMILIES["roberta"] = {**_FAMILIES["bert"], "norm_eps": 1e-5}
+_FAMILIES["mosaic_bert"] = {
+    **_FAMILIES["bert"],
+    "feed_forward": "glu",
+    "positions": "alibi",
+    "attn_dropout": 0.0,
+    "unpad": True,
+}
+_SIZES = {
+    "tiny": {"dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 128},
+    "small": {"dim": 192, "depth": 4, "num_heads": 6, "param_tokens": 192},
+}
 _PILE = {**_LM, "context_length": 2048}
 _OWT = {**_LM, **_BASE}
 _OWT2 = {**_LM, **_LARGE}
@@ -33,8 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_base_patch16_224": {**_BASE, "param_tokens": 768},
     "tokenformer_vit_large_matched_patch16_224": {**_LARGE, "param_tokens": 768},
     "tokenformer_vit_large_patch16_224": {**_LARGE, "param_tokens": 1024},
-    "tokenformer_lm_tiny": {**_LM, "dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 128},
-    "tokenformer_lm_small": {**_LM, "dim": 192, "depth": 4, "num_heads": 6, "param_tokens": 192},
+    **{f"{family}_{size}": {**_FAMILIES[family], **_SIZES[size]} for family in _FAMILIES for size in _SIZES},
     "tokenformer_150m": {**_PILE, **_BASE, "param_tokens": 768},
     "tokenformer_450m": {**_PILE, **_LARGE, "param_tokens": 1024},
     "tokenformer_900m": {**_PILE, "dim": 1280, "depth": 32, "num_heads": 16, "param_tokens": 1280},
@@ -45,6 +112,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_owt_1_4b": {**_OWT, "param_tokens": 8620},
     "tokenformer_owt2_354m": {**_OWT2, "param_tokens": 768},
     "tokenformer_owt2_757m": {**_OWT2, "param_tokens": 1792},
+    "transformer_124m": {**_FAMILIES["transformer"], **_BASE, "context_length": 2048},
+    "gpt2_124m": {**_FAMILIES["gpt2"], **_BASE, "vocab_size": 50257, "dropout": 0.1, "attn_dropout": 0.1},
+    "pythia_160m": {**_FAMILIES["pythia"], **_BASE, "context_length": 2048},
+    "rwkv4_169m": {**_FAMILIES["rwkv4"], **_BASE, "vocab_size": 50277},
+    "rwkv4_430m": {**_FAMILIES["rwkv4"], **_LARGE, "vocab_size": 50277},
+    "pangu_pi_1b": {
+        **_FAMILIES["pangu_pi"],
+        **{"dim": 2048, "depth": 12, "num_heads": 16, "vocab_size": 100883, "context_length": 2048},
+    },
+    "bert_base": {**_FAMILIES["bert"], **_BASE, "vocab_size": 30522, "context_length": 512},
+    "roberta_base": {**_FAMILIES["roberta"], **_BASE, "vocab_size": 50265, "context_length": 512},
+    "mosaic_bert_base": {**_FAMILIES["mosaic_bert"], **_BASE, "vocab_size": 30528, "context_length": 512},
     "vit_tiny_patch16_224": {**_TINY, **_VIT},
     "vit_small_patch16_224": {**_SMALL, **_VIT},
     "vit_base_patch16_224": {**_BASE, **_VIT},

@@ -1,46 +1,119 @@
-"""One factory for every projection of every architecture: linear, or Pattention."""
+"""One factory for every projection of every architecture: linear, or Pattention; and how weights are born."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.pattention import Pattention
 
 
-def _linear(config: TokenformerConfig, kind: str, dim_in: int, dim_out: int) -> nn.Module:
-    layer = nn.Linear(dim_in, dim_out, bias=config.bias)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
+class Init(NamedTuple):
+    """How weights are born, in place.
+
+    Args:
+        projection: Of a linear projection, given the config and whether it writes to the residual stream.
+        embedding: Of an embedding of token ids, (V, D).
+        head: Of a language head of its own, (V, D).
+    """
+
+    projection: Callable[[Tensor, TokenformerConfig, bool], object]
+    embedding: Callable[[Tensor], object]
+    head: Callable[[Tensor], object]
+
+
+def _normal(weight: Tensor) -> object:
+    return nn.init.normal_(weight, std=0.02)
+
+
+def _orthogonal(weight: Tensor, scale: float = 1.0) -> object:
+    rows, columns = weight.shape
+    return nn.init.orthogonal_(weight, gain=scale * math.sqrt(max(1.0, rows / columns)))
+
+
+def _gpt2(weight: Tensor, config: TokenformerConfig, residual: bool) -> object:
+    return nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
+
+
+def _neox(weight: Tensor, config: TokenformerConfig, residual: bool) -> object:
+    into, out = math.sqrt(2 / (5 * config.dim)), 2 / (config.depth * math.sqrt(config.dim))
+    return nn.init.normal_(weight, std=out if residual else into)
+
+
+INITS = {
+    "trunc_normal": Init(lambda weight, config, residual: nn.init.trunc_normal_(weight, std=0.02), _normal, _normal),
+    "normal": Init(lambda weight, config, residual: _normal(weight), _normal, _normal),
+    "gpt2": Init(_gpt2, _normal, _normal),  # Radford et al. 2019, section 2.3
+    "neox": Init(_neox, _normal, _normal),  # arXiv 2204.06745, section 2.1
+    "rwkv": Init(  # the official code's; its norm makes an embedding so small one of unit size
+        lambda weight, config, residual: _orthogonal(weight),
+        lambda weight: nn.init.uniform_(weight, -1e-4, 1e-4),
+        lambda weight: _orthogonal(weight, 0.5),
+    ),
+}
+
+
+def _linear(
+    config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
+) -> nn.Module:
+    layer = nn.Linear(dim_in, dim_out, bias=bias)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        INITS[config.init].projection(layer.weight, config, residual)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
 
-def _pattention(config: TokenformerConfig, kind: str, dim_in: int, dim_out: int) -> nn.Module:
-    return Pattention(
+def _pattention(
+    config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
+) -> nn.Module:
+    layer = Pattention(
         dim_in,
         dim_out,
         num_tokens=getattr(config.tokens, kind),
         score_norm=config.score_norm,
         kind=kind,
         key_std=0.02,
-        value_std=2 / (config.depth * math.sqrt(config.dim)),  # the published "wang_init"
+        value_std=pattention_value_std(config),
     )
+    if zero:  # never the keys: scores of zero give values no gradient
+        nn.init.zeros_(layer.value_tokens)
+    return layer
+
+
+def pattention_value_std(config: TokenformerConfig) -> float:
+    """Standard deviation of values at birth: the published "wang_init"."""
+    return 2 / (config.depth * math.sqrt(config.dim))
 
 
 PROJECTIONS = {"linear": _linear, "pattention": _pattention}
 
 
-def make_projection(name: str, config: TokenformerConfig, kind: str, dim_in: int, dim_out: int) -> nn.Module:
-    """A map (..., dim_in) -> (..., dim_out) with fresh weights.
+def make_projection(
+    config: TokenformerConfig,
+    kind: str,
+    dim_in: int,
+    dim_out: int,
+    residual: bool = False,
+    bias: bool | None = None,
+    zero: bool = False,
+) -> nn.Module:
+    """A map (..., dim_in) -> (..., dim_out) with fresh weights, linear or Pattention as ``config.projection`` has it.
 
     Args:
-        name: A name in ``PROJECTIONS``.
         config: The architecture it belongs to.
         kind: Which total of parameter tokens it follows: ``qkv``, ``proj`` or ``ffn``.
         dim_in: Width of the input.
         dim_out: Width of the output.
+        residual: Whether its output is added to the residual stream.
+        bias: Whether a linear one has a bias; ``None`` for what the config says.
+        zero: Whether its output is zero at birth.
     """
-    return PROJECTIONS[name](config, kind, dim_in, dim_out)
+    wanted = config.bias if bias is None else bias
+    return PROJECTIONS[config.projection](config, kind, dim_in, dim_out, residual, wanted, zero)

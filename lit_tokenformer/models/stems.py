@@ -10,6 +10,9 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.norms import make_norm
+from lit_tokenformer.models.positions import token_positions
+from lit_tokenformer.models.projections import INITS
 
 
 class PatchStem(nn.Module):
@@ -46,8 +49,8 @@ class PatchStem(nn.Module):
         """Names of parameters that are not decayed."""
         return {"cls_token", "pos_embed"} if self.cls_token is not None else {"pos_embed"}
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, C, height, width) in pixels -> (B, 1 + patches, D)."""
+    def forward(self, image: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
+        """(B, C, height, width) in pixels -> (B, 1 + patches, D); an image is read at once, and has no padding."""
         x = self.patch_embed(image)  # (B, height / patch, width / patch, D)
         pos_embed = self._positions(self.pos_embed, (x.shape[1], x.shape[2]))
         x = x.flatten(1, 2)  # (B, patches, D)
@@ -73,28 +76,59 @@ class PatchStem(nn.Module):
 
 
 class TokenStem(nn.Module):
-    """An embedding of token ids, N(0, 0.02) as in the published code.
+    """An embedding of token ids; with learned positions, a norm and dropout where the config has them.
 
     Args:
-        config: Width and vocabulary.
+        config: Width, vocabulary and what is done to the embedding.
+
+    Attributes:
+        positions: Learned positions, (T, D); ``None`` where there are none.
     """
+
+    positions: nn.Parameter | None
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positions == "learned"
+        positions = nn.Parameter(torch.empty(config.context_length, config.dim)) if learned else None
+        self.register_parameter("positions", positions)
+        self.norm = make_norm(config) if config.stem_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self._init = INITS[config.init].embedding
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the embedding anew."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self._init(self.embedding.weight)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed: none, as published."""
         return set()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) int64 -> (B, T, D)."""
-        return self.embedding(tokens)
+    def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) int64 -> (B, T, D).
+
+        Args:
+            tokens: Token ids.
+            start: Data tokens of the sequence that were read before.
+            padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
+
+        Raises:
+            ValueError: If there are more of them than learned positions.
+        """
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            length = tokens.shape[1]
+            if start + length > len(self.positions):
+                raise ValueError(
+                    f"context_length: the model has {len(self.positions)} learned positions, "
+                    f"and was given {start + length} data tokens"
+                )
+            x = x + self.positions[token_positions(start, length, padding, tokens.device)]
+        return self.dropout(self.norm(x))
 
 
 STEMS: dict[str, Callable[[TokenformerConfig], nn.Module]] = {"patch": PatchStem, "token": TokenStem}

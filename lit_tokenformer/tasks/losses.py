@@ -23,7 +23,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the loss over rows; gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, z_loss: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_loss: float
+    ) -> Tensor:
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -31,17 +33,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = CHUNK_ROWS.get(device, ACCELERATOR_ROWS)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        wanted = any(one is not None for one in (grad_x, grad_weight, grad_bias))
         total = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(device, enabled=False):
             kernel = weight.to(dtype)
             for start in range(0, len(x), rows):
                 piece, label = x[start : start + rows].to(dtype), target[start : start + rows, None]
                 logits = (piece @ kernel.T).to(wide)  # (rows, V)
+                if bias is not None:
+                    logits += bias
                 partition = logits.logsumexp(dim=1, keepdim=True)  # (rows, 1)
                 kept, known = (label >= 0).to(wide), label.clamp_min(0)
                 loss = partition - logits.gather(1, known) + z_loss * partition.square()
                 total += (loss * kept).sum()
-                if grad_x is None and grad_weight is None:
+                if not wanted:
                     continue
                 grad = logits.sub_(partition).exp_().mul_(kept * (1 + 2 * z_loss * partition))
                 grad = grad.scatter_add_(1, known, -kept).to(dtype)  # (rows, V)
@@ -51,8 +57,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, piece)  # without a product that takes as much memory again
                 elif grad_weight is not None:
                     grad_weight += grad.T @ piece
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0, dtype=wide)
                 del logits, grad
-        ctx.gradients = grad_x, grad_weight
+        ctx.gradients = grad_x, grad_weight, grad_bias
         return total
 
     @staticmethod
@@ -60,18 +68,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were used already; compute the loss again")
         found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight's is large
-        grad_x, grad_weight = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
-        return grad_x, grad_weight, None, None
+        grad_x, grad_weight, grad_bias = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``softmax(x W^T)``, with the log-partition's square times ``z_loss`` added.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, z_loss: float = 0.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ``softmax(x W^T + b)``, with the log-partition's square times ``z_loss`` added.
 
     Args:
         x: What the logits are made from, (..., D).
         weight: W, (V, D).
         target: Token ids (...); negative ones do not count.
         z_loss: Weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5; there 1e-4).
+        bias: b, (V,); ``None`` for zeros.
 
     Returns:
         The sum over targets in nats, (), in float32 at least; and the number of targets, ().
@@ -81,5 +92,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, z_loss: floa
         >>> round(loss.item(), 4), count.item()  # ln 8
         (2.0794, 1)
     """
-    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, target.flatten(), z_loss)
+    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, bias, target.flatten(), z_loss)
     return total, (target >= 0).sum()
