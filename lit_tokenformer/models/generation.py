@@ -225,7 +225,8 @@ class _Rereader:
     def __call__(self, tokens: Tensor | None) -> Tensor:
         """As :meth:`_Reader.__call__`."""
         if tokens is not None:
-            self.rows = [torch.cat([row, new]) for row, new in zip(self.rows, tokens, strict=True)]
+            limit = self.model.config.length_limit  # a row that is full has ended
+            self.rows = [torch.cat([row, new])[:limit] for row, new in zip(self.rows, tokens, strict=True)]
         features = torch.cat([self.model.forward_features(row[None])[:, -1] for row in self.rows])
         return self.model.forward_head(features[:, None])[:, 0]
 

@@ -116,18 +116,22 @@ class TokenStem(nn.Module):
             start: Data tokens of the sequence that were read before.
             padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
 
+        Sequences that are full already may stand beside shorter ones that go on; what they give then means nothing.
+
         Raises:
-            ValueError: If there are more of them than learned positions.
+            ValueError: If there are more of them than learned positions, in each sequence.
         """
         x = self.embedding(tokens)
         if self.positions is not None:
             length = tokens.shape[1]
-            if start + length > len(self.positions):
+            given = start + length - (0 if padding is None else int(padding.max()))  # in the shortest sequence
+            if given > len(self.positions):
                 raise ValueError(
                     f"context_length: the model has {len(self.positions)} learned positions, "
-                    f"and was given {start + length} data tokens"
+                    f"and was given {given} data tokens"
                 )
-            x = x + self.positions[token_positions(start, length, padding, tokens.device)]
+            places = token_positions(start, length, padding, tokens.device)
+            x = x + self.positions[places.clamp_max(len(self.positions) - 1)]
         return self.dropout(self.norm(x))
 
 
