@@ -36,7 +36,8 @@ class TrainingMonitor(Callback):
     ``compute/data_tokens``
         Data tokens (of texts) or patches (of images) that were trained on so far, likewise.
     ``compute/samples_per_second``, ``compute/data_tokens_per_second``
-        Training samples over all processes and seconds since the last report; validation does not count.
+        Training samples over all processes and seconds since the last report; validation does not count. Several tasks'
+        samples are counted together.
     ``size/parameters``, ``size/tokens_qkv``, ...
         Learned numbers, and parameter tokens of each kind of projection.
     ``rows/grad_norm_old``, ``rows/update_norm_old``, ``rows/grad_norm_new``, ``rows/update_norm_new``
@@ -60,7 +61,8 @@ class TrainingMonitor(Callback):
 
     Note:
         Operations and data tokens are counted where the module has a method ``cost()`` whose result has
-        ``training_flops`` and ``data_tokens``, those of one sample. A picture is made where a batch is
+        ``training_flops`` and ``data_tokens``, those of one sample; where its batches are mappings, it needs a method
+        ``costs()`` with one such result for each of their keys. A picture is made where a batch is
         ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``,
         ``mean`` and ``std`` of the data module are used if it has them.
 
@@ -79,9 +81,9 @@ class TrainingMonitor(Callback):
         self.data_tokens = 0
         """Data tokens of all training steps so far."""
         self._growth: dict[str, Any] | None = None
-        self._cost: ModelCost | None = None
+        self._costs: dict[str, ModelCost] = {}
         self._sizes: dict[str, int] = {}
-        self._samples = 0
+        self._samples = self._tokens = 0
         self._tokens_before_fit = 0
         self._since = self._paused = self._begun = 0.0
         self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
@@ -137,22 +139,24 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        samples = _num_samples(batch) * (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        self._samples += samples
-        if self._cost is not None:
-            self.training_flops += self._cost.training_flops * samples
-            self.data_tokens += self._cost.data_tokens * samples
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        for task in self._costs or [""]:
+            samples = _num_samples(batch[task] if task else batch) * replicas
+            self._samples += samples
+            if task in self._costs:
+                self.training_flops += self._costs[task].training_flops * samples
+                self._tokens += self._costs[task].data_tokens * samples
+                self.data_tokens += self._costs[task].data_tokens * samples
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
         changes = [(parameter.detach() - before, new) for parameter, before, new in self._held]
         norms = {name: float(norm) for name, norm in {**self._row_norms, **self._norms("update", changes)}.items()}
         self._held, self._row_norms = [], {}
         now = time.perf_counter()
-        rate = self._samples / (now - self._since)
-        rates = {"compute/samples_per_second": rate}
-        if self._cost is not None:
-            rates["compute/data_tokens_per_second"] = rate * self._cost.data_tokens
-        self._samples, self._since = 0, now
+        rates = {"compute/samples_per_second": self._samples / (now - self._since)}
+        if self._costs:
+            rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
+        self._samples, self._tokens, self._since = 0, 0, now
         _log(trainer, {**self._totals(), **rates, **norms})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,14 +201,14 @@ class TrainingMonitor(Callback):
 
     def _measure(self, pl_module: LightningModule) -> None:
         """Sizes and cost of the model as it is; throughput is measured anew."""
-        cost = getattr(pl_module, "cost", None)
-        self._cost = cost() if callable(cost) else None
+        cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
+        self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
         self._sizes |= {f"size/tokens_{kind}": total for kind, total in param_tokens(pl_module).items()}
-        self._samples, self._since = 0, time.perf_counter()
+        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
 
     def _totals(self) -> dict[str, float]:
-        if self._cost is None:
+        if not self._costs:
             return {**self._sizes}
         flops, tokens = float(self.training_flops), float(self.data_tokens)
         return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}

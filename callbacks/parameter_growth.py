@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import METHODS, NEW_STATES, Rows, grow, grow_optimizer, plan_rows, target_tokens
@@ -223,7 +224,7 @@ class ParameterGrowthCallback(Callback):
         before = param_tokens(pl_module)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         flops = _flops(pl_module)
-        output = _probe(pl_module, batch) if self.check else None
+        outputs = _probe(pl_module, batch) if self.check else []
 
         start = time.perf_counter()
         for optimizer in trainer.optimizers:
@@ -238,8 +239,8 @@ class ParameterGrowthCallback(Callback):
         seconds = time.perf_counter() - start
 
         difference = float("nan")
-        if output is not None:
-            difference = _relative_difference(output, _probe(pl_module, batch))
+        if outputs:
+            difference = max(map(_relative_difference, outputs, _probe(pl_module, batch)))
         event = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -383,23 +384,22 @@ def _growth_context(trainer: Trainer) -> AbstractContextManager[None]:
     )
 
 
-def _probe(pl_module: Any, batch: Any) -> Tensor | None:
-    """The model's output for a batch, in evaluation mode and without autocast; ``None`` if the module offers none."""
+def _probe(pl_module: Any, batch: Any) -> list[Tensor]:
+    """The model's outputs for a batch, in evaluation mode and without autocast; none if the module offers none."""
     if not hasattr(pl_module, "model_output"):
-        return None
+        return []
     training = {module: module.training for module in pl_module.modules()}
     pl_module.eval()
     try:
         device = pl_module.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
-            return pl_module.model_output(batch)
+            return tree_leaves(pl_module.model_output(batch))
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def _relative_difference(before: Tensor, after: Tensor | None) -> float:
-    assert after is not None
+def _relative_difference(before: Tensor, after: Tensor) -> float:
     before, after = before.double(), after.double()
     return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
 

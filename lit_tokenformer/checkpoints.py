@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 
 from lit_tokenformer import tasks
@@ -44,6 +45,28 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
     except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
         unfinished.unlink(missing_ok=True)
         raise ValueError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
+
+
+def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A checkpoint with which a fit begins at epoch 0 with a fresh optimizer.
+
+    Args:
+        task: The task, in any device; what it keeps beside its weights is kept.
+        state_dict: Its weights.
+    """
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": state_dict,
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        task.CHECKPOINT_HYPER_PARAMS_KEY: dict(task.hparams),
+    }
+    task.on_save_checkpoint(checkpoint)
+    del checkpoint["rng_states"]  # a fit shall draw by its own seed
+    return checkpoint
 
 
 def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +27,11 @@ from lit_tokenformer.commands import (
     generate_text,
     grow_checkpoint,
     import_weights,
+    split_checkpoint,
 )
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.tasks.multitask import joint_cost
 
 try:
     import callbacks
@@ -43,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
     "evaluate": evaluate_checkpoint,
     "grow": grow_checkpoint,
+    "split": split_checkpoint,
     "import": import_weights,
     "export": export_weights,
 }
@@ -176,7 +180,11 @@ class PlanningTrainer(Trainer):
 
         samples = getattr(datamodule, "num_train_samples", None)
         batch = getattr(datamodule, "batch_size", 1)
-        per_step = batch * self.accumulate_grad_batches * self.world_size
+        batches = {
+            name: getattr(getattr(datamodule, name) if name else datamodule, "batch_size", 1)
+            for name in model.backbones
+        }
+        per_step = {name: size * self.accumulate_grad_batches * self.world_size for name, size in batches.items()}
         per_epoch = (
             None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
         )
@@ -186,19 +194,29 @@ class PlanningTrainer(Trainer):
             total = min(total, by_epochs) if total else by_epochs
         if not total:
             raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
-        backbone = model.backbone
         growths = []
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ParameterGrowthCallback):
                 if callback.unit == "epoch" and per_epoch is None:
                     raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(backbone.param_tokens)]
-        stages = plan_stages(backbone.config, growths, total, per_step)
+                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(models.param_tokens(model))]
+        backbones = model.backbones.items()
+        planned = [plan_stages(backbone.config, growths, total, per_step[name]) for name, backbone in backbones]
+        by_stage = [list(parts) for parts in zip(*planned, strict=True)]
+        stages = [_together(model, by_stage[0], parts) for parts in by_stage]
+        memory = [
+            f"{_training_memory(stage, parts, batches.values()) / 2**30:.2f} GiB"
+            for stage, parts in zip(stages, by_stage, strict=True)
+        ]
         sum_flops = sum(stage.training_flops for stage in stages)
-        scratch = model_cost(backbone.config, stages[-1].tokens).training_flops * per_step * total
+        scratch = sum(
+            model_cost(backbone.config, stages[-1].tokens).training_flops * per_step[name] * total
+            for name, backbone in backbones
+        )
 
-        table = Table(title=f"{total} optimizer steps of {per_step} samples")
+        told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
+        table = Table(title=f"{total} optimizer steps of {told} samples")
         for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
             table.add_column(name, justify="right")
         for number, stage in enumerate(stages):
@@ -209,7 +227,7 @@ class PlanningTrainer(Trainer):
                 "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
                 f"{stage.cost.parameters:,}",
                 f"{stage.cost.flops:.3g}",
-                f"{stage.cost.training_memory(batch) / 2**30:.2f} GiB",
+                memory[number],
                 f"{stage.training_flops:.3g}",
                 f"{stage.training_flops / sum_flops:.1%}",
             )
@@ -225,12 +243,35 @@ class PlanningTrainer(Trainer):
             "",
             f"{last.parameters:,}",
             f"{last.flops:.3g}",
-            f"{last.training_memory(batch) / 2**30:.2f} GiB",
+            memory[-1],
             f"{scratch:.3g}",
             "",
         )
         Console(width=None if sys.stdout.isatty() else 150).print(table)
         return stages
+
+
+def _together(model: tasks.LitTask, first: list[Stage], parts: list[Stage]) -> Stage:
+    """One stage of all tasks of a model; its cost is of one sample of each, parameters that they share counted once.
+
+    Args:
+        model: The task at the size it is born with.
+        first: Its first stage, for each task.
+        parts: The stage, for each task.
+    """
+    born = sum(parameter.numel() for parameter in model.parameters())
+    grown = parts[0].cost.parameters - first[0].cost.parameters
+    cost = joint_cost((part.cost for part in parts), born + grown)
+    return dataclasses.replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
+
+
+def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
+    """Bytes that a stage takes with a batch of this size for each task."""
+    kept = [
+        part.cost.training_memory(batch) - part.cost.training_memory(0)
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+    return stage.cost.training_memory(0) + sum(kept)
 
 
 class TokenformerCLI(LightningCLI):

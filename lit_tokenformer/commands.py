@@ -7,22 +7,23 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task, write_checkpoint
+from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import grow, grow_optimizer
 from lit_tokenformer.interop import read_published, write_published
 from lit_tokenformer.interop.tokenformer import find_weights
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, param_tokens, preset_config
 from lit_tokenformer.models.generation import Sampling
-from lit_tokenformer.tasks.causal_lm import TOKENIZER_FILE
+from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.text_generation import Completion, TextGenerator
 
 
@@ -132,20 +133,7 @@ def import_weights(
         task = tasks.LitCausalLM(preset, config.vocab_size, config.context_length, overrides=overrides)  # type: ignore
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
     task.tokenizer_json = text
-    checkpoint: dict[str, Any] = {
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": lightning.__version__,
-        "state_dict": {f"backbone.{name}": tensor for name, tensor in state.items()},
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        task.CHECKPOINT_HYPER_PARAMS_KEY: dict(task.hparams),
-    }
-    task.on_save_checkpoint(checkpoint)
-    del checkpoint["rng_states"]  # a fit shall draw by its own seed
-
-    write_checkpoint(checkpoint, target)
+    write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
     if text is not None and not copy.exists():
         copy.write_text(text, encoding="utf-8")
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
@@ -170,26 +158,69 @@ def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dty
         ValueError: If the checkpoint cannot be read, if the published format has no such architecture, if a tau is
             not the square root of its number of tokens, or if the output exists already.
     """
+    with _new_folder(output) as folder:
+        checkpoint = read_checkpoint(ckpt_path)
+        task = rebuild_task(ckpt_path, checkpoint, device="meta")
+        weights = checkpoint["state_dict"]
+        state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
+        write_published(folder, task.backbone.config, state, dtype, format)
+        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+    return Path(output)
+
+
+def split_checkpoint(ckpt_path: str, output: str) -> Path:
+    """Takes the tasks of a multi-task checkpoint apart: a checkpoint of each, which gives the same outputs.
+
+    They serve as any other checkpoint of such a task: to validate, to predict or generate with, to export, to grow. A
+    fit from one begins at epoch 0 with a fresh optimizer. Of a fit with a moving average, they hold the average.
+
+    Args:
+        ckpt_path: A checkpoint of LitMultiTask.
+        output: A folder that is not there yet; it gets image.ckpt, text.ckpt and, if known, tokenizer.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or is of a single task, or if the output exists already.
+    """
+    with _new_folder(output) as folder:
+        checkpoint = read_checkpoint(ckpt_path)
+        task = rebuild_task(ckpt_path, checkpoint, device="meta")
+        if not isinstance(task, tasks.LitMultiTask):
+            raise ValueError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}, not of several tasks")
+        weights = checkpoint["state_dict"]
+        for name, part in task.tasks.items():
+            state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
+            write_checkpoint(fresh_checkpoint(part, state), folder / f"{name}.ckpt")
+        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+    return Path(output)
+
+
+@contextmanager
+def _new_folder(output: str) -> Iterator[Path]:
+    """A folder to write to that gets its name when all is written, and is told then.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
     target = Path(output)
     if target.exists():
         raise ValueError(f"output: {target} exists already")
-    checkpoint = read_checkpoint(ckpt_path)
-    task = rebuild_task(ckpt_path, checkpoint, device="meta")
-    weights = checkpoint["state_dict"]
-    state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        write_published(unfinished, task.backbone.config, state, dtype, format)
-        text = checkpoint.get("tokenizer")
-        if text is not None:
-            (unfinished / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        yield unfinished
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
-    return target
+
+
+def _write_tokenizer(folder: Path, text: str | None) -> None:
+    if text is not None:
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
 
 
 def _read_tokenizer(path: Path) -> str:

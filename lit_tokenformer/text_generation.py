@@ -26,7 +26,7 @@ from lit_tokenformer.data.tokenizers import Tokenizer
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.models.generation import ENDED, Sampling, check_writes_text, generate_tokens
-from lit_tokenformer.tasks.causal_lm import TOKENIZER_FILE
+from lit_tokenformer.tasks.language import TOKENIZER_FILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of the weights that text can be generated in, by name."""

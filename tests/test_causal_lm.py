@@ -292,3 +292,54 @@ def test_data_that_do_not_fit_the_model_are_refused(change, message):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LitCausalLM(**settings)
+
+
+def test_a_model_is_matched_to_another_one():
+    sizes = {key: SIZES[key] for key in ("dim", "depth", "num_heads")}
+
+    def blocks(task):
+        return sum(parameter.numel() for parameter in task.backbone.blocks.parameters())
+
+    twin = LitCausalLM("transformer_tiny", 20, 12, overrides={**sizes, "rotary_fraction": 0.5})
+    wide = {**SIZES, "dim": 64}
+    matched = LitCausalLM("tokenformer_lm_tiny", 20, 12, overrides=wide, match="parameters")
+    linear = LitCausalLM(
+        "tokenformer_lm_tiny", 20, 12, overrides={**wide, "projection": "linear", "feed_forward": "mlp"}
+    )
+    assert blocks(matched) == blocks(linear)
+    for by in ("parameters", "flops"):
+        given = {**sizes, "projection": "pattention", "rotary_fraction": 0.5}
+        task = LitCausalLM("gpt2_tiny", 20, 12, overrides=given, match=by, match_to="transformer_tiny")
+        assert abs(blocks(task) / blocks(twin) - 1) < 0.05
+        again = LitCausalLM(**{**task.hparams})
+        assert again.backbone.param_tokens == task.backbone.param_tokens
+
+
+def test_layerwise_learning_rates_are_multiples_in_groups_of_their_own():
+    plain, scaled = (LitCausalLM("rwkv4_tiny", 20, 12, layerwise_lr=wanted) for wanted in (False, True))
+    assert {group["lr"] for group in plain.build_optimizer().param_groups} == {6e-4}
+    rates = {
+        name: group["lr"] / 6e-4
+        for group in scaled.build_optimizer().param_groups
+        for parameter in group["params"]
+        for name, one in scaled.named_parameters()
+        if one is parameter
+    }
+    assert len(rates) == len(list(scaled.parameters()))
+    for name, rate in rates.items():
+        assert rate == pytest.approx({"time_decay": 2, "time_first": 3}.get(name.split(".")[-1], 1)), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"match": "paramters"}, "model.match: unknown value 'paramters', did you mean 'parameters'"),
+        ({"match_to": "gpt2_tiny"}, "model.match_to: it needs model.match"),
+        ({"match": "flops", "match_to": "gpt3_tiny"}, "did you mean 'gpt2_tiny'"),
+        ({"match": "flops", "preset": "gpt2_tiny"}, "model.match: the feed-forward has no Pattention layer"),
+        ({"cross_documents": False, "separator_id": 3, "preset": "rwkv4_tiny"}, "model.cross_documents: false needs"),
+    ],
+)
+def test_what_cannot_be_matched_or_kept_apart_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LitCausalLM(**{"preset": "tokenformer_lm_tiny", "vocab_size": 20, "context_length": 12, **settings})

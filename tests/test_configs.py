@@ -55,6 +55,10 @@ def embedded_text(folder):
     return ["--data.cache_dir", str(folder)]
 
 
+def embedded_images_and_text(folder):
+    return ["--data.text.cache_dir", str(folder)]
+
+
 def hugging_face_text(folder):
     """As above for text, with a tokenizer that needs no hub."""
     rows = Dataset.from_dict({"text": [f"Document {number}. " * 300 for number in range(64)]})
@@ -63,6 +67,7 @@ def hugging_face_text(folder):
 
 
 DATA = {
+    ("MultiTaskDataModule", None): embedded_images_and_text,
     ("ImageDataModule", "imagefolder"): imagenet,
     ("ImageDataModule", "fashion_mnist"): fashion_mnist,
     ("ImageDataModule", "huggingface"): hugging_face,
@@ -73,7 +78,7 @@ DATA = {
 
 def data_arguments(config, folder):
     data = yaml.safe_load(config.read_text())["data"]
-    make = DATA.get((data["class_path"].split(".")[-1], data["init_args"]["dataset"]))
+    make = DATA.get((data["class_path"].split(".")[-1], data["init_args"].get("dataset")))
     return make(folder) if make is not None else []
 
 

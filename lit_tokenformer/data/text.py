@@ -8,13 +8,14 @@ disk and blocks in ``token_cache.py``, streams in ``text_stream.py``; the way a 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lit_tokenformer.data.loading import EpochSampler, ResumableLoader
 from lit_tokenformer.data.resumable import ResumableDataModule
@@ -89,6 +90,9 @@ class TextDataModule(ResumableDataModule):
         >>> data.vocab_size, data.context_length
         (512, 256)
     """
+
+    _collate: Callable[[Any], Any] | None = None
+    """What makes a batch of what the blocks give; None: they are stacked."""
 
     def __init__(
         self,
@@ -275,6 +279,7 @@ class TextDataModule(ResumableDataModule):
                 sampler=EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank),
                 batch_size=self.batch_size,
                 drop_last=True,
+                collate_fn=self._collate,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self.pin_memory,
@@ -299,6 +304,9 @@ class TextDataModule(ResumableDataModule):
     @cached_property
     def _train_blocks(self) -> TrainBlocks:
         return TrainBlocks(self.corpus.tokens.files["train"], self.block_size, self._seed)
+
+    def _eval_blocks(self, split: Split) -> Dataset:
+        return EvalBlocks(self.corpus.tokens.files[split], self.block_size)
 
     def _check_length(self, split: Split, replicas: int = 1) -> None:
         name = {"train": "training", "val": "validation", "test": "test"}[split]
@@ -336,11 +344,12 @@ class TextDataModule(ResumableDataModule):
             )
             return loader
         self._check_length(split)
-        blocks = EvalBlocks(self.corpus.tokens.files[split], self.block_size)
+        blocks = self._eval_blocks(split)
         return DataLoader(
             blocks,
             sampler=EvalSampler(blocks, num_replicas=replicas, rank=rank),
             batch_size=self.eval_batch_size,
+            collate_fn=self._collate,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self.pin_memory,

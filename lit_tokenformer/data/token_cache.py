@@ -64,9 +64,17 @@ class TokenFile:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from ``start`` to before ``stop``, (n,) int64; fewer where the file ends."""
+        return self._tokens[start:stop].astype(np.int64)
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at some places, int64 in the shape of ``places``."""
+        return self._tokens[places].astype(np.int64)
+
+    @property
+    def _tokens(self) -> np.ndarray:
         if self._map is None:
-            self._map = np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.length,))
-        return self._map[start:stop].astype(np.int64)
+            self._map = np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.length,)))
+        return self._map
 
 
 @dataclass
@@ -360,12 +368,12 @@ class EvalSampler(DistributedSampler):
     Being a ``DistributedSampler``, Lightning leaves it alone; its own would count blocks twice.
 
     Args:
-        dataset: The blocks.
+        dataset: The blocks; it takes an index behind the last one.
         num_replicas: Processes that see different data.
         rank: This process among them.
     """
 
-    def __init__(self, dataset: EvalBlocks, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]

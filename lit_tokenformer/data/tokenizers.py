@@ -26,6 +26,11 @@ SEPARATOR = "<|endoftext|>"
 USUAL_SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 """Looked for, in this order, in the vocabularies of others."""
 
+MASKS = ("[MASK]", "<mask>")
+"""Special tokens that hide another one; the first is what ``with_mask`` adds."""
+
+_USUAL_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<pad>", "<unk>", "<s>", "</s>", *MASKS)
+
 BYTES_VOCAB_SIZE = 257  # the bytes and the separator
 _PIECE = 1 << 18  # characters that are tokenised at once; a longer document is cut
 _LONG = re.compile(r"\S{1000}(?=\S)|\s{1000}(?=\s)")  # where a word is cut that a vocabulary is trained on
@@ -211,6 +216,70 @@ class Tokenizer:
         """
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
+    def special_id(self, *names: str) -> int | None:
+        """The id of the first of these special tokens that the vocabulary has, None without.
+
+        Args:
+            names: Names such as ``[PAD]``. A BPE may have made a token of that text, which is not special.
+        """
+        added = {token.content: place for place, token in self._backend.get_added_tokens_decoder().items()}
+        known = added if isinstance(self._backend.model, models.BPE) else {**self._vocabulary, **added}
+        return next((known[name] for name in names if name in known), None)
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that stand for no text: the separator, the unknown token, and all that the vocabulary calls special."""
+        added = self._backend.get_added_tokens_decoder()
+        found = {self.special_id(name) for name in _USUAL_SPECIAL} | {self.separator_id}
+        found.add(self._vocabulary.get(getattr(self._backend.model, "unk_token", None) or ""))
+        return {place for place in found if place is not None} | {i for i, token in added.items() if token.special}
+
+    def with_mask(self) -> Tokenizer:
+        """This tokenizer if it has a mask token (``MASKS``), else a copy with one more id for it, the last.
+
+        Raises:
+            ValueError: If the vocabulary's ids have gaps, so that no new one comes last.
+        """
+        if self.special_id(*MASKS) is not None:
+            return self
+        copy = Tokenizer.from_json(self.to_json(), self.separator)._backend
+        copy.add_special_tokens([hf.AddedToken(MASKS[0], special=True, normalized=False)])
+        if copy.token_to_id(MASKS[0]) != self.size:
+            raise ValueError(f"data.tokenizer: expected a vocabulary with {MASKS[0]}, or one whose ids have no gaps")
+        return Tokenizer(copy, self.separator)
+
+    def texts(self) -> list[str | None]:
+        """The text that each id stands for, by id; None where there is no such token.
+
+        Bytes that are no UTF-8 become U+FFFD. Where a vocabulary does not hold the spaces (WordPiece, WordLevel), the
+        token that begins a word has one before it.
+        """
+        model, vocabulary = self._backend.model, self._vocabulary
+        prefix = getattr(model, "continuing_subword_prefix", None)
+        suffix = getattr(model, "end_of_word_suffix", None)
+        byte_level = not prefix and _BYTE_CHARS[32] in vocabulary
+        found: list[str | None] = [None] * self.size
+        for token, place in vocabulary.items():
+            if prefix or isinstance(model, models.WordLevel):
+                text = token.removeprefix(prefix) if prefix and token.startswith(prefix) else f" {token}"
+            elif suffix:
+                text = f"{token.removesuffix(suffix)} " if token.endswith(suffix) else token
+            elif byte_level and set(token) <= _CHAR_BYTES.keys():
+                text = bytes(_CHAR_BYTES[char] for char in token).decode(errors="replace")
+            else:
+                text = token.replace("▁", " ")
+            found[place] = text
+        return found
+
+    @property
+    def marks_continuation(self) -> bool:
+        """Whether the tokens that go on with a word have a mark of their own, such as ``##``."""
+        return bool(getattr(self._backend.model, "continuing_subword_prefix", None))
+
+    @property
+    def _vocabulary(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @property
     def fingerprint(self) -> str:
         """A hash of the vocabulary, its rules and the separator."""
@@ -350,6 +419,7 @@ def _byte_chars() -> dict[int, str]:
 
 
 _BYTE_CHARS = _byte_chars()
+_CHAR_BYTES = {char: byte for byte, char in _BYTE_CHARS.items()}
 _FORKS_ARE_SERIAL = False
 
 

@@ -3,6 +3,8 @@
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
+from lit_tokenformer.tasks.masked_lm import LitMaskedLM
+from lit_tokenformer.tasks.multitask import LitMultiTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
-__all__ = ["LRSchedule", "LitCausalLM", "LitImageClassifier", "LitTask"]
+__all__ = ["LRSchedule", "LitCausalLM", "LitImageClassifier", "LitMaskedLM", "LitMultiTask", "LitTask"]

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,17 +18,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_tokenformer.compute import ModelCost, model_cost
+from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
 from lit_tokenformer.growth import check_optimizer_state
-from lit_tokenformer.models import Pattention, Tokenformer, param_tokens
+from lit_tokenformer.models import Pattention, Tokenformer, param_tokens, preset_config
 from lit_tokenformer.tasks.schedule import LRSchedule
+
+_SIZES = {
+    *("dim", "depth", "num_heads", "vocab_size", "context_length"),
+    *("image_size", "patch_size", "in_chans", "num_classes"),
+}
+"""Fields of an architecture that another one takes over to be compared with it."""
 
 
 class LitTask(pl.LightningModule):
     """A backbone under training.
 
     Args:
-        backbone: The model.
+        backbone: The model; ``None`` for a task that is made of others, which hold theirs.
         optimizer: Makes the optimizer from parameter groups.
         schedule: Learning rate over the fit.
         lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``; it steps once an epoch.
@@ -36,9 +42,13 @@ class LitTask(pl.LightningModule):
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
     """
 
+    backbone: Tokenformer
+    layerwise_lr = False
+    """Whether parameters get the multiples of the learning rate that their architecture declares."""
+
     def __init__(
         self,
-        backbone: Tokenformer,
+        backbone: Tokenformer | None,
         optimizer: OptimizerCallable,
         schedule: LRSchedule | dict[str, Any],
         lr_scheduler: LRSchedulerCallable | None,
@@ -46,14 +56,46 @@ class LitTask(pl.LightningModule):
         grad_checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
         self.make_optimizer = optimizer
         self.schedule = LRSchedule(**schedule) if isinstance(schedule, dict) else schedule
         self.make_lr_scheduler = lr_scheduler
-        backbone.set_grad_checkpointing(grad_checkpointing)
-        if compile:
-            backbone.compile(dynamic=False)
+        if backbone is not None:
+            self.backbone = backbone
+            backbone.set_grad_checkpointing(grad_checkpointing)
+            if compile:
+                backbone.compile(dynamic=False)
         self._rng_states: list[dict[str, Any]] | None = None
+        self._within: tuple[LitTask, str] | None = None
+
+    @staticmethod
+    def make_backbone(preset: str, given: dict[str, Any], match: str | None, match_to: str | None) -> Tokenformer:
+        """The model of a task; with ``match`` at the parameter tokens that make it as large as another.
+
+        Args:
+            preset: A name from ``lit_tokenformer.models.list_presets()``.
+            given: Fields of the architecture that replace the preset's.
+            match: ``parameters``, ``flops`` or ``None``, as of :func:`~lit_tokenformer.compute.match_tokens`.
+            match_to: A preset, with those of the given fields that are sizes; ``None`` for the same model with linear
+                projections.
+
+        Raises:
+            ValueError: For an unknown preset or field, and what cannot be matched.
+        """
+        config = preset_config(preset, **given)
+        if match is None:
+            if match_to is not None:
+                raise ValueError("model.match_to: it needs model.match: parameters or flops")
+            return Tokenformer(config)
+        if match_to is None:
+            feed_forward = "mlp" if config.feed_forward == "pattention" else config.feed_forward
+            reference = dataclasses.replace(config, projection="linear", feed_forward=feed_forward)
+        else:
+            reference = preset_config(match_to, **{key: given[key] for key in given if key in _SIZES})
+        try:
+            tokens = match_tokens(config, reference, match)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        return Tokenformer(dataclasses.replace(config, param_tokens=tokens))
 
     @staticmethod
     def plain(overrides: Any) -> dict[str, Any]:
@@ -61,22 +103,49 @@ class LitTask(pl.LightningModule):
         given = overrides if isinstance(overrides, dict) else dataclasses.asdict(overrides)
         return {key: value for key, value in given.items() if value is not None}
 
-    def remember_arguments(self) -> None:
+    def remember_arguments(self, overrides: Sequence[str] = ("overrides",)) -> None:
         """Keeps the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
 
         What makes the optimizer is plain where it comes from a config, and left out where it is a function.
+
+        Args:
+            overrides: Those that hold fields of an architecture.
         """
         frame = inspect.currentframe()
         self.save_hyperparameters(frame=frame and frame.f_back)
         made = ("optimizer", "lr_scheduler")
         plain = {key: value for key, value in self.hparams.items() if key not in made or isinstance(value, Mapping)}
-        plain |= {"overrides": self.plain(plain["overrides"]), "schedule": dataclasses.asdict(self.schedule)}
+        plain |= {key: self.plain(plain[key]) for key in overrides}
+        plain |= {"schedule": dataclasses.asdict(self.schedule)}
         self.hparams.clear()
         self.save_hyperparameters(plain)
 
-    def model_output(self, batch: Any) -> Tensor:
-        """What the model gives for a batch, without loss; growth is checked on it."""
+    def model_output(self, batch: Any) -> Any:
+        """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
+
+    def put_within(self, task: LitTask, name: str) -> None:
+        """Makes this a part of another task, which logs for it from now on: ``val/loss`` as ``val/NAME/loss``."""
+        self._within = task, name  # in a tuple, or it would be a module of this one
+
+    def metric(self, name: str) -> str:
+        """What a score such as ``val/loss`` is called in the logs."""
+        stage, _, score = name.partition("/")
+        return name if self._within is None else f"{stage}/{self._within[1]}/{score}"
+
+    def log(self, name: str, value: Any, **settings: Any) -> None:  # type: ignore[override]
+        """Lightning's ``log``; the task that this one is a part of does it, if there is one."""
+        if self._within is None:
+            super().log(name, value, **settings)
+        else:
+            self._within[0].log(self.metric(name), value, **{**settings, "add_dataloader_idx": False})
+
+    def log_scores(self, stage: str) -> None:
+        """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.
+
+        Args:
+            stage: val or test.
+        """
 
     def log_weight(self, count: int) -> int:
         """The weight of a mean over ``count`` items that is logged with ``sync_dist``.
@@ -85,24 +154,42 @@ class LitTask(pl.LightningModule):
         """
         return count * self.trainer.world_size
 
+    @property
+    def backbones(self) -> dict[str, Tokenformer]:
+        """The models by the name of their task; of a task by itself the name is empty."""
+        return {"": self.backbone}
+
     def cost(self) -> ModelCost:
         """Parameters and operations of the model at its present size."""
         return model_cost(self.backbone.config, param_tokens(self.backbone), self.backbone.grad_checkpointing)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters that are decayed, and those that are not: one-dimensional ones and what the backbone declares."""
-        declared = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-        decayed: list[nn.Parameter] = []
-        spared: list[nn.Parameter] = []
+        """Parameters that are decayed, and those that are not: one-dimensional ones and what the backbone declares.
+
+        Those with a learning rate of their own stand in groups with its multiple, ``lr_scale``.
+        """
+        models = [(path, model) for path, model in self.named_modules() if isinstance(model, Tokenformer)]
+        spared = {f"{path}.{name}" for path, model in models for name in model.no_weight_decay()}
+        scales: dict[str, float] = {}
+        for path, model in models if self.layerwise_lr else []:
+            scales |= {f"{path}.{name}": scale for name, scale in model.lr_scales().items()}
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (spared if parameter.ndim <= 1 or name in declared else decayed).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+                key = scales.get(name, 1.0), parameter.ndim <= 1 or name in spared
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": groups[scale, bare]}
+            | ({"weight_decay": 0.0} if bare else {})
+            | ({"lr_scale": scale} if scale != 1 else {})
+            for scale, bare in sorted(groups)
+        ]
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over the present parameters; it refuses state of a wrong shape when it is loaded."""
         optimizer = self.make_optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
         optimizer.register_load_state_dict_post_hook(check_optimizer_state)
         return optimizer
 
@@ -135,10 +222,25 @@ class LitTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Tells callbacks the model's size, so that a checkpoint can have it in its name."""
-        sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self.backbone).items()}
+        sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self).items()}
         self.log_dict(sizes, logger=False)
+        self.log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_scores("test")
+
+    def save_extras(self, checkpoint: dict[str, Any]) -> None:
+        """Adds to a checkpoint what a task needs beside its weights; nothing, where it does not say what."""
+
+    def load_extras(self, checkpoint: dict[str, Any]) -> None:
+        """Takes what :meth:`save_extras` put into a checkpoint.
+
+        Raises:
+            ValueError: If it does not fit the data.
+        """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.save_extras(checkpoint)
         checkpoint["task"] = type(self).__name__
         checkpoint["param_tokens"] = param_tokens(self)
         states: list[Any] = [_rng_state()]
@@ -149,6 +251,7 @@ class LitTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
+        self.load_extras(checkpoint)
         if "current_model_state" in checkpoint and self._trains_without_average():
             # the optimizer's state belongs to the weights that were trained, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
@@ -171,7 +274,8 @@ class LitTask(pl.LightningModule):
 def state_dict_problems(module: nn.Module, state_dict: dict[str, Tensor]) -> Iterator[str]:
     """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
     own = module.state_dict()
-    free = {f"{name}.{part}" for name, layer in module.named_modules() for part in _free_parts(layer)}
+    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
+    free = {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
     for name in own:
         if name not in state_dict:
             yield f"{name} is missing"
@@ -187,7 +291,7 @@ def state_dict_problems(module: nn.Module, state_dict: dict[str, Tensor]) -> Ite
 def _free_parts(layer: nn.Module) -> tuple[str, ...]:
     """Tensors of a layer that take the size of what is loaded."""
     if isinstance(layer, Pattention):
-        return ("key_tokens", "value_tokens")
+        return Pattention.PARTS
     return ("pos_embed",) if isinstance(getattr(layer, "pos_embed", None), Tensor) else ()
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_tokenformer.models import BackboneOverrides, create_backbone
-from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
 from lit_tokenformer.tasks.schedule import LRSchedule
-
-TOKENIZER_FILE = "tokenizer.json"
-"""Name of the tokenizer's file beside the checkpoints."""
 
 
 def published_adamw(params: Any) -> torch.optim.Optimizer:
@@ -25,7 +20,7 @@ def published_adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class LitCausalLM(LitTask):
+class LitCausalLM(LitLanguageTask):
     """Trains a backbone to predict the next token.
 
     A batch is ``tokens (B, T + 1) int64``; negative ones are neither read nor predicted. It logs ``train/loss``,
@@ -47,6 +42,11 @@ class LitCausalLM(LitTask):
         z_loss: Weight of the squared log-partition in the training loss; ``val/loss`` is without it.
         cross_documents: Whether a token attends to documents before its own in the same block; without it
             ``separator_id`` must be known.
+        match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
+            ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
+        match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
+        layerwise_lr: Whether parameters for which the architecture declares multiples of the learning rate get them
+            (RWKV: 2 for decays, 3 for bonuses).
         compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
 
@@ -71,24 +71,28 @@ class LitCausalLM(LitTask):
         lr_scheduler: LRSchedulerCallable | None = None,
         z_loss: float = 0.0,
         cross_documents: bool = True,
+        match: str | None = None,
+        match_to: str | None = None,
+        layerwise_lr: bool = False,
         compile: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
-        backbone = create_backbone(preset, **given)
+        backbone = self.make_backbone(preset, given, match, match_to)
         if not backbone.config.causal or backbone.config.head != "language":
             raise ValueError(f"model.preset: {preset!r} does not predict the next token")
         if z_loss < 0:
             raise ValueError(f"model.z_loss: expected at least 0, got {z_loss}")
         if not cross_documents and separator_id is None:
             raise ValueError("model.cross_documents: false needs separator_id, the token that ends a document")
+        if not cross_documents and not backbone.keeps_documents_apart:
+            raise ValueError("model.cross_documents: false needs a model whose data tokens meet in attention alone")
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
         self.remember_arguments()
+        self.layerwise_lr = layerwise_lr
         self.separator_id = separator_id
         self.z_loss = z_loss
         self.cross_documents = cross_documents
-        self.tokenizer_json: str | None = None
-        """The tokenizer of the data that the model was trained on, as the text of a ``tokenizer.json``."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V)."""
@@ -97,19 +101,6 @@ class LitCausalLM(LitTask):
     def model_output(self, batch: Tensor) -> Tensor:
         """Logits (1, T, V) of the first block of a batch: those of all would not fit into memory."""
         return self.backbone(batch[:1, :-1].clamp_min(0), self._documents(batch[:1]))
-
-    def setup(self, stage: str) -> None:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        config = self.backbone.config
-        size = getattr(data, "vocab_size", config.vocab_size)
-        if size > config.vocab_size:
-            raise ValueError(
-                f"data.tokenizer: it has {size} tokens, the model's vocab_size is {config.vocab_size}; "
-                "use the tokenizer that the model was trained with, or set model.overrides.vocab_size"
-            )
-        length = getattr(data, "context_length", config.context_length)
-        if length > config.context_length:
-            raise ValueError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, count = self._loss(batch, self.z_loss)
@@ -122,41 +113,13 @@ class LitCausalLM(LitTask):
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["tokenizer"] = self._tokenizer_of_data()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
-        if saved is not None and present is not None and json.loads(saved) != json.loads(present):
-            raise ValueError(
-                "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
-                f"set it to the {TOKENIZER_FILE} beside the checkpoint"
-            )
-        super().on_load_checkpoint(checkpoint)
-        self.tokenizer_json = saved
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        text = self._tokenizer_of_data()
-        if text is None or not self.trainer.is_global_zero:
-            return
-        for callback in self.trainer.checkpoint_callbacks:
-            folder = getattr(callback, "dirpath", None)
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / TOKENIZER_FILE).write_text(text, encoding="utf-8")
-
-    def _tokenizer_of_data(self) -> str | None:
-        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        return self.tokenizer_json if tokenizer is None else tokenizer.to_json()
+    def log_scores(self, stage: str) -> None:
+        loss = self.trainer.callback_metrics[self.metric(f"{stage}/loss")]
+        scores = {f"{stage}/perplexity": loss.exp()}
+        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        if bytes_per_token is not None:
+            scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
+        self.log_dict(scores, prog_bar=True)
 
     def _documents(self, batch: Tensor) -> Tensor | None:
         """The number of each token's document, (B, T); a separator belongs to the document that it ends."""
@@ -176,11 +139,3 @@ class LitCausalLM(LitTask):
         weight = int(count)
         mean, weight = loss / max(weight, 1), self.log_weight(weight)  # over tokens, whatever batches they are in
         self.log(f"{stage}/loss", mean, batch_size=weight, sync_dist=True, prog_bar=True)
-
-    def _log_scores(self, stage: str) -> None:
-        loss = self.trainer.callback_metrics[f"{stage}/loss"]
-        scores = {f"{stage}/perplexity": loss.exp()}
-        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
-        if bytes_per_token is not None:
-            scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
-        self.log_dict(scores, prog_bar=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_tokenformer.models import BackboneOverrides, create_backbone
+from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
@@ -29,6 +29,9 @@ class LitImageClassifier(LitTask):
             positions.
         schedule: Learning rate over the fit.
         lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
+            ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
+        match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
         compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
 
@@ -50,11 +53,13 @@ class LitImageClassifier(LitTask):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.05),
         schedule: LRSchedule = LRSchedule(),  # noqa: B008  (frozen)
         lr_scheduler: LRSchedulerCallable | None = None,
+        match: str | None = None,
+        match_to: str | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
         given = {"num_classes": num_classes, "image_size": image_size, **self.plain(overrides)}
-        backbone = create_backbone(preset, **given)
+        backbone = self.make_backbone(preset, given, match, match_to)
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
         self.remember_arguments()
         classes = backbone.num_classes

@@ -1,0 +1,62 @@
+"""What tasks on text share: sizes that fit the data, and the data's tokenizer in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lit_tokenformer.tasks.base import LitTask
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the tokenizer's file beside the checkpoints."""
+
+
+class LitLanguageTask(LitTask):
+    """A task on text. Its checkpoints hold the tokenizer of the data, and their folder gets a ``tokenizer.json``.
+
+    Attributes:
+        tokenizer_json: The tokenizer of the data that the model was trained on, as the text of a ``tokenizer.json``.
+    """
+
+    tokenizer_json: str | None = None
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        config = self.backbone.config
+        size = getattr(data, "vocab_size", config.vocab_size)
+        if size > config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer: it has {size} tokens, the model's vocab_size is {config.vocab_size}; "
+                "use the tokenizer that the model was trained with, or set model.overrides.vocab_size"
+            )
+        length = getattr(data, "context_length", config.context_length)
+        if config.length_limit is not None and length > config.length_limit:
+            raise ValueError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
+
+    def save_extras(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer"] = self._tokenizer_of_data()
+
+    def load_extras(self, checkpoint: dict[str, Any]) -> None:
+        saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
+        if saved is not None and present is not None and json.loads(saved) != json.loads(present):
+            raise ValueError(
+                "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
+                f"set it to the {TOKENIZER_FILE} beside the checkpoint"
+            )
+        self.tokenizer_json = saved
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        text = self._tokenizer_of_data()
+        if text is None or not self.trainer.is_global_zero:
+            return
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+    def _tokenizer_of_data(self) -> str | None:
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        return self.tokenizer_json if tokenizer is None else tokenizer.to_json()
