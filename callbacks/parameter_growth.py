@@ -149,6 +149,8 @@ class ParameterGrowthCallback(Callback):
             ValueError: If a stage does not fit the model or would shrink it.
         """
         found, current = [], dict(tokens)
+        if not current:
+            return []  # nothing can grow
         for key, wanted in self.schedule.items():
             current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
             found.append((key, current))
@@ -159,8 +161,9 @@ class ParameterGrowthCallback(Callback):
             return
         _growth_context(trainer)
         birth = self.events[0]["before"] if self.events else param_tokens(pl_module)  # events: fitted before
-        if not birth:
-            raise ValueError("schedule: the model has no Pattention layer that could grow; use projection: pattention")
+        if not birth:  # the same config serves architectures that grow and those that do not
+            rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
+            return
         stages = self.stages(birth)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:
@@ -188,7 +191,7 @@ class ParameterGrowthCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = param_tokens(pl_module)
         stages = list(self.schedule.items())
-        self._next = 0
+        self._next = 0 if current else len(stages)
         while self._next < len(stages) and _is_reached(stages[self._next][1], current):
             self._next += 1  # the checkpoint that the fit resumes from holds this growth already
         for key, wanted in stages[self._next :]:

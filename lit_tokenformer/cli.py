@@ -194,13 +194,13 @@ class PlanningTrainer(Trainer):
             total = min(total, by_epochs) if total else by_epochs
         if not total:
             raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
-        growths = []
+        growths, born = [], models.param_tokens(model)
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ParameterGrowthCallback):
                 if callback.unit == "epoch" and per_epoch is None:
                     raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(models.param_tokens(model))]
+                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(born)]
         backbones = model.backbones.items()
         planned = [plan_stages(backbone.config, growths, total, per_step[name]) for name, backbone in backbones]
         by_stage = [list(parts) for parts in zip(*planned, strict=True)]
@@ -222,7 +222,7 @@ class PlanningTrainer(Trainer):
         for number, stage in enumerate(stages):
             table.add_row(
                 str(number),
-                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items()),
+                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in born) or "-",
                 f"{stage.steps}",
                 "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
                 f"{stage.cost.parameters:,}",

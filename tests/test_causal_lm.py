@@ -302,6 +302,7 @@ def test_a_model_is_matched_to_another_one():
 
     twin = LitCausalLM("transformer_tiny", 20, 12, overrides={**sizes, "rotary_fraction": 0.5})
     wide = {**SIZES, "dim": 64}
+    del wide["param_tokens"]
     matched = LitCausalLM("tokenformer_lm_tiny", 20, 12, overrides=wide, match="parameters")
     linear = LitCausalLM(
         "tokenformer_lm_tiny", 20, 12, overrides={**wide, "projection": "linear", "feed_forward": "mlp"}
@@ -334,6 +335,7 @@ def test_layerwise_learning_rates_are_multiples_in_groups_of_their_own():
     ("settings", "message"),
     [
         ({"match": "paramters"}, "model.match: unknown value 'paramters', did you mean 'parameters'"),
+        ({"match": "flops", "overrides": {"param_tokens": 8}}, "model.match: it chooses param_tokens"),
         ({"match_to": "gpt2_tiny"}, "model.match_to: it needs model.match"),
         ({"match": "flops", "match_to": "gpt3_tiny"}, "did you mean 'gpt2_tiny'"),
         ({"match": "flops", "preset": "gpt2_tiny"}, "model.match: the feed-forward has no Pattention layer"),

@@ -1,10 +1,11 @@
 """The comparison of architectures: what is written is what is planned, and what is planned is what is trained."""
 
 import csv
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,15 +21,15 @@ TINY = {"dim": 32, "depth": 2, "num_heads": 2}
 
 @pytest.fixture(scope="module")
 def compare():
-    """The script, as a module."""
+    """The script and the modules that it is made of, as one."""
+    names = ["compare", *(file.stem for file in FOLDER.glob("comparison_*.py"))]
     sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("compare", FOLDER / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
+    yield SimpleNamespace(
+        **{key: value for name in names for key, value in vars(importlib.import_module(name)).items()}
+    )
     sys.path.remove(str(FOLDER))
-    del sys.modules["compare"]
+    for name in names:
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -7,9 +7,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_tokenformer import compute
 from lit_tokenformer.compute import ModelCost, model_cost, plan_stages
 from lit_tokenformer.growth import grow
-from lit_tokenformer.models import Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.models import SCORE_NORMS, Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.models.config import PARTS
+from lit_tokenformer.models.feed_forward import ACTIVATIONS, FEED_FORWARDS
+from lit_tokenformer.models.heads import HEADS
+from lit_tokenformer.models.mixers import MIXERS
+from lit_tokenformer.models.projections import INITS, PROJECTIONS
+from lit_tokenformer.models.stems import STEMS
 
 TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
 LANGUAGE = {
@@ -71,6 +78,17 @@ def test_cost_equals_counting_at_every_size(settings, checkpointing):
         cost = model_cost(model.config, model.param_tokens, checkpointing)
         assert_cost_is_right(model, cost)
         assert cost == model_cost(model.config, totals, checkpointing)
+
+
+def test_every_part_has_a_name_a_class_and_a_cost():
+    assert set(PARTS["mixer"]) == set(MIXERS) == set(compute._MIXERS)
+    assert set(PARTS["feed_forward"]) == set(FEED_FORWARDS) == set(compute._FEED_FORWARDS)
+    assert set(PARTS["projection"]) == set(PROJECTIONS) == set(compute._PROJECTIONS)
+    assert set(PARTS["stem"]) == set(STEMS) == set(compute._STEMS)
+    assert set(PARTS["head"]) == set(HEADS) == set(compute._HEADS)
+    assert set(PARTS["init"]) == set(INITS)
+    assert set(PARTS["activation"]) == set(ACTIVATIONS)
+    assert set(PARTS["score_norm"]) == set(SCORE_NORMS)
 
 
 def test_tokens_at_birth_are_the_default():

@@ -349,3 +349,21 @@ def test_a_model_of_nan_is_told(sampling):
         model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="model: its logits are not finite"):
         next(generate_tokens(model, PROMPTS, 5, sampling))
+
+
+def test_nothing_that_grows_with_the_length_is_made_for_a_recurrent_model():
+    model = create_backbone("rwkv4_tiny", dim=32, depth=1, num_heads=2, vocab_size=20, context_length=12)
+    state = model.new_state(1000, padding=torch.tensor([3, 0]))
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with torch.inference_mode():
+        model(torch.randint(20, (2, 500)), state=state)
+        with Watch():
+            model(torch.randint(20, (2, 1)), state=state)
+    assert sizes and max(sizes) <= 32 * 4 * 32  # the largest weight

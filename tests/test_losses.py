@@ -85,3 +85,19 @@ def test_no_target_gives_zero():
     x, weight, _ = inputs(torch.float32)
     total, count = linear_cross_entropy(x, weight, torch.full((37,), -100))
     assert total == 0 and count == 0
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_made_where_none_is_wanted(without):
+    x, weight, target = inputs(torch.float32)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.append((function, getattr(out, "shape", None)))
+            return out
+
+    with without(), Watch():
+        linear_cross_entropy(x, weight, target)
+    assert made and (torch.ops.aten.zeros_like.default, weight.shape) not in made

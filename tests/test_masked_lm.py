@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.tasks import LitMaskedLM, LRSchedule
+from lit_tokenformer.data import MaskedTextDataModule, TextDataModule
+from lit_tokenformer.tasks import LitCausalLM, LitMaskedLM, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "projection": "pattention", "dropout": 0.0}
 
@@ -133,3 +135,27 @@ def test_what_does_not_fit_is_refused(tmp_path):
         fit(tmp_path, task)
     with pytest.raises(ValueError, match=r"data.block_size: 12 tokens, the model's context_length is 8"):
         fit(tmp_path, LitMaskedLM("bert_tiny", 20, 8, overrides=SIZES))
+
+
+@pytest.mark.parametrize("task", [make_task(), LitCausalLM("gpt2_tiny", 320, 16, overrides={"dim": 32})])
+def test_data_of_another_kind_are_refused(task, tmp_path):
+    data = {True: TextDataModule, False: MaskedTextDataModule}[task.masked]("python_docs", block_size=8, batch_size=2)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_steps=1)
+    with pytest.raises(ValueError, match=r"^data: Lit\w+ needs \w*TextDataModule, got \w*TextDataModule"):
+        trainer.fit(task, data)
+
+
+def test_compiled_it_is_not_compiled_anew_for_each_batch(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    torch._dynamo.reset()
+    task = make_task("bert_tiny")
+    task.log = lambda *args, **kwargs: None
+    counts = torch._dynamo.testing.CompileCounter()
+    task.backbone.compile(dynamic=task.dynamic_shapes, backend=counts)
+    made = []
+    for seed in range(6):
+        tokens, labels, lengths = batch_of(examples(8, seed))
+        labels[: seed % 4] = -100  # fewer tokens to be told
+        task.training_step((tokens, labels, lengths), 0)
+        made.append(counts.frame_count)
+    assert made[-1] == made[2]

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_tokenformer.data import MaskedTextDataModule, TextDataModule, Tokenizer
-from lit_tokenformer.data import masked_text as module
-from lit_tokenformer.data.masked_text import MaskIds, mask
+from lit_tokenformer.data import masking as module
+from lit_tokenformer.data.masking import MaskIds, mask
 from lit_tokenformer.data.text_corpus import HashSplit
 
 torch.set_num_threads(1)

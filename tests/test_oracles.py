@@ -417,7 +417,7 @@ def test_state_of_rwkv_goes_on_as_theirs(dtype, bound):
 
 @pytest.mark.parametrize("heads", range(1, 21))
 def test_alibi_slopes_are_those_of_bloom_and_mpt(heads):
-    slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
+    slopes = alibi_slopes(heads, torch.float64)
     bloom = build_alibi_tensor(torch.ones(1, 2), heads, torch.float64)[:, 0, 1]
     mpt = -build_mpt_alibi_tensor(heads, 2)[:, 0, 0].double()
     torch.testing.assert_close(slopes, bloom, rtol=1e-6, atol=0)

@@ -281,8 +281,9 @@ def test_the_best_of_each_size_is_kept(tmp_path):
 
 def test_layers_without_a_kind_or_without_pattention():
     task = make_task(projection="linear", feed_forward="mlp")
-    with pytest.raises(ValueError, match="schedule: the model has no Pattention layer"):
-        fit(task, ParameterGrowthCallback({1: 16}))
+    with pytest.warns(UserWarning, match="schedule: the model has no Pattention layer"):
+        fit(task, ParameterGrowthCallback({1: {"ffn": 16}}))
+    assert param_tokens(task) == {}
     task = make_task(projection="linear")
     fit(task, ParameterGrowthCallback({1: 16}))
     assert param_tokens(task) == {"ffn": 64}

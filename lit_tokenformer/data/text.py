@@ -94,6 +94,9 @@ class TextDataModule(ResumableDataModule):
     _collate: Callable[[Any], Any] | None = None
     """What makes a batch of what the blocks give; None: they are stacked."""
 
+    masked = False
+    """Whether batches hold masked tokens."""
+
     def __init__(
         self,
         dataset: str = "python_docs",

@@ -34,18 +34,21 @@ class DecodingState:
         blocks: What each block remembers.
         length: Data tokens that fit.
         padding: Data tokens at the left of each sequence that are none of it, (B,) int64; ``None`` for none at all.
-        layers: The Pattention layers of the model it belongs to.
+        model: The model it belongs to.
 
     Attributes:
         start: Data tokens read so far, those of the padding included.
     """
 
-    def __init__(self, blocks: list[State], length: int, padding: Tensor | None, layers: list[Pattention]) -> None:
+    def __init__(self, blocks: list[State], length: int, padding: Tensor | None, model: Tokenformer) -> None:
         self.blocks = blocks
         self.length = length
         self.padding = padding
         self.start = 0
-        self._sizes = [(layer, layer.num_tokens) for layer in layers]
+        self._sizes = [(layer, layer.num_tokens) for layer in model.modules() if isinstance(layer, Pattention)]
+        learned = model.config.positions == "learned"
+        most = 0 if padding is None else int(padding.max())
+        self._positions = model.config.context_length + most if learned else None
 
     def check(self, more: int) -> None:
         """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
@@ -53,6 +56,8 @@ class DecodingState:
             raise ValueError("state: it is from before a growth of the model; begin with a new one")
         if self.start + more > self.length:
             raise ValueError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
+        if self._positions is not None and self.start + more > self._positions:
+            raise ValueError(f"context_length: {self.start + more} data tokens are more than the learned positions")
 
 
 class Tokenformer(nn.Module):
@@ -151,9 +156,8 @@ class Tokenformer(nn.Module):
             padding: Data tokens at the left of each sequence that are none of it, (B,) int64, so that sequences of
                 different length end together.
         """
-        layers = [layer for layer in self.modules() if isinstance(layer, Pattention)]
         blocks: list[Any] = list(self.blocks)
-        return DecodingState([block.new_state(length) for block in blocks], length, padding, layers)
+        return DecodingState([block.new_state(length) for block in blocks], length, padding, self)
 
     def forward_features(
         self,
@@ -177,6 +181,8 @@ class Tokenformer(nn.Module):
                 keep them apart.
         """
         start, padding = (0, None) if state is None else (state.start, state.padding)
+        if state is not None:
+            state.check(more=x.shape[1])
         x = self.stem(x, start, padding)
         context = self._context(x, documents, state, lengths)
         if context.packing is not None:
@@ -214,7 +220,7 @@ class Tokenformer(nn.Module):
         """
         features = self.forward_features(x, documents, state, lengths)
         if places is not None:
-            features = features.flatten(0, 1)[places]
+            features = features.flatten(0, 1).index_select(0, places)
         return self.forward_head(features, pre_logits)
 
     def forward_intermediates(
@@ -282,8 +288,6 @@ class Tokenformer(nn.Module):
         """What the blocks need to know of the data tokens (B, T, D)."""
         config, length, device = self.config, x.shape[1], x.device
         start, padding = (0, None) if state is None else (state.start, state.padding)
-        if state is not None:
-            state.check(more=length)
         if documents is not None and not self.keeps_documents_apart:
             raise ValueError("documents: a model with a token shift reads on from one to the next")
         rotary = None
@@ -308,6 +312,8 @@ class Tokenformer(nn.Module):
     ) -> Tensor | None:
         """Who attends to whom, bool or what is added to scores; ``None`` where all do, or all that come before."""
         config, length, device = self.config, x.shape[1], x.device
+        if config.mixer != "attention":
+            return None
         columns, rows = self._columns(0, start + length, device), self._columns(start, length, device)[:, None]
         alibi = config.positions == "alibi"
         mask = None
@@ -324,7 +330,9 @@ class Tokenformer(nn.Module):
         if not alibi:
             return mask
         bias = alibi_bias(config.num_heads, start, length, x)  # (1, H, T, S)
-        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        autocast = torch.is_autocast_enabled(device.type)
+        return bias.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
 
     @staticmethod
     def _columns(start: int, length: int, device: torch.device) -> Tensor:

@@ -253,7 +253,9 @@ class TokenformerConfig:
             known = "; ".join(
                 _told({part: " | ".join(map(_word, names)) for part, names in c.items()}) for c in COMBINATIONS
             )
-            raise ValueError(f"stem: no model is put together from {_told(parts)}; there are: {known}")
+            near = min(COMBINATIONS, key=lambda one: sum(name not in one[part] for part, name in parts.items()))
+            wrong = next(part for part in reversed(parts) if parts[part] not in near[part])
+            raise ValueError(f"{wrong}: no model is put together from {_told(parts)}; there are: {known}")
         if self.shortcut_reduction > self.dim:
             raise ValueError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
         if self.series > 1 and (self.feed_forward == "channel_mix" or self._softmax_feed_forward):
@@ -266,7 +268,10 @@ class TokenformerConfig:
         if self.feed_forward == "channel_mix" and not self.causal:
             raise ValueError("feed_forward: 'channel_mix' reads the data token before; it needs causal: true")
         if self.unpad and (self.mixer != "attention" or self.feed_forward == "channel_mix" or self.drop_path > 0):
-            raise ValueError("unpad: true needs parts that treat data tokens one by one, and drop_path: 0")
+            raise ValueError(
+                "unpad: true needs parts that treat data tokens one by one, and drop_path: 0; "
+                f"got mixer {self.mixer}, feed_forward {self.feed_forward}, drop_path {self.drop_path}"
+            )
         if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
             raise ValueError(
                 f"rotary_fraction: expected a share in (0, 1] and a positive base, "

@@ -31,24 +31,30 @@ def token_positions(start: int, length: int, padding: Tensor | None, device: tor
     return positions if padding is None else (positions - padding[:, None]).clamp_min(0)
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
-    """How fast the scores of each head fall with the distance.
+def alibi_slopes(num_heads: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """How fast the scores of each head fall with the distance, (H,).
 
     Example:
-        >>> alibi_slopes(4)
+        >>> alibi_slopes(4, torch.float32).tolist()
         [0.25, 0.0625, 0.015625, 0.00390625]
     """
     whole = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * (head + 1) / whole) for head in range(whole)]
-    between = [2 ** (-4 * (head + 1) / whole) for head in range(0, 2 * whole, 2)]
-    return slopes + between[: num_heads - whole]
+    head = torch.arange(1, whole + 1, dtype=dtype, device=device)
+    return torch.cat([torch.exp2(-8 * head / whole), torch.exp2(-4 * (2 * head - 1) / whole)])[:num_heads]
 
 
 def alibi_bias(num_heads: int, start: int, length: int, like: Tensor) -> Tensor:
-    """What is added to the scores of T data tokens with all S = start + T, (1, H, T, S): minus slope times distance."""
+    """What is added to the scores of T data tokens with all S = start + T, (1, H, T, S): minus slope times distance.
+
+    Args:
+        num_heads: H.
+        start: Data tokens that came before.
+        length: Data tokens, T.
+        like: What it is on the device of, in its precision or in float32, whichever is wider.
+    """
+    slopes = alibi_slopes(num_heads, torch.promote_types(like.dtype, torch.float32), like.device)
     rows = torch.arange(start, start + length, device=like.device)
     distance = (rows[:, None] - torch.arange(start + length, device=like.device)).abs()  # (T, S)
-    slopes = torch.tensor(alibi_slopes(num_heads), dtype=like.dtype, device=like.device)
     return -(slopes[:, None, None] * distance)[None]
 
 

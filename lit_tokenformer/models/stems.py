@@ -116,19 +116,18 @@ class TokenStem(nn.Module):
             start: Data tokens of the sequence that were read before.
             padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
 
-        Sequences that are full already may stand beside shorter ones that go on; what they give then means nothing.
+        With padding, sequences that are full may stand beside shorter ones that go on; what they give means nothing.
 
         Raises:
-            ValueError: If there are more of them than learned positions, in each sequence.
+            ValueError: If there are more of them than learned positions; with padding, the decoding state says so.
         """
         x = self.embedding(tokens)
         if self.positions is not None:
             length = tokens.shape[1]
-            given = start + length - (0 if padding is None else int(padding.max()))  # in the shortest sequence
-            if given > len(self.positions):
+            if padding is None and start + length > len(self.positions):
                 raise ValueError(
                     f"context_length: the model has {len(self.positions)} learned positions, "
-                    f"and was given {given} data tokens"
+                    f"and was given {start + length} data tokens"
                 )
             places = token_positions(start, length, padding, tokens.device)
             x = x + self.positions[places.clamp_max(len(self.positions) - 1)]

@@ -43,6 +43,8 @@ class LitTask(pl.LightningModule):
     """
 
     backbone: Tokenformer
+    dynamic_shapes: bool | None = False
+    """What ``torch.compile`` is told of the shapes of batches."""
     layerwise_lr = False
     """Whether parameters get the multiples of the learning rate that their architecture declares."""
 
@@ -63,7 +65,7 @@ class LitTask(pl.LightningModule):
             self.backbone = backbone
             backbone.set_grad_checkpointing(grad_checkpointing)
             if compile:
-                backbone.compile(dynamic=False)
+                backbone.compile(dynamic=self.dynamic_shapes)
         self._rng_states: list[dict[str, Any]] | None = None
         self._within: tuple[LitTask, str] | None = None
 
@@ -86,6 +88,8 @@ class LitTask(pl.LightningModule):
             if match_to is not None:
                 raise ValueError("model.match_to: it needs model.match: parameters or flops")
             return Tokenformer(config)
+        if given.get("param_tokens") is not None:
+            raise ValueError("model.match: it chooses param_tokens; leave model.overrides.param_tokens out, or null")
         if match_to is None:
             feed_forward = "mlp" if config.feed_forward == "pattention" else config.feed_forward
             reference = dataclasses.replace(config, projection="linear", feed_forward=feed_forward)

@@ -20,9 +20,14 @@ class LitLanguageTask(LitTask):
     """
 
     tokenizer_json: str | None = None
+    masked = False
+    """Whether its batches hold masked tokens."""
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "masked", self.masked) != self.masked:
+            wanted = "MaskedTextDataModule" if self.masked else "TextDataModule"
+            raise ValueError(f"data: {type(self).__name__} needs {wanted}, got {type(data).__name__}")
         config = self.backbone.config
         size = getattr(data, "vocab_size", config.vocab_size)
         if size > config.vocab_size:

@@ -24,16 +24,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_loss: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_loss: float, training: bool
     ) -> Tensor:
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         wide = torch.promote_types(dtype, torch.float32)
         rows = CHUNK_ROWS.get(device, ACCELERATOR_ROWS)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        needed = [training and one for one in ctx.needs_input_grad]  # which are the same without gradients
+        grad_x = torch.empty_like(x) if needed[0] else None
+        grad_weight = torch.zeros_like(weight) if needed[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
         wanted = any(one is not None for one in (grad_x, grad_weight, grad_bias))
         total = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(device, enabled=False):
@@ -50,15 +51,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not wanted:
                     continue
                 grad = logits.sub_(partition).exp_().mul_(kept * (1 + 2 * z_loss * partition))
-                grad = grad.scatter_add_(1, known, -kept).to(dtype)  # (rows, V)
+                grad = grad.scatter_add_(1, known, -kept)  # (rows, V)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+                grad = grad.to(dtype)
                 if grad_x is not None:
                     grad_x[start : start + rows] = grad @ kernel
                 if grad_weight is not None and grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad.T, piece)  # without a product that takes as much memory again
                 elif grad_weight is not None:
                     grad_weight += grad.T @ piece
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0, dtype=wide)
                 del logits, grad
         ctx.gradients = grad_x, grad_weight, grad_bias
         return total
@@ -69,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were used already; compute the loss again")
         found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight's is large
         grad_x, grad_weight, grad_bias = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def linear_cross_entropy(
@@ -92,5 +94,5 @@ def linear_cross_entropy(
         >>> round(loss.item(), 4), count.item()  # ln 8
         (2.0794, 1)
     """
-    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, bias, target.flatten(), z_loss)
+    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, bias, target.flatten(), z_loss, torch.is_grad_enabled())
     return total, (target >= 0).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class LitMaskedLM(LitLanguageTask):
     A batch is ``(tokens (B, T) int64, labels (B, T) int64, lengths (B,) int64)``: labels are -100 but where a token is
     to be told; what stands after ``lengths`` is padding. It logs ``train/loss``, ``val/loss``, ``val/perplexity`` and
     ``val/accuracy`` (``test/...`` likewise): means over the masked tokens, losses in nats. The head is computed for
-    those tokens alone. Losses under different shares of masked tokens are not comparable.
+    those tokens alone; ``cost()`` counts it for all, and padding as if it were text. Losses under different shares of
+    masked tokens are not comparable. Each process and each accumulated batch has a mean of its own in training.
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
@@ -53,6 +55,9 @@ class LitMaskedLM(LitLanguageTask):
         >>> task(torch.zeros(2, 16, dtype=torch.long), torch.tensor([16, 9])).shape
         torch.Size([2, 16, 320])
     """
+
+    masked = True
+    dynamic_shapes = None  # the number of masked tokens is another one in each batch
 
     def __init__(
         self,
@@ -118,10 +123,13 @@ class LitMaskedLM(LitLanguageTask):
     def _evaluate(self, batch: Batch, stage: str) -> None:
         features, labels = self._masked(batch)
         head: Any = self.backbone.head
-        pieces = features.split(_ROWS)
-        found = torch.cat([(piece @ head.weight.T.to(piece.dtype) + head.bias).argmax(dim=-1) for piece in pieces])
+        loss = hits = torch.zeros((), device=labels.device)
+        for piece, label in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+            logits = F.linear(piece, head.weight, head.bias).float()  # (rows, V)
+            loss = loss + F.cross_entropy(logits, label, reduction="sum")
+            hits = hits + (logits.argmax(dim=-1) == label).sum()
         count = max(len(labels), 1)
-        loss, accuracy = self._loss(features, labels) / count, (found == labels).sum().float() / count
+        loss, accuracy = loss / count, hits / count
         weight = self.log_weight(len(labels))  # means over tokens, whatever batches they are in
         self.log(f"{stage}/loss", loss, batch_size=weight, sync_dist=True, prog_bar=True)
         self.log(f"{stage}/accuracy", accuracy, batch_size=weight, sync_dist=True, prog_bar=True)
