@@ -63,7 +63,7 @@ def main(preset: str, shares: list[float], batch: int, length: int, rounds: int,
     for share in shares:
         given = make_batch(share, batch, length, 4096, device)
         real = 1 - given[2].float().mean().item() / length
-        losses = [float(task.training_step(given, 0)) for task in tasks.values()]
+        losses = [task.training_step(given, 0).item() for task in tasks.values()]
         assert abs(losses[0] - losses[1]) < 1e-4 * losses[0], losses
         taken = {unpad: [] for unpad in tasks}
         for number in range(rounds + 2):

@@ -223,9 +223,7 @@ def fit(folder, data, ckpt_path=None, growth=None, **settings):
 @pytest.mark.parametrize("epoch", ["image", "text"])
 def test_resume_from_any_step_is_bit_equal(tmp_path, epoch):
     whole = fit(tmp_path / "whole", make_data(tmp_path / "data", epoch, mixup=0.4))
-    for step in (
-        (1, 5, 6, 8, 14) if epoch == "image" else (4, 5, 12)
-    ):  # 5: a pass through the text ends; 8: one of images
+    for step in (5, 8) if epoch == "image" else (5,):  # 5: a pass through the text ends; 8: one of images
         data = make_data(tmp_path / "data", epoch, mixup=0.4)
         resumed = fit(tmp_path / f"from{step}", data, tmp_path / "whole" / f"step{step}.ckpt")
         assert_equal_weights(resumed, whole)
