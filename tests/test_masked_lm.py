@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.data import MaskedTextDataModule, TextDataModule
-from lit_tokenformer.tasks import LitCausalLM, LitMaskedLM, LRSchedule
+from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, MultiTaskDataModule, TextDataModule
+from lit_tokenformer.tasks import LitCausalLM, LitMaskedLM, LitMultiTask, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "projection": "pattention", "dropout": 0.0}
 
@@ -142,6 +142,16 @@ def test_data_of_another_kind_are_refused(task, tmp_path):
     data = {True: TextDataModule, False: MaskedTextDataModule}[task.masked]("python_docs", block_size=8, batch_size=2)
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_steps=1)
     with pytest.raises(ValueError, match=r"^data: Lit\w+ needs \w*TextDataModule, got \w*TextDataModule"):
+        trainer.fit(task, data)
+
+
+def test_masked_text_is_no_part_of_several_tasks(tmp_path):
+    text = MaskedTextDataModule("python_docs", block_size=8, batch_size=2)
+    data = MultiTaskDataModule(ImageDataModule("digits"), text)
+    sizes = {"dim": 32, "depth": 1, "num_heads": 2, "rotary_fraction": 0.5}
+    task = LitMultiTask("tokenformer_lm_tiny", 10, 8, 320, 8, overrides=sizes, image={"patch_size": 4})
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_steps=1)
+    with pytest.raises(ValueError, match="^data: LitCausalLM needs TextDataModule"):
         trainer.fit(task, data)
 
 

@@ -104,6 +104,11 @@ class MultiTaskDataModule(LightningDataModule):
         return self.image.std
 
     @property
+    def masked(self) -> bool:
+        """Whether batches of the text hold masked tokens, which no task here is for."""
+        return self.text.masked
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text."""
         return self.text.tokenizer

@@ -44,7 +44,8 @@ class LitMaskedLM(LitLanguageTask):
         match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
             ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
         match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
-        compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
+        compile: Whether the backbone is compiled with ``torch.compile``, for each size with shapes that may change;
+            without padding (``unpad``) in several graphs.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
 
     Raises:
