@@ -1,8 +1,20 @@
-"""Lightning callbacks: when a model grows, and what a run reports of it."""
+"""Lightning callbacks: when a model grows, what a run reports of it, and what happens when something goes wrong."""
 
 from callbacks.ema import GrowingEMA
+from callbacks.interruptions import ErrorLog, PreemptionCheckpoint
 from callbacks.monitor import TrainingMonitor
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.predictions import PredictionWriter
+from callbacks.safeguard import LossGuard
+from callbacks.summary import RunSummary
 
-__all__ = ["GrowingEMA", "ParameterGrowthCallback", "PredictionWriter", "TrainingMonitor"]
+__all__ = [
+    "ErrorLog",
+    "GrowingEMA",
+    "LossGuard",
+    "ParameterGrowthCallback",
+    "PredictionWriter",
+    "PreemptionCheckpoint",
+    "RunSummary",
+    "TrainingMonitor",
+]

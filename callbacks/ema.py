@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,16 @@ class GrowingEMA(EMAWeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._average_model = None  # that of an earlier fit would be swapped in by a later validation
         self._swapped = False
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # tasks divide themselves under one strategy only, and refuse an average there
+            warnings.filterwarnings("ignore", ".*configure_model.*")
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The average was copied before Lightning gave the model its precision."""
+        assert self._average_model is not None
+        average = self._average_model.module.state_dict(keep_vars=True)
+        for name, own in pl_module.state_dict().items():
+            average[name].data = average[name].data.to(own.dtype)
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Grows the average as the model was grown; the generators are seeded, so the new rows are the same.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torchvision.utils import make_grid
 from lit_tokenformer.compute import ModelCost
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
+from lit_tokenformer.parallel import gather
 
 
 class TrainingMonitor(Callback):
@@ -131,7 +132,9 @@ class TrainingMonitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
             return
-        rows = [(parameter, new) for parameter, new in self._rows(pl_module) if parameter.grad is not None]
+        rows = [
+            (parameter, new) for parameter, new in rows_by_age(pl_module, self._growth) if parameter.grad is not None
+        ]
         self._held = [(parameter, parameter.detach().clone(), new) for parameter, new in rows]
         gradients = [(parameter.grad, new) for parameter, new in rows if parameter.grad is not None]
         self._row_norms = self._norms("grad", gradients)
@@ -213,26 +216,10 @@ class TrainingMonitor(Callback):
         flops, tokens = float(self.training_flops), float(self.data_tokens)
         return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
 
-    def _rows(self, pl_module: LightningModule) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended."""
-        for layer in pl_module.modules():
-            if isinstance(layer, Pattention):
-                rows = Rows(layer.num_tokens, layer.num_tokens)
-                if self._growth is not None and self._growth["after"].get(layer.kind) == layer.num_tokens:
-                    before = self._growth["before"][layer.kind]
-                    rows = plan_rows(before, layer.num_tokens, self._growth["method"], layer.score_norm)
-                new = rows.new().to(layer.key_tokens.device)
-                yield from ((layer.key_tokens, new), (layer.value_tokens, new))
-
     def _norms(self, name: str, tensors: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
         if not tensors:
             return {}
-        squares = []
-        for tensor, new in tensors:
-            rows = tensor.float().square().sum(dim=1)  # (N,)
-            squares.append(torch.stack([rows[~new].sum(), rows[new].sum()]))
-        old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
+        old, appended = norms_by_age(tensors)
         norms = {f"rows/{name}_norm_old": old}
         return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
 
@@ -249,6 +236,32 @@ class TrainingMonitor(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
+
+
+def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended.
+
+    Args:
+        pl_module: The model.
+        growth: That growth: totals ``before`` and ``after``, and the ``method``; None if there was none.
+    """
+    for layer in pl_module.modules():
+        if isinstance(layer, Pattention):
+            rows = Rows(layer.num_tokens, layer.num_tokens)
+            if growth is not None and growth["after"].get(layer.kind) == layer.num_tokens:
+                rows = plan_rows(growth["before"][layer.kind], layer.num_tokens, growth["method"], layer.score_norm)
+            new = rows.new().to(layer.key_tokens.device)
+            yield from ((layer.key_tokens, new), (layer.value_tokens, new))
+
+
+def norms_by_age(tensors: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
+    squares = []
+    for tensor, new in tensors:
+        rows = gather(tensor.float().square().sum(dim=1))  # (N,)
+        squares.append(torch.stack([rows[~new].sum(), rows[new].sum()]))
+    old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
+    return old, appended
 
 
 def _is_fit(trainer: Trainer) -> bool:

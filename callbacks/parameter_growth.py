@@ -5,50 +5,25 @@ How tokens are made and how optimizer state is carried over stands in :mod:`lit_
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from callbacks.growth_strategies import growth_context
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.growth import METHODS, NEW_STATES, Rows, grow, grow_optimizer, plan_rows, target_tokens
+from lit_tokenformer.growth import METHODS, Rows, grow_one_by_one, plan_rows, target_tokens
 from lit_tokenformer.models import Pattention, Tokens, param_tokens
-
-
-@contextmanager
-def _rewrap_ddp(trainer: Trainer) -> Iterator[None]:
-    """Takes the model out of DDP and wraps it again: a reducer that outlives its parameters averages no gradient."""
-    strategy = trainer.strategy
-    assert isinstance(strategy, DDPStrategy)
-    wrapped: Any = strategy.model
-    if hasattr(wrapped, "_remove_autograd_hooks"):
-        wrapped._remove_autograd_hooks()
-    del wrapped
-    strategy.model = trainer.lightning_module
-    gc.collect()
-    yield
-    strategy.configure_ddp()
-
-
-_STRATEGIES: dict[type, Callable[[Trainer], AbstractContextManager[None]] | None] = {
-    SingleDeviceStrategy: lambda trainer: nullcontext(),
-    DDPStrategy: _rewrap_ddp,
-    DeepSpeedStrategy: None,  # inherits from DDPStrategy, but its engine owns flat copies of the parameters
-    SingleDeviceXLAStrategy: None,
-}
-"""What surrounds a growth under each strategy; the first class in a strategy's MRO counts, None refuses."""
+from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
 
 
 class ParameterGrowthCallback(Callback):
@@ -116,7 +91,7 @@ class ParameterGrowthCallback(Callback):
             ("freeze_old_steps", freeze_old_steps, -1),
             ("rewarm_steps", rewarm_steps, 0),
         ):
-            if number < least:
+            if not least <= number < math.inf:
                 raise ValueError(f"{setting}: expected at least {least}, got {number}")
         if method == "split" and noise == 0:
             raise ValueError("noise: 0 would leave the copies of a split equal for ever")
@@ -159,7 +134,7 @@ class ParameterGrowthCallback(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _growth_context(trainer)
+        growth_context(trainer)
         birth = self.events[0]["before"] if self.events else param_tokens(pl_module)  # events: fitted before
         if not birth:  # the same config serves architectures that grow and those that do not
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
@@ -207,6 +182,7 @@ class ParameterGrowthCallback(Callback):
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
             targets = target_tokens(stages[self._next][1], param_tokens(pl_module))
+            targets = trainer.strategy.broadcast(targets)  # all processes grow alike, whatever each was told
             if targets != param_tokens(pl_module):
                 self._grow(trainer, pl_module, targets, batch)
             self._next += 1
@@ -232,11 +208,11 @@ class ParameterGrowthCallback(Callback):
         start = time.perf_counter()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with _growth_context(trainer):
-            grown = grow(pl_module, targets, self.method, noise=self.noise, seed=self.seed)
-            for optimizer in trainer.optimizers:
-                grow_optimizer(optimizer, grown, self.new_state)
-            del grown  # and with it the last reference to the old parameters
+        with growth_context(trainer):
+            for grown in grow_one_by_one(pl_module, targets, self.method, noise=self.noise, seed=self.seed):
+                for optimizer in trainer.optimizers:
+                    grow_optimizer(optimizer, [grown], self.new_state)
+                del grown  # and with it the last reference to the old parameter
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
         seconds = time.perf_counter() - start
@@ -367,24 +343,6 @@ def _is_reached(tokens: Tokens, current: Mapping[str, int]) -> bool:
     wanted = target_tokens(tokens, dict.fromkeys(current, 1))
     named = tokens if isinstance(tokens, Mapping) else wanted
     return all(current[kind] >= wanted[kind] for kind in named)
-
-
-def _growth_context(trainer: Trainer) -> AbstractContextManager[None]:
-    """What surrounds a growth under the trainer's strategy.
-
-    Raises:
-        ValueError: If a model cannot grow under it.
-    """
-    for kind in type(trainer.strategy).__mro__:
-        if kind in _STRATEGIES:
-            context = _STRATEGIES[kind]
-            if context is not None:
-                return context(trainer)
-            break
-    raise ValueError(
-        f"trainer.strategy: a model cannot grow under {type(trainer.strategy).__name__}; use 'auto' or 'ddp', "
-        "or grow a checkpoint between two runs with `lit-tokenformer grow`"
-    )
 
 
 def _probe(pl_module: Any, batch: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,26 @@ import torch
 from lit_tokenformer import tasks
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.interop.files import load_pickle
+from lit_tokenformer.safety import check_class_paths
+from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
     """A checkpoint of a fit; nothing in the file is executed.
 
     Args:
-        path: The file.
+        path: The file, or the folder that several processes have written.
         map_location: Device of the tensors; ``meta`` reads their shapes only.
 
     Raises:
         ValueError: If the file is not there, is not whole, holds pickled code or is no checkpoint of a fit.
     """
-    checkpoint = load_pickle(path, "ckpt_path", map_location)
+    checkpoint = read_folder(path, map_location) if is_sharded(path) else load_pickle(path, "ckpt_path", map_location)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its state_dict is tensors")
     return checkpoint
 
 
@@ -73,7 +79,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     """The task that a checkpoint belongs to, with its weights.
 
     Args:
-        path: The file.
+        path: The file or folder.
         checkpoint: What :func:`read_checkpoint` gave for it; only the task's name is taken from there.
         device: Where the weights are put; ``meta`` gives their shapes only.
 
@@ -84,5 +90,17 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     name = checkpoint.get("task")
     if name not in known:
         raise unknown_name("ckpt_path: task", name, known)
-    with torch.device(device):
-        return known[name].load_from_checkpoint(path, map_location=device, weights_only=True)
+    arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"ckpt_path: {path}: expected the task's arguments by name, got a {type(arguments).__name__}")
+    check_class_paths(arguments, path)
+    source: Any = path
+    if is_sharded(path):  # Lightning makes a task of files only
+        source = io.BytesIO()
+        torch.save(read_folder(path, "meta" if device == "meta" else "cpu", optimizers=False), source)
+        source.seek(0)
+    try:
+        with torch.device(device):
+            return known[name].load_from_checkpoint(source, map_location=device, weights_only=True)
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # arguments of other types, say
+        raise ValueError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None

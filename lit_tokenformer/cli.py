@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import os
-import re
+import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_tokenformer import data, models, tasks
+from lit_tokenformer import models, tasks
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.commands import (
     evaluate_checkpoint,
@@ -32,15 +34,26 @@ from lit_tokenformer.commands import (
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.tasks.multitask import joint_cost
+from lit_tokenformer.trainer import CheckpointingTrainer
 
 try:
-    import callbacks
-    from callbacks import ParameterGrowthCallback, PredictionWriter
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
 except ImportError as error:
     raise ImportError(
         f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
         "run from another folder or with `python -P`, or uninstall it"
     ) from error
+
+from lit_tokenformer.beginning import (
+    Beginning,
+    check_data_fit,
+    check_environment,
+    check_optimizer,
+    check_processes,
+    check_trainer_settings,
+    trainer_error,
+)
+from lit_tokenformer.parsing import Parser, check_config, one_line
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
@@ -66,9 +79,11 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        0, or 2 after an error in what the user gave, which is told in one line.
+        0, 2 after an error in what the user gave, which is told in one line, or 143 after SIGTERM or SIGUSR1.
     """
-    training = _TrainingStarted()
+    # torch warns Lightning, not whoever uses it
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    beginning = Beginning()
     try:
         arguments = [*_with_shipped_configs(sys.argv[1:] if args is None else list(args))]
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -76,10 +91,10 @@ def main(args: Sequence[str] | None = None) -> int:
             LightningModule,
             LightningDataModule,
             trainer_class=PlanningTrainer,
-            trainer_defaults={"callbacks": [training]},
+            trainer_defaults={"callbacks": [beginning, PreemptionCheckpoint(), ErrorLog()]},
             seed_everything_default=0,
             save_config_callback=_SaveConfig,
-            parser_class=_Parser,
+            parser_class=Parser,
             parser_kwargs={
                 "prog": "lit-tokenformer",
                 "description": "Trains models that grow while they train.",
@@ -92,21 +107,17 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             args=arguments,
         )
+    except SIGTERMException:
+        return 128 + signal.SIGTERM  # as of a process that the signal ended; the checkpoint is written
     except (ValueError, OSError, MisconfigurationException) as error:
-        if training.started or os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
+        if beginning.over or os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
-        print(f"error: {_cause(str(error))}", file=sys.stderr)
+        beginning.take_back()
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    finally:
+        beginning.show_messages()
     return 0
-
-
-class _TrainingStarted(Callback):
-    """Knows whether an error came before any work was done."""
-
-    started = False
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.started = True
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -117,49 +128,7 @@ class _SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class _Parser(LightningArgumentParser):
-    """Tells errors in one line, with the nearest right name for a misspelt one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        told = _cause(message)
-        if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
-            told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
-        for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
-            for key in re.findall(pattern, told):
-                name = key.split(".")[-1]
-                near = difflib.get_close_matches(name, self._names() - {name}, n=1)
-                told += f" (did you mean {near[0]!r}?)" if near else ""
-        print(f"error: {told}", file=sys.stderr)
-        self.exit(2)
-
-    def _names(self) -> set[str]:
-        """Every name that an option may have, those of the classes that a config can name included."""
-        parsers: list[Any] = [self]
-        if self._subcommands_action is not None:
-            parsers += self._subcommands_action._name_parser_map.values()
-        names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
-        for room in (tasks, data, models, callbacks):
-            for part in (getattr(room, name) for name in room.__all__):
-                names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
-        return names
-
-
-def _cause(message: str) -> str:
-    """What is wrong, in one line, out of a parser's report that repeats the types and the whole configuration."""
-    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"Given value: (.*)", message)
-    causes = re.findall(r"^ *- (?!Not a valid subclass|a class path|a dict with)(.+)", message, flags=re.MULTILINE)
-    expected = re.findall(r"Expected an? <class '([\w.]+)'>", " ".join(causes))
-    told = [cause for cause in causes if not cause.startswith("Expected a")]
-    if told:
-        return told[0]
-    if key and value and expected:
-        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
-        return f"{key[1]}: expected {' or '.join(kinds)}, got {value[1]!r}"
-    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
-
-
-class PlanningTrainer(Trainer):
+class PlanningTrainer(CheckpointingTrainer):
     """Lightning's trainer, which can also say what a fit would cost."""
 
     def plan(self, model: tasks.LitTask, datamodule: LightningDataModule | None = None) -> list[Stage]:
@@ -299,12 +268,30 @@ class TokenformerCLI(LightningCLI):
             help="CSV file for the predictions; by default predictions.csv in the log folder.",
         )
         for name, function in COMMANDS.items():
-            own = _Parser(description=(function.__doc__ or "").splitlines()[0])
+            own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = TEXTS.keys() & inspect.signature(function).parameters
             own.add_function_arguments(function, skip={*texts})
             for text in sorted(texts):
                 own.add_argument(f"--{text}", action="append", help=TEXTS[text])
             parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ValueError(f"seed_everything: {error}") from None
+
+    def before_instantiate_classes(self) -> None:
+        check_environment(os.environ)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        check_trainer_settings(config)
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+            raise trainer_error(error, config) from None
+        check_processes(os.environ, trainer)
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -317,8 +304,11 @@ class TokenformerCLI(LightningCLI):
         """The config decides what the model is; a checkpoint only has to be whole and safe."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
-        if path == "last" and (found := _last_checkpoint(config["trainer"].get("default_root_dir"))):
+        if path == "last" and (found := last_checkpoint(config["trainer"].get("default_root_dir"))):
             config["ckpt_path"] = path = str(found)
+        if path == "best" or (path == "last" and self.config["subcommand"] != "fit"):
+            folder = config["trainer"].get("default_root_dir") or "."
+            raise ValueError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
         if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
             read_checkpoint(path, map_location="meta")
 
@@ -328,8 +318,16 @@ class TokenformerCLI(LightningCLI):
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
 
     def after_instantiate_classes(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Beginning):
+                callback.remember_folders(self.trainer)
+        check_data_fit(self.model, self.datamodule)
+        if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
+            check_optimizer(self.model)
         if self.subcommand in ("fit", "predict"):
             _check_writable(self.trainer.default_root_dir)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")
@@ -368,7 +366,10 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
         if option not in ("--config", "-c"):
             continue
         at, value = (i, value) if value else (i + 1, args[i + 1] if i + 1 < len(args) else "")
-        if not value or os.path.exists(value):
+        if not value:
+            continue
+        if os.path.exists(value):
+            check_config(value)
             continue
         name = Path(value).stem if value.startswith("configs/") else value
         if name not in shipped_configs():
@@ -376,12 +377,6 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
         path = str(shipped_configs()[name])
         found[at] = f"{option}={path}" if at == i else path
     return found
-
-
-def _last_checkpoint(folder: str | None) -> Path | None:
-    """The newest ``last.ckpt`` of the runs below a folder; Lightning itself looks only in the run that begins."""
-    found = Path(folder or ".").glob("*/version_*/checkpoints/last*.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _check_writable(folder: str) -> None:

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.growth import grow, grow_optimizer
+from lit_tokenformer.growth import grow
 from lit_tokenformer.interop import read_published, write_published
 from lit_tokenformer.interop.tokenformer import find_weights
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, param_tokens, preset_config
 from lit_tokenformer.models.generation import Sampling
+from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.text_generation import Completion, TextGenerator
 
@@ -56,6 +57,8 @@ def grow_checkpoint(
     target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-grown.ckpt")
     if target.exists():
         raise ValueError(f"output: {target} exists already")
+    if new_state not in NEW_STATES:
+        raise unknown_name("new_state", new_state, NEW_STATES)
     checkpoint = read_checkpoint(ckpt_path)
     task = rebuild_task(ckpt_path, checkpoint)
     before = param_tokens(task)
@@ -209,7 +212,10 @@ def _new_folder(output: str) -> Iterator[Path]:
         raise ValueError(f"output: {target} exists already")
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"output: cannot write {target} ({error.strerror})") from None
     try:
         yield unfinished
         os.replace(unfinished, target)
@@ -328,10 +334,21 @@ def evaluate_checkpoint(
     """
     if output is not None and Path(output).exists():
         raise ValueError(f"output: {output} exists already")
+    if not tasks:
+        raise ValueError("tasks: expected at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot: expected a whole number of at least 0, got {num_fewshot}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit: expected a number above 0, got {limit}")
     from lit_tokenformer.evaluation import as_table, evaluate  # the harness takes seconds to import
 
     generator = TextGenerator.load(ckpt_path, device)
-    results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
+    try:
+        results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
+    except OSError as error:  # a task that is not on this machine, and no network
+        raise ValueError(f"tasks: {error}") from None
     print(as_table(results))
     if output is not None:
         Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a model grows: parameters, buffers and optimizer state. Knows no trainer and no schedule.
+"""How a model grows: parameters and buffers. Knows no trainer and no schedule; optimizers have a room of their own.
 
 Three ways to make the new parameter tokens of a Pattention layer (N tokens become r N, or any larger number):
 
@@ -18,31 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models import SCORE_NORMS, SERIES_STD, ParamTokens, Pattention, Tokens, param_tokens
+from lit_tokenformer.parallel import ShardedParameters, gather, moves_no_rows, owned_rows
 
 METHODS = ("split", "zero_keys", "random")
-NEW_STATES = ("mean", "zeros", "reset")
-
-_MOMENTS = {
-    "exp_avg": 1,
-    "momentum_buffer": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "row_var": 2,
-    "col_var": 2,
-    "variance": 2,
-}
-"""Optimizer state that can be carried over, and its degree in the gradient (2: an average of squared gradients)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +153,8 @@ def grow(
         seed: See ``generator``.
 
     Returns:
-        What was replaced, for :func:`grow_optimizer`. Empty if every layer already had its size.
+        What was replaced, for :func:`~lit_tokenformer.optimizer_growth.grow_optimizer`. Empty if every layer already
+        had its size.
 
     Raises:
         ValueError: If the totals do not fit the module, if the method cannot keep the function of a layer, if a
@@ -178,6 +168,23 @@ def grow(
         >>> grown = grow(layer, 8)
         >>> layer.num_tokens, torch.allclose(layer(x), before, atol=1e-6)
         (8, True)
+    """
+    return list(grow_one_by_one(module, tokens, method, generator, noise, seed))
+
+
+def grow_one_by_one(
+    module: nn.Module,
+    tokens: Tokens,
+    method: str = "split",
+    generator: torch.Generator | None = None,
+    noise: float = 1.0,
+    seed: int = 0,
+) -> Iterator[GrownParameter]:
+    """As :func:`grow`, but each parameter is replaced when it is asked for.
+
+    An optimizer can let go of it before the next is made, so no more than one stands twice in memory. Of a model that
+    is divided among processes, every process makes the rows that it holds: without asking the others where copies stay
+    beside their originals, else with the old parameter brought together, one at a time.
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
@@ -197,85 +204,38 @@ def grow(
             plan.append((name, layer, rows))
     _check_ties(module, plan)
 
-    replaced: dict[nn.Parameter, GrownParameter] = {}
-    for name, layer, rows in plan:
-        draw = generator or _layer_generator(seed, name, rows.after)
-        for part in _parts(layer):
-            old = getattr(layer, part)
-            if old not in replaced:  # tied to a parameter that has grown already
-                new = nn.Parameter(_NEW_ROWS[part](layer, rows, method, noise, draw), requires_grad=old.requires_grad)
-                scale = 1.0 if part == "value_tokens" else 1 / rows.copies
-                replaced[old] = GrownParameter(f"{name}.{part}".lstrip("."), old, new, rows, scale)
-            setattr(layer, part, replaced[old].new)
-        if method == "random":
-            layer.tau.fill_(math.sqrt(rows.after))
-        else:
-            layer.tau.copy_(layer.tau.double() * math.sqrt(rows.copies))
-    return list(replaced.values())
-
-
-def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParameter], new_state: str = "mean") -> None:
-    """Puts grown parameters in the places of the old ones, and carries their optimizer state over.
-
-    Rows that were split inherit the state of their original (for keys the first moment divided by r, the second by
-    r^2, as their gradients are). Other new rows start with a first moment of zero.
-
-    Args:
-        optimizer: Any optimizer; parameters it does not hold are left alone.
-        grown: What :func:`grow` returned.
-        new_state: Second moment of the other new rows: ``mean`` (that of the old rows; with zeros and an old step count
-            their first updates would be 3 to 6 times the learning rate at beta2 = 0.999) or ``zeros``. ``reset`` drops
-            the whole state of each grown parameter, as the published code does.
-
-    Warns:
-        UserWarning: If an optimizer keeps state that cannot be carried over; that of the parameter is reset then.
-    """
-    if new_state not in NEW_STATES:
-        raise unknown_name("new_state", new_state, NEW_STATES)
-    places = {
-        parameter: (group["params"], index)
-        for group in optimizer.param_groups
-        for index, parameter in enumerate(group["params"])
-    }
-    not_carried: set[str] = set()
-    for one in grown:
-        if one.old not in places:
-            continue
-        parameters, index = places[one.old]
-        parameters[index] = one.new
-        state = optimizer.state.pop(one.old, None)
-        if not state or new_state == "reset":
-            continue
-        unknown = {key for key, value in state.items() if not _can_carry(key, value, one)}
-        if unknown:
-            not_carried |= unknown
-        else:
-            optimizer.state[one.new] = {key: _grow_state(key, value, one, new_state) for key, value in state.items()}
-    if not_carried:
-        warnings.warn(
-            f"{type(optimizer).__name__} keeps {', '.join(sorted(not_carried))}, which cannot be carried over a "
-            "growth: the optimizer state of the grown parameters was reset.",
-            stacklevel=2,
+    def new_rows(layer: Pattention, part: str, rows: Rows, draw: torch.Generator) -> Tensor:
+        return regrown(
+            getattr(layer, part),
+            rows,
+            lambda old, place: _NEW_ROWS[part](layer, old, place, rows, method, noise, draw),
         )
 
+    def replace() -> Iterator[GrownParameter]:
+        sharded = ShardedParameters(module)
+        uses = Counter(getattr(layer, part) for _, layer, _ in plan for part in _parts(layer))
+        tied = {parameter for parameter, count in uses.items() if count > 1}
+        del uses  # it would keep every old parameter alive
+        done: dict[nn.Parameter, nn.Parameter] = {}  # of those that are tied
+        for name, layer, rows in plan:
+            draw = generator or _layer_generator(seed, name, rows.after)
+            for part in _parts(layer):
+                old = getattr(layer, part)
+                if old in done:
+                    setattr(layer, part, done[old])
+                elif not any(old is new for new in done.values()):  # else it was replaced in both places at once
+                    new = sharded.replace(layer, part, new_rows(layer, part, rows, draw), rows.after)
+                    if old in tied:
+                        done[old] = new
+                    scale = 1.0 if part == "value_tokens" else 1 / rows.copies
+                    yield GrownParameter(f"{name}.{part}".lstrip("."), old, new, rows, scale)
+                del old
+            if method == "random":
+                layer.tau.fill_(math.sqrt(rows.after))
+            else:
+                layer.tau.copy_(layer.tau.double() * math.sqrt(rows.copies))
 
-def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raises a ``ValueError`` if any state of the optimizer has not the shape of its parameter.
-
-    ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
-    """
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if key not in _MOMENTS or not isinstance(value, Tensor) or value.ndim != parameter.ndim:
-                    continue
-                pairs = zip(value.shape, parameter.shape, strict=True)
-                if any(have not in (want, 1) for have, want in pairs):
-                    raise ValueError(
-                        f"optimizer state: {key} of parameter {index} in group {number} has shape "
-                        f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
-                        "the checkpoint's weights and optimizer state do not belong together"
-                    )
+    return replace()
 
 
 def _plan_rows(name: str, layer: Pattention, total: int, method: str) -> Rows:
@@ -315,53 +275,86 @@ def _layer_generator(seed: int, name: str, total: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _draw(shape: tuple[int, ...], like: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """N(0, std) in float32 at least; drawn on the generator's device in float32, so that all draw the same numbers."""
-    wide = torch.promote_types(like.dtype, torch.float32)
+def _draw(
+    shape: tuple[int, ...], beside: Tensor, std: float, generator: torch.Generator, place: slice = slice(None)
+) -> Tensor:
+    """N(0, std) in float32 at least; drawn on the generator's device in float32, so that all draw the same numbers.
+
+    Args:
+        shape: Of the whole.
+        beside: A tensor on the device and in the precision that are wanted.
+        std: Standard deviation.
+        generator: What draws.
+        place: The rows that are wanted.
+    """
+    wide = torch.promote_types(beside.dtype, torch.float32)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
-    return drawn.to(device=like.device, dtype=wide).mul_(std)
+    return drawn[place].to(device=beside.device, dtype=wide).mul_(std)
 
 
 @torch.no_grad()
-def _new_keys(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
-    old = layer.key_tokens
-    rest = (rows.after - rows.copies * rows.before, old.shape[1])
+def regrown(old: Tensor, rows: Rows, make: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """What this process holds of a tensor that grows by rows; of one that is not divided, all.
+
+    Args:
+        old: The tensor, whole or divided.
+        rows: Where the new rows come from.
+        make: Makes new rows of some of the old ones, given these and their place among all; of all of
+            them, with those appended.
+    """
+    if moves_no_rows(old, rows.before, rows.copies) and rows.after == rows.copies * rows.before:
+        own = owned_rows(old, rows.before)  # type: ignore[arg-type]
+        return make(old.to_local(), slice(own.start, own.stop))  # type: ignore[attr-defined]
+    whole = make(gather(old), slice(0, rows.before))
+    if not isinstance(old, DTensor):
+        return whole
+    own = owned_rows(old, rows.after)
+    return whole[own.start : own.stop].clone()
+
+
+def _appended(rows: Rows, old: Tensor) -> tuple[int, int]:
+    """Shape of the rows that are no copies."""
+    return rows.after - rows.copies * rows.before, old.shape[1]
+
+
+def _new_keys(
+    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
+) -> Tensor:
+    rest = _appended(rows, old)
     appended = _draw(rest, old, layer.key_std, generator) if method == "random" else old.new_zeros(rest)
     return torch.cat([rows.repeat(old), appended.to(old.dtype)])
 
 
-@torch.no_grad()
-def _new_values(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
-    old = layer.value_tokens
+def _new_values(
+    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
+) -> Tensor:
     copies, width = rows.copies, old.shape[1]
     kept = old.detach()
     if copies > 1:
-        spread = _draw((rows.before, copies, width), old, noise * layer.value_std, generator)
-        spread = (spread - spread.mean(dim=1, keepdim=True)) * math.sqrt(copies / (copies - 1))
+        spread = _draw((rows.before, copies, width), old, noise * layer.value_std, generator, place)
+        spread = (spread - spread.mean(dim=1, keepdim=True)).mul_(math.sqrt(copies / (copies - 1)))
         whole = old.to(spread.dtype)
-        parts = (whole[:, None] / copies + spread).to(old.dtype)  # (before, copies, D_out)
+        parts = spread.add_(whole[:, None] / copies).to(old.dtype)  # (before, copies, D_out)
         parts[:, -1] = whole - parts[:, :-1].to(spread.dtype).sum(dim=1)  # rounding must not change the sum
         kept = parts.flatten(0, 1)
-    appended = _draw((rows.after - copies * rows.before, width), old, layer.value_std, generator)
-    return torch.cat([kept, appended.to(old.dtype)])
+    appended = _draw(_appended(rows, old), old, layer.value_std, generator)
+    return torch.cat([kept, appended.to(old.dtype)]) if len(appended) else kept.contiguous()
 
 
-@torch.no_grad()
-def _new_scales(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
+def _new_scales(
+    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
+) -> Tensor:
     """A series as at birth for tokens that are no copies: one plain term, the others small."""
-    old = layer.scale_tokens
-    assert old is not None
-    appended = _draw((rows.after - rows.copies * rows.before, old.shape[1]), old, SERIES_STD, generator)
+    appended = _draw(_appended(rows, old), old, SERIES_STD, generator)
     appended[:, 0] = 1.0
     return torch.cat([rows.repeat(old), appended.to(old.dtype)])
 
 
-@torch.no_grad()
-def _new_shifts(layer: Pattention, rows: Rows, method: str, noise: float, generator: torch.Generator) -> Tensor:
+def _new_shifts(
+    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
+) -> Tensor:
     """No shift for tokens that are no copies, so that a score of zero has a weight of zero."""
-    old = layer.shift_tokens
-    assert old is not None
-    return torch.cat([rows.repeat(old), old.new_zeros(rows.after - rows.copies * rows.before, old.shape[1])])
+    return torch.cat([rows.repeat(old), old.new_zeros(_appended(rows, old))])
 
 
 _NEW_ROWS = {
@@ -370,24 +363,3 @@ _NEW_ROWS = {
     "scale_tokens": _new_scales,
     "shift_tokens": _new_shifts,
 }
-
-
-def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
-    if not isinstance(value, Tensor):
-        return value is None or isinstance(value, (int, float, str))  # a step count or a flag
-    if value.numel() == 1 and key not in _MOMENTS:
-        return True
-    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[0] in (1, grown.rows.before)
-
-
-@torch.no_grad()
-def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> Any:
-    if not isinstance(value, Tensor) or (value.numel() == 1 and key not in _MOMENTS):
-        return value
-    degree = _MOMENTS[key]
-    scaled = value * grown.gradient_scale**degree
-    if value.shape[0] != grown.rows.before:
-        return scaled  # a factor without rows
-    rest = (grown.rows.after - grown.rows.copies * grown.rows.before, *value.shape[1:])
-    filled = scaled.mean(dim=0).expand(rest) if degree == 2 and new_state == "mean" else scaled.new_zeros(rest)
-    return torch.cat([grown.rows.repeat(scaled), filled])

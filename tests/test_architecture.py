@@ -13,7 +13,9 @@ PACKAGE = ROOT / "lit_tokenformer"
 FORBIDDEN = {  # what may not be imported, by the place that may not
     "errors.py": ["torch", "timm", "lightning", "lit_tokenformer", "callbacks"],
     "models": ["lightning", "callbacks", "torchvision", "torchmetrics", "lit_tokenformer.[^em]"],
-    "growth.py": ["lightning", "callbacks", "lit_tokenformer.[^em]"],
+    "growth.py": ["lightning", "callbacks", "lit_tokenformer.[^emp]"],
+    "optimizer_growth.py": ["lightning", "callbacks", "lit_tokenformer.[^egp]"],
+    "parallel.py": ["lightning", "callbacks", "lit_tokenformer.[^em]"],
     "compute.py": ["lightning", "callbacks", "lit_tokenformer.[^em]"],
     "data": ["callbacks", "lit_tokenformer.[^ed]"],
     "tasks": ["callbacks", "lit_tokenformer.data", "lit_tokenformer.interop", "lit_tokenformer.cli"],
@@ -21,6 +23,8 @@ FORBIDDEN = {  # what may not be imported, by the place that may not
     "checkpoints.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands", "lit_tokenformer.data"],
     "text_generation.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands"],
     "evaluation.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands"],
+    "checkpoint_io.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands", "lit_tokenformer.data"],
+    "trainer.py": ["callbacks", "lit_tokenformer.cli", "lit_tokenformer.commands", "lit_tokenformer.data"],
     "../callbacks": ["lit_tokenformer.tasks", "lit_tokenformer.data", "lit_tokenformer.interop", "lit_tokenformer.cli"],
 }
 

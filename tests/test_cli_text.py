@@ -11,6 +11,8 @@ from lit_tokenformer.cli import main
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM
 
+pytestmark = pytest.mark.usefixtures("text_cache")
+
 
 def run(*args):
     """Runs a command in this process; returns its exit status."""
@@ -31,6 +33,7 @@ def config(folder):
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "limit_val_batches": 2,
+            "limit_test_batches": 2,
             "val_check_interval": 2,
             "default_root_dir": str(folder),
             "callbacks": [growth, {"class_path": "callbacks.TrainingMonitor"}, checkpoint],
@@ -41,7 +44,7 @@ def config(folder):
         },
         "data": {
             "class_path": "TextDataModule",
-            "init_args": {"block_size": 32, "batch_size": 4, "cache_dir": str(folder / "cache")},
+            "init_args": {"block_size": 32, "batch_size": 4},
         },
     }
     path = folder / "given.yaml"
@@ -50,7 +53,7 @@ def config(folder):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
+def fitted(text_cache, tmp_path_factory):
     """A folder with a fit that grew."""
     folder = tmp_path_factory.mktemp("text")
     assert run("fit", "--config", config(folder)) == 0

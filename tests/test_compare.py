@@ -33,7 +33,7 @@ def compare():
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(text_cache):
     """A language model's config, on the embedded text."""
     return {
         "trainer": {
@@ -59,7 +59,7 @@ def config(tmp_path):
         },
         "data": {
             "class_path": "lit_tokenformer.data.TextDataModule",
-            "init_args": {"block_size": 16, "batch_size": 4, "cache_dir": str(tmp_path / "cache")},
+            "init_args": {"block_size": 16, "batch_size": 4, "cache_dir": str(text_cache)},
         },
     }
 
@@ -204,7 +204,8 @@ def test_images_and_masked_text_are_planned(compare, config):
 
 @pytest.mark.slow
 def test_two_arms_are_trained_resumed_and_written(compare, config, tmp_path, capsys):
-    words = ["--arms", "transformer_tiny", "tokenformer_lm_tiny label=grown grow={0.5:matched}", "gpt2_tiny lr=1e30"]
+    grown = "tokenformer_lm_tiny label=grown lr=1e-2 grow={0.5:matched}"  # one search is enough
+    words = ["--arms", "transformer_tiny", grown, "gpt2_tiny lr=1e30"]
     words += ["--match", "parameters", "--seeds", "0", "1", "--evaluations", "3", "--lrs", "1e-3", "1e-2"]
     words += ["--search-steps", "6"]
     assert run(compare, config, tmp_path, *words) == 0

@@ -1,7 +1,7 @@
 """Every config that ships is parsed and built; those on embedded data run."""
 
 import gzip
-import shutil
+import os
 import struct
 
 import numpy as np
@@ -15,7 +15,7 @@ from lit_tokenformer.cli import main, shipped_configs
 CONFIGS = shipped_configs()
 
 
-def imagenet(folder):
+def imagenet(folder, _):
     """A folder in ImageNet's layout with all its 1000 classes and one small image in each."""
     for split in ("train", "val"):
         for number in range(1000):
@@ -23,11 +23,11 @@ def imagenet(folder):
     picture = folder / "picture.jpg"
     PillowImage.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(picture)
     for place in folder.glob("*/n*"):
-        shutil.copy(picture, place / "0.jpg")
+        os.link(picture, place / "0.jpg")
     return ["--data.root", str(folder)]
 
 
-def fashion_mnist(folder):
+def fashion_mnist(folder, _):
     """Fashion-MNIST's four files with a few images each."""
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -41,7 +41,7 @@ def fashion_mnist(folder):
     return ["--data.root", str(folder)]
 
 
-def hugging_face(folder):
+def hugging_face(folder, _):
     """A local data set that load_dataset opens as it opens one on the hub."""
     features = Features({"img": Image(), "label": ClassLabel(names=[str(number) for number in range(10)])})
     picture = PillowImage.fromarray(np.zeros((32, 32, 3), np.uint8))
@@ -51,19 +51,19 @@ def hugging_face(folder):
     return ["--data.hf_name", str(folder)]
 
 
-def embedded_text(folder):
-    return ["--data.cache_dir", str(folder)]
+def embedded_text(_, cache):
+    return ["--data.cache_dir", str(cache)]
 
 
-def embedded_images_and_text(folder):
-    return ["--data.text.cache_dir", str(folder)]
+def embedded_images_and_text(_, cache):
+    return ["--data.text.cache_dir", str(cache)]
 
 
-def hugging_face_text(folder):
+def hugging_face_text(folder, cache):
     """As above for text, with a tokenizer that needs no hub."""
     rows = Dataset.from_dict({"text": [f"Document {number}. " * 300 for number in range(64)]})
     rows.to_parquet(folder / "train-00000-of-00001.parquet")
-    return [*embedded_text(folder), "--data.hf_name", str(folder), "--data.tokenizer", "bytes"]
+    return [*embedded_text(folder, cache), "--data.hf_name", str(folder), "--data.tokenizer", "bytes"]
 
 
 DATA = {
@@ -76,16 +76,16 @@ DATA = {
 }
 
 
-def data_arguments(config, folder):
+def data_arguments(config, folder, cache):
     data = yaml.safe_load(config.read_text())["data"]
     make = DATA.get((data["class_path"].split(".")[-1], data["init_args"].get("dataset")))
-    return make(folder) if make is not None else []
+    return make(folder, cache) if make is not None else []
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_parsed_built_and_planned(name, tmp_path, capsys):
-    args = [*data_arguments(CONFIGS[name], tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    assert main(["plan", "--config", name, *args, "--trainer.default_root_dir", str(tmp_path)]) == 0
+def test_every_config_is_parsed_built_and_planned(name, text_cache, tmp_path, capsys):
+    args = [*data_arguments(CONFIGS[name], tmp_path, text_cache), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["plan", "--config", name, *args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"]) == 0
     stages = yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks"][0]["init_args"].get("schedule", {})
     shown = capsys.readouterr().out
     assert all(f"qkv {tokens}," in shown for tokens in stages.values())
@@ -93,7 +93,7 @@ def test_every_config_is_parsed_built_and_planned(name, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("tokenformer_")])
-def test_configs_of_small_data_run_for_some_steps(name, tmp_path):
-    args = [*data_arguments(CONFIGS[name], tmp_path), "--trainer.accelerator", "cpu"]
+def test_configs_of_small_data_run_for_some_steps(name, text_cache, tmp_path):
+    args = [*data_arguments(CONFIGS[name], tmp_path, text_cache), "--trainer.accelerator", "cpu"]
     args += ["--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", name, *args, "--trainer.fast_dev_run", "2"]) == 0

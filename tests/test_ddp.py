@@ -1,110 +1,126 @@
-"""Growth under DDP, on two processes of this machine."""
+"""Growth under DDP, on two processes of this machine; the fits are in ``ddp_scenarios.py``."""
+
+from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ddp_scenarios import SCENARIOS, run, scores  # beside this file
+from filelock import FileLock
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-
-SCRIPT = """
-import os
-import sys
-import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from callbacks import ParameterGrowthCallback
-from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
-
-torch.set_num_threads(1)
-devices, output, method, accumulate = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-seed_everything(0)
-task = LitImageClassifier(
-    "tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8,
-    overrides={"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8},
-    schedule=LRSchedule("constant"),
-)
-images, labels = torch.randn(96, 3, 8, 8), torch.randint(10, (96,))
-data = TensorDataset(images, labels)
-rank = int(os.environ.get("LOCAL_RANK", 0))
-sampler = DistributedSampler(data, num_replicas=devices, rank=rank, shuffle=False)  # else Lightning's, which shuffles
-loader = DataLoader(data, batch_size=16 // devices, sampler=sampler)
-growth = ParameterGrowthCallback({1: 16, 2: 20} if method == "zero_keys" else {1: 16, 2: 32}, method=method)
-trainer = Trainer(
-    max_epochs=4, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
-    strategy=DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True) if devices > 1 else "auto",
-    precision="64-true",
-    enable_progress_bar=False, enable_model_summary=False, callbacks=[growth], accumulate_grad_batches=accumulate,
-)
-trainer.fit(task, loader)
-moments = {n: trainer.optimizers[0].state[p] for n, p in task.named_parameters()}
-found = {"weights": task.state_dict(), "moments": moments, "events": len(growth.events)}
-torch.save(found, f"{output}-{trainer.global_rank}")
-"""
+EQUAL = [name for name, scenario in SCENARIOS.items() if scenario.like is not None]
+AVERAGED = [name for name in SCENARIOS if name != "nothing_averaged"]
 
 
-def run(folder, devices, method, accumulate):
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    output = folder / f"out-{devices}"
-    command = [sys.executable, str(script), str(devices), str(output), method, str(accumulate)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(f"{output}-{rank}", weights_only=True) for rank in range(devices)]
+def run_two(folder: Path) -> None:
+    """Runs all scenarios in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(2):
+        with (folder / f"{rank}.log").open("w") as log:
+            command = [sys.executable, str(ROOT / "tests" / "ddp_scenarios.py"), str(folder)]
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes found; where tests run in several processes, the first to come here starts them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ddp"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_two(folder)
+    return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "accumulate"), [("split", 1), ("zero_keys", 2)])
-def test_ddp_ranks_agree_after_growth_and_equal_one_process(tmp_path, method, accumulate):
-    first, second = run(tmp_path, 2, method, accumulate)
-    (alone,) = run(tmp_path, 1, method, accumulate)
-    assert first["events"] == second["events"] == alone["events"] == 2
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][name]), name
-        # the order of summation differs between one batch of 16 and two of 8
-        torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-6, atol=1e-8)
-    for name, state in first["moments"].items():
-        assert torch.equal(state["exp_avg"], second["moments"][name]["exp_avg"]), name
-        torch.testing.assert_close(state["exp_avg"], alone["moments"][name]["exp_avg"], rtol=1e-6, atol=1e-8)
-        assert state["step"] == alone["moments"][name]["step"] == 24 / accumulate
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-VALIDATION = """
-import sys
-from lightning.pytorch import Trainer, seed_everything
-from lit_tokenformer.data import TextDataModule
-from lit_tokenformer.tasks import LitCausalLM
-
-devices, folder = int(sys.argv[1]), sys.argv[2]
-seed_everything(0)
-sizes = {"dim": 32, "depth": 1, "num_heads": 2, "rotary_fraction": 0.5, "param_tokens": 8}
-task = LitCausalLM("tokenformer_lm_tiny", vocab_size=257, context_length=16, overrides=sizes)
-data = TextDataModule("files", val_files=[folder + "/a.txt"], block_size=16, batch_size=2, cache_dir=folder)
-trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-                  enable_progress_bar=False)
-(scores,) = trainer.validate(task, datamodule=data, verbose=False)
-if trainer.is_global_zero:
-    print("scores", scores["val/loss"], scores["val/bits_per_byte"])
-"""
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The same fits in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(name, folder, devices=1) for name in EQUAL if SCENARIOS[name].like == name}
 
 
-@pytest.mark.slow
-def test_two_processes_score_text_as_one_does(tmp_path):
-    (tmp_path / "a.txt").write_text("An odd number of tokens, in blocks that two do not share evenly")
-    (tmp_path / "script.py").write_text(VALIDATION)
-    scores = []
-    for devices in (1, 2):
-        command = [sys.executable, str(tmp_path / "script.py"), str(devices), str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("scores")]
-        scores.append([float(score) for score in line.split()[1:]])
-    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+def assert_states_equal(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    """Weights and the optimizer's state, old rows and new ones."""
+    for name, weight in ours["weights"].items():
+        torch.testing.assert_close(weight, theirs["weights"][name], rtol=tolerance, atol=tolerance)
+    assert ours["moments"].keys() == theirs["moments"].keys()
+    for name, state in ours["moments"].items():
+        assert state.keys() == theirs["moments"][name].keys(), name
+        for part, value in state.items():
+            torch.testing.assert_close(value, theirs["moments"][name][part], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_processes_are_bit_equal_at_every_batch_and_growth(two: list[dict[str, Any]], name: str):
+    first, second = (found[name] for found in two)
+    assert first["growths"] == second["growths"] and len(first["growths"]) == 2
+    assert len(first["differences"]) > 12 and max(first["differences"] + second["differences"]) == 0
+    assert_states_equal(first, second, tolerance=0)
+    assert max(first["output_differences"]) < (1e-5 if name == "bf16_mixed" else 1e-12)
+    assert first["old_wrappers_alive"] == second["old_wrappers_alive"] == 0
+
+
+def test_the_comparison_sees_gradients_that_are_not_averaged(two: list[dict[str, Any]]):
+    assert max(two[0]["nothing_averaged"]["differences"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_equal_one(two: list[dict[str, Any]], alone: dict[str, dict[str, Any]], name: str):
+    ours, theirs = two[0][name], alone[SCENARIOS[name].like]
+    assert ours["growths"] == theirs["growths"]
+    assert_states_equal(ours, theirs, tolerance=1e-9)  # the order of summation differs
+
+
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.hook is not None])
+def test_communication_hook_is_called_after_each_growth(two: list[dict[str, Any]], name: str):
+    assert two[0][name]["hook_calls"] == two[1][name]["hook_calls"] == [4, 4, 4]  # by epoch; the last two are grown
+
+
+def test_compressed_gradients_are_compressed_after_each_growth(two: list[dict[str, Any]], alone: dict[str, Any]):
+    """Else the comparison of PowerSGD of full rank with plain averages would show nothing."""
+    lossy, whole = two[0]["power_sgd_lossy"]["weights"], alone["split"]["weights"]
+    assert any((lossy[name] - whole[name]).abs().max() > 1e-4 for name in whole)
+
+
+def test_bf16_run_of_two_processes_resumes_bit_for_bit(two: list[dict[str, Any]]):
+    for found in two:
+        assert_states_equal(found["bf16_mixed_resumed"], found["bf16_mixed"], tolerance=0)
+
+
+def test_two_processes_score_as_one_does(two: list[dict[str, Any]], tmp_path: Path):
+    """Blocks and images that two processes do not share evenly."""
+    expected = scores(tmp_path, devices=1)
+    assert {"TextDataModule val/bits_per_byte", "ImageDataModule val/loss", "ImageDataModule val/acc1"} <= {*expected}
+    for found in two:
+        assert found["scores"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_processes_end_a_stream_of_images_together(two: list[dict[str, Any]]):
+    """One process has three batches in its shards, the other one seven."""
+    assert [found["stream"] for found in two] == [{"batches": 3, "resumed": True}] * 2

@@ -27,8 +27,10 @@ QUESTIONS = [
 ]
 
 
-def write_task(folder):
-    """A task of the harness whose questions lie beside it."""
+@pytest.fixture(scope="module")
+def include_path(tmp_path_factory):
+    """A folder with a task of the harness; one for all, since reading the harness's own tasks takes seconds."""
+    folder = tmp_path_factory.mktemp("tasks")
     lines = "\n".join(json.dumps(question) for question in QUESTIONS)
     (folder / "questions.jsonl").write_text(lines)
     task = {
@@ -44,6 +46,7 @@ def write_task(folder):
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     (folder / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
+    return str(folder)
 
 
 @pytest.fixture
@@ -114,9 +117,8 @@ def test_text_is_written_up_to_a_stop(generator):
 
 
 @pytest.mark.slow
-def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, tmp_path):
-    write_task(tmp_path)
-    results = evaluate(generator, ["tiny_choice"], include_path=str(tmp_path), batch_size=2)["results"]["tiny_choice"]
+def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, include_path):
+    results = evaluate(generator, ["tiny_choice"], include_path=include_path, batch_size=2)["results"]["tiny_choice"]
     right = normed = 0
     for question in QUESTIONS:
         scores = [by_hand(generator, question["question"], choice)[0] for choice in question["choices"]]
@@ -129,16 +131,18 @@ def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, tmp_
 
 
 @pytest.mark.slow
-def test_the_command_tells_scores_of_tasks_that_are_here_and_knows_the_published_ones(generator, tmp_path, capsys):
+def test_the_command_tells_scores_of_tasks_that_are_here_and_knows_the_published_ones(
+    generator, include_path, tmp_path, capsys
+):
+    published = ["hellaswag", "lambada_openai", "piqa", "arc_easy", "arc_challenge"]
     with pytest.raises(ValueError, match="tasks: the harness knows no task named hellaswak"):
-        evaluate(generator, ["hellaswag", "lambada_openai", "piqa", "arc_easy", "arc_challenge", "hellaswak"])
+        evaluate(generator, [*published, "hellaswak"], include_path=include_path)
     task = LitCausalLM("tokenformer_lm_tiny", 320, 32, overrides={"dim": 32, "depth": 1, "num_heads": 2})
     trainer = Trainer(accelerator="cpu", logger=False)
     trainer.strategy.connect(task)
     task.tokenizer_json = Tokenizer.bytes().to_json()
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    write_task(tmp_path)
-    args = ["--ckpt_path", str(tmp_path / "one.ckpt"), "--include_path", str(tmp_path)]
+    args = ["--ckpt_path", str(tmp_path / "one.ckpt"), "--include_path", include_path]
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", *args, "--tasks", "[tiny_choice]", "--output", str(tmp_path / "scores.json")])
     assert "tiny_choice" in capsys.readouterr().out

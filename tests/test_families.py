@@ -12,6 +12,7 @@ from lit_tokenformer.models import list_presets, preset_config
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LRSchedule
 from lit_tokenformer.text_generation import TextGenerator
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("text_cache")]
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}
 FAMILIES = [name for name in list_presets() if name.endswith("_tiny") or "vit_tiny" in name]
 
@@ -54,11 +55,9 @@ def fit(name, projection, folder, ckpt_path=None):
     return task, data, trainer
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["linear", "pattention"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_preset_trains_grows_resumes_is_evaluated_and_generates(name, projection, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_every_preset_trains_grows_resumes_is_evaluated_and_generates(name, projection, tmp_path):
     task, data, trainer = fit(name, projection, tmp_path / "one")
     assert all(total in (16, 64) for total in task.backbone.param_tokens.values())
     (scores,) = trainer.validate(task, data, verbose=False)
@@ -71,10 +70,8 @@ def test_every_preset_trains_grows_resumes_is_evaluated_and_generates(name, proj
         assert texts.startswith("import")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--model.overrides.projection", "pattention"]], ids=["linear", "pattention"])
-def test_another_architecture_is_one_word_on_the_command_line(more, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_another_architecture_is_one_word_on_the_command_line(more, tmp_path):
     args = ["--model.preset", "rwkv4_small", *more, "--data.tokenizer", "bytes"]
     args += ["--data.dataset", "python_docs", "--data.block_size", "16", "--trainer.default_root_dir", str(tmp_path)]
     args += ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "2", "--trainer.enable_progress_bar", "false"]

@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import struct
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported
@@ -23,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from lit_tokenformer.data import Augmentation, ImageDataModule
 from lit_tokenformer.data.image_sources import SOURCES, decode_hub_image
-from lit_tokenformer.data.loading import EpochSampler, ResumableStreamLoader, StreamImages, seeded
+from lit_tokenformer.data.loading import EpochSampler, StreamImages, seeded
+from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 
 torch.set_num_threads(1)
 
@@ -556,7 +558,8 @@ def test_stream_with_workers_and_uneven_shards_resumes_anywhere(folder: Path):
     def loader() -> ResumableStreamLoader:
         shards = rows.to_iterable_dataset(num_shards=3).shuffle(seed=0, buffer_size=4)  # one worker reads two of them
         transform = imagefolder(folder)._train_transform
-        stream = StreamImages(shards, ("image", "label"), decode_hub_image, transform, 0.001, batch_size=2, seed=0)
+        decode = partial(decode_hub_image, folders=(str(folder),))
+        stream = StreamImages(shards, ("image", "label"), decode, transform, 0.001, batch_size=2, seed=0)
         return ResumableStreamLoader(stream, batch_size=2, num_workers=2, drop_last=True)
 
     whole = [digest(batch) for batch in loader()]

@@ -1,9 +1,6 @@
 """Two tasks on one backbone: each is as if it were alone, in what it logs, and in what is left when they are split."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
 from lit_tokenformer.text_generation import TextGenerator
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("few_digits", "text_cache")
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5}
 WORDS = "import this, import that, and return the same; "
 
@@ -32,14 +29,14 @@ def make_task(**settings):
     return LitMultiTask("tokenformer_lm_tiny", **{**given, **settings})
 
 
-def make_data(folder, epoch="image", mixup=0.0, image_batch=160, text_batch=4, val_words=7):
+def make_data(folder, epoch="image", mixup=0.0, image_batch=16, text_batch=4, val_words=7):
     """8 training batches of images, and by default 5 of text."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.txt").write_text(WORDS * 8)
     (folder / "val.txt").write_text(WORDS * val_words)
     files = {"files": [str(folder / "train.txt")], "val_files": [str(folder / "val.txt")], "cache_dir": str(folder)}
     augmentation = Augmentation(shift=0.125, mixup=mixup)
-    image = ImageDataModule("digits", batch_size=image_batch, eval_batch_size=100, seed=3, augmentation=augmentation)
+    image = ImageDataModule("digits", batch_size=image_batch, eval_batch_size=10, seed=3, augmentation=augmentation)
     text = TextDataModule("files", **files, block_size=16, batch_size=text_batch, eval_batch_size=3, seed=3)
     return MultiTaskDataModule(image, text, epoch)
 
@@ -107,7 +104,9 @@ def test_gradient_is_the_weighted_sum_of_the_tasks_gradients(weights):
         wanted = sum(factor[name] * alone[name][number] for name in alone)
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-12)
     for name, s in task.log_variances.items():  # d/ds (exp(-s) L + s)
-        torch.testing.assert_close(s.grad, 1 - factor[name] * losses[name].detach().double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            s.grad.squeeze(), 1 - factor[name] * losses[name].detach().double(), rtol=1e-6, atol=0
+        )
 
 
 def test_a_preset_of_either_kind_serves_both():
@@ -150,7 +149,7 @@ def test_scores_are_those_of_each_task_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "image_batch", "batches"), [("image", 160, 8), ("text", 160, 5), ("longest", 160, 8), ("longest", 400, 5)]
+    ("epoch", "image_batch", "batches"), [("image", 16, 8), ("text", 16, 5), ("longest", 16, 8), ("longest", 40, 5)]
 )
 def test_each_task_gets_the_batches_of_its_own_data(tmp_path, epoch, image_batch, batches):
     seen = {"image": [], "text": []}
@@ -184,8 +183,8 @@ def test_monitor_counts_both_tasks(tmp_path):
     monitor, task = TrainingMonitor(), make_task()
     make_trainer(monitor, max_epochs=1, limit_val_batches=0, limit_train_batches=3).fit(task, make_data(tmp_path))
     costs = task.costs()
-    assert monitor.training_flops == 3 * (160 * costs["image"].training_flops + 4 * costs["text"].training_flops)
-    assert monitor.data_tokens == 3 * (160 * 5 + 4 * 16)
+    assert monitor.training_flops == 3 * (16 * costs["image"].training_flops + 4 * costs["text"].training_flops)
+    assert monitor.data_tokens == 3 * (16 * 5 + 4 * 16)
 
 
 # -- growth, checkpoints, resume
@@ -214,7 +213,8 @@ def fit(folder, data, ckpt_path=None, growth=None, **settings):
     seed_everything(7 if ckpt_path is None else 99)  # what is not in the checkpoint must not matter
     task = make_task(overrides={**SIZES, "drop_path": 0.2}, loss_weights="uncertainty", **settings)
     callbacks = [growth or ParameterGrowthCallback({1: 16, 2: 24}, method="zero_keys"), GrowingEMA(decay=0.9)]
-    trainer = make_trainer(*callbacks, every_step(folder), TrainingMonitor(), max_epochs=3, limit_val_batches=1)
+    callbacks += [every_step(folder)] if ckpt_path is None else []
+    trainer = make_trainer(*callbacks, TrainingMonitor(), max_epochs=3, limit_val_batches=1)
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     return task
 
@@ -340,6 +340,7 @@ def given(folder, **changes):
             "max_epochs": 2,
             "limit_train_batches": 2,
             "limit_val_batches": 1,
+            "limit_test_batches": 1,
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "default_root_dir": str(folder),
@@ -355,7 +356,7 @@ def given(folder, **changes):
                 "image": {"class_path": "ImageDataModule", "init_args": {"dataset": "digits", "batch_size": 32}},
                 "text": {
                     "class_path": "TextDataModule",
-                    "init_args": {"block_size": 32, "batch_size": 4, "cache_dir": str(folder / "cache")},
+                    "init_args": {"block_size": 32, "batch_size": 4},
                 },
             },
         },
@@ -418,36 +419,22 @@ def test_the_command_line_fits_resumes_validates_and_splits(tmp_path, capsys):
     assert "take them apart with `lit-tokenformer split`" in capsys.readouterr().err
 
 
-DDP = """
-import sys
-import torch
-from pathlib import Path
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
-from callbacks import ParameterGrowthCallback
-from tests.test_multitask import make_data, make_task
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-seed_everything(0)
-task = make_task(loss_weights="uncertainty")
-trainer = Trainer(
-    max_epochs=2, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False, limit_val_batches=2,
-    strategy=DDPStrategy(process_group_backend="gloo"), enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[ParameterGrowthCallback({1: 16})],
-)
-trainer.fit(task, make_data(folder / f"{trainer.global_rank}", text_batch=2))
-torch.save(task.state_dict(), folder / f"out-{trainer.global_rank}")
-"""
-
-
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_two_processes_agree_after_growth(tmp_path):
-    (tmp_path / "script.py").write_text(DDP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(pl_module.state_dict(), tmp_path / f"out-{trainer.global_rank}")
+
+    seed_everything(0)
+    trainer = make_trainer(
+        *(ParameterGrowthCallback({1: 16}), Save()),
+        devices=2,
+        strategy="ddp_notebook",
+        max_epochs=2,
+        limit_val_batches=2,
+    )
+    trainer.fit(make_task(loss_weights="uncertainty"), make_data(tmp_path, text_batch=2))
     first, second = (torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in range(2))
     assert first["image.backbone.blocks.0.attn.query.key_tokens"].shape == (16, 32)
     for name, weight in first.items():

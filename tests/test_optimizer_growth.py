@@ -9,8 +9,9 @@ import timm.optim
 import torch
 from torch import nn
 
-from lit_tokenformer.growth import check_optimizer_state, grow, grow_optimizer
+from lit_tokenformer.growth import grow
 from lit_tokenformer.models import Pattention
+from lit_tokenformer.optimizer_growth import check_optimizer_state, grow_optimizer
 
 NORMS = ["l2_gelu", "gelu_l2", "softmax", "gelu"]
 OPTIMIZERS = {

@@ -27,12 +27,10 @@ def test_setup_lists_every_package():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_run_and_are_stored_without_output(notebook):
+def test_notebooks_run_and_are_stored_without_output(notebook, few_digits):
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
-    source = "\n".join("".join(cell["source"]) for cell in cells)
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    exec("\n".join("".join(cell["source"]) for cell in cells), {})
 
 
 def test_python_in_the_readme_runs():

@@ -340,12 +340,12 @@ def test_zero_keys_are_refused_for_softmax_before_training():
 
 
 def test_a_strategy_that_cannot_grow_is_refused():
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy
 
-    from callbacks.parameter_growth import _growth_context
+    from callbacks.growth_strategies import growth_context
 
-    for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
+    for strategy in (FSDPStrategy, DeepSpeedStrategy, SingleDeviceXLAStrategy):
         trainer = Trainer(accelerator="cpu", logger=False)
         trainer._accelerator_connector.strategy = strategy.__new__(strategy)
         with pytest.raises(ValueError, match=f"trainer.strategy: a model cannot grow under {strategy.__name__}"):
-            _growth_context(trainer)
+            growth_context(trainer)

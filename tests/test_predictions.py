@@ -163,7 +163,7 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     data = plain(shares, 4)
     predict(tmp_path, PredictionWriter(str(tmp_path / "one.csv")), model=Shares(), data=data)
     writer = PredictionWriter(str(tmp_path / "two.csv"))
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[writer], logger=False)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_notebook", callbacks=[writer], logger=False)
     trainer.predict(Shares(), data, return_predictions=False)
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
     assert len(list(tmp_path.iterdir())) == 2

@@ -7,9 +7,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, ParameterGrowthCallback
 from lit_tokenformer.data import Augmentation, ImageDataModule
-from lit_tokenformer.growth import check_optimizer_state
 from lit_tokenformer.models import param_tokens
+from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+pytestmark = pytest.mark.usefixtures("few_digits")  # 8 batches of 16
 
 TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8, "drop_path": 0.2}
 
@@ -26,24 +28,26 @@ def make_task(**overrides):
 
 def make_data(num_workers=0, **augmentation):
     settings = {"num_workers": num_workers, "augmentation": Augmentation(**augmentation)}
-    return ImageDataModule("digits", batch_size=160, seed=3, **settings)
+    return ImageDataModule("digits", batch_size=16, seed=3, **settings)
 
 
 def run(folder, growth, ckpt_path=None, ema=False, data=None, max_epochs=4, **trainer):
-    """Fits for 4 epochs of 8 batches and keeps a checkpoint of every optimizer step and every epoch's end."""
+    """Fits for 4 epochs of 8 batches; from the start, keeps a checkpoint of every optimizer step and epoch's end."""
     seed_everything(7 if ckpt_path is None else 99)  # what is not in the checkpoint must not matter
     task = make_task()
-    callbacks = [
-        ParameterGrowthCallback(**growth),
-        ModelCheckpoint(folder, "step{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
-        ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False),
-    ]
+    callbacks = [ParameterGrowthCallback(**growth)]
+    if ckpt_path is None:
+        callbacks += [
+            ModelCheckpoint(folder, "step{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
+            ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False),
+        ]
     if ema:
         callbacks.append(GrowingEMA(decay=0.9))
     fit = Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
         logger=False,
+        enable_checkpointing=ckpt_path is None,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
@@ -52,6 +56,14 @@ def run(folder, growth, ckpt_path=None, ema=False, data=None, max_epochs=4, **tr
     )
     fit.fit(task, data or make_data(shift=0.125), ckpt_path=ckpt_path, weights_only=True)
     return fit, task
+
+
+@pytest.fixture(scope="module")
+def fitted(few_digits, tmp_path_factory):
+    """The checkpoints of a run that grew twice."""
+    folder = tmp_path_factory.mktemp("fitted")
+    run(folder, BY_EPOCH)
+    return folder
 
 
 def assert_equal_weights(task, other):
@@ -102,38 +114,35 @@ def test_growth_by_nothing_equals_a_run_without_the_callback(tmp_path):
     assert_equal_weights(first, second)
 
 
-def test_a_checkpoint_of_any_stage_loads_into_the_ungrown_config(tmp_path):
-    _, task = run(tmp_path, BY_EPOCH)
+def test_a_checkpoint_of_any_stage_loads_into_the_ungrown_config(fitted):
     plain = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     for name, tokens in (("end0", 8), ("end1", 16), ("end3", 16)):
-        path = tmp_path / f"{name}.ckpt"
+        path = fitted / f"{name}.ckpt"
         loaded = LitImageClassifier.load_from_checkpoint(path, weights_only=True)
         assert param_tokens(loaded)["qkv"] == tokens
         fresh = make_task()
         plain.validate(fresh, make_data(), ckpt_path=path, verbose=False, weights_only=True)
         assert param_tokens(fresh) == param_tokens(loaded)
         assert_equal_weights(fresh, loaded)
-    assert param_tokens(task) == {"qkv": 16, "proj": 16, "ffn": 80}
-    plain.validate(task, make_data(), ckpt_path=tmp_path / "end0.ckpt", verbose=False, weights_only=True)
-    assert param_tokens(task)["ffn"] == 32  # an earlier stage into a later model shrinks it
+    assert param_tokens(fresh) == {"qkv": 16, "proj": 16, "ffn": 80}
+    plain.validate(fresh, make_data(), ckpt_path=fitted / "end0.ckpt", verbose=False, weights_only=True)
+    assert param_tokens(fresh)["ffn"] == 32  # an earlier stage into a later model shrinks it
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
-    run(tmp_path, BY_EPOCH, max_epochs=4)
+def test_a_checkpoint_of_another_architecture_is_refused(fitted):
     other = make_task(depth=3)
     with pytest.raises(ValueError, match=r"ckpt_path: .*another architecture: .*blocks\.2.* is missing"):
         Trainer(accelerator="cpu", logger=False).validate(
-            other, make_data(), ckpt_path=tmp_path / "end0.ckpt", weights_only=True
+            other, make_data(), ckpt_path=fitted / "end0.ckpt", weights_only=True
         )
     with pytest.raises(ValueError, match=r"another architecture: .* expected .*48"):
         Trainer(accelerator="cpu", logger=False).validate(
-            make_task(dim=48), make_data(), ckpt_path=tmp_path / "end0.ckpt", weights_only=True
+            make_task(dim=48), make_data(), ckpt_path=fitted / "end0.ckpt", weights_only=True
         )
 
 
-def test_optimizer_state_of_a_wrong_shape_is_found_at_load(tmp_path):
-    run(tmp_path, BY_EPOCH, max_epochs=4)
-    checkpoint = torch.load(tmp_path / "end1.ckpt", weights_only=True)
+def test_optimizer_state_of_a_wrong_shape_is_found_at_load(fitted, tmp_path):
+    checkpoint = torch.load(fitted / "end1.ckpt", weights_only=True)
     state = checkpoint["optimizer_states"][0]["state"]
     key = next(key for key, value in state.items() if value["exp_avg"].ndim == 2 and len(value["exp_avg"]) == 16)
     state[key]["exp_avg"] = state[key]["exp_avg"][:8]

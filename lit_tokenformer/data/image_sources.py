@@ -102,13 +102,14 @@ class FileSamples:
 class HubSamples:
     """A split of a Hugging Face data set whose image column is not decoded."""
 
-    def __init__(self, rows: Any, columns: tuple[str, str]) -> None:
+    def __init__(self, rows: Any, columns: tuple[str, str], folders: tuple[str, ...] = ()) -> None:
+        self.folders = folders
         self.images = rows.select_columns([columns[0]])
         self.column = columns[0]
         self.labels = np.asarray(rows.with_format("numpy")[columns[1]][:], dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
-        return decode_hub_image(self.images[int(index)][self.column])
+        return decode_hub_image(self.images[int(index)][self.column], self.folders)
 
     def name(self, index: int) -> str:
         return self.images[int(index)][self.column].get("path") or str(index)
@@ -135,6 +136,8 @@ class HubStream:
 
     rows: Any
     columns: tuple[str, str]
+    folders: tuple[str, ...] = ()
+    """Where files that it names may lie."""
 
 
 def decode_image(source: str | io.BytesIO) -> Image.Image:
@@ -143,9 +146,22 @@ def decode_image(source: str | io.BytesIO) -> Image.Image:
         return image.convert("RGB")
 
 
-def decode_hub_image(value: dict[str, Any]) -> Image.Image:
-    """An undecoded value of a Hugging Face image column, ``{"bytes", "path"}``, as RGB."""
-    return decode_image(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+def decode_hub_image(value: dict[str, Any], folders: tuple[str, ...] = ()) -> Image.Image:
+    """An undecoded value of a Hugging Face image column, ``{"bytes", "path"}``, as RGB.
+
+    Args:
+        value: The value; without bytes its path is opened.
+        folders: Where the path may lie; a data set of a stranger could name any file.
+
+    Raises:
+        ValueError: If it lies elsewhere.
+    """
+    if value["bytes"] is not None:
+        return decode_image(io.BytesIO(value["bytes"]))
+    path = os.path.abspath(value["path"])
+    if not any(Path(path).is_relative_to(folder) for folder in folders):
+        raise ValueError(f"data.hf_name: the data set names {value['path']}, which lies outside of its folders")
+    return decode_image(path)
 
 
 def find_images(root: str) -> FileSamples:
@@ -293,9 +309,11 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     )
     class_names = list(features[columns[1]].names)
     wrap = HubStream if settings.streaming else HubSamples
+    places = (settings.root, settings.hf_name, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    folders = tuple(os.path.abspath(Path(place).expanduser()) for place in places if place and Path(place).is_dir())
 
     def samples(rows: Any) -> Any:
-        return wrap(rows.cast_column(columns[0], datasets.Image(decode=False)), columns)
+        return wrap(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, folders)
 
     val: Any = samples(split("hf_val_split", val_name)) if val_name is not None else None
     test: Any = samples(loaded["test"]) if "test" in loaded else None

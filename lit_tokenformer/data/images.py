@@ -6,10 +6,11 @@ Transforms, mixup and CutMix are timm's; the way a run is resumed bit for bit is
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +22,6 @@ from lit_tokenformer.data.loading import (
     EvalImages,
     ImageReader,
     ResumableLoader,
-    ResumableStreamLoader,
     Samples,
     StreamImages,
     TrainImages,
@@ -29,6 +29,7 @@ from lit_tokenformer.data.loading import (
     seeded,
 )
 from lit_tokenformer.data.resumable import ResumableDataModule
+from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 from lit_tokenformer.errors import unknown_name
 
 _DATA_SET_DEFAULTS = Augmentation()
@@ -159,7 +160,10 @@ class ImageDataModule(ResumableDataModule):
     @cached_property
     def splits(self) -> Splits:
         """The data set's splits, found at first use."""
-        return self.source.open(self.settings)
+        splits = self.source.open(self.settings)
+        if len(splits.class_names) < 2:
+            raise ValueError(f"data.dataset: expected at least two classes, found only {splits.class_names}")
+        return splits
 
     @property
     def class_names(self) -> list[str]:
@@ -210,6 +214,14 @@ class ImageDataModule(ResumableDataModule):
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
             )
+            loader.rank, loader.replicas = rank, replicas
+            loader.made_with = {
+                "data.num_workers": loader.num_workers,
+                "trainer.devices (processes in all)": replicas,
+                "data.batch_size": self.batch_size,
+                "data.shuffle_buffer": self.shuffle_buffer,
+                "data.seed": seed,
+            }
         else:
             images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
             sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
@@ -309,19 +321,34 @@ class ImageDataModule(ResumableDataModule):
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas) if replicas > 1 else rows
         transform = self._eval_transform if seed is None else self._train_transform
         return StreamImages(
-            rows, split.columns, decode_hub_image, transform, self.max_corrupt_share, batch_size, seed, rank
+            rows,
+            split.columns,
+            partial(decode_hub_image, folders=split.folders),
+            transform,
+            self.max_corrupt_share,
+            batch_size,
+            seed,
+            rank,
         )
 
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
-        workers = self._workers
+        workers, (rank, replicas) = self._workers, self._place
         images: StreamImages | EvalImages
+        sampler = None
         if isinstance(samples, HubStream):
             images = self._stream(samples, self.eval_batch_size, seed=None)
             workers = min(workers, images.stream.num_shards)
         else:
             images = EvalImages(ImageReader(samples, self.max_corrupt_share), self._eval_transform, keep_places)
+            if len(images) < replicas:
+                raise ValueError(
+                    f"trainer.devices: {replicas} processes cannot share {len(images)} images for evaluation"
+                )
+            if replicas > 1 and not keep_places:  # Lightning's own would count some images twice
+                sampler = UnrepeatedDistributedSampler(images, num_replicas=replicas, rank=rank, shuffle=False)
         return DataLoader(
             images,
+            sampler=sampler,
             batch_size=self.eval_batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,

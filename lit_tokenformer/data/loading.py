@@ -296,11 +296,15 @@ class EpochSampler(DistributedSampler):
         self.repeat = 0
         self.start = 0
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
+    def order(self, repeat: int) -> list[int]:
+        """Indices of this process's samples in one pass of the epoch."""
         generator = torch.Generator()
-        generator.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, self.repeat)).generate_state(1)[0]))
+        generator.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, repeat)).generate_state(1)[0]))
         order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        for index in order[self.rank : self.total_size : self.num_replicas][self.start :].tolist():
+        return order[self.rank : self.total_size : self.num_replicas].tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
+        for index in self.order(self.repeat)[self.start :]:
             yield self.epoch, self.repeat, index
 
 
@@ -325,7 +329,7 @@ class FitProgress:
         return self._loop.epoch_loop.batch_progress.total.processed
 
 
-class _CountingLoader(DataLoader):
+class CountingLoader(DataLoader):
     """A DataLoader that knows how many of the batches it handed out were trained on.
 
     Its constructor is the DataLoader's, so that Lightning can build it again with another sampler (overfit_batches).
@@ -357,7 +361,7 @@ class _CountingLoader(DataLoader):
         self._epoch, self._batches, self._restored = state_dict["epoch"], state_dict["batches"], True
 
 
-class ResumableLoader(_CountingLoader):
+class ResumableLoader(CountingLoader):
     """A loader over ``TrainImages`` and ``EpochSampler`` that goes on where its state says; nothing skipped is
     loaded."""
 
@@ -376,50 +380,33 @@ class ResumableLoader(_CountingLoader):
             self._batches += 1
             yield batch
 
-
-class ResumableStreamLoader(_CountingLoader):
-    """A loader over ``StreamImages`` that goes on where its state says.
-
-    Skipped samples are read, but neither decoded nor augmented. An exact resume needs the number of workers and of
-    processes the state was saved with: they decide who reads which shard. Without ``progress`` every iteration is the
-    next epoch.
-    """
-
-    _finished = False
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self.progress is not None:
-            epoch = self.progress.epoch
-        elif self._epoch is None or (self._restored and not self._finished):
-            epoch = self._epoch or 0
-        else:
-            epoch = self._epoch + 1
-        skip = 0
-        if self._restored and epoch == self._epoch:
-            epoch, skip = (epoch + 1, 0) if self._finished else (epoch, self._batches)
-        self._enter(epoch, skip)
-        self._finished = False
-        for batch in self._read(epoch, skip):
-            self._batches += 1
-            yield batch
-        self._finished = True
-
-    def _read(self, epoch: int, skip: int) -> Iterator[Any]:
-        """The batches of an epoch that come after the first ``skip``."""
-        stream: Any = self.dataset
-        # Workers take turns, so the first skip // workers batches of each lie before the point to go on from, whatever
-        # the shards' sizes.
-        stream.epoch, stream.skip_batches = epoch, skip // max(1, self.num_workers)
-        for number, batch in enumerate(super().__iter__()):
-            if number >= skip:
-                yield batch
-
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the batches of it that were trained on, and whether the epoch is over."""
-        state = super().state_dict()
-        return state | {"finished": self._finished and state["batches"] == self._batches}
+        """The epoch, the batches of it that were trained on, and how many samples all processes take at once."""
+        return super().state_dict() | {"length": len(self), "global_batch_size": self._global_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then."""
+        """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then.
+
+        The number of processes may be another one, if all of them together take as many samples at once.
+
+        Raises:
+            ValueError: If the state is of the middle of an epoch, and of batches of another size.
+        """
+        size = self._global_batch_size
+        saved = state_dict.get("global_batch_size", size)
+        if saved != size and state_dict["batches"] % state_dict["length"]:
+            raise ValueError(
+                f"data.batch_size: the checkpoint is of the middle of an epoch with batches of {saved} samples of all "
+                f"processes, and can be gone on from with these only; got {size}"
+            )
         super().load_state_dict(state_dict)
-        self._finished = state_dict["finished"]
+
+    @property
+    def _global_batch_size(self) -> int:
+        return (self.batch_size or 1) * getattr(self.sampler, "num_replicas", 1)
+
+    def samples(self, batch: int) -> list[int]:
+        """Indices of the samples in the n-th batch of the present epoch, counted over all its passes."""
+        repeat, number = divmod(batch, len(self))
+        size = self.batch_size or 1
+        return self.sampler.order(repeat)[number * size :][:size]  # type: ignore[attr-defined]

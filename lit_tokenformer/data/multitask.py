@@ -181,6 +181,10 @@ class MultiTaskDataModule(LightningDataModule):
             return batch
         return {name: self.parts[name].on_after_batch_transfer(one, dataloader_idx) for name, one in batch.items()}
 
+    def train_samples(self, batch: int) -> dict[str, list[int] | None]:
+        """As :meth:`ResumableDataModule.train_samples`, for each task."""
+        return {name: part.train_samples(batch) for name, part in self.parts.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training loaders stand."""
         return {name: part.state_dict() for name, part in self.parts.items()}

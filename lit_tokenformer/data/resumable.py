@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_tokenformer.data.loading import FitProgress, ResumableLoader, ResumableStreamLoader
+from lit_tokenformer.data.loading import FitProgress, ResumableLoader
+from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 
 
 class ResumableDataModule(LightningDataModule):
@@ -42,6 +43,15 @@ class ResumableDataModule(LightningDataModule):
             self._resume_from = {}
         self._train_loader = loader
         return loader
+
+    def train_samples(self, batch: int) -> list[int] | None:
+        """Indices of the samples in the n-th training batch of the present epoch; None where they have none (a stream).
+
+        Args:
+            batch: The number of the batch in its epoch, from zero.
+        """
+        loader = self._train_loader
+        return loader.samples(batch) if isinstance(loader, ResumableLoader) else None
 
     @property
     def _seed(self) -> int:

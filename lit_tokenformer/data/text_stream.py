@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lit_tokenformer.data.loading import ResumableStreamLoader
+from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 from lit_tokenformer.data.text_corpus import HashSplit
 from lit_tokenformer.data.text_sources import HubStream, Split
 from lit_tokenformer.data.token_cache import PADDING
@@ -198,12 +198,6 @@ class TextStreamLoader(ResumableStreamLoader):
     trained on already: they are made again and thrown away.
     """
 
-    rank = 0
-    replicas = 1
-    made_with: dict[str, int] = {}
-    """The settings a place depends on, by name."""
-
-    _group: Any = None
     _loaded: dict[str, Any] | None = None
 
     def _read(self, epoch: int, skip: int) -> Iterator[Tensor]:
@@ -214,7 +208,6 @@ class TextStreamLoader(ResumableStreamLoader):
         again, number = own["again"], 0
         stream.epoch, stream.start = epoch, dict(self._rounds)
         for number, (tokens, place) in enumerate(DataLoader.__iter__(self), start=1):
-            # A process whose shards are at their end ends the epoch of all, or the others would wait for it forever.
             if number > again and not self._all_have_a_batch(True):
                 break
             self._settle()
@@ -245,7 +238,7 @@ class TextStreamLoader(ResumableStreamLoader):
         """The epoch, the batches of it that were trained on, and the places of all processes and workers."""
         state = super().state_dict()
         if self._restored and self._loaded is not None:
-            return state | {name: self._loaded[name] for name in ("made_with", "ranks")}
+            return state | {"ranks": self._loaded["ranks"]}
         own: dict[str, Any] = {"workers": [], "again": 0}
         if self._epoch is not None:
             again = self._settle()
@@ -255,35 +248,16 @@ class TextStreamLoader(ResumableStreamLoader):
             ranks = [{}] * dist.get_world_size()
             dist.all_gather_object(ranks, own, group=self._processes())
             ranks = ranks[:: len(ranks) // self.replicas]
-        return state | {"made_with": self.made_with, "ranks": ranks}
+        return state | {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then.
 
         Raises:
-            ValueError: If the state was saved with other settings.
+            ValueError: If the state is of the middle of an epoch, and was saved with other settings.
         """
-        if state_dict["batches"] and not state_dict["finished"]:
-            for name, value in self.made_with.items():
-                if (saved := state_dict["made_with"].get(name)) != value:
-                    raise ValueError(
-                        f"{name}: the stream's place was saved with {saved}, and can be found with it only; got {value}"
-                    )
         super().load_state_dict(state_dict)
         self._loaded = state_dict
-
-    def _all_have_a_batch(self, here: bool) -> bool:
-        if self.replicas == 1 or not dist.is_initialized():
-            return here
-        flag = torch.tensor([int(here)])
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._processes())
-        return bool(flag)
-
-    def _processes(self) -> Any:
-        """All processes, connected on the CPU: no step waits for the accelerator because of this."""
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        return self._group
 
 
 class EvalStreamLoader(DataLoader):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm.auto import tqdm
@@ -194,7 +194,7 @@ def locked(cache_dir: Path, target: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            rank_zero_info(f"Another process makes {target}: waiting for it")
+            rank_zero_warn(f"Another process makes {target}: waiting for it")
             lock.acquire()
     try:
         yield

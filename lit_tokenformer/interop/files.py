@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +35,13 @@ def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = 
         raise ValueError(f"{setting}: {path} is not a file")
     try:
         mapped = (mmap or map_location == "meta") and zipfile.is_zipfile(path)
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says more
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         raise ValueError(f"{setting}: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what a reader of pickles raises on a file that is none has no common class
         raise ValueError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
 
 

@@ -43,8 +43,8 @@ class ScoreNorm(NamedTuple):
 def _l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
     """tau / ||scores||_2 for each row, (..., 1) in float32 at least; 0 for a row of zeros."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype)
-    return torch.where(norm > NORM_EPS, tau / norm.clamp_min(NORM_EPS), 0.0)
+    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_EPS)
+    return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # of tokens that are divided among processes, summed up once
 
 
 def _l2_gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:

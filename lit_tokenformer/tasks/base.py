@@ -17,10 +17,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
-from lit_tokenformer.growth import check_optimizer_state
 from lit_tokenformer.models import Pattention, Tokenformer, param_tokens, preset_config
+from lit_tokenformer.optimizer_growth import check_optimizer_state
+from lit_tokenformer.parallel import clip_gradients, divide
+from lit_tokenformer.sharded_checkpoints import load_into, save_folder
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _SIZES = {
@@ -28,6 +31,9 @@ _SIZES = {
     *("image_size", "patch_size", "in_chans", "num_classes"),
 }
 """Fields of an architecture that another one takes over to be compared with it."""
+
+COMPUTING_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "model_output")
+"""Methods that compute with a task's parameters, beside ``forward``."""
 
 
 class LitTask(pl.LightningModule):
@@ -128,6 +134,44 @@ class LitTask(pl.LightningModule):
         """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
 
+    def configure_model(self) -> None:
+        """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
+        if self.device_mesh is None or isinstance(self, FSDPModule):
+            return
+        averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
+        if averages:
+            raise ValueError(
+                f"trainer.callbacks: {type(averages[0]).__name__} averages whole models, and under "
+                "ModelParallelStrategy no process holds one; leave it out, or use 'ddp'"
+            )
+        divide(self, self.device_mesh, COMPUTING_METHODS)
+        strategy: Any = self.trainer.strategy
+        save = strategy.save_checkpoint
+
+        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            if strategy._save_distributed_checkpoint:
+                save_folder(strategy, save, checkpoint, filepath)
+            else:
+                save(checkpoint, filepath, storage_options)
+
+        def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            path = strategy.broadcast(checkpoint_path)
+            return load_into(self, strategy.optimizers, path, self._take_trained_weights, self._check_architecture)
+
+        strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, and for a model that is divided in several ways the same over all its parts."""
+        if isinstance(self, FSDPModule) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_gradients(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def put_within(self, task: LitTask, name: str) -> None:
         """Makes this a part of another task, which logs for it from now on: ``val/loss`` as ``val/NAME/loss``."""
         self._within = task, name  # in a tuple, or it would be a module of this one
@@ -227,7 +271,7 @@ class LitTask(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Tells callbacks the model's size, so that a checkpoint can have it in its name."""
         sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self).items()}
-        self.log_dict(sizes, logger=False)
+        self.log_dict(sizes, logger=False, sync_dist=True)
         self.log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -245,7 +289,7 @@ class LitTask(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.save_extras(checkpoint)
-        checkpoint["task"] = type(self).__name__
+        checkpoint["task"] = type(self).__name__.removeprefix("FSDP")  # which torch names the class of a divided model
         checkpoint["param_tokens"] = param_tokens(self)
         states: list[Any] = [_rng_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -256,12 +300,19 @@ class LitTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
         self.load_extras(checkpoint)
+        self._take_trained_weights(checkpoint)
+        if "state_dict" in checkpoint:  # else they were loaded already
+            self._check_architecture(checkpoint["state_dict"])
+        self._rng_states = checkpoint.get("rng_states")
+
+    def _take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint and self._trains_without_average():
             # the optimizer's state belongs to the weights that were trained, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
-        for problem in state_dict_problems(self, checkpoint["state_dict"]):
+
+    def _check_architecture(self, state_dict: Mapping[str, Any]) -> None:
+        for problem in state_dict_problems(self, state_dict):
             raise ValueError(f"ckpt_path: the checkpoint is of another architecture: {problem}")
-        self._rng_states = checkpoint.get("rng_states")
 
     def _trains_without_average(self) -> bool:
         trainer: Any = self._trainer
@@ -270,12 +321,16 @@ class LitTask(pl.LightningModule):
         return not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
     def on_train_start(self) -> None:
+        loop = self.trainer.fit_loop
+        epochs = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.completed == epochs.ready:
+            loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
             _set_rng_state(self._rng_states[self.global_rank])
         self._rng_states = None
 
 
-def state_dict_problems(module: nn.Module, state_dict: dict[str, Tensor]) -> Iterator[str]:
+def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
     own = module.state_dict()
     layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them

@@ -119,7 +119,7 @@ class LitCausalLM(LitLanguageTask):
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None:
             scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
-        self.log_dict(scores, prog_bar=True)
+        self.log_dict(scores, prog_bar=True, sync_dist=True)
 
     def _documents(self, batch: Tensor) -> Tensor | None:
         """The number of each token's document, (B, T); a separator belongs to the document that it ends."""

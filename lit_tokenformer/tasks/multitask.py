@@ -126,8 +126,8 @@ class LitMultiTask(LitTask):
         self.text.backbone.blocks = self.image.backbone.blocks
         self.text.backbone.norm = self.image.backbone.norm
         self.fixed_weights = fixed
-        self.log_variances = nn.ParameterDict({} if fixed else {name: nn.Parameter(torch.zeros(())) for name in PARTS})
-        """s of each task, (), where weights are learned."""
+        self.log_variances = nn.ParameterDict({} if fixed else {name: nn.Parameter(torch.zeros(1)) for name in PARTS})
+        """s of each task, (1,), where weights are learned."""
 
         self.remember_arguments(("overrides", "image", "text"))
         made = {key: self.hparams[key] for key in ("optimizer", "lr_scheduler", "_instantiator") if key in self.hparams}
@@ -152,12 +152,12 @@ class LitMultiTask(LitTask):
 
     def weights(self) -> dict[str, float | Tensor]:
         """The present weight of each task's loss."""
-        return {**self.fixed_weights, **{name: (-s).exp() for name, s in self.log_variances.items()}}
+        return {**self.fixed_weights, **{name: (-s).exp().squeeze() for name, s in self.log_variances.items()}}
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the tasks' losses, ()."""
         parts = [weight * losses[name] for name, weight in self.weights().items()]
-        return torch.stack([*parts, *self.log_variances.values()]).sum()
+        return torch.stack([*parts, *(s.squeeze() for s in self.log_variances.values())]).sum()
 
     def forward(self, x: Tensor, task: str = "image") -> Tensor:
         """Logits of one of the tasks: for images (B, C, H, W), or for token ids (B, T)."""
@@ -210,7 +210,7 @@ class LitMultiTask(LitTask):
             task.log_scores(stage)
         scores = self.trainer.callback_metrics
         losses = {name: scores[task.metric(f"{stage}/loss")] for name, task in self.tasks.items()}
-        self.log(f"{stage}/loss", self.total(losses), prog_bar=True)
+        self.log(f"{stage}/loss", self.total(losses), prog_bar=True, sync_dist=True)
 
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
         for task in self.tasks.values():

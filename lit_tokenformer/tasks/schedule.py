@@ -40,7 +40,7 @@ class LRSchedule:
             if value not in choices:
                 raise unknown_name(setting, value, choices)
         for setting in ("warmup", "decay"):
-            if getattr(self, setting) < 0:
+            if not 0 <= getattr(self, setting) < math.inf:
                 raise ValueError(f"schedule.{setting}: expected at least 0, got {getattr(self, setting)}")
         for setting in ("warmup_start", "min_factor"):
             if not 0 <= getattr(self, setting) <= 1:

@@ -1,0 +1,95 @@
+"""What surrounds a growth under each of Lightning's strategies, and which of them a model cannot grow under."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+)
+
+from lit_tokenformer.parallel import reshard
+
+
+@contextmanager
+def _rewrap_ddp(trainer: Trainer) -> Iterator[None]:
+    """Takes the model out of DDP and wraps it again: a reducer that outlives its parameters averages no gradient."""
+    strategy = trainer.strategy
+    assert isinstance(strategy, DDPStrategy)
+    wrapped: Any = strategy.model
+    if hasattr(wrapped, "_remove_autograd_hooks"):
+        wrapped._remove_autograd_hooks()
+    del wrapped
+    strategy.model = trainer.lightning_module
+    gc.collect()
+    yield
+    _forget_buckets(strategy._ddp_comm_state)
+    strategy._pl_static_graph_delay_done = False
+    strategy.configure_ddp()
+
+
+def _forget_buckets(state: Any) -> None:
+    """Drops what PowerSGD keeps of each bucket of gradients; like a new one it averages plainly for two steps first,
+    since DDP lays the buckets out anew after the first."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState  # not in every build of torch
+
+    if isinstance(state, PowerSGDState):
+        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            memory.clear()
+        state.iter = min(state.iter, max(0, state.start_powerSGD_iter - 2))
+
+
+@contextmanager
+def _between_gathers(trainer: Trainer) -> Iterator[None]:
+    """Growth of a model that is divided: modules must hold what the optimizer holds."""
+    reshard(trainer.lightning_module)
+    yield
+
+
+_STRATEGIES: dict[type, Callable[[Trainer], AbstractContextManager[None]] | None] = {
+    SingleDeviceStrategy: lambda trainer: nullcontext(),
+    DDPStrategy: _rewrap_ddp,
+    ModelParallelStrategy: _between_gathers,
+    DeepSpeedStrategy: None,  # inherits from DDPStrategy, but its engine owns flat copies of the parameters
+    SingleDeviceXLAStrategy: None,
+}
+"""What surrounds a growth under each strategy; the first class in a strategy's MRO counts, None refuses."""
+
+
+def refuse_strategy(kind: type) -> None:
+    """Refuses a strategy under which a model cannot grow.
+
+    Args:
+        kind: The class of the strategy.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if _around_growth(kind) is None:
+        raise ValueError(
+            f"trainer.strategy: a model cannot grow under {kind.__name__}; use 'auto', 'ddp' "
+            "or ModelParallelStrategy, or grow a checkpoint between two runs with `lit-tokenformer grow`"
+        )
+
+
+def growth_context(trainer: Trainer) -> AbstractContextManager[None]:
+    """What surrounds a growth under the trainer's strategy.
+
+    Raises:
+        ValueError: If a model cannot grow under it.
+    """
+    refuse_strategy(type(trainer.strategy))
+    context = _around_growth(type(trainer.strategy))
+    return nullcontext() if context is None else context(trainer)
+
+
+def _around_growth(kind: type) -> Callable[[Trainer], AbstractContextManager[None]] | None:
+    return next((_STRATEGIES[base] for base in kind.__mro__ if base in _STRATEGIES), None)

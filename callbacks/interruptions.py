@@ -1,0 +1,179 @@
+"""What happens when a fit is interrupted: by a signal that asks it to make room, or by an error in one process."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import platform
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+NOTHING, STOP, REQUEUE = 0, 1, 2
+"""What a signal asked for; more counts."""
+
+
+class PreemptionCheckpoint(Callback):
+    """Saves a checkpoint and ends the fit when the process gets SIGTERM or SIGUSR1.
+
+    The optimizer step under way is finished first, in all processes, so a fit goes on from the checkpoint bit for bit;
+    a validation under way is begun anew. It replaces ``last.ckpt`` in the folder of the checkpoints, where
+    ``--ckpt_path last`` finds it. Under SLURM, the signal that asks for a requeue writes ``hpc_ckpt_N.ckpt`` and
+    requeues the job, as Lightning does; Lightning alone would do so in the middle of a step.
+
+    The fit ends with ``SIGTERMException``.
+
+    Note:
+        Put it behind :class:`~callbacks.GrowingEMA`, which takes the average out of the model first if a validation is
+        interrupted. The command line adds it to every fit.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PreemptionCheckpoint()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._asked = NOTHING
+        self._requeue_signal: signal.Signals | None = None
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._asked = NOTHING
+            self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # asks all processes
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._agree(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._agree(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, SIGTERMException) or trainer.sanity_checking:
+            return
+        if trainer.validating:  # it is begun anew, or the scores of its first batches would be missing
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset_on_run()
+            progress.increment_ready()
+            progress.increment_started()
+        if self._asked == REQUEUE:
+            trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[arg-type]
+            return
+        folders = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        path = Path(folders[0] if folders and folders[0] else self._folder) / "last.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: saved {path}")
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Takes the signals over from Lightning, which acts on them in the midst of a step, and in one process only.
+
+        Lightning puts back what was there before the fit.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        environment = trainer._accelerator_connector.cluster_environment
+        numbers = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+        self._requeue_signal = None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._requeue_signal = environment.requeue_signal
+            numbers.add(environment.requeue_signal)
+        for number in numbers:
+            now = signal.getsignal(number)
+            if number == signal.SIGTERM or now == signal.SIG_DFL or isinstance(now, _HandlersCompose):  # none of a user
+                signal.signal(number, self._take)
+
+    def _take(self, number: int, _: Any) -> None:
+        self._asked = max(self._asked, REQUEUE if number == self._requeue_signal else STOP)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Lets every process end at this batch if one of them got a signal, but not with a gradient pending."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        if trainer.world_size > 1:
+            asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
+            self._asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if self._asked:
+            trainer._signal_connector.received_sigterm = True  # the loops end with a SIGTERMException
+
+
+class ErrorLog(Callback):
+    """Writes the error that ends a process to ``errors/rank_N.log`` below the log folder, with time, epoch and step.
+
+    Where Lightning started the other processes of this machine, the first one waits for their errors for some seconds
+    when it ends with one itself, and ends those that are still there: they would wait for it until their timeout.
+
+    Args:
+        seconds: How long the other processes are waited for.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ErrorLog()], logger=False)
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self.seconds = seconds
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "errors"  # asks all processes
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+            return
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # of a full disk, which may be the error that is to be told
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with (self._folder / f"rank_{trainer.global_rank}.log").open("a", encoding="utf-8") as file:
+                    file.write(_report(trainer, exception))
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            atexit.register(_end, trainer.strategy.launcher.procs, self.seconds)  # when the error is on the screen
+
+
+def _end(processes: list[subprocess.Popen], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _report(trainer: Trainer, exception: BaseException) -> str:
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    place = f"process {trainer.global_rank} of {trainer.world_size} on {platform.node()}"
+    return (
+        f"{now}, {place}, epoch {trainer.current_epoch}, step {trainer.global_step}\n"
+        + "".join(traceback.format_exception(exception))
+        + "\n"
+    )

@@ -1,0 +1,221 @@
+"""What happens when the loss is no number: the fit stops and says where, or goes back and leaves the batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from callbacks.monitor import norms_by_age, rows_by_age
+from callbacks.parameter_growth import ParameterGrowthCallback
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.parallel import gather
+
+_DIVIDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+_SHOWN = 64
+"""Samples of a batch that are named."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a batch is not a number, or infinite."""
+
+
+class LossGuard(Callback):
+    """Finds a loss that is NaN or infinite before the optimizer takes a step with it.
+
+    All processes decide together, if the loss of one of them is no number. What is told: epoch, step, the batch and its
+    samples (their indices, where the data module has ``train_samples(batch)``), and the norms of weights and gradients
+    of the parameter tokens that the latest growth appended, of the others, and of all other parameters.
+
+    Args:
+        action: ``stop`` ends the fit with an error; the checkpoints written before are whole and good. ``rollback``
+            puts weights, their moving average and the optimizer's state back to where the loss was a number, and goes
+            on with the next batch; the schedule of the learning rate counts on.
+        every_n_steps: Optimizer steps from one copy of that state to the next, with ``rollback``; it is kept in the
+            memory of the CPU.
+        max_rollbacks: So many times the fit goes back; then it stops.
+
+    Raises:
+        ValueError: For settings out of range, and when a fit starts, for ``rollback`` under a strategy that divides the
+            model among processes.
+        NonFiniteLoss: During a fit, as ``action`` says.
+
+    Note:
+        Under DDP this is one number for each optimizer step that all processes reduce. A loss scale that overflows in
+        16-bit precision is no loss that is not a number, and left to the scaler.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[LossGuard(action="rollback", every_n_steps=50)], logger=False)
+    """
+
+    def __init__(self, action: str = "stop", every_n_steps: int = 100, max_rollbacks: int = 3) -> None:
+        if action not in ("stop", "rollback"):
+            raise unknown_name("action", action, ("stop", "rollback"))
+        for setting, value in (("every_n_steps", every_n_steps), ("max_rollbacks", max_rollbacks)):
+            if value < 1:
+                raise ValueError(f"{setting}: expected at least 1, got {value}")
+        self.action = action
+        self.every_n_steps = every_n_steps
+        self.max_rollbacks = max_rollbacks
+        self.rollbacks = 0
+        """How often the fit went back."""
+        self._batch = 0
+        self._losses: list[tuple[int, Tensor]] = []
+        self._kept: _State | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rollbacks = state_dict["rollbacks"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.action == "rollback" and isinstance(trainer.strategy, _DIVIDING):
+            strategy = type(trainer.strategy).__name__
+            raise ValueError(f"action: rollback needs the whole model in each process, not {strategy}; use stop")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses, self._kept = [], None
+
+    def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
+        """Lets go of the state before a growth, which does not fit any more.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model, grown already.
+            event: What was done.
+        """
+        self._kept = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._losses.append((self._batch, loss.detach()))
+        if self.action == "rollback" and self._kept is None:
+            self._kept = _State(trainer, pl_module)  # at the start and after a growth there is none that is proven
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        losses, self._losses = self._losses, []
+        wrong = ~torch.stack([loss for _, loss in losses]).isfinite().all()
+        if not trainer.strategy.reduce(wrong.float(), reduce_op="max"):  # waits for the device, once for each step
+            if self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps:
+                self._kept = _State(trainer, pl_module)
+            return
+        found = _describe(trainer, pl_module, losses)
+        if self.action == "stop" or self._kept is None or self.rollbacks >= self.max_rollbacks:
+            spent = f"; the fit went back {self.rollbacks} times already" if self.rollbacks else ""
+            raise NonFiniteLoss(f"{found}; no optimizer step was taken with it{spent}")
+        self.rollbacks += 1
+        optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters that have no gradient
+        self._kept.restore(trainer)
+        rank_zero_warn(
+            f"{found}; back to the state of step {self._kept.step}, without these batches "
+            f"({self.rollbacks} of {self.max_rollbacks} times)"
+        )
+
+
+class _State:
+    """Weights and buffers of a model and of its moving averages, and the state of its optimizers, in the CPU's memory.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The model.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        averages = [one._average_model for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore
+        modules = [pl_module, *(average for average in averages if average is not None)]
+        self.step = trainer.global_step
+        self._tensors = [
+            (tensor, tensor.detach().to("cpu", copy=True))
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        ]
+        self._optimizers = [
+            {parameter: {name: _copy(value) for name, value in state.items()} for parameter, state in one.state.items()}
+            for one in trainer.optimizers
+        ]
+
+    @torch.no_grad()
+    def restore(self, trainer: Trainer) -> None:
+        """Puts everything back.
+
+        Args:
+            trainer: The trainer.
+        """
+        for tensor, kept in self._tensors:
+            tensor.copy_(kept)
+        for optimizer, states in zip(trainer.optimizers, self._optimizers, strict=True):
+            optimizer.state.clear()
+            for parameter, state in states.items():
+                optimizer.state[parameter] = {
+                    name: value[0].to(value[1], copy=True) if isinstance(value, tuple) else value
+                    for name, value in state.items()
+                }
+
+
+def _copy(value: Any) -> Any:
+    """A copy in the CPU's memory with the device it came from; what is no tensor, as it is."""
+    return (value.detach().to("cpu", copy=True), value.device) if isinstance(value, Tensor) else value
+
+
+def _describe(trainer: Trainer, pl_module: LightningModule, losses: list[tuple[int, Tensor]]) -> str:
+    """What was found, in one line, the same in every process."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    known = hasattr(datamodule, "train_samples") and not getattr(trainer, "overfit_batches", 0)
+    own = [
+        f"process {trainer.global_rank}: loss {float(loss)} in batch {batch}"
+        + (_samples(datamodule.train_samples(batch)) if known else "")
+        for batch, loss in losses
+        if not loss.isfinite()
+    ]
+    everyone: list[list[str]] = [own]
+    if trainer.world_size > 1:
+        everyone = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(everyone, own)
+    told = "; ".join(line for lines in everyone for line in lines)
+    norms = ", ".join(f"{name} {norm:.3g}" for name, norm in _norms(trainer, pl_module))
+    return f"the loss is no number at epoch {trainer.current_epoch}, step {trainer.global_step} ({told}); {norms}"
+
+
+def _samples(found: Any) -> str:
+    """The samples of a batch, or those of each task."""
+    if isinstance(found, Mapping):
+        return "".join(f", {name}{_samples(samples)}" for name, samples in found.items() if samples)
+    if not found:
+        return ""
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f" of samples {', '.join(map(str, found[:_SHOWN]))}{more}"
+
+
+def _norms(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, float]]:
+    """Norms of weights and gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
+    growths = [event for one in trainer.callbacks if isinstance(one, ParameterGrowthCallback) for event in one.events]  # type: ignore
+    tokens = list(rows_by_age(pl_module, growths[-1] if growths else None))
+    taken = {parameter for parameter, _ in tokens}
+    others = [parameter for parameter in pl_module.parameters() if parameter not in taken]
+    for kind in ("weights", "gradients"):
+        rows = [(_whole(kind, parameter), new) for parameter, new in tokens]
+        present = [(tensor, new) for tensor, new in rows if tensor is not None]
+        if present:
+            old, appended = norms_by_age(present)
+            yield f"norm of {kind} of old rows", float(old)
+            if growths:
+                yield f"of {kind} of new rows", float(appended)
+        rest = [tensor for parameter in others if (tensor := _whole(kind, parameter)) is not None]
+        if rest:
+            yield f"of other {kind}", float(torch.stack([tensor.float().norm() for tensor in rest]).norm())
+
+
+def _whole(kind: str, parameter: Tensor) -> Tensor | None:
+    """A parameter or its gradient, brought together where it is divided among processes."""
+    tensor = parameter.detach() if kind == "weights" else parameter.grad
+    return None if tensor is None else gather(tensor)

@@ -1,0 +1,244 @@
+"""What comes before the work of a run: settings are checked, messages wait, and a run that is refused leaves nothing.
+
+Lightning opens a run's log folder before it looks at data, schedules and checkpoints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from callbacks import ParameterGrowthCallback
+from callbacks.growth_strategies import refuse_strategy
+from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
+from lit_tokenformer.tasks import LitTask
+from lit_tokenformer.tasks.schedule import LRSchedule
+
+_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+
+_LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
+"""Settings of the trainer that Lightning does not check, and their least values."""
+
+
+class Beginning(Callback):
+    """Knows whether a run has begun to train, and holds Lightning's messages back until it works.
+
+    Warnings and errors are never held back.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        """Whether the model has been trained, so that an error is no longer one in what was given."""
+        self._messages: list[tuple[logging.Handler, logging.LogRecord]] = []
+        handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
+        self._filters = [(handler, _Holding(handler, self._messages)) for handler in handlers]
+        for handler, holding in self._filters:
+            handler.addFilter(holding)
+        self._new: list[Path] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_messages": [], "_filters": []}  # what shows messages cannot be copied
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        short: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(pl_module, LitTask) and pl_module.make_lr_scheduler is None and not short:
+            check_warmup(pl_module.schedule, trainer)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.show_messages()
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.show_messages()
+
+    def on_test_start(self, *_: Any) -> None:
+        self.show_messages()
+
+    def on_predict_start(self, *_: Any) -> None:
+        self.show_messages()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.over = True
+
+    def show_messages(self) -> None:
+        """Shows what was held back; from now on messages are shown as they come."""
+        for handler, holding in self._filters:
+            handler.removeFilter(holding)
+        self._filters = []
+        for handler, record in self._messages:
+            handler.handle(record)
+        self._messages.clear()
+
+    def remember_folders(self, trainer: Trainer) -> None:
+        """Notes which of the folders that a run writes to are not there yet."""
+        root = Path(trainer.default_root_dir)
+        logs = [Path(folder) for logger in trainer.loggers if (folder := getattr(logger, "log_dir", None))]
+        found = {place for folder in (root, *logs) for place in (folder / "errors", folder, *folder.parents)}
+        self._new = sorted((place for place in found if not place.exists()), key=lambda place: -len(place.parts))
+
+    def take_back(self) -> None:
+        """Drops the messages, and removes what this process has written into folders that are new."""
+        self._messages.clear()
+        own = (f"events.out.tfevents.*.{os.getpid()}.*", "config.yaml", "hparams.yaml", "rank_*.log")
+        for folder in self._new:
+            for path in [path for pattern in own for path in folder.glob(pattern)]:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+
+
+class _Holding(logging.Filter):
+    """Takes the messages that a handler is to show."""
+
+    def __init__(self, handler: logging.Handler, messages: list[tuple[logging.Handler, logging.LogRecord]]) -> None:
+        super().__init__()
+        self.handler = handler
+        self.messages = messages
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            self.messages.append((self.handler, record))
+        return record.levelno >= logging.WARNING
+
+
+def check_trainer_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses what a trainer would not.
+
+    Args:
+        settings: Its arguments.
+
+    Raises:
+        ValueError: For a number that is too small, and for a strategy under which a model is to grow and cannot.
+    """
+    for name, least in _LEAST.items():
+        value = settings.get(name)
+        if value is not None and not value >= least:
+            raise ValueError(f"trainer.{name}: expected at least {least}, got {value}")
+    strategy = settings.get("strategy")
+    grows = any(isinstance(callback, ParameterGrowthCallback) for callback in settings.get("callbacks") or [])
+    if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are refused when the fit starts
+        refuse_strategy(StrategyRegistry[strategy]["strategy"])
+
+
+def trainer_error(error: Exception, settings: Mapping[str, Any]) -> ValueError:
+    """Lightning's error with the name of the setting that it is about.
+
+    Args:
+        error: What the trainer raised.
+        settings: Its arguments.
+    """
+    message = " ".join(str(error).split())
+    places = {name: message.lower().find(name) for name in inspect.signature(Trainer).parameters}
+    named = sorted((place, -len(name), name) for name, place in places.items() if place >= 0)
+    valued = [name for name, value in settings.items() if isinstance(value, str) and value in message]
+    found = [name for *_, name in named] + valued
+    return ValueError(f"trainer{'.' + found[0] if found else ''}: {message}")
+
+
+def check_optimizer(task: LitTask) -> None:
+    """Makes a task's optimizer and its scheduler for a moment, to see that they can be.
+
+    Raises:
+        ValueError: If they cannot, or if a setting is no finite number.
+    """
+    setting = "model.optimizer"
+    try:
+        optimizer = task.build_optimizer()
+        for name, value in optimizer.defaults.items():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        setting = "model.lr_scheduler"
+        if task.make_lr_scheduler is not None:
+            task.make_lr_scheduler(optimizer)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{setting}: {' '.join(str(error).split())}") from None
+
+
+def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
+    """Warns of a warm-up that does not end within the fit; one that is shortened to try something is not refused.
+
+    Args:
+        schedule: The schedule of a task.
+        trainer: The trainer that fits it.
+    """
+    total = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
+    if schedule.unit == "epoch" and math.isinf(batches):
+        return  # a fit that is limited by steps knows its epochs later
+    steps_of = {"step": 1.0, "share": total, "epoch": batches / trainer.accumulate_grad_batches}
+    if schedule.warmup * steps_of[schedule.unit] > total:
+        rank_zero_warn(
+            f"schedule.warmup: {schedule.warmup:g} ({schedule.unit}) is longer than the fit of {total} optimizer "
+            "steps; the learning rate will not reach its full size"
+        )
+
+
+def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Refuses data of another kind than a task takes.
+
+    Args:
+        task: The task.
+        datamodule: Its data; only those of this project are looked at.
+
+    Raises:
+        ValueError: If the task needs classes or a vocabulary, and the data have none.
+    """
+    needed = {"num_classes", "vocab_size"} & inspect.signature(type(task)).parameters.keys()
+    if isinstance(datamodule, (ImageDataModule, TextDataModule, MultiTaskDataModule)):
+        for name in sorted(needed):
+            if not hasattr(type(datamodule), name):
+                kind = type(datamodule).__name__
+                raise ValueError(f"data: {kind} has no {name}, which {type(task).__name__} needs; take another of both")
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuses variables of a launcher that do not fit each other.
+
+    Args:
+        environment: The variables.
+
+    Raises:
+        ValueError: If one is no number, if there are several processes and this one has no number, or one beyond them.
+    """
+    numbers: dict[str, int] = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
+        value = environment.get(name)
+        if value is not None and not re.fullmatch(r"[0-9]+", value):
+            raise ValueError(f"{name}: expected a whole number of at least 0 in the environment, got {value!r}")
+        if value is not None:
+            numbers[name] = int(value)
+    size = numbers.get("WORLD_SIZE", 1)
+    if size > 1 and not numbers.keys() & {"RANK", "NODE_RANK", "GROUP_RANK"}:
+        raise ValueError(f"WORLD_SIZE: {size} processes, but RANK is not set; start them with torchrun, or unset it")
+    if "WORLD_SIZE" in numbers and numbers.get("RANK", 0) >= size:
+        raise ValueError(f"RANK: expected less than WORLD_SIZE={size}, got {numbers['RANK']}")
+
+
+def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
+    """Refuses a trainer that would have each process of torchrun train by itself.
+
+    Args:
+        environment: The variables.
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If torchrun started another number of processes than the trainer has.
+    """
+    started = int(environment.get("WORLD_SIZE", 1))
+    if "RANK" in environment and started != trainer.world_size:
+        raise ValueError(
+            f"trainer.devices: the trainer has {trainer.world_size} processes, and torchrun started {started}; "
+            "give trainer.devices for each node, and trainer.num_nodes"
+        )

@@ -1,0 +1,120 @@
+"""What becomes of an optimizer's state when a model grows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.growth import GrownParameter, regrown
+from lit_tokenformer.parallel import like
+
+NEW_STATES = ("mean", "zeros", "reset")
+
+_MOMENTS = {
+    "exp_avg": 1,
+    "momentum_buffer": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "row_var": 2,
+    "col_var": 2,
+    "variance": 2,
+}
+"""Optimizer state that can be carried over, and its degree in the gradient (2: an average of squared gradients)."""
+
+
+def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParameter], new_state: str = "mean") -> None:
+    """Puts grown parameters in the places of the old ones, and carries their optimizer state over.
+
+    Rows that were split inherit the state of their original (for keys the first moment divided by r, the second by
+    r^2, as their gradients are). Other new rows start with a first moment of zero.
+
+    Args:
+        optimizer: Any optimizer; parameters it does not hold are left alone.
+        grown: What :func:`grow` returned.
+        new_state: Second moment of the other new rows: ``mean`` (that of the old rows; with zeros and an old step count
+            their first updates would be 3 to 6 times the learning rate at beta2 = 0.999) or ``zeros``. ``reset`` drops
+            the whole state of each grown parameter, as the published code does.
+
+    Warns:
+        UserWarning: If an optimizer keeps state that cannot be carried over; that of the parameter is reset then.
+    """
+    if new_state not in NEW_STATES:
+        raise unknown_name("new_state", new_state, NEW_STATES)
+    places = {
+        parameter: (group["params"], index)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+    }
+    not_carried: set[str] = set()
+    for one in grown:
+        if one.old not in places:
+            continue
+        parameters, index = places[one.old]
+        parameters[index] = one.new
+        state = optimizer.state.pop(one.old, None)
+        if not state or new_state == "reset":
+            continue
+        unknown = {key for key, value in state.items() if not _can_carry(key, value, one)}
+        if unknown:
+            not_carried |= unknown
+        else:
+            optimizer.state[one.new] = {key: _grow_state(key, value, one, new_state) for key, value in state.items()}
+    if not_carried:
+        warnings.warn(
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(not_carried))}, which cannot be carried over a "
+            "growth: the optimizer state of the grown parameters was reset.",
+            stacklevel=2,
+        )
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raises a ``ValueError`` if any state of the optimizer has not the shape of its parameter.
+
+    ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if key not in _MOMENTS or not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+                    continue
+                pairs = zip(value.shape, parameter.shape, strict=True)
+                if any(have not in (want, 1) for have, want in pairs):
+                    raise ValueError(
+                        f"optimizer state: {key} of parameter {index} in group {number} has shape "
+                        f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
+                        "the checkpoint's weights and optimizer state do not belong together"
+                    )
+
+
+def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (int, float, str))  # a step count or a flag
+    if value.numel() == 1 and key not in _MOMENTS:
+        return True
+    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[0] in (1, grown.rows.before)
+
+
+@torch.no_grad()
+def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> Any:
+    if not isinstance(value, Tensor) or (value.numel() == 1 and key not in _MOMENTS):
+        return value
+    degree, rows = _MOMENTS[key], grown.rows
+    if value.shape[0] != rows.before:
+        return value * grown.gradient_scale**degree  # a factor without rows
+
+    def make(old: Tensor, place: slice) -> Tensor:
+        scaled = old * grown.gradient_scale**degree
+        rest = (rows.after - rows.copies * rows.before, *old.shape[1:])
+        if not rest[0]:
+            return rows.repeat(scaled)
+        filled = scaled.mean(dim=0).expand(rest) if degree == 2 and new_state == "mean" else scaled.new_zeros(rest)
+        return torch.cat([rows.repeat(scaled), filled])
+
+    local = regrown(value, rows, make)
+    return like(grown.new, local) if isinstance(value, DTensor) else local

@@ -1,0 +1,98 @@
+"""The parser of the command line, whose errors are one line that names the setting."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+import callbacks
+from lit_tokenformer import data, models, tasks
+
+_ROOMS = (tasks, data, models, callbacks)
+_NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not validate", "Expected a path")
+
+
+class Parser(LightningArgumentParser):
+    """Tells errors in one line, with the nearest right name for a misspelt one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        told = one_line(message)
+        if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
+            told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
+        for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
+            for key in re.findall(pattern, told):
+                name = key.split(".")[-1]
+                near = difflib.get_close_matches(name, self._names() - {name}, n=1)
+                told += f" (did you mean {near[0]!r}?)" if near else ""
+        print(f"error: {told}", file=sys.stderr)
+        self.exit(2)
+
+    def _names(self) -> set[str]:
+        """Every name that an option may have, those of the classes that a config can name included."""
+        parsers: list[Any] = [self]
+        if self._subcommands_action is not None:
+            parsers += self._subcommands_action._name_parser_map.values()
+        names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
+        for room in _ROOMS:
+            for part in (getattr(room, name) for name in room.__all__):
+                names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
+        return names
+
+
+def check_config(path: str) -> None:
+    """Refuses a config that is no YAML with settings in it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it cannot be read, is no YAML, or holds anything but settings.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: cannot read {path} ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        got = "an empty file" if found is None else f"a {type(found).__name__}"
+        raise ValueError(f"--config: expected settings by their names in {path}, got {got}")
+
+
+def one_line(message: str) -> str:
+    """What is wrong, in one line, out of a parser's report that repeats the types and the whole configuration.
+
+    Args:
+        message: The report.
+
+    Example:
+        >>> one_line('Parser key "trainer.max_epochs":\\n  Expected a <class \\'int\\'>. Got value: many')
+        "trainer.max_epochs: expected int, got 'many'"
+    """
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"Given value: (.*)|Got value: (.*)", message)
+    if not key and "Errors:" not in message:
+        return " ".join(message.split())
+    setting = f"{key[1]}: " if key else ""
+    causes = re.findall(r"^ *- (.+(?<=:)\n.*|.+)", message, flags=re.MULTILINE)
+    told = [" ".join(cause.split()) for cause in causes if not cause.startswith(_NO_CAUSE)]
+    given = [cause for cause in told if not cause.startswith(("Expected a ", "Expected an "))]
+    if given:
+        return given[0] if re.match(r"[\w.]+: ", given[0]) else f"{setting}{given[0]}"
+    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
+    kinds = [kind or choices for kind, choices in dict.fromkeys(expected) if kind != "NoneType"]
+    if value and kinds:
+        return f"{setting}expected {' or '.join(kinds)}, got {(value[1] or value[2] or '')!r}"
+    for name in re.findall(r"Expected a dot import path string: (.+)", message):
+        classes = [name for room in _ROOMS for name in room.__all__]
+        near = difflib.get_close_matches(name, classes, n=1)
+        return f"{setting}unknown class {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())

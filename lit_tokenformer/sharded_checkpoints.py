@@ -1,0 +1,343 @@
+"""Checkpoints of a model that is divided among processes: into it, out of it, and as folders.
+
+Lightning writes one file (``save_distributed_checkpoint: false``) or a folder, in which every process has put what it
+held (``torch.distributed.checkpoint``). Either can be read into a model that is divided among any number of processes,
+or not at all, whatever its number of parameter tokens was. torch's own reader unpickles the folder's index and small
+values without a look; the one here takes nothing but the types that torch puts there.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from lit_tokenformer.interop.files import load_pickle
+from lit_tokenformer.models import Pattention
+from lit_tokenformer.parallel import ShardedParameters, like, owned_rows, reshard
+
+INDEX, REST = ".metadata", "meta.pt"
+"""Files of a folder: torch's index of tensors, and what Lightning keeps beside them."""
+
+_INDEX_TYPES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
+        *("TensorProperties", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}
+"""What may be named in an index, by module."""
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a checkpoint that is a folder."""
+    return (Path(path) / REST).is_file()
+
+
+def read_index(path: str | os.PathLike[str]) -> dict[str, Tensor | None]:
+    """What a folder holds, by its name there: ``state_dict.NAME``, ``optimizer_0.state.NAME.exp_avg``, ...
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Tensors on the ``meta`` device, which have shape and precision but no numbers; ``None`` for what is no tensor.
+
+    Raises:
+        ValueError: If its index is not there, is damaged, or names anything but torch's own record types.
+    """
+    found = _Reader(path).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in found.items()
+    }
+
+
+def read_folder(path: str | os.PathLike[str], map_location: str = "cpu", optimizers: bool = True) -> dict[str, Any]:
+    """A folder as the file that one process would have written.
+
+    Args:
+        path: The folder.
+        map_location: Device of the tensors; ``meta`` reads their shapes only.
+        optimizers: Whether the state of optimizers is read too.
+
+    Raises:
+        ValueError: If it is not whole, is damaged or holds pickled code.
+    """
+    index = {name: entry for name, entry in read_index(path).items() if optimizers or name.startswith("state_dict.")}
+    targets = {
+        name: tensor if tensor is None else torch.empty_like(tensor, device="cpu") for name, tensor in index.items()
+    }
+    if map_location == "meta":
+        targets = {name: None for name, tensor in index.items() if tensor is None}
+    found: dict[str, Any] = {**index, **_read(path, targets)}
+    rest = load_pickle(Path(path) / REST, "ckpt_path", map_location)
+    return {**rest, "state_dict": _below(found, "state_dict."), "optimizer_states": _optimizers(found)}
+
+
+def load_into(
+    task: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    path: str | os.PathLike[str],
+    trained_weights: Callable[[dict[str, Any]], None],
+    problems: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Reads a checkpoint into a model that is divided; each process reads what it holds.
+
+    The model takes the checkpoint's numbers of parameter tokens first. All processes must call this.
+
+    Args:
+        task: The model; parameters that take another size are replaced.
+        optimizers: Its optimizers; what they hold is replaced.
+        path: A file or a folder.
+        trained_weights: Puts those weights in a checkpoint's ``state_dict`` with which a fit goes on.
+        problems: Refuses weights of another architecture, given their names with something that has a ``shape``.
+
+    Returns:
+        What else the checkpoint holds; of a file, weights and optimizer state too.
+
+    Raises:
+        ValueError: If it cannot be read, is of another architecture, or its optimizer state does not fit.
+    """
+    if is_sharded(path):
+        index = read_index(path)
+        weights = _below(index, "state_dict.")
+        problems(weights)
+        _resize(task, optimizers, weights)
+        targets: dict[str, Any] = {f"state_dict.{name}": tensor for name, tensor in _own_tensors(task).items()}
+        for number, optimizer in enumerate(optimizers):
+            prefix = f"optimizer_{number}."
+            state = _empty_state(task, optimizer, _below(index, prefix))
+            targets |= {prefix + name: value for name, value in state.items()}
+        found = _read(path, targets)
+        for optimizer, state in zip(optimizers, _optimizers(found), strict=False):
+            _take_state(task, optimizer, state)
+        return load_pickle(Path(path) / REST, "ckpt_path")
+    checkpoint = load_pickle(path, "ckpt_path", mmap=True)
+    trained_weights(checkpoint)
+    weights = checkpoint["state_dict"]
+    problems(weights)
+    _resize(task, optimizers, weights)
+    with torch.no_grad():
+        for name, target in _own_tensors(task).items():
+            _local(target).copy_(_own_part(target, weights[name]))
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
+        _take_state(task, optimizer, state)
+    return checkpoint
+
+
+def save_folder(
+    strategy: Any, save: Callable[[dict[str, Any], Any], None], checkpoint: dict[str, Any], path: Any
+) -> None:
+    """Writes a folder so that it is there whole or not at all; one of that name is there until then.
+
+    Args:
+        strategy: Lightning's; all its processes must call this.
+        save: Writes a checkpoint to a path.
+        checkpoint: What to write.
+        path: The folder.
+    """
+    target = Path(strategy.broadcast(path))
+    unfinished, before = (target.with_name(target.name + end) for end in (".part", ".before"))
+    if strategy.is_global_zero:
+        for left in (unfinished, before) if target.exists() else (unfinished,):
+            shutil.rmtree(left, ignore_errors=True)
+    strategy.barrier()
+    save(checkpoint, unfinished)
+    strategy.barrier()
+    if strategy.is_global_zero:
+        if target.exists():
+            os.replace(target, before)
+        os.replace(unfinished, target)
+        if before.is_dir():
+            shutil.rmtree(before)
+        before.unlink(missing_ok=True)
+    strategy.barrier()
+
+
+def mend_folders(folder: Path) -> None:
+    """Gives checkpoints their names back where a process was killed before it could give them to newer ones."""
+    for before in folder.glob("*.before"):
+        if not (target := before.with_name(before.name.removesuffix(".before"))).exists():
+            os.replace(before, target)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, but for what it would execute."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._folder = Path(path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = self._folder / INDEX
+        try:
+            with open(file, "rb") as stream:
+                found = _Unpickler(stream).load()
+            inside = all(Path(one.relative_path).name == one.relative_path for one in found.storage_data.values())
+        except Exception as error:  # whatever broken bytes make of an unpickler
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"ckpt_path: {file} holds pickled code or is damaged, and was not loaded ({reason})"
+            ) from None
+        if not inside:
+            raise ValueError(f"ckpt_path: {file} names files that lie elsewhere")
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's planner over flat names, but for what it would execute."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _read(path: str | os.PathLike[str], targets: dict[str, Any]) -> dict[str, Any]:
+    """Fills tensors in place, whole or divided; what is no tensor is put into the dictionary."""
+    reader = _Reader(path)
+    for name in {one.relative_path for one in reader.read_metadata().storage_data.values()}:
+        if not (Path(path) / name).is_file():
+            raise ValueError(f"ckpt_path: {path} is not whole: {name} is missing")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(targets, storage_reader=reader, planner=_Planner(), no_dist=True)
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"ckpt_path: {path} is damaged or holds pickled code ({lines[-1]})") from None
+    return targets
+
+
+def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _optimizers(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flat names back into what optimizers call their state; parameters go by their names."""
+    found: list[dict[str, Any]] = []
+    while entries := _below(values, f"optimizer_{len(found)}."):
+        state: dict[str, dict[str, Any]] = {}
+        for name, value in _below(entries, "state.").items():
+            parameter, _, key = name.rpartition(".")
+            state.setdefault(parameter, {})[key] = value
+        groups: dict[int, dict[str, Any]] = {}
+        for name, value in _below(entries, "param_groups.").items():
+            number, _, key = name.partition(".")
+            groups.setdefault(int(number), {})[key] = value
+        found.append({"state": state, "param_groups": [groups[number] for number in sorted(groups)]})
+    return found
+
+
+def _own_tensors(task: nn.Module) -> dict[str, Tensor]:
+    """Everything that a checkpoint of the model holds, as the modules hold it."""
+    return {name: tensor.detach() for name, tensor in task.state_dict(keep_vars=True).items()}
+
+
+def _names(task: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The names of each parameter; one that stands in two places has two."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in task.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _empty_state(task: nn.Module, optimizer: torch.optim.Optimizer, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Targets for an optimizer's part of a folder, by their names there."""
+    found: dict[str, Any] = {name: None for name in index if name.startswith("param_groups.")}
+    state = _below(index, "state.")
+    names = _names(task)
+    for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+        for name in names[parameter]:
+            for key, saved in _below(state, f"{name}.").items():
+                value = saved if saved is None else torch.empty_like(saved, device="cpu")
+                if saved is not None and saved.ndim and saved.shape == parameter.shape:
+                    value = like(parameter.detach(), torch.empty_like(_local(parameter), dtype=saved.dtype))
+                found[f"state.{name}.{key}"] = value
+    return found
+
+
+def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """An optimizer's state out of a checkpoint; of whole tensors each process keeps what it holds of the parameter."""
+    groups = optimizer.param_groups
+    counts = [[len(group["params"]) for group in one] for one in (saved["param_groups"], groups)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"optimizer state: it is of groups of {counts[0]} parameters, the model has {counts[1]}")
+    names = _names(task)
+    for old, group in zip(saved["param_groups"], groups, strict=True):
+        by_name = {name: parameter for parameter in group["params"] for name in names[parameter]}
+        for label, parameter in zip(old["params"], group["params"], strict=True):
+            owner = by_name[label] if isinstance(label, str) else parameter
+            values = saved["state"].get(label)
+            if values:
+                optimizer.state[owner] = {key: _divided(owner, value) for key, value in values.items()}
+        group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def _divided(parameter: nn.Parameter, value: Any) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != parameter.shape or value.ndim == 0:
+        return value.clone()
+    return like(parameter.detach(), _own_part(parameter, value).to(parameter.device, copy=True))
+
+
+def _own_part(target: Tensor, whole: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds of another one."""
+    if not isinstance(target, DTensor):
+        return whole
+    own = owned_rows(target, len(whole))
+    return whole[own.start : own.stop]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _resize(task: nn.Module, optimizers: list[torch.optim.Optimizer], weights: Mapping[str, Any]) -> None:
+    """Gives every Pattention layer the number of tokens that a checkpoint has; what is in them means nothing."""
+    reshard(task)
+    sharded = ShardedParameters(task)
+    for name, layer in task.named_modules():
+        for part in layer.PARTS if isinstance(layer, Pattention) else ():
+            old = getattr(layer, part)
+            total = len(weights[f"{name}.{part}"]) if old is not None else 0
+            if old is None or len(old) == total:
+                continue
+            rows = len(owned_rows(old, total)) if isinstance(old, DTensor) else total
+            new = sharded.replace(layer, part, _local(old).new_empty(rows, *old.shape[1:]), total)
+            for optimizer in optimizers:
+                optimizer.state.pop(old, None)
+                for group in optimizer.param_groups:
+                    group["params"] = [new if one is old else one for one in group["params"]]

@@ -1,0 +1,197 @@
+"""Fits of a model that is divided among processes, and the same fits on one process; run by test_sharded.py.
+
+Usage: sharded_scenarios.py FOLDER; started with torchrun's environment for several processes, or alone after these.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from callbacks import ParameterGrowthCallback, TrainingMonitor
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.growth import grow_one_by_one
+from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig
+from lit_tokenformer.optimizer_growth import grow_optimizer
+from lit_tokenformer.parallel import divide, reshard
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
+FITS = {
+    "even": {"growth": {1: 16, 2: 32}},  # no row moves between two processes
+    "uneven": {
+        "growth": {1: {"qkv": 13, "proj": 11, "ffn": 47}, 2: {"qkv": 26, "proj": 35, "ffn": 50}},
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 0.05,
+    },
+    "dropout": {"growth": {1: 12}, "overrides": {"drop_path": 0.3}, "max_epochs": 2},
+}
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class Gathered(Callback):
+    """Keeps all weights and moments at the end of each epoch."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        reshard(pl_module)
+        state = {name: whole(tensor) for name, tensor in pl_module.state_dict(keep_vars=True).items()}
+        (optimizer,) = trainer.optimizers
+        for name, parameter in pl_module.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                state[f"{name}.{key}"] = whole(value)
+        self.epochs.append({**state, "lr": torch.tensor(optimizer.param_groups[0]["lr"])})
+
+
+def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
+    """A fit of 4 epochs of 6 global batches.
+
+    Args:
+        folder: Where its checkpoints go, one for each epoch.
+        name: A key of FITS.
+        data: Data-parallel processes.
+        tokens: Tensor-parallel processes.
+        folders: Whether checkpoints are folders; None: Lightning's strategy for one device.
+        ckpt_path: What it resumes from.
+    """
+    seed_everything(0)
+    settings = dict(FITS[name])
+    task = LitImageClassifier(
+        "tokenformer_vit_tiny_patch16_224",
+        num_classes=10,
+        image_size=8,
+        overrides={**SIZES, **settings.pop("overrides", {})},
+        schedule=LRSchedule("cosine", min_factor=0.1),
+    )
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(96, 3, 8, 8, generator=generator), torch.randint(10, (96,), generator=generator)
+    samples = TensorDataset(images, labels)
+    sampler = DistributedSampler(samples, num_replicas=data, rank=RANK // tokens, shuffle=False)
+    strategy = "auto"
+    if folders is not None:
+        strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
+    gathered, growth = Gathered(), ParameterGrowthCallback(settings.pop("growth"))
+    keep = ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    trainer = Trainer(
+        **{"max_epochs": 4, **settings},
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=strategy,
+        plugins=[WholeCheckpointIO()],
+        logger=CSVLogger(folder, name=None, version=""),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[growth, gathered, keep, TrainingMonitor(log_images=0)],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
+    return {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
+
+
+def divided_tokens():
+    """Worst difference of outputs and gradients of one Pattention layer, divided and not, and its collectives."""
+    mesh, found = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data_parallel", "tensor_parallel")), {}
+    for norm in SCORE_NORMS:
+        torch.manual_seed(0)
+        layer = Pattention(6, 5, num_tokens=7, score_norm=norm, key_std=1.0, value_std=1.0)
+        series = Pattention(5, 6, num_tokens=9, score_norm=norm, series=1 if norm == "softmax" else 3)
+        x, target = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
+        plain = nn.Sequential(layer, series).double()
+        states = []
+        for divided in (False, True):
+            model = plain
+            if divided:
+                model = nn.Sequential(
+                    Pattention(6, 5, num_tokens=7, score_norm=norm),
+                    Pattention(5, 6, num_tokens=9, score_norm=norm, series=series.series),
+                ).double()
+                model.load_state_dict({name: tensor.detach().clone() for name, tensor in plain.state_dict().items()})
+                divide(model, mesh, ())
+            given = x.clone().requires_grad_()
+            with CommDebugMode() as counted, torch.no_grad():
+                model(given)
+            reshard(model)
+            out = model(given)
+            ((out - target) ** 2).sum().backward()
+            gradients = [whole(parameter.grad) for parameter in model.parameters()]
+            states.append([out.detach(), given.grad, *gradients])
+        found[norm] = {
+            "difference": max(float((a - b).abs().max()) for a, b in zip(*states, strict=True)),
+            "all_reduces": sum(n for name, n in counted.get_comm_counts().items() if "all_reduce" in str(name)),
+        }
+    return found
+
+
+def growth_memory(method):
+    """Peak resident bytes of this process beyond what it had without a model, and what it may have, in a growth."""
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    config = TokenformerConfig(
+        dim=256, depth=4, num_heads=4, image_size=8, patch_size=4, param_tokens={"qkv": 64, "proj": 64, "ffn": 8192}
+    )
+    before = resident("VmRSS")
+    model = Tokenformer(config)
+    divide(model, mesh, ())
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for one in grow_one_by_one(model, {"ffn": 16384}, method):
+        grow_optimizer(optimizer, [one])
+        del one
+    peak = resident("VmHWM") - before
+    local = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    layer = 2 * 16384 * config.dim * 4
+    return {"peak": peak, "allowed": 3 * local + 2 * layer, "final": 3 * local, "layer": layer}
+
+
+def main(folder):
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found = {}
+    if WORLD > 1:
+        found["even"] = fit(folder / "even", "even", data=WORLD, folders=False)
+        found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
+        found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
+        found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
+        for name, path in (("even", "even/end1.ckpt"), ("uneven", "uneven/end1.ckpt"), ("uneven", "uneven/end0.ckpt")):
+            found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
+        path = folder / "tokens/end1.ckpt"
+        found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
+        found["layers"] = divided_tokens()
+        found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
+    else:
+        for name in ("even", "uneven"):
+            found[name] = fit(folder / f"one-{name}", name)
+            path = folder / name / "end1.ckpt"
+            found[f"{name} from several"] = fit(folder / "more-one", name, ckpt_path=path)
+            found[f"{name} on a mesh of one"] = fit(folder / "more-one", name, folders=True, ckpt_path=path)
+    torch.save(found, folder / f"found-{WORLD}-{RANK}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,247 @@
+"""A fit that is asked to make room saves a checkpoint, ends, and goes on bit for bit; errors are written down."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from callbacks import ErrorLog, GrowingEMA, ParameterGrowthCallback, PreemptionCheckpoint
+from lit_tokenformer.checkpoint_io import last_checkpoint
+from lit_tokenformer.data import ImageDataModule, Tokenizer, token_cache
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+pytestmark = pytest.mark.usefixtures("few_digits")  # 8 batches of 16
+
+ROOT = Path(__file__).parents[1]
+TINY = {"dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "param_tokens": 4}
+
+
+class Signals(Callback):
+    """Sends a signal in the midst of a training step or of a validation."""
+
+    def __init__(self, number, step=None, validation=None, batch=0):
+        self.number, self.step, self.validation, self.batch = number, step, validation, batch
+        self.validated = []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.global_step == self.validation and batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validated.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+
+
+class Breaks(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            raise KeyError("what went wrong")
+
+
+def fit(folder, *callbacks, ckpt_path=None, **trainer):
+    """Two epochs of eight steps with a growth and a moving average; a checkpoint of every second step."""
+    seed_everything(1 if ckpt_path is None else 99)
+    task = LitImageClassifier(
+        "tokenformer_vit_tiny_patch16_224",
+        num_classes=10,
+        image_size=8,
+        overrides={**TINY, "drop_path": 0.1},
+        schedule=LRSchedule("cosine", warmup=1),
+    )
+    fit = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ParameterGrowthCallback({1: 8}), GrowingEMA(decay=0.9), *callbacks],
+        **trainer,
+    )
+    data = ImageDataModule("digits", batch_size=16, eval_batch_size=12, seed=3, num_workers=0)
+    try:
+        fit.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    except SIGTERMException:
+        fit.interrupted_at = fit.global_step
+    moments = [tensor for state in fit.optimizers[0].state.values() for tensor in state.values()]
+    fit.found = [*task.state_dict().values(), *moments]
+    return fit
+
+
+@pytest.fixture(scope="module")
+def whole(few_digits, tmp_path_factory):
+    """The fit that is not interrupted, and its validations."""
+    validated = Signals(signal.SIGTERM)
+    return fit(tmp_path_factory.mktemp("whole"), validated, enable_checkpointing=False), validated.validated
+
+
+CASES = {
+    "mid-epoch": {"step": 4},
+    "last batch of an epoch": {"step": 7},
+    "first batch after a growth": {"step": 8},
+    "validation": {"validation": 8},
+    "last batch of a validation": {"validation": 8, "batch": 2},
+    "last batch": {"step": 15},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sigterm_saves_and_the_fit_goes_on_bit_for_bit(tmp_path, whole, case):
+    before, after = Signals(signal.SIGTERM, **CASES[case]), Signals(signal.SIGTERM)
+    stopped = fit(tmp_path, before, PreemptionCheckpoint(), enable_checkpointing=False)
+    assert stopped.interrupted_at == CASES[case].get("validation", CASES[case].get("step", 0) + 1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    path = last_checkpoint(tmp_path)
+    resumed = fit(tmp_path, after, PreemptionCheckpoint(), ckpt_path=path, enable_checkpointing=False)
+    assert resumed.global_step == 16
+    assert len(resumed.found) == len(whole[0].found)
+    assert all(map(torch.equal, resumed.found, whole[0].found))
+    assert before.validated + after.validated == whole[1]
+
+
+def test_sigusr1_without_slurm_does_the_same_beside_other_checkpoints(tmp_path, whole):
+    def saves():
+        return ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=2, save_last=True)
+
+    fit(tmp_path, Signals(signal.SIGUSR1, step=4), PreemptionCheckpoint(), saves())
+    path = tmp_path / "kept" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 5
+    assert sorted(os.listdir(tmp_path / "kept")) == ["last.ckpt", "step=4.ckpt"]
+    resumed = fit(tmp_path, PreemptionCheckpoint(), saves(), ckpt_path=path)
+    assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+def test_slurm_requeues_and_the_job_goes_on_by_itself(tmp_path, whole, monkeypatch):
+    names = {"NTASKS": 1, "JOB_ID": 17, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "job"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    runs = tmp_path / "runs"
+
+    def start(*callbacks):
+        return fit(runs, *callbacks, PreemptionCheckpoint(), plugins=[SLURMEnvironment()], enable_checkpointing=False)
+
+    assert start(Signals(signal.SIGUSR1, step=9)).interrupted_at == 10
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert last_checkpoint(runs) == runs / "hpc_ckpt_1.ckpt"
+    resumed = start()  # Lightning finds its checkpoint without being told
+    assert resumed.global_step == 16
+    assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+def test_the_error_of_a_process_is_written_down(tmp_path):
+    with pytest.raises(KeyError):
+        fit(tmp_path, Breaks(), ErrorLog(), enable_checkpointing=False)
+    text = (tmp_path / "errors" / "rank_0.log").read_text()
+    assert "process 0 of 1 on " in text and ", epoch 0, step 4\n" in text
+    assert text.rstrip().endswith("KeyError: 'what went wrong'")
+    assert Path(__file__).name in text
+
+
+def test_a_cache_whose_process_was_killed_is_made_anew(tmp_path):
+    def documents():
+        yield from [("train", "one"), ("val", "two"), ("test", "three")] * 50
+
+    def make():
+        return token_cache.open_or_build(tmp_path, "corpus", documents, Tokenizer.bytes(), None)
+
+    child = os.fork()
+    if not child:
+        written = []
+        write = token_cache._write
+
+        def counted(file, ids):
+            written.append(ids)
+            if len(written) == 100:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(file, ids)
+
+        token_cache._write = counted
+        make()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "tokens" / "corpus").exists()
+    assert token_cache.open_cache(tmp_path / "tokens" / "corpus") is None
+    assert make().total.documents == 150
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory):
+    """What became of two processes under DDP: exit statuses and seconds of each scenario, and their folder."""
+    folder = tmp_path_factory.mktemp("scenarios")
+    run_script("tests/fault_scenarios.py", folder)
+    return json.loads((folder / "found.json").read_text()), folder
+
+
+def run_script(*args):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_and_they_go_on_bit_for_bit(scenarios):
+    found, folder = scenarios
+    assert found["sigterm to one"]["statuses"] == found["sigusr1 to the first"]["statuses"] == [143, 143]
+    for name in ("sigterm to one", "sigusr1 to the first"):
+        checkpoint = torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 7
+        assert not (folder / name / "errors").exists()
+    for rank in range(2):
+        weights, expected = (
+            torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in ("goes on", "whole")
+        )
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_stops_both(scenarios):
+    found, folder = scenarios
+    assert found["not a number"]["statuses"] == [1, 1]
+    first, second = ((folder / "not a number" / "errors" / f"rank_{rank}.log").read_text() for rank in range(2))
+    told = [line for line in first.splitlines() if "NonFiniteLoss: " in line]
+    assert "at epoch 1, step 6 (process 1: loss nan in batch 2 of samples" in told[0]
+    assert told[0] in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "statuses"),
+    [("killed", [1, -9]), ("the first killed", [-9, 1]), ("raises", [1, 1]), ("hangs", [1, -9])],
+)
+def test_a_process_does_not_wait_for_a_dead_one_longer_than_its_timeout(scenarios, name, statuses):
+    found, folder = scenarios
+    assert found[name]["statuses"] == statuses
+    alone = max(found["whole"]["seconds"])
+    assert max(found[name]["seconds"]) < 6 + 2 * alone + 5
+    for rank, status in enumerate(statuses):
+        log = folder / name / "errors" / f"rank_{rank}.log"
+        assert log.exists() == (status == 1)
+        assert status != 1 or ", epoch 1, step 6\n" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_and_ends_bit_equal(tmp_path):
+    options = ("--trainer.limit_train_batches", 5, "--logs", tmp_path / "runs", "--output", tmp_path / "found.json")
+    run_script("benchmarks/faults.py", "--runs", 3, *options)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["equal"] == len(found["runs"]) == 3
+    kills = [kill for run in found["runs"] for kill in run["kills"]]
+    assert {"growing", "writing"} <= {*kills}

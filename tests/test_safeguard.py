@@ -1,0 +1,182 @@
+"""A loss that is no number never reaches the weights; what a fit came to is told by size."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, RunSummary, TrainingMonitor
+from callbacks.safeguard import NonFiniteLoss
+from lit_tokenformer.data import ImageDataModule
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+
+pytestmark = pytest.mark.usefixtures("few_digits")  # 8 batches of 16
+
+TINY = {"dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "param_tokens": 4}
+
+
+class Task(LitImageClassifier):
+    """Its loss is no number in some batches, counted over the whole fit."""
+
+    bad = {}
+
+    def training_step(self, batch, batch_idx):
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        return super().training_step(batch, batch_idx) * self.bad.get(number, 1.0)
+
+
+class Weights(Callback):
+    """Keeps weights and moments as they are before each batch."""
+
+    def __init__(self):
+        self.before = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        moments = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
+        self.before.append([tensor.detach().clone() for tensor in (*pl_module.state_dict().values(), *moments)])
+
+
+def fit(folder, bad, *callbacks, guard=None, epochs=2, ckpt_path=None, **trainer):
+    seed_everything(1)
+    task = Task(
+        "tokenformer_vit_tiny_patch16_224",
+        num_classes=10,
+        image_size=8,
+        overrides=TINY,
+        schedule=LRSchedule("constant"),
+    )
+    task.bad = bad
+    weights = Weights()
+    fit = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        callbacks=[*callbacks, guard or LossGuard(), weights],
+        **trainer,
+    )
+    data = ImageDataModule("digits", batch_size=16, seed=3, num_workers=0)
+    fit.weights, fit.data = weights, data
+    try:
+        fit.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    except NonFiniteLoss as error:
+        fit.error = str(error)
+    return fit
+
+
+def equal(some, others):
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_fit_stops_before_the_step_and_names_the_batch(tmp_path, value):
+    growth = ParameterGrowthCallback({1: 8})
+    stopped = fit(tmp_path, {11: value}, growth, enable_checkpointing=False)
+    assert re.match(
+        r"the loss is no number at epoch 1, step 11 \(process 0: loss (nan|inf) in batch 3 of", stopped.error
+    )
+    for part in ("norm of weights of old rows", "of weights of new rows", "norm of gradients of old rows"):
+        number = re.search(rf"{part} (\S+?),", stopped.error)[1]
+        assert math.isfinite(float(number)) == ("weights" in part)
+    last = [tensor.detach() for tensor in stopped.lightning_module.state_dict().values()]
+    assert equal(last, stopped.weights.before[-1][: len(last)])
+    named = [int(one) for one in re.search(r"of samples ([\d, ]+)\)", stopped.error)[1].split(",")]
+    keys = list(stopped.data._train_loader.sampler)
+    assert named == [index for _, _, index in keys][3 * 16 : 4 * 16]
+
+
+def test_samples_of_any_pass_are_those_that_were_loaded():
+    data = ImageDataModule("digits", batch_size=16, seed=3, num_workers=0)
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    seen = []
+    inner = loader.dataset.__class__.__getitem__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            loader.dataset.__class__, "__getitem__", lambda self, key: (seen.append(key), inner(self, key))[1]
+        )
+        for _ in range(2):  # the second pass of the same epoch is in another order
+            list(loader)
+    for batch in (0, 7, 8, 15):
+        assert data.train_samples(batch) == [index for _, _, index in seen[batch * 16 : (batch + 1) * 16]]
+
+
+def test_a_bad_batch_among_those_that_are_accumulated_is_found(tmp_path):
+    stopped = fit(tmp_path, {2: math.nan}, accumulate_grad_batches=4, enable_checkpointing=False)
+    assert "epoch 0, step 0 (process 0: loss nan in batch 2 of samples" in stopped.error
+
+
+def test_rollback_goes_back_to_the_last_copy_and_on_with_the_next_batch(tmp_path):
+    guard = LossGuard("rollback", every_n_steps=4)
+    with pytest.warns(UserWarning, match=r"step 6 .*; back to the state of step 4, .*\(1 of 3 times\)"):
+        went_on = fit(tmp_path, {6: math.nan}, guard=guard, enable_checkpointing=False)
+    before = went_on.weights.before
+    assert equal(before[7], before[4])
+    assert not equal(before[8], before[7])
+    assert all(bool(tensor.isfinite().all()) for tensor in before[-1])
+    assert went_on.global_step == 16
+    assert guard.rollbacks == 1
+
+
+def test_rollback_right_after_a_growth_keeps_the_grown_model_and_its_average(tmp_path):
+    average = GrowingEMA(decay=0.5)
+    growth = ParameterGrowthCallback({1: 8})
+    with pytest.warns(UserWarning, match="step 8 .*; back to the state of step 8"):
+        went_on = fit(tmp_path, {8: math.nan}, growth, average, guard=LossGuard("rollback"), enable_checkpointing=False)
+    assert went_on.global_step == 16
+    assert len(growth.events) == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in average._average_model.state_dict().values())
+
+
+def test_too_many_rollbacks_stop_the_fit(tmp_path):
+    guard = LossGuard("rollback", max_rollbacks=2)
+    with pytest.warns(UserWarning, match="2 of 2 times"):
+        stopped = fit(tmp_path, {3: math.nan, 5: math.inf, 9: math.nan}, guard=guard, enable_checkpointing=False)
+    assert "step 9" in stopped.error and "went back 2 times already" in stopped.error
+
+
+def test_a_guard_changes_no_bit_of_a_fit_without_faults(tmp_path):
+    guarded = fit(tmp_path, {}, guard=LossGuard("rollback", every_n_steps=3), enable_checkpointing=False)
+    plain = fit(tmp_path, {}, guard=Callback(), enable_checkpointing=False)
+    assert equal(guarded.weights.before[-1], plain.weights.before[-1])
+
+
+def test_wrong_settings_are_told():
+    with pytest.raises(ValueError, match="action: unknown value 'rolback', did you mean 'rollback'"):
+        LossGuard("rolback")
+    with pytest.raises(ValueError, match="every_n_steps: expected at least 1, got 0"):
+        LossGuard(every_n_steps=0)
+
+
+def test_summary_tells_every_size_and_survives_a_resume(tmp_path, capsys):
+    def callbacks(folder):
+        best = ModelCheckpoint(folder, "best{step}", monitor="val/acc1", mode="max")
+        every = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4)
+        return ParameterGrowthCallback({1: 8}), TrainingMonitor(), RunSummary(), best, every
+
+    whole = fit(tmp_path / "a", {}, *callbacks(tmp_path / "a"))
+    found = json.loads((tmp_path / "a" / "summary.json").read_text())["stages"]
+    assert [stage["tokens"] for stage in found] == [{"qkv": n, "proj": n, "ffn": 4 * n} for n in (4, 8)]
+    assert [stage["steps"] for stage in found] == [8, 8]
+    (monitor,) = (one for one in whole.callbacks if isinstance(one, TrainingMonitor))
+    assert sum(stage["training_flops"] for stage in found) == monitor.training_flops
+    assert found[0]["training_flops"] < found[1]["training_flops"]
+    for stage, steps in zip(found, ("best=8", "best=16"), strict=False):
+        assert f"{steps.replace('best=', 'beststep=')}.ckpt" in stage["best"]["path"]
+    assert "What this fit came to" in capsys.readouterr().out
+
+    fit(tmp_path / "b", {}, *callbacks(tmp_path / "b"), ckpt_path=tmp_path / "a" / "step=12.ckpt")
+    resumed = json.loads((tmp_path / "b" / "summary.json").read_text())["stages"]
+    kept = ("tokens", "steps", "training_flops")
+    assert [[stage[name] for name in kept] for stage in resumed] == [[stage[name] for name in kept] for stage in found]
+    assert resumed[0] == found[0]
+    assert resumed[1]["seconds"] > 0

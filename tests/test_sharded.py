@@ -1,0 +1,179 @@
+"""Growth, resume and checkpoints of a model divided among two processes, by FSDP2 or by its parameter tokens."""
+
+import csv
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
+from lit_tokenformer.commands import grow_checkpoint
+from lit_tokenformer.models import param_tokens
+from lit_tokenformer.parallel import _shares
+from lit_tokenformer.sharded_checkpoints import INDEX, REST, is_sharded, mend_folders, read_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(folder, rank=None, port=None):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # freed memory goes back, so that what is resident is what is used
+    if rank is not None:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        environment |= {name: str(value) for name, value in places.items()}
+    command = [sys.executable, str(ROOT / "tests" / "sharded_scenarios.py"), str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes, and then one alone, have found; and the folder with their checkpoints."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [start(folder, rank, port) for rank in (0, 1)]
+    for processes in (both, [start(folder)] if all(one.wait(600) == 0 for one in both) else []):
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors[-3000:]
+    ranks = [torch.load(folder / f"found-2-{rank}", weights_only=True) for rank in (0, 1)]
+    return ranks, torch.load(folder / "found-1-0", weights_only=True), folder
+
+
+def difference(one, other, epoch=-1):
+    one, other = one["epochs"][epoch], other["epochs"][epoch]
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    @pytest.mark.parametrize(
+        ("divided", "alone"), [("even", "even"), ("uneven", "uneven"), ("tokens", "uneven")], ids=lambda name: name
+    )
+    def test_a_fit_with_two_growths_equals_that_of_one_process(self, found, divided, alone):
+        ranks, one, _ = found
+        assert ranks[0][divided]["events"] == ranks[1][divided]["events"] == one[alone]["events"] == 2
+        for epoch in range(4):  # weights, moments and step counts; before, between and after the growths
+            assert difference(ranks[0][divided], one[alone], epoch) < 1e-6
+
+    @pytest.mark.parametrize("path", ["even/end1.ckpt", "uneven/end1.ckpt", "uneven/end0.ckpt"])
+    def test_a_resume_ends_bit_equal_to_the_fit_that_was_not_stopped(self, found, path):
+        ranks, _, _ = found
+        for rank in ranks:
+            assert rank[f"{path} again"]["step"] == rank[path.split("/")[0]]["step"]
+            assert difference(rank[f"{path} again"], rank[path.split("/")[0]]) == 0
+
+    def test_a_resume_on_another_division_ends_as_the_fit_that_was_not_stopped(self, found):
+        ranks, one, _ = found
+        assert difference(ranks[0]["tokens as data"], ranks[0]["tokens"]) < 1e-6
+        for name in ("even", "uneven"):  # a file and a folder
+            for how in ("from several", "on a mesh of one"):
+                assert difference(one[f"{name} {how}"], ranks[0][name]) < 1e-6
+
+    def test_processes_with_the_same_data_drop_the_same(self, found):
+        ranks, _, _ = found
+        assert difference(ranks[0]["dropout"], ranks[1]["dropout"]) == 0
+
+    def test_divided_tokens_give_the_outputs_and_gradients_of_whole_ones(self, found):
+        for rank in found[0]:
+            for norm, layer in rank["layers"].items():
+                assert layer["difference"] < 1e-12, norm
+        layers = found[0][0]["layers"]
+        assert (
+            layers["l2_gelu"]["all_reduces"] == 2 * 2
+        )  # for each of two layers a number for each token, and the output
+        assert layers["gelu"]["all_reduces"] == 2
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of peak memory")
+    @pytest.mark.parametrize("method", ["split", "zero_keys"])
+    def test_a_growth_takes_no_more_memory_than_the_final_share_and_twice_a_layer(self, found, method):
+        for rank in found[0]:
+            memory = rank["memory"][method]
+            assert memory["final"] < memory["peak"] <= memory["allowed"]
+
+    def test_norms_of_rows_are_those_of_one_process(self, found):
+        folder = found[2]
+        several, alone = (
+            list(csv.DictReader((folder / name / "metrics.csv").open())) for name in ("uneven", "one-uneven")
+        )
+        names = [f"rows/{kind}_norm_{age}" for kind in ("grad", "update") for age in ("old", "new")]
+        for name in names:
+            ours, theirs = ([float(row[name]) for row in rows if row.get(name)] for rows in (several, alone))
+            assert len(ours) >= 6
+            assert ours == pytest.approx(theirs, rel=1e-3)
+
+    def test_a_folder_is_grown_and_rebuilt_like_a_file(self, found, tmp_path):
+        folder = found[2]
+        path = folder / "uneven" / "end1.ckpt"
+        assert is_sharded(path)
+        checkpoint = read_checkpoint(path)
+        task = rebuild_task(path, checkpoint)
+        assert param_tokens(task) == {"qkv": 13, "proj": 11, "ffn": 47}
+        wanted = found[0][0]["uneven"]["epochs"][1]
+        for name, tensor in task.state_dict().items():
+            assert torch.equal(tensor, wanted[name])
+        shapes = read_checkpoint(path, map_location="meta")
+        assert {name: tensor.shape for name, tensor in shapes["state_dict"].items()} == {
+            name: tensor.shape for name, tensor in checkpoint["state_dict"].items()
+        }
+        grown = grow_checkpoint(str(path), {"qkv": 26}, output=str(tmp_path / "grown.ckpt"))
+        image = torch.randn(2, 3, 8, 8)
+        larger = rebuild_task(grown, read_checkpoint(grown))
+        assert param_tokens(larger)["qkv"] == 26
+        torch.testing.assert_close(larger.eval()(image), task.eval()(image))
+
+    @pytest.mark.parametrize("file", [INDEX, REST, "__0_0.distcp"])
+    def test_nothing_in_a_folder_is_executed(self, found, tmp_path, file):
+        class Payload:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "executed",)
+
+        path = tmp_path / "stranger.ckpt"
+        shutil.copytree(found[2] / "uneven" / "end1.ckpt", path)
+        if file == INDEX:
+            (path / file).write_bytes(pickle.dumps(Payload()))
+        elif file == REST:
+            torch.save({"epoch": Payload()}, path / file)
+        else:
+            torch.save(Payload(), path / file)
+        with pytest.raises(ValueError, match=r"^ckpt_path: .*(damaged|truncated)"):
+            read_folder(path)
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_folder_that_is_not_whole_is_refused(self, found, tmp_path):
+        path = tmp_path / "torn.ckpt"
+        shutil.copytree(found[2] / "uneven" / "end1.ckpt", path)
+        (path / "__1_0.distcp").unlink()
+        with pytest.raises(ValueError, match=r"ckpt_path: .* is not whole: __1_0\.distcp is missing"):
+            read_folder(path)
+        (path / INDEX).unlink()
+        with pytest.raises(ValueError, match=r"ckpt_path: .*\.metadata"):
+            read_folder(path)
+
+
+def test_rows_are_shared_as_torch_chunks_them():
+    for total in range(1, 20):
+        for parts in range(1, 6):
+            chunks = torch.arange(total).chunk(parts)
+            for part in range(parts):
+                wanted = chunks[part].tolist() if part < len(chunks) else []
+                assert list(_shares(total, [(parts, part)])) == wanted
+
+
+def test_a_folder_whose_writer_was_killed_between_two_names_is_there_again(tmp_path):
+    (tmp_path / "last.ckpt.before").mkdir()
+    (tmp_path / "best.ckpt.before").mkdir()
+    (tmp_path / "best.ckpt").mkdir()
+    mend_folders(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "best.ckpt.before", "last.ckpt"]
