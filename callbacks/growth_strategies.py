@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
+    XLAStrategy,
 )
 
 from lit_tokenformer.parallel import reshard
@@ -60,6 +61,7 @@ _STRATEGIES: dict[type, Callable[[Trainer], AbstractContextManager[None]] | None
     ModelParallelStrategy: _between_gathers,
     DeepSpeedStrategy: None,  # inherits from DDPStrategy, but its engine owns flat copies of the parameters
     SingleDeviceXLAStrategy: None,
+    XLAStrategy: None,
 }
 """What surrounds a growth under each strategy; the first class in a strategy's MRO counts, None refuses."""
 

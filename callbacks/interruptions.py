@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -31,9 +33,10 @@ class PreemptionCheckpoint(Callback):
     """Saves a checkpoint and ends the fit when the process gets SIGTERM or SIGUSR1.
 
     The optimizer step under way is finished first, in all processes, so a fit goes on from the checkpoint bit for bit;
-    a validation under way is begun anew. It replaces ``last.ckpt`` in the folder of the checkpoints, where
-    ``--ckpt_path last`` finds it. Under SLURM, the signal that asks for a requeue writes ``hpc_ckpt_N.ckpt`` and
-    requeues the job, as Lightning does; Lightning alone would do so in the middle of a step.
+    a validation under way is begun anew (where its length is not known, as of a stream, it is finished first). The
+    checkpoint replaces ``last.ckpt`` in the folder of the checkpoints, where ``--ckpt_path last`` finds it. Under
+    SLURM, the signal that asks for a requeue writes ``hpc_ckpt_N.ckpt`` and requeues the job, as Lightning does;
+    Lightning alone would do so in the middle of a step.
 
     The fit ends with ``SIGTERMException``.
 
@@ -50,6 +53,7 @@ class PreemptionCheckpoint(Callback):
         self._asked = NOTHING
         self._requeue_signal: signal.Signals | None = None
         self._folder = Path()
+        self._shared_batches = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -67,6 +71,16 @@ class PreemptionCheckpoint(Callback):
     ) -> None:
         self._agree(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _validates_in_fit(trainer):
+            return
+        fetcher: Any = trainer.fit_loop.epoch_loop.val_loop._data_fetcher
+        known = all(sized_len(loader) is not None for loader in fetcher.combined_loader.flattened)
+        batches = torch.tensor(fetcher.length if known else 0, device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            batches = trainer.strategy.reduce(batches, reduce_op="min")
+        self._shared_batches = int(batches)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -76,7 +90,13 @@ class PreemptionCheckpoint(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking:
+        # In its last batch a process does not leave the validation, so nothing is asked where one may be at it.
+        done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready
+        if _validates_in_fit(trainer) and done < self._shared_batches:
+            self._agree(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _validates_in_fit(trainer):
             self._agree(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -93,7 +113,9 @@ class PreemptionCheckpoint(Callback):
         folders = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         path = Path(folders[0] if folders and folders[0] else self._folder) / "last.ckpt"
         trainer.save_checkpoint(path)
-        rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: saved {path}")
+        unsaved = getattr(trainer.strategy.checkpoint_io, "unsaved", None)
+        result = f"saved {path}" if unsaved is None else "nothing was saved"
+        rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: {result}")
 
     def _listen(self, trainer: Trainer) -> None:
         """Takes the signals over from Lightning, which acts on them in the midst of a step, and in one process only.
@@ -125,6 +147,10 @@ class PreemptionCheckpoint(Callback):
             self._asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if self._asked:
             trainer._signal_connector.received_sigterm = True  # the loops end with a SIGTERMException
+
+
+def _validates_in_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 class ErrorLog(Callback):

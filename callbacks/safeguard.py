@@ -104,7 +104,8 @@ class LossGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         losses, self._losses = self._losses, []
-        wrong = ~torch.stack([loss for _, loss in losses]).isfinite().all()
+        none = torch.zeros((), device=pl_module.device)  # training_step may return None; the others wait all the same
+        wrong = ~torch.stack([none, *(loss for _, loss in losses)]).isfinite().all()
         if not trainer.strategy.reduce(wrong.float(), reduce_op="max"):  # waits for the device, once for each step
             if self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps:
                 self._kept = _State(trainer, pl_module)
@@ -203,19 +204,18 @@ def _norms(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, 
     taken = {parameter for parameter, _ in tokens}
     others = [parameter for parameter in pl_module.parameters() if parameter not in taken]
     for kind in ("weights", "gradients"):
-        rows = [(_whole(kind, parameter), new) for parameter, new in tokens]
+        rows = [(_part(kind, parameter), new) for parameter, new in tokens]
         present = [(tensor, new) for tensor, new in rows if tensor is not None]
         if present:
             old, appended = norms_by_age(present)
             yield f"norm of {kind} of old rows", float(old)
             if growths:
                 yield f"of {kind} of new rows", float(appended)
-        rest = [tensor for parameter in others if (tensor := _whole(kind, parameter)) is not None]
-        if rest:
-            yield f"of other {kind}", float(torch.stack([tensor.float().norm() for tensor in rest]).norm())
+        rest = [tensor for parameter in others if (tensor := _part(kind, parameter)) is not None]
+        if rest:  # norms are brought together, not tensors: the whole model may not fit
+            yield f"of other {kind}", float(torch.stack([gather(tensor.float().norm()) for tensor in rest]).norm())
 
 
-def _whole(kind: str, parameter: Tensor) -> Tensor | None:
-    """A parameter or its gradient, brought together where it is divided among processes."""
-    tensor = parameter.detach() if kind == "weights" else parameter.grad
-    return None if tensor is None else gather(tensor)
+def _part(kind: str, parameter: Tensor) -> Tensor | None:
+    """A parameter or its gradient; of one that is divided among processes, the part of this one."""
+    return parameter.detach() if kind == "weights" else parameter.grad

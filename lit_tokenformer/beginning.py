@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,14 +28,20 @@ from lit_tokenformer.tasks.schedule import LRSchedule
 
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Variable that torchrun sets in the processes that it starts."""
+
 _LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 """Settings of the trainer that Lightning does not check, and their least values."""
+
+_LONGEST_WAIT = 10.0
+"""Seconds for which messages are held back while data are prepared."""
 
 
 class Beginning(Callback):
     """Knows whether a run has begun to train, and holds Lightning's messages back until it works.
 
-    Warnings and errors are never held back.
+    Warnings and errors are never held back, and nothing is where several processes begin to wait for each other.
     """
 
     def __init__(self) -> None:
@@ -45,10 +52,13 @@ class Beginning(Callback):
         self._filters = [(handler, _Holding(handler, self._messages)) for handler in handlers]
         for handler, holding in self._filters:
             handler.addFilter(holding)
+        self._timer: threading.Timer | None = None
         self._new: list[Path] = []
+        self._rank = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_messages": [], "_filters": []}  # what shows messages cannot be copied
+        # what shows messages cannot be copied
+        return {**self.__dict__, "_messages": [], "_filters": [], "_timer": None}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         short: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -73,15 +83,31 @@ class Beginning(Callback):
 
     def show_messages(self) -> None:
         """Shows what was held back; from now on messages are shown as they come."""
+        if self._timer is not None:
+            self._timer.cancel()
         for handler, holding in self._filters:
             handler.removeFilter(holding)
         self._filters = []
-        for handler, record in self._messages:
+        while self._messages:
+            handler, record = self._messages.pop(0)
             handler.handle(record)
-        self._messages.clear()
+
+    def show_messages_soon(self, trainer: Trainer) -> None:
+        """Shows messages at once where there are several processes, which are connected next, or else in some seconds.
+
+        Args:
+            trainer: The trainer, before it does anything.
+        """
+        if trainer.world_size > 1:
+            self.show_messages()
+            return
+        self._timer = threading.Timer(_LONGEST_WAIT, self.show_messages)
+        self._timer.daemon = True
+        self._timer.start()
 
     def remember_folders(self, trainer: Trainer) -> None:
         """Notes which of the folders that a run writes to are not there yet."""
+        self._rank = trainer.global_rank
         root = Path(trainer.default_root_dir)
         logs = [Path(folder) for logger in trainer.loggers if (folder := getattr(logger, "log_dir", None))]
         found = {place for folder in (root, *logs) for place in (folder / "errors", folder, *folder.parents)}
@@ -90,7 +116,8 @@ class Beginning(Callback):
     def take_back(self) -> None:
         """Drops the messages, and removes what this process has written into folders that are new."""
         self._messages.clear()
-        own = (f"events.out.tfevents.*.{os.getpid()}.*", "config.yaml", "hparams.yaml", "rank_*.log")
+        own = [f"events.out.tfevents.*.{os.getpid()}.*", f"rank_{self._rank}.log"]
+        own += ["config.yaml", "hparams.yaml"] if self._rank == 0 else []
         for folder in self._new:
             for path in [path for pattern in own for path in folder.glob(pattern)]:
                 path.unlink(missing_ok=True)
@@ -204,7 +231,7 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses variables of a launcher that do not fit each other.
+    """Refuses variables of torchrun that do not fit each other; those of other launchers follow other rules.
 
     Args:
         environment: The variables.
@@ -212,6 +239,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: If one is no number, if there are several processes and this one has no number, or one beyond them.
     """
+    if _TORCHRUN not in environment:
+        return
     numbers: dict[str, int] = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
         value = environment.get(name)
@@ -220,8 +249,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
         if value is not None:
             numbers[name] = int(value)
     size = numbers.get("WORLD_SIZE", 1)
-    if size > 1 and not numbers.keys() & {"RANK", "NODE_RANK", "GROUP_RANK"}:
-        raise ValueError(f"WORLD_SIZE: {size} processes, but RANK is not set; start them with torchrun, or unset it")
+    if size > 1 and "RANK" not in numbers:
+        raise ValueError(f"RANK: not set in the environment, but torchrun started WORLD_SIZE={size} processes")
     if "WORLD_SIZE" in numbers and numbers.get("RANK", 0) >= size:
         raise ValueError(f"RANK: expected less than WORLD_SIZE={size}, got {numbers['RANK']}")
 
@@ -237,7 +266,7 @@ def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
         ValueError: If torchrun started another number of processes than the trainer has.
     """
     started = int(environment.get("WORLD_SIZE", 1))
-    if "RANK" in environment and started != trainer.world_size:
+    if _TORCHRUN in environment and started != trainer.world_size:
         raise ValueError(
             f"trainer.devices: the trainer has {trainer.world_size} processes, and torchrun started {started}; "
             "give trainer.devices for each node, and trainer.num_nodes"

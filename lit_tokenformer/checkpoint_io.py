@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,10 @@ except ImportError:  # not on Windows: what a killed process left there stays
 
 LAST = ("*/version_*/checkpoints/last*.ckpt", "checkpoints/last*.ckpt", "hpc_ckpt_*.ckpt")
 """Where checkpoints to go on from are, below ``trainer.default_root_dir``."""
+
+_UNFINISHED = ".lit-tokenformer-{}.part"
+"""Name of a file that is being written: hidden, and without the checkpoint's name in it, since Lightning counts
+``hpc_ckpt_N`` by what file names contain. Processes of several machines may write into one folder."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -142,17 +147,23 @@ def last_checkpoint(folder: str | os.PathLike[str] | None) -> Path | None:
 @contextmanager
 def _whole(target: Path) -> Iterator[Any]:
     """A file to write, which has its name when it is on the disk with all that was written."""
-    # hidden, and without the target's name in it: Lightning counts hpc_ckpt_N by what file names contain
-    part = target.with_name(f".{os.getpid()}.part")
+    part = target.with_name(_UNFINISHED.format(uuid.uuid4().hex))
+    before = target.with_name(f"{target.name}.before")  # a name that mend_folders gives back
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             if fcntl is not None:
                 with suppress(OSError):  # some network file systems have no locks
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if target.is_dir() and not target.is_symlink():  # a sharded checkpoint, which no file can replace
+                if before.is_dir():
+                    shutil.rmtree(before)
+                os.replace(target, before)
             os.replace(part, target)
+            if before.is_dir():
+                shutil.rmtree(before)
         with suppress(OSError):  # some systems cannot open a folder
             folder = os.open(target.parent, os.O_RDONLY)
             try:
@@ -165,8 +176,8 @@ def _whole(target: Path) -> Iterator[Any]:
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left; a process that writes holds a lock on its file."""
-    for part in folder.glob(".*.part") if fcntl is not None else ():
-        with suppress(OSError), part.open("rb") as file:
+    for part in folder.glob(_UNFINISHED.format("*")) if fcntl is not None else ():
+        with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only what is to be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from lit_tokenformer import tasks
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.interop.files import load_pickle
-from lit_tokenformer.safety import check_class_paths
+from lit_tokenformer.safety import check_class_paths, trusted_optimizer
 from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
 
 
@@ -78,6 +78,8 @@ def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -
 def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
     """The task that a checkpoint belongs to, with its weights.
 
+    It is made here and not by Lightning, whose parser makes classes of texts that look like a config.
+
     Args:
         path: The file or folder.
         checkpoint: What :func:`read_checkpoint` gave for it; only the task's name is taken from there.
@@ -94,13 +96,22 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     if not isinstance(arguments, dict):
         raise ValueError(f"ckpt_path: {path}: expected the task's arguments by name, got a {type(arguments).__name__}")
     check_class_paths(arguments, path)
-    source: Any = path
-    if is_sharded(path):  # Lightning makes a task of files only
-        source = io.BytesIO()
-        torch.save(read_folder(path, "meta" if device == "meta" else "cpu", optimizers=False), source)
-        source.seek(0)
+    wanted = inspect.signature(known[name]).parameters.keys() - {"optimizer", "lr_scheduler"}
+    given = {key: value for key, value in arguments.items() if key in wanted}
+    made = {key: arguments[key] for key in ("optimizer", "lr_scheduler") if isinstance(arguments.get(key), dict)}
+    if "optimizer" in made:
+        given["optimizer"] = trusted_optimizer(made["optimizer"], path)
+    place = "meta" if device == "meta" else "cpu"
+    if is_sharded(path):
+        saved = read_folder(path, place, optimizers=False)
+    else:
+        saved = load_pickle(path, "ckpt_path", place, mmap=True)
     try:
         with torch.device(device):
-            return known[name].load_from_checkpoint(source, map_location=device, weights_only=True)
+            task = known[name](**given)
+        task.on_load_checkpoint(saved)
+        task.load_state_dict(saved["state_dict"])
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # arguments of other types, say
         raise ValueError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+    task.hparams.update(made)  # as plain as they came
+    return task

@@ -246,6 +246,17 @@ def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -
 class TokenformerCLI(LightningCLI):
     """LightningCLI with sizes that reach the model from the data, and checkpoints that are looked at before work."""
 
+    def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
+        named = args[0] if args else None
+        self._asked = named if named in {*self.subcommands(), *COMMANDS} else None
+        super().__init__(*settings, args=args, **more)  # type: ignore[misc]
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only the command that is asked for gets its options; those of all take a second."""
+        if self._asked in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {
@@ -328,6 +339,9 @@ class TokenformerCLI(LightningCLI):
             _check_writable(self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Beginning):
+                callback.show_messages_soon(self.trainer)
 
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")

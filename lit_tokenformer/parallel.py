@@ -10,6 +10,7 @@ of its own tokens, so the norm takes one all-reduce of a number for each data to
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -153,6 +154,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    if not gradients:
+        return torch.zeros(())
     norms = [gather(torch.nn.utils.get_total_norm(group)) for group in by_mesh.values()]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for gradient in gradients:
@@ -174,15 +177,10 @@ class ShardedParameters:
 
     def __init__(self, root: nn.Module) -> None:
         self._places: dict[tuple[nn.Module, str], tuple[Any, int]] = {}
-        try:
-            for group in _groups(root):
-                for index, kept in enumerate(group.fsdp_params):
-                    self._places[kept._module_info.module, kept._module_info.param_name] = group, index
-        except AttributeError as error:
-            raise RuntimeError(
-                f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({error}); grow a "
-                "checkpoint between two runs with `lit-tokenformer grow`"
-            ) from None
+        for group in _groups(root):
+            for index, kept in enumerate(getattr(group, "fsdp_params", [None])):
+                _check_torch(group, kept)
+                self._places[kept._module_info.module, kept._module_info.param_name] = group, index
 
     def replace(self, module: nn.Module, name: str, local: Tensor, total: int) -> nn.Parameter:
         """Puts a parameter with another number of rows in the place of one.
@@ -229,6 +227,26 @@ class ShardedParameters:
         kept._post_load_hook_handle.remove()
         group.fsdp_params[index] = made
         return getattr(module, name)
+
+
+_GROUP = ("fsdp_params", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")
+_KEPT = (
+    *("_module_info", "mesh_info", "is_dtensor", "fsdp_placement", "_param_fqn", "_post_load_hook_handle"),
+    *("to_sharded_dtensor", "_setattr_on_modules", "reset_sharded_param", "init_dtype_attrs"),
+)
+_MADE_OF = (
+    *("self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn"),
+    *("mp_policy", "offload_policy"),
+)
+
+
+def _check_torch(group: Any, kept: Any) -> None:
+    missing = [name for owner, names in ((group, _GROUP), (kept, _KEPT)) for name in names if not hasattr(owner, name)]
+    if missing or tuple(inspect.signature(type(kept).__init__).parameters) != _MADE_OF:
+        raise RuntimeError(
+            f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({missing}); grow a "
+            "checkpoint between two runs with `lit-tokenformer grow`"
+        )
 
 
 def _groups(root: nn.Module) -> Iterator[Any]:

@@ -50,11 +50,13 @@ def check_config(path: str) -> None:
     """Refuses a config that is no YAML with settings in it.
 
     Args:
-        path: The file.
+        path: The file; what can be read only once, such as a pipe, is left to the parser.
 
     Raises:
         ValueError: If it cannot be read, is no YAML, or holds anything but settings.
     """
+    if not (Path(path).is_file() or Path(path).is_dir()):
+        return
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,14 +1,18 @@
 """What a stranger's checkpoint may name: classes of this project, and optimizers and schedules of torch and timm.
 
-A checkpoint's arguments hold class paths, which Lightning imports and calls when a task is made of them again.
+A checkpoint's arguments hold class paths, which Lightning imports and calls when a task is made of them again; we make
+the task ourselves (:func:`~lit_tokenformer.checkpoints.rebuild_task`), of plain values.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
+
+import torch
 
 TRUSTED = ("lit_tokenformer", "callbacks", "torch.optim", "timm.optim")
 """Packages whose classes may be named."""
@@ -21,7 +25,7 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
-    """Refuses arguments of a task that name anything but trusted classes; nothing else is imported.
+    """Refuses arguments of a task that name anything but trusted classes.
 
     Args:
         arguments: The arguments that a checkpoint holds.
@@ -35,6 +39,26 @@ def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
             raise ValueError(
                 f"ckpt_path: {path} names {name!r}, which was not imported: expected classes of {', '.join(TRUSTED)}"
             )
+
+
+def trusted_optimizer(spec: Mapping[str, Any], path: object) -> Callable[[Any], torch.optim.Optimizer]:
+    """What makes the optimizer that a checkpoint names; its settings reach it as they are, and nothing is made of them.
+
+    Args:
+        spec: ``class_path`` and ``init_args``.
+        path: The checkpoint, for the error.
+
+    Raises:
+        ValueError: If it is not an optimizer of a trusted package, or its settings are not by name.
+    """
+    name, settings = spec.get("class_path"), spec.get("init_args", {})
+    if not isinstance(name, str) or not isinstance(settings, Mapping) or not is_trusted_class(name):
+        raise ValueError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(module), kind, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ValueError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
+    return partial(found, **settings)
 
 
 def is_trusted_class(name: str) -> bool:

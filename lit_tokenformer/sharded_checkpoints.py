@@ -8,11 +8,13 @@ values without a look; the one here takes nothing but the types that torch puts 
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,34 +159,87 @@ def save_folder(
     """
     target = Path(strategy.broadcast(path))
     unfinished, before = (target.with_name(target.name + end) for end in (".part", ".before"))
-    if strategy.is_global_zero:
-        for left in (unfinished, before) if target.exists() else (unfinished,):
-            shutil.rmtree(left, ignore_errors=True)
-    strategy.barrier()
-    save(checkpoint, unfinished)
-    strategy.barrier()
-    if strategy.is_global_zero:
+    io = strategy.checkpoint_io
+
+    def make_room() -> None:
+        for left in target.parent.glob("*.ckpt.part"):
+            _remove(left)
         if target.exists():
+            _remove(before)
+
+    def put_in_place() -> None:
+        if target.is_symlink():
+            target.unlink()
+        elif target.exists():
             os.replace(target, before)
         os.replace(unfinished, target)
-        if before.is_dir():
-            shutil.rmtree(before)
-        before.unlink(missing_ok=True)
-    strategy.barrier()
+        _remove(before)
+
+    failed = _failure(strategy, make_room, everywhere=False)
+    failed = failed or _failure(strategy, lambda: save(checkpoint, unfinished))
+    failed = failed or _failure(strategy, put_in_place, everywhere=False)
+    warns = getattr(io, "on_full_disk", "stop") == "warn"
+    if hasattr(io, "unsaved"):
+        io.unsaved = str(path) if failed and warns else None
+    if failed is None:
+        return
+    if strategy.is_global_zero:
+        _remove(unfinished)
+    if not (warns and any(words in failed for words in _FULL)):
+        raise OSError(f"cannot save {target}: {failed}")
+    if strategy.is_global_zero:
+        warnings.warn(
+            f"no space left to save {target}; the fit goes on, and the checkpoints before it are kept", stacklevel=2
+        )
+
+
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def _failure(strategy: Any, work: Callable[[], None], everywhere: bool = True) -> str | None:
+    """Does some work, in all processes or in the first; what went wrong in any of them, for all to know."""
+    told: str | None = None
+    if everywhere or strategy.is_global_zero:
+        try:
+            work()
+        except (Exception, CheckpointException) as error:  # torch's own is no Exception
+            told = [*(line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__][-2:][0]
+    found: list[str | None] = [None] * strategy.world_size
+    torch.distributed.all_gather_object(found, told)
+    return next((one for one in found if one is not None), None)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def mend_folders(folder: Path) -> None:
     """Gives checkpoints their names back where a process was killed before it could give them to newer ones."""
     for before in folder.glob("*.before"):
         if not (target := before.with_name(before.name.removesuffix(".before"))).exists():
-            os.replace(before, target)
+            with suppress(OSError):  # another process was faster
+                os.replace(before, target)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # that in C cannot be kept from changing classes
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+        return _path if module.startswith("pathlib") else super().find_class(module, name)
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("it changes a class")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore
+
+
+def _path(*parts: str) -> str:
+    return os.path.join(*parts)
 
 
 class _Reader(FileSystemReader):
@@ -199,15 +254,16 @@ class _Reader(FileSystemReader):
         try:
             with open(file, "rb") as stream:
                 found = _Unpickler(stream).load()
-            inside = all(Path(one.relative_path).name == one.relative_path for one in found.storage_data.values())
+            files = {one.relative_path for one in found.storage_data.values()}
+            found.storage_meta.load_id = self.load_id
+            all(found.state_dict_metadata.items())
         except Exception as error:  # whatever broken bytes make of an unpickler
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"ckpt_path: {file} holds pickled code or is damaged, and was not loaded ({reason})"
             ) from None
-        if not inside:
+        if not all(isinstance(one, str) and os.path.basename(one) == one for one in files):
             raise ValueError(f"ckpt_path: {file} names files that lie elsewhere")
-        found.storage_meta.load_id = self.load_id
         return found
 
 
@@ -298,18 +354,22 @@ def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[s
             owner = by_name[label] if isinstance(label, str) else parameter
             values = saved["state"].get(label)
             if values:
-                optimizer.state[owner] = {key: _divided(owner, value) for key, value in values.items()}
+                optimizer.state[owner] = {key: _fitted(key, value, owner, group) for key, value in values.items()}
         group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
 
 
-def _divided(parameter: nn.Parameter, value: Any) -> Any:
-    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+def _fitted(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """A value of an optimizer's state as the parameter is: in its precision, on its device, and divided as it is."""
+    if not isinstance(value, Tensor):
         return value
-    if value.shape != parameter.shape or value.ndim == 0:
-        return value.clone()
-    return like(parameter.detach(), _own_part(parameter, value).to(parameter.device, copy=True))
+    if key == "step":  # as torch does
+        on_device = group.get("capturable") or group.get("fused")
+        return value.to(device=parameter.device, dtype=torch.float32) if on_device else value.clone()
+    if value.ndim and value.shape == parameter.shape and not isinstance(value, DTensor):
+        value = like(parameter.detach(), _own_part(parameter, value).to(parameter.device, copy=True))
+    return value.to(device=parameter.device, dtype=parameter.dtype if value.is_floating_point() else None)
 
 
 def _own_part(target: Tensor, whole: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 Usage: sharded_scenarios.py FOLDER; started with torchrun's environment for several processes, or alone after these.
 """
 
+import errno
 import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -22,9 +24,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from callbacks import ParameterGrowthCallback, TrainingMonitor
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO
 from lit_tokenformer.growth import grow_one_by_one
-from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig
+from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
 from lit_tokenformer.optimizer_growth import grow_optimizer
 from lit_tokenformer.parallel import divide, reshard
+from lit_tokenformer.sharded_checkpoints import save_folder
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -103,7 +106,16 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         use_distributed_sampler=False,
     )
     trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
-    return {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
+    found = {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
+    if folders is not None and ckpt_path is not None:  # another trainer takes the model, divided as it is
+        strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
+        other = Trainer(
+            accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, use_distributed_sampler=False
+        )
+        loader = DataLoader(samples, 16 // data, sampler=sampler)
+        other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        found["sizes of the checkpoint"] = param_tokens(task)
+    return found
 
 
 def divided_tokens():
@@ -137,6 +149,41 @@ def divided_tokens():
             "difference": max(float((a - b).abs().max()) for a, b in zip(*states, strict=True)),
             "all_reduces": sum(n for name, n in counted.get_comm_counts().items() if "all_reduce" in str(name)),
         }
+    return found
+
+
+def folders(place):
+    """What became of folders that were saved over others, over links and on full disks."""
+
+    def save(checkpoint, path):
+        if RANK == 0:
+            path.mkdir()
+        torch.distributed.barrier()
+        (path / str(RANK)).write_text(checkpoint["text"])
+        if checkpoint.get("fails") == RANK:
+            raise checkpoint["error"]
+
+    io = WholeCheckpointIO()
+    strategy = SimpleNamespace(
+        broadcast=lambda path: path, is_global_zero=RANK == 0, world_size=WORLD, checkpoint_io=io
+    )
+    found, target = {}, place / "last.ckpt"
+    if RANK == 0:
+        place.mkdir()
+        (place / "best.ckpt").mkdir()
+        (place / "old.ckpt.part").mkdir()
+        target.symlink_to("best.ckpt")
+    torch.distributed.barrier()
+    full, other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("no such luck")
+    for number, more in enumerate([{}, {}, {"fails": 1, "error": full}, {"fails": 0, "error": other}]):
+        told = ""
+        try:
+            save_folder(strategy, save, {"text": f"{number}", **more}, target)
+        except OSError as error:
+            told = str(error).replace(str(place), "")
+        torch.distributed.barrier()
+        files = sorted(path.name for path in place.iterdir())
+        found[number] = [told, io.unsaved is not None, [(target / str(rank)).read_text() for rank in (0, 1)], files]
     return found
 
 
@@ -183,6 +230,7 @@ def main(folder):
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
         found["layers"] = divided_tokens()
+        found["folders"] = folders(folder / "folders")
         found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
     else:
         for name in ("even", "uneven"):

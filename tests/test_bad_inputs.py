@@ -9,17 +9,21 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from lit_tokenformer import tasks
+from lit_tokenformer.beginning import Beginning, check_environment, check_processes
 from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
 from lit_tokenformer.cli import main
 from lit_tokenformer.data import Tokenizer
+from lit_tokenformer.parsing import check_config
 
 TINY = {"dim": 32, "depth": 1, "num_heads": 2, "param_tokens": 8}
 IMAGE_MODEL = {"preset": "tokenformer_vit_tiny_patch16_224", "overrides": {**TINY, "patch_size": 4}}
@@ -365,7 +369,7 @@ ENVIRONMENT = [
         "world_without_rank",
         lambda given: [
             *image_fit(given),
-            *given.env(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", LOCAL_RANK="0"),
+            *given.env(WORLD_SIZE="2", LOCAL_RANK="0", TORCHELASTIC_RUN_ID="x", GROUP_RANK="0", LOCAL_WORLD_SIZE="2"),
         ],
         "RANK",
     ),
@@ -454,6 +458,52 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(make, told, made, t
     assert re.match(f"error: .*({told})", shown.err), shown.err
     assert not [str(one.message) for one in warned if not issubclass(one.category, DeprecationWarning)]  # not shown
     assert files_below(tmp_path, made) == before
+
+
+def test_a_config_that_can_be_read_once_is_left_to_the_parser(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_config(str(tmp_path / "pipe"))  # to read it would wait for who writes
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "4", "SLURM_PROCID": "1"}, {"RANK": "0"}, {"RANK": "node7"}])
+def test_variables_of_other_launchers_are_left_alone(environment):
+    check_environment(environment)
+    check_processes(environment, Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False))
+
+
+def test_a_process_takes_back_its_own_files_only(tmp_path):
+    kept = {}
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        beginning = Beginning()
+        beginning.remember_folders(SimpleNamespace(global_rank=rank, default_root_dir=folder, loggers=[]))
+        (folder / "errors").mkdir(parents=True)
+        for name in ("config.yaml", "hparams.yaml", "errors/rank_0.log", "errors/rank_1.log"):
+            (folder / name).write_text("x")
+        beginning.take_back()
+        beginning.show_messages()
+        kept[rank] = sorted(path.name for path in folder.rglob("*.*") if path.is_file())
+    assert kept == {0: ["rank_1.log"], 1: ["config.yaml", "hparams.yaml", "rank_0.log"]}
+
+
+def test_messages_wait_for_one_process_and_not_for_long(monkeypatch, capfd):
+    monkeypatch.setattr("lit_tokenformer.beginning._LONGEST_WAIT", 0.05)
+    log = logging.getLogger("lightning.pytorch")
+    handler = logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    try:
+        for devices, waits in ((1, True), (2, False)):
+            beginning = Beginning()
+            trainer = Trainer(accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False)
+            capfd.readouterr()
+            beginning.show_messages_soon(trainer)
+            log.info("what is told")
+            assert ("what is told" in capfd.readouterr().err) != waits
+            if waits:
+                beginning._timer.join()
+                assert "what is told" in capfd.readouterr().err
+    finally:
+        log.removeHandler(handler)
 
 
 def test_the_table_has_what_was_promised():

@@ -55,11 +55,23 @@ def test_what_is_interrupted_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path):
-    (tmp_path / ".7.part").write_bytes(b"x")
-    with (tmp_path / ".8.part").open("wb") as other:
+    (tmp_path / ".lit-tokenformer-7.part").write_bytes(b"x")
+    (tmp_path / ".video.mp4.part").write_bytes(b"x")  # of another program
+    with (tmp_path / ".lit-tokenformer-8.part").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         WholeCheckpointIO().save_checkpoint(STATE, tmp_path / "a.ckpt")
-    assert sorted(os.listdir(tmp_path)) == [".8.part", "a.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == [".lit-tokenformer-8.part", ".video.mp4.part", "a.ckpt"]
+
+
+def test_a_file_takes_the_place_of_a_sharded_checkpoint(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "shard").write_bytes(b"x")
+    with pytest.raises(Interrupted):
+        WholeCheckpointIO().save_checkpoint({**STATE, "more": Breaks()}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path / "last.ckpt") == ["shard"]
+    WholeCheckpointIO().save_checkpoint(STATE, tmp_path / "last.ckpt")
+    assert same(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, small_disk):

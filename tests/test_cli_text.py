@@ -141,14 +141,7 @@ def test_prediction_points_to_generate(fitted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data.tokenizer", "bpe:100"], "data.tokenizer: "),
-        (["--data.block_size", "0"], "data.block_size: expected a whole number of 1 or more, got 0"),
         (["--data.dataset", "python_doc"], "did you mean 'python_docs'?"),
-        (["--data.dataset", "files"], "data.files: expected files, folders or patterns, got none"),
-        (["--model.overrides.vocab_size", "100"], "data.tokenizer: it has 257 tokens, the model's vocab_size is 100"),
-        (["--model.overrides.context_length", "8"], "data.block_size: 32 tokens, the model's context_length is 8"),
-        (["--model.z_loss", "-1"], "model.z_loss: expected at least 0, got -1"),
-        (["--model.schedule.unit", "steps"], "did you mean 'step'"),
         (["--data.val_fraction", "0"], "none falls into the validation split"),
     ],
 )

@@ -166,8 +166,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(corpus: Path,
     message = "^data.batch_size: the checkpoint is of the middle of an epoch with batches of 8 samples .* got 16$"
     with pytest.raises(ValueError, match=message):
         make(corpus, batch_size=8).train_dataloader().load_state_dict(state)
-    whole_epochs = {**state, "batches": state["length"]}
-    make(corpus, batch_size=8).train_dataloader().load_state_dict(whole_epochs)  # the next epoch may be cut anew
+    between = make(corpus, batch_size=8).train_dataloader()  # the next epoch may be cut anew
+    between.load_state_dict({**state, "batches": 3 * state["length"]})
+    assert between.state_dict()["batches"] == 3 * len(between) != 3 * state["length"]
 
 
 def test_processes_share_both_data_of_a_joint_batch(corpus: Path, place: Callable):
@@ -189,6 +190,10 @@ def test_every_image_is_evaluated_once(corpus: Path, place: Callable, replicas: 
         place(rank, replicas)
         found.append([rows(batch) for batch in images(corpus, eval_batch_size=2).val_dataloader()])
     assert len(flat(found)) == len(set(flat(found))) == 7 and all(found)
+    assert len({len(batches) for batches in found}) == 1  # processes wait for each other in each batch
+    assert all(1 <= len(batch) <= 2 for batches in found for batch in batches)
+    sizes = [len(rows(batch)) for batch in images(corpus, eval_batch_size=1).val_dataloader()]
+    assert max(sizes) <= 2 and sum(sizes) == len(range(replicas - 1, 7, replicas))
     place(0, 8)
     with pytest.raises(ValueError, match=r"^trainer.devices: 8 processes cannot share 7 images for evaluation$"):
         images(corpus).val_dataloader()

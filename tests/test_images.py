@@ -11,6 +11,7 @@ import re
 import struct
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -127,8 +129,9 @@ def test_shift_moves_the_whole_image_by_at_most_its_share():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
 def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str):
     write_images(tmp_path / "source", 4)
-    for path in sorted((tmp_path / "source").iterdir()):
-        target = tmp_path / "data" / "train" / "one" / f"{path.stem}.{'tiff' if mode == 'CMYK' else 'png'}"
+    for number, path in enumerate(sorted((tmp_path / "source").iterdir())):
+        kind = "tiff" if mode == "CMYK" else "png"
+        target = tmp_path / "data" / "train" / ("one", "two")[number % 2] / f"{path.stem}.{kind}"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).convert(mode).save(target)
     image, _ = next(iter(imagefolder(tmp_path / "data", batch_size=2, val_fraction=0.25).train_dataloader()))
@@ -239,6 +242,20 @@ def test_hugging_face_folder_gives_the_same_images_as_imagefolder(folder: Path):
     assert theirs.num_train_samples == ours.num_train_samples == 24
     for a, b in zip(ours.val_dataloader(), theirs.val_dataloader(), strict=True):
         assert digest(a) == digest(b)
+
+
+def test_hugging_face_files_may_lie_behind_a_link(folder: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    assert len(list(hub(tmp_path / "link").val_dataloader())) == len(list(hub(folder).val_dataloader()))
+    assert {str(tmp_path / "link"), str(folder.resolve())} <= {*hub(tmp_path / "link").splits.val.folders}
+
+
+def test_a_stream_is_not_evaluated_by_processes_that_share_a_model(folder: Path):
+    data = hub(folder, streaming=True)
+    place = {"rank": 0, "num_replicas": 2}
+    data.trainer = SimpleNamespace(strategy=ModelParallelStrategy(), distributed_sampler_kwargs=place)
+    with pytest.raises(ValueError, match=r"^data.streaming: .*; set data.streaming: false, or trainer.strategy: ddp$"):
+        data.val_dataloader()
 
 
 def test_stream_reads_every_image_once_in_an_epoch(folder: Path):
@@ -619,9 +636,10 @@ def test_share_zero_stops_at_the_first_unreadable_image(folder: Path):
 
 @pytest.mark.filterwarnings("ignore:unreadable")
 def test_nothing_readable_ends_instead_of_searching_forever(tmp_path: Path):
-    write_images(tmp_path / "train" / "one", 3)
-    write_images(tmp_path / "val" / "one", 1)
-    for path in (tmp_path / "train" / "one").iterdir():
+    for name, count in (("one", 2), ("two", 1)):
+        write_images(tmp_path / "train" / name, count)
+        write_images(tmp_path / "val" / name, 1)
+    for path in (tmp_path / "train").glob("*/*"):
         spoil(path)
     with pytest.raises(ValueError, match=r"^data.max_corrupt_share: none of 3 images"):
         list(imagefolder(tmp_path, batch_size=1).train_dataloader())

@@ -1,5 +1,6 @@
 """A fit that is asked to make room saves a checkpoint, ends, and goes on bit for bit; errors are written down."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import ErrorLog, GrowingEMA, ParameterGrowthCallback, PreemptionCheckpoint
-from lit_tokenformer.checkpoint_io import last_checkpoint
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
 from lit_tokenformer.data import ImageDataModule, Tokenizer, token_cache
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -122,6 +123,17 @@ def test_sigusr1_without_slurm_does_the_same_beside_other_checkpoints(tmp_path, 
     assert sorted(os.listdir(tmp_path / "kept")) == ["last.ckpt", "step=4.ckpt"]
     resumed = fit(tmp_path, PreemptionCheckpoint(), saves(), ckpt_path=path)
     assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+def test_a_checkpoint_that_found_no_place_is_not_said_to_be_saved(tmp_path, monkeypatch, caplog):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    io = WholeCheckpointIO()
+    monkeypatch.setattr(torch, "save", full_disk)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="no space left"):
+        fit(tmp_path, Signals(signal.SIGTERM, step=4), PreemptionCheckpoint(), plugins=[io], enable_checkpointing=False)
+    assert "Interrupted at epoch 0, step 5: nothing was saved" in caplog.text
 
 
 def test_slurm_requeues_and_the_job_goes_on_by_itself(tmp_path, whole, monkeypatch):

@@ -26,6 +26,8 @@ class Task(LitImageClassifier):
 
     def training_step(self, batch, batch_idx):
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if self.bad.get(number, 1.0) is None:
+            return None
         return super().training_step(batch, batch_idx) * self.bad.get(number, 1.0)
 
 
@@ -113,6 +115,10 @@ def test_samples_of_any_pass_are_those_that_were_loaded():
 def test_a_bad_batch_among_those_that_are_accumulated_is_found(tmp_path):
     stopped = fit(tmp_path, {2: math.nan}, accumulate_grad_batches=4, enable_checkpointing=False)
     assert "epoch 0, step 0 (process 0: loss nan in batch 2 of samples" in stopped.error
+
+
+def test_a_batch_without_a_loss_is_none_that_is_wrong(tmp_path):
+    assert not hasattr(fit(tmp_path, {2: None}, epochs=1, enable_checkpointing=False), "error")
 
 
 def test_rollback_goes_back_to_the_last_copy_and_on_with_the_next_batch(tmp_path):

@@ -280,3 +280,16 @@ def test_only_classes_that_trusted_packages_define_are_trusted():
     ):
         assert not is_trusted_class(name)
     assert not is_trusted_class("lit_tokenformer.commands.shutil.rmtree")
+
+
+@pytest.mark.parametrize("below", ["init_args", "dict_kwargs"])
+def test_a_text_that_looks_like_a_config_makes_nothing(tmp_path, marker, good, below):
+    """jsonargparse reads a text given for an untyped argument as YAML, and makes the class that it finds there."""
+    hidden = f"{{class_path: subprocess.Popen, init_args: {{args: mkdir {marker}, shell: true}}}}"
+    checkpoint = read_checkpoint(good)
+    optimizer = {"class_path": "timm.optim.SGDP", below: {"lr": hidden}}
+    checkpoint["hyper_parameters"] |= {**BY_NAME, "optimizer": optimizer}
+    path = tmp_path / "stranger.ckpt"
+    write_checkpoint(checkpoint, path)
+    rebuild_task(path, checkpoint)
+    export_weights(str(path), str(tmp_path / "out"))

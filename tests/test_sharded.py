@@ -81,6 +81,19 @@ class TestTwoProcesses:
             for how in ("from several", "on a mesh of one"):
                 assert difference(one[f"{name} {how}"], ranks[0][name]) < 1e-6
 
+    def test_another_trainer_reads_a_checkpoint_of_another_size_into_the_divided_model(self, found):
+        sizes = found[0][0]["uneven/end1.ckpt again"]["sizes of the checkpoint"]
+        assert sizes == {"qkv": 13, "proj": 11, "ffn": 47}
+
+    def test_folders_are_saved_whole_or_not_at_all(self, found):
+        for rank in found[0]:
+            over_a_link, over_a_folder, on_a_full_disk, failed = rank["folders"].values()
+            there = ["best.ckpt", "last.ckpt"]
+            assert over_a_link == ["", False, ["0", "0"], there]
+            assert over_a_folder == ["", False, ["1", "1"], there]
+            assert on_a_full_disk == ["", True, ["1", "1"], there]
+            assert failed[0] == "cannot save /last.ckpt: no such luck" and failed[2:] == [["1", "1"], there]
+
     def test_processes_with_the_same_data_drop_the_same(self, found):
         ranks, _, _ = found
         assert difference(ranks[0]["dropout"], ranks[1]["dropout"]) == 0

@@ -237,6 +237,15 @@ def test_a_grown_checkpoint_writes_the_same_text(tmp_path, checkpoint):
     assert text == TextGenerator.load(checkpoint).generate("ab", 20, temperature=0)
 
 
+def test_a_folder_that_several_processes_wrote_writes_the_same_text(tmp_path, checkpoint):
+    rest = torch.load(checkpoint, weights_only=True)
+    folder = tmp_path / "folder.ckpt"
+    torch.distributed.checkpoint.save({"state_dict": rest.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(rest, folder / "meta.pt")
+    wanted, got = (TextGenerator.load(path).generate("ab", 8, seed=3) for path in (checkpoint, folder))
+    assert got == wanted
+
+
 def test_weights_in_half_precision(checkpoint):
     generator = TextGenerator.load(checkpoint, device="cpu", dtype="bfloat16")
     assert next(generator.backbone.parameters()).dtype == torch.bfloat16
@@ -440,7 +449,7 @@ def test_command_refuses_bad_settings_before_it_shows_anything(checkpoint, setti
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--temperature", "warm"], "temperature: Expected a <class 'float'>. Got value: warm"),
+        (["--temperature", "warm"], "temperature: expected float, got 'warm'"),
         (["--top_p", "1.5"], "top_p: expected a probability in (0, 1], got 1.5"),
         (["--promt", "a"], "did you mean 'prompt'?"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is not a file"),

@@ -1,5 +1,9 @@
 """LightningDataModules: what the models are trained on."""
 
+# First, for typing keeps the order of a Union that it meets first: in that of `datasets`, a Trainer's
+# `limit_val_batches: 1` from a config would become 1.0, which means all batches.
+import lightning.pytorch  # noqa: F401
+
 from lit_tokenformer.data.augmentation import Augmentation
 from lit_tokenformer.data.images import ImageDataModule
 from lit_tokenformer.data.masked_text import MaskedTextDataModule

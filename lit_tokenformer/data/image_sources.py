@@ -275,6 +275,7 @@ def _few(names: list[str]) -> str:
 
 def _open_hugging_face(settings: SourceSettings) -> Splits:
     import datasets  # takes a second, and only this row needs it
+    from huggingface_hub import constants
 
     if not settings.hf_name:
         raise ValueError(
@@ -309,8 +310,12 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     )
     class_names = list(features[columns[1]].names)
     wrap = HubStream if settings.streaming else HubSamples
-    places = (settings.root, settings.hf_name, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
-    folders = tuple(os.path.abspath(Path(place).expanduser()) for place in places if place and Path(place).is_dir())
+    caches = ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    places = [settings.root, settings.hf_name, constants.HF_HUB_CACHE]
+    places += [getattr(datasets.config, cache) for cache in caches]
+    found = {os.path.abspath(Path(place).expanduser()) for place in places if place}
+    # a data set names its files by a folder's own path, or by the one that a link to it leads to
+    folders = tuple(sorted({name for path in found if os.path.isdir(path) for name in (path, os.path.realpath(path))}))
 
     def samples(rows: Any) -> Any:
         return wrap(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, folders)

@@ -6,14 +6,15 @@ Transforms, mixup and CutMix are timm's; the way a run is resumed bit for bit is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_tokenformer.data.augmentation import Augmentation, eval_transform, train_transform
 from lit_tokenformer.data.image_sources import SOURCES, HubStream, SourceSettings, Splits, decode_hub_image, find_images
@@ -33,6 +34,40 @@ from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 from lit_tokenformer.errors import unknown_name
 
 _DATA_SET_DEFAULTS = Augmentation()
+
+
+class EvalImageSampler(DistributedSampler):
+    """Every n-th image for each of n processes, none twice, and as many batches for each of them.
+
+    Where an image is missing to that, the index behind the last one stands in a batch. Being a ``DistributedSampler``,
+    Lightning leaves it alone; its own would count some images twice.
+
+    Args:
+        dataset: The images, at least one for each process; it takes the index behind the last one.
+        batch_size: Images in a batch; with 1, and one image more in some processes, a batch of these has two.
+        num_replicas: Processes that see different data.
+        rank: This process among them.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        total: int = len(dataset)  # type: ignore[arg-type]
+        self.indices = range(rank, total, num_replicas)
+        self.batches = min(-(-self.num_samples // batch_size), total // num_replicas)
+        self.batch_size = -(-self.num_samples // self.batches)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        nothing = len(self.dataset)  # type: ignore[arg-type]
+        share, more = divmod(len(self.indices), self.batches)
+        start = 0
+        for batch in range(self.batches):
+            size = share + (batch < more)
+            yield from self.indices[start : start + size]
+            yield from [nothing] * (self.batch_size - size)
+            start += size
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
 
 
 class ImageDataModule(ResumableDataModule):
@@ -334,8 +369,14 @@ class ImageDataModule(ResumableDataModule):
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
         workers, (rank, replicas) = self._workers, self._place
         images: StreamImages | EvalImages
-        sampler = None
+        sampler, batch_size = None, self.eval_batch_size
         if isinstance(samples, HubStream):
+            strategy = self.trainer.strategy if self.trainer is not None else None
+            if replicas > 1 and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+                raise ValueError(
+                    "data.streaming: processes that share a model need as many evaluation batches each, which a stream "
+                    "does not have; set data.streaming: false, or trainer.strategy: ddp"
+                )
             images = self._stream(samples, self.eval_batch_size, seed=None)
             workers = min(workers, images.stream.num_shards)
         else:
@@ -344,12 +385,13 @@ class ImageDataModule(ResumableDataModule):
                 raise ValueError(
                     f"trainer.devices: {replicas} processes cannot share {len(images)} images for evaluation"
                 )
-            if replicas > 1 and not keep_places:  # Lightning's own would count some images twice
-                sampler = UnrepeatedDistributedSampler(images, num_replicas=replicas, rank=rank, shuffle=False)
+            if replicas > 1 and not keep_places:
+                sampler = EvalImageSampler(images, batch_size, num_replicas=replicas, rank=rank)
+                batch_size = sampler.batch_size
         return DataLoader(
             images,
             sampler=sampler,
-            batch_size=self.eval_batch_size,
+            batch_size=batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.pin_memory,

@@ -164,7 +164,7 @@ class TrainImages(Dataset):
 
 class EvalImages(Dataset):
     """Evaluation samples; an unreadable image is None and ``collate_readable`` leaves it out, so no other image is
-    counted for it.
+    counted for it. The index behind the last image is None too.
 
     Args:
         reader: Reads the images.
@@ -182,7 +182,7 @@ class EvalImages(Dataset):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
-        image = self.reader.read(index)
+        image = self.reader.read(index) if index < len(self) else None
         if image is not None:
             return self.transform(image), int(self.reader.samples.labels[index])
         return (self.transform(Image.new("RGB", (32, 32))), UNREADABLE) if self.keep_places else None
@@ -387,19 +387,21 @@ class ResumableLoader(CountingLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then.
 
-        The number of processes may be another one, if all of them together take as many samples at once.
+        The number of processes may be another one, if all of them together take as many samples at once. Between two
+        epochs the batches may be of another size too.
 
         Raises:
             ValueError: If the state is of the middle of an epoch, and of batches of another size.
         """
         size = self._global_batch_size
         saved = state_dict.get("global_batch_size", size)
-        if saved != size and state_dict["batches"] % state_dict["length"]:
+        passes, middle = divmod(state_dict["batches"], state_dict.get("length", len(self)))
+        if saved != size and middle:
             raise ValueError(
                 f"data.batch_size: the checkpoint is of the middle of an epoch with batches of {saved} samples of all "
                 f"processes, and can be gone on from with these only; got {size}"
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict if middle else {**state_dict, "batches": passes * len(self)})
 
     @property
     def _global_batch_size(self) -> int:

@@ -7,6 +7,7 @@ import inspect
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, param_tokens, preset_config
 from lit_tokenformer.optimizer_growth import check_optimizer_state
-from lit_tokenformer.parallel import clip_gradients, divide
+from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import load_into, save_folder
 from lit_tokenformer.tasks.schedule import LRSchedule
 
@@ -136,7 +137,7 @@ class LitTask(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
-        if self.device_mesh is None or isinstance(self, FSDPModule):
+        if self.device_mesh is None:
             return
         averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
         if averages:
@@ -146,7 +147,7 @@ class LitTask(pl.LightningModule):
             )
         divide(self, self.device_mesh, COMPUTING_METHODS)
         strategy: Any = self.trainer.strategy
-        save = strategy.save_checkpoint
+        save = partial(type(strategy).save_checkpoint, strategy)
 
         def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
             if strategy._save_distributed_checkpoint:
@@ -319,6 +320,9 @@ class LitTask(pl.LightningModule):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return False
         return not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+
+    def on_fit_start(self) -> None:
+        ShardedParameters(self)  # refuses a torch under which they cannot grow now, not at the first growth
 
     def on_train_start(self) -> None:
         loop = self.trainer.fit_loop
