@@ -58,8 +58,8 @@ class PredictionWriter(BasePredictionWriter):
             return
         if pl_module.device_mesh is not None and (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1) > 1:
             raise ValueError(
-                "trainer.strategy: processes that divide a model must predict in step, and images are not divided evenly; "
-                "predict with one process, or with ddp"
+                "trainer.strategy: processes that divide a model must predict in step, and images are not divided "
+                "evenly; predict with one process, or with ddp"
             )
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         target = Path(self.path) if self.path else _free(Path(folder) / "predictions.csv")
