@@ -253,5 +253,7 @@ def _groups(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)
-            yield from [state._fsdp_param_group] if groups is None else groups
+            groups = getattr(
+                state, "_fsdp_param_groups", None
+            )  # older torch has one, or None where there are no parameters
+            yield from (one for one in ([state._fsdp_param_group] if groups is None else groups) if one is not None)

@@ -256,7 +256,7 @@ class _Reader(FileSystemReader):
                 found = _Unpickler(stream).load()
             files = {one.relative_path for one in found.storage_data.values()}
             found.storage_meta.load_id = self.load_id
-            all(found.state_dict_metadata.items())
+            found.state_dict_metadata = dict(found.state_dict_metadata)
         except Exception as error:  # whatever broken bytes make of an unpickler
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(

@@ -67,6 +67,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 def assert_states_equal(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
     """Weights and the optimizer's state, old rows and new ones."""
+    pairs = [(weight, theirs["weights"][name]) for name, weight in ours["weights"].items()]
+    print(f"largest difference of weights: {max(float((a - b).abs().max()) for a, b in pairs):.2g}")
     for name, weight in ours["weights"].items():
         torch.testing.assert_close(weight, theirs["weights"][name], rtol=tolerance, atol=tolerance)
     assert ours["moments"].keys() == theirs["moments"].keys()

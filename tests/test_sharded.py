@@ -53,7 +53,9 @@ def found(tmp_path_factory):
 def difference(one, other, epoch=-1):
     one, other = one["epochs"][epoch], other["epochs"][epoch]
     assert one.keys() == other.keys()
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    worst = max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    print(f"largest difference of weights and moments: {worst:.2g}")
+    return worst
 
 
 @pytest.mark.slow
@@ -113,6 +115,7 @@ class TestTwoProcesses:
     def test_a_growth_takes_no_more_memory_than_the_final_share_and_twice_a_layer(self, found, method):
         for rank in found[0]:
             memory = rank["memory"][method]
+            print(*(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()), sep=", ")
             assert memory["final"] < memory["peak"] <= memory["allowed"]
 
     def test_norms_of_rows_are_those_of_one_process(self, found):
