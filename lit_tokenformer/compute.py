@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.models import TokenformerConfig
+from lit_tokenformer.models import SCORE_NORMS, TokenformerConfig
 
 Totals = Mapping[str, int]
 
@@ -45,7 +45,13 @@ def _linear(config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: in
 
 def _pattention(config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: int, bias: bool) -> Cost:
     size = num_tokens * (dim_in + dim_out)
-    return Cost(size, 2 * size, dim_in + 3 * num_tokens)  # scores, normalised scores, weights
+    kept = num_tokens + 1 if _by_hand(config) else 3 * num_tokens  # scores, normalised scores, weights
+    return Cost(size, 2 * size, dim_in + kept)
+
+
+def _by_hand(config: TokenformerConfig, series: int = 1) -> bool:
+    """Whether a Pattention has a backward pass by hand."""
+    return SCORE_NORMS[config.score_norm].whole is not None and series == 1
 
 
 _PROJECTIONS = {"linear": _linear, "pattention": _pattention}
@@ -107,8 +113,11 @@ def _channel_mix(config: TokenformerConfig, tokens: Totals) -> Parts:
 
 def _pattention_ffn(config: TokenformerConfig, tokens: Totals) -> Parts:
     one = _pattention(config, tokens["ffn"], config.dim, config.dim, False)
-    series = 2 * config.series * tokens["ffn"] if config.series > 1 else 0
-    return {"ffn": one + Cost(series, 0, 0), "rest": NOTHING}
+    if config.series == 1:
+        return {"ffn": one, "rest": NOTHING}
+    wide = config.series * tokens["ffn"]
+    kept = config.dim + tokens["ffn"] * 2 + wide - one.kept  # scores, normalised scores, terms
+    return {"ffn": one + Cost(2 * wide, 0, kept), "rest": NOTHING}
 
 
 _FEED_FORWARDS = {"mlp": _mlp, "glu": _glu, "channel_mix": _channel_mix, "pattention": _pattention_ffn}
@@ -137,14 +146,15 @@ def _recomputed(config: TokenformerConfig, tokens: Totals) -> int:
 
     It ends where everything that the backward pass needs is there again. The last product of a block is not needed, but
     where something multiplies or normalises it: channel mix, dropout, a norm after it, or stochastic depth (every
-    block but the first, whose rate is 0).
+    block but the first, whose rate is 0). A Pattention with a backward pass by hand is computed as a whole.
     """
     dropped = config.dropout > 0 and config.feed_forward != "glu"
-    if config.feed_forward == "channel_mix" or config.norm_position == "post" or dropped:
+    linear = config.feed_forward != "pattention" and config.projection == "linear"
+    whole = not linear and _by_hand(config, config.series if config.feed_forward == "pattention" else 1)
+    if config.feed_forward == "channel_mix" or config.norm_position == "post" or dropped or whole:
         spared = 0
     else:
         spared = 1 if config.drop_path > 0 else config.depth
-    linear = config.feed_forward != "pattention" and config.projection == "linear"
     last = 2 * config.dim * (config.mlp_hidden if linear else tokens.get("ffn", 0))
     return config.depth * _sum(_block(config, tokens)).flops - spared * last
 

@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models.config import KINDS
-
-NORM_EPS = 1e-12
-"""Smallest norm that scores are divided by; below it they count as zeros."""
-
+from lit_tokenformer.models.l2_gelu import l2_gelu, l2_scale
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -34,26 +32,26 @@ SERIES_STD = 0.02
 
 
 class ScoreNorm(NamedTuple):
-    """How scores (..., N) become weights (..., N), and whether a token with a zero key takes no part in it."""
+    """How scores become weights.
+
+    Args:
+        function: Of scores (..., N), tau and an activation; gives weights (..., N).
+        zero_keys_exact: Whether a token with a zero key takes no part in it.
+        whole: The whole of Pattention with GELU, by hand, of x, K, V and tau; ``None`` where there is none.
+    """
 
     function: Callable[[Tensor, Tensor, Activation], Tensor]
     zero_keys_exact: bool
-
-
-def _l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
-    """tau / ||scores||_2 for each row, (..., 1) in float32 at least; 0 for a row of zeros."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_EPS)
-    return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # of tokens that are divided among processes, summed up once
+    whole: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def _l2_gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
-    return activation((scores * _l2_scale(scores, tau)).to(scores.dtype))
+    return activation((scores * l2_scale(scores, tau)).to(scores.dtype))
 
 
 def _gelu_l2(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
     activated = activation(scores)
-    return (activated * _l2_scale(activated, tau)).to(scores.dtype)
+    return (activated * l2_scale(activated, tau)).to(scores.dtype)
 
 
 def _softmax(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
@@ -66,7 +64,7 @@ def _gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
 
 
 SCORE_NORMS = {
-    "l2_gelu": ScoreNorm(_l2_gelu, zero_keys_exact=True),
+    "l2_gelu": ScoreNorm(_l2_gelu, zero_keys_exact=True, whole=l2_gelu),
     "gelu_l2": ScoreNorm(_gelu_l2, zero_keys_exact=True),
     "softmax": ScoreNorm(_softmax, zero_keys_exact=False),  # exp(0) = 1: a zero key takes weight from the others
     "gelu": ScoreNorm(_gelu, zero_keys_exact=True),
@@ -126,7 +124,10 @@ def pattention(
         >>> pattention(one, one, one, torch.tensor(1.0))
         tensor([[0.8413, 0.8413]])
     """
-    weights = SCORE_NORMS[score_norm].function(F.linear(x, key_tokens), tau, activation)  # (..., N)
+    norm = SCORE_NORMS[score_norm]
+    if norm.whole is not None and activation is F.gelu and not isinstance(key_tokens, DTensor):
+        return norm.whole(x, key_tokens, value_tokens, tau)
+    weights = norm.function(F.linear(x, key_tokens), tau, activation)  # (..., N)
     return weights @ value_tokens  # (..., D_out)
 
 

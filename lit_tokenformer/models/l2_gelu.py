@@ -1,0 +1,134 @@
+"""The published form of Pattention, ``y = GELU(tau s / ||s||) V`` with ``s = x K^T``, with a backward pass by hand.
+
+Source: arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Autograd would keep the scores, the normalised scores and their
+GELU for the backward pass. Here one of the three is kept, ``z = tau s / ||s||``, and one number for each data token;
+the GELU is computed again. What lies between the products works in place wherever nobody needs what was there.
+
+With ``w = GELU(z)``, from ``dy`` follow ``dV = w^T dy``, ``dw = dy V^T``, ``dz = dw * GELU'(z)``,
+``ds = (dz - z (dz . z) / tau^2) tau / ||s||``, ``dK = ds^T x`` and ``dx = ds K``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12
+"""Smallest norm that scores are divided by; below it they count as zeros."""
+
+_BLOCK = 2**22
+"""Bytes of scores that are worked on at once where that saves memory."""
+
+
+def l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
+    """tau / ||scores||_2 for each row, (..., 1) in float32 at least; 0 for a row of zeros."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_EPS)
+    return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # of tokens that are divided among processes, summed up once
+
+
+def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
+    """Pattention (..., D_in) -> (..., D_out); under autocast in its precision.
+
+    Args:
+        x: Data tokens, (..., D_in).
+        key_tokens: K, (N, D_in).
+        value_tokens: V, (N, D_out).
+        tau: Norm of the normalised scores, ().
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, key_tokens, value_tokens = x.to(dtype), key_tokens.to(dtype), value_tokens.to(dtype)
+    with _without_autocast(device):
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():
+            out = _L2GELU.apply(rows, key_tokens, value_tokens, tau)
+        else:
+            scores, _ = _normalised(F.linear(rows, key_tokens), tau)
+            out = torch.ops.aten.gelu_(scores) @ value_tokens
+    return out.view(*x.shape[:-1], value_tokens.shape[1])
+
+
+class _L2GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
+        normalised, scale = _normalised(F.linear(x, key_tokens), tau)
+        ctx.save_for_backward(x, key_tokens, value_tokens, tau, normalised, scale)
+        return F.gelu(normalised) @ value_tokens
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, key_tokens, value_tokens, tau, normalised, scale = ctx.saved_tensors
+        for_x, for_keys, for_values, for_tau = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is to be differentiated too
+            return _differentiable_gradients(ctx, grad)
+        x_grad = keys_grad = values_grad = tau_grad = None
+        with _without_autocast(grad.device.type):
+            if for_values:
+                values_grad = F.gelu(normalised).T @ grad
+            if for_x or for_keys or for_tau:
+                scores_grad = _before_gelu(grad @ value_tokens.T, normalised)
+                if for_tau:
+                    tau_grad = (scores_grad * normalised).sum(dtype=tau.dtype) / tau
+                scores_grad = _before_norm(scores_grad, normalised, scale, tau)
+                keys_grad = scores_grad.T @ x if for_keys else None
+                x_grad = scores_grad @ key_tokens if for_x else None
+        return x_grad, keys_grad, values_grad, tau_grad
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by autograd, so that it can go on to the second ones."""
+    inputs = ctx.saved_tensors[:4]
+    x, key_tokens, value_tokens, tau = inputs
+    with _without_autocast(grad.device.type):
+        scores = F.linear(x, key_tokens)
+        out = F.gelu((scores * l2_scale(scores, tau)).to(scores.dtype)) @ value_tokens
+        wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether to call the CPU's own kernels: they divide by the size, and a compiler fuses the plain lines better."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() > 0
+
+
+def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (T, N), which are overwritten, times their scale; and the scale, (T, 1) in float32 at least."""
+    if _on_cpu(scores) and scores.dtype == torch.bfloat16:  # a mixed product would copy all to float32
+        one = scores.new_ones(len(scores), 1)
+        scores, norm = torch.ops.aten._weight_norm_interface(scores, one, 0)
+        if (norm <= NORM_EPS).any():
+            scores.masked_fill_(norm <= NORM_EPS, 0.0)
+        return scores.mul_(tau.item()), torch.where(norm > NORM_EPS, tau / norm, 0.0)
+    scale = l2_scale(scores, tau)
+    return scores.mul_(scale), scale
+
+
+def _before_gelu(grad: Tensor, normalised: Tensor) -> Tensor:
+    """From the gradient with regard to the weights (T, N), which is overwritten, that with regard to z."""
+    if torch.compiler.is_compiling():
+        return torch.ops.aten.gelu_backward(grad, normalised)
+    return torch.ops.aten.gelu_backward.grad_input(grad, normalised, grad_input=grad)
+
+
+def _before_norm(grad: Tensor, normalised: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
+    """From the gradient with regard to the normalised scores that with regard to the scores, both (T, N)."""
+    if _on_cpu(grad) and grad.dtype != torch.float16:  # the same as of weight normalisation, in one pass
+        given = grad, normalised, (scale * tau).to(grad.dtype), tau.to(scale.dtype).expand(scale.shape).contiguous()
+        rows = max(1, _BLOCK // (grad.shape[1] * grad.element_size()))
+        for block in zip(*(one.split(rows) for one in given), strict=True):
+            block[0].copy_(torch.ops.aten._weight_norm_interface_backward(*block, 0)[0])
+        return grad
+    along = (grad * normalised).sum(dim=-1, keepdim=True, dtype=scale.dtype) / -tau.square()
+    return grad.addcmul_(normalised, along.to(grad.dtype)).mul_(scale)
