@@ -66,6 +66,24 @@ def test_one_tensor_of_scores_and_one_number_for_each_data_token_are_kept():
     assert len(plain) == 3
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_data_token_without_gradients_as_with_them(dtype, threads):
+    x, keys, values, tau = given(length=4, num_tokens=80, dtype=dtype)
+    with torch.no_grad():
+        x[3] = 0
+    together, before = pattention(x, keys, values, tau).detach(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            alone = torch.cat([pattention(one, keys, values, tau) for one in x.split(1)])
+    finally:
+        torch.set_num_threads(before)
+    assert alone.dtype == dtype and (alone[3] == 0).all()
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 0.002, torch.bfloat16: 0.015}[dtype]
+    assert ((alone - together).norm() / together.norm()).item() < bound
+
+
 def test_nothing_is_kept_without_gradients():
     x, keys, values, tau = given()
     with torch.no_grad():

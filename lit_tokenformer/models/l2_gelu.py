@@ -48,6 +48,8 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
             out = _L2GELU.apply(rows, key_tokens, value_tokens, tau)
+        elif _on_cpu(rows) and len(rows) == 1:
+            out = _one_row(rows[0], key_tokens, value_tokens, tau)[None]
         else:
             scores, _ = _normalised(F.linear(rows, key_tokens), tau)
             out = torch.ops.aten.gelu_(scores) @ value_tokens
@@ -113,6 +115,20 @@ def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         return scores.mul_(tau.item()), torch.where(norm > NORM_EPS, tau / norm, 0.0)
     scale = l2_scale(scores, tau)
     return scores.mul_(scale), scale
+
+
+def _one_row(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
+    """The same of a single data token, (D_in,) -> (D_out,), where all time goes into reading K and V once."""
+    scores = torch.mv(key_tokens, x)  # (N,)
+    norm = torch.linalg.vector_norm(scores, dtype=torch.promote_types(scores.dtype, torch.float32)).item()
+    weights = torch.ops.aten.gelu_(scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0))
+    if value_tokens.dtype.itemsize > 2:
+        return weights @ value_tokens
+    # a product in half precision would first bring V into another order, and take twice as long
+    size, threads = len(weights), torch.get_num_threads()
+    bags = torch.arange(0, size, -(-size // threads))
+    numbers = torch.arange(size)
+    return F.embedding_bag(numbers, value_tokens, bags, mode="sum", per_sample_weights=weights).sum(dim=0)
 
 
 def _before_gelu(grad: Tensor, normalised: Tensor) -> Tensor:
