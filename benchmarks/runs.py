@@ -66,7 +66,7 @@ class Meter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         own = [*pl_module.parameters(), *pl_module.buffers()]
-        self._before = _memory("VmRSS") - sum(one.numel() * one.element_size() for one in own)
+        self._before = resident_bytes("VmRSS") - sum(one.numel() * one.element_size() for one in own)
         self._seconds: list[list[float]] = [[]]
         self._peak = self._samples = self._step = 0
         self._failed: str | None = None
@@ -134,7 +134,7 @@ class Meter(Callback):
 
     def _look(self, pl_module: LightningModule) -> None:
         cuda = pl_module.device.type == "cuda"
-        now = torch.cuda.max_memory_allocated(pl_module.device) if cuda else _memory("VmHWM") - self._before
+        now = torch.cuda.max_memory_allocated(pl_module.device) if cuda else resident_bytes("VmHWM") - self._before
         self._peak = max(self._peak, now)
 
 
@@ -165,7 +165,7 @@ def serve() -> None:
         print(os.waitpid(child, 0)[1], flush=True)
 
 
-def _memory(name: str) -> int:
+def resident_bytes(name: str) -> int:
     """Resident bytes of this process: ``VmRSS`` now, ``VmHWM`` at most; the latter for both where there is no /proc."""
     status = Path("/proc/self/status")
     if status.exists():

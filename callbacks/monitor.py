@@ -136,8 +136,7 @@ class TrainingMonitor(Callback):
             (parameter, new) for parameter, new in rows_by_age(pl_module, self._growth) if parameter.grad is not None
         ]
         self._held = [(parameter, parameter.detach().clone(), new) for parameter, new in rows]
-        gradients = [(parameter.grad, new) for parameter, new in rows if parameter.grad is not None]
-        self._row_norms = self._norms("grad", gradients)
+        self._row_norms = self._norms("grad", [(parameter.grad, new) for parameter, new in rows])  # type: ignore[misc]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,8 +151,9 @@ class TrainingMonitor(Callback):
                 self.data_tokens += self._costs[task].data_tokens * samples
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
-        changes = [(parameter.detach() - before, new) for parameter, before, new in self._held]
-        norms = {name: float(norm) for name, norm in {**self._row_norms, **self._norms("update", changes)}.items()}
+        changes = [(before.sub_(parameter.detach()), new) for parameter, before, new in self._held]
+        found = {**self._row_norms, **self._norms("update", changes)}
+        norms = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
         self._held, self._row_norms = [], {}
         now = time.perf_counter()
         rates = {"compute/samples_per_second": self._samples / (now - self._since)}
@@ -250,7 +250,7 @@ def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Itera
             rows = Rows(layer.num_tokens, layer.num_tokens)
             if growth is not None and growth["after"].get(layer.kind) == layer.num_tokens:
                 rows = plan_rows(growth["before"][layer.kind], layer.num_tokens, growth["method"], layer.score_norm)
-            new = rows.new().to(layer.key_tokens.device)
+            new = rows.new(layer.key_tokens.device)
             yield from ((layer.key_tokens, new), (layer.value_tokens, new))
 
 
@@ -258,8 +258,9 @@ def norms_by_age(tensors: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
     squares = []
     for tensor, new in tensors:
-        rows = gather(tensor.float().square().sum(dim=1))  # (N,)
-        squares.append(torch.stack([rows[~new].sum(), rows[new].sum()]))
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        rows = gather(torch.linalg.vector_norm(tensor, dim=1, dtype=wide)).square()  # (N,)
+        squares.append(torch.stack([rows.masked_fill(new, 0).sum(), rows.masked_fill(~new, 0).sum()]))
     old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
     return old, appended
 

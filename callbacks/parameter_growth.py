@@ -282,7 +282,8 @@ class ParameterGrowthCallback(Callback):
                 owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
                 for parameter, rows in self._latest_rows(pl_module):
                     if parameter in owned:
-                        share = torch.where(rows.new(), new, 0.0 if frozen else 1.0).to(parameter)[:, None]
+                        is_new = rows.new(parameter.device)[:, None]
+                        share = torch.where(is_new, new, 0.0 if frozen else 1.0).to(parameter)
                         held.append((parameter, parameter.detach().clone(), share))
 
         def after_step(*_: Any) -> None:
@@ -361,8 +362,10 @@ def _probe(pl_module: Any, batch: Any) -> list[Tensor]:
 
 
 def _relative_difference(before: Tensor, after: Tensor) -> float:
-    before, after = before.double(), after.double()
-    return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    """In the L2 norm; ``after`` is used up."""
+    wide = torch.promote_types(before.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(before, dtype=wide).clamp_min(torch.finfo(wide).tiny)
+    return float(torch.linalg.vector_norm(after.sub_(before), dtype=wide) / norm)
 
 
 def _flops(pl_module: Any) -> float:

@@ -33,6 +33,10 @@ from lit_tokenformer.parallel import ShardedParameters, gather, moves_no_rows, o
 
 METHODS = ("split", "zero_keys", "random")
 
+Fill = Callable[[Tensor, Tensor, Tensor, slice], None]
+"""Writes the rows of a tensor that grew: given are the empty copies (n, copies, ...), the empty rows that are no copies
+(m, ...), the old rows (n, ...), and which of all old rows these are. m is 0 unless they are all."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -48,14 +52,10 @@ class Rows:
     after: int
     copies: int = 1
 
-    def new(self) -> Tensor:
+    def new(self, device: torch.device | None = None) -> Tensor:
         """Mask of the rows that were not there before, (after,) bool; the first of each set of copies was."""
-        index = torch.arange(self.after)
+        index = torch.arange(self.after, device=device)
         return (index % self.copies != 0) | (index >= self.copies * self.before)
-
-    def repeat(self, old: Tensor) -> Tensor:
-        """Each row of ``old`` (before, ...) as often as it has copies, (copies * before, ...)."""
-        return old.repeat_interleave(self.copies, dim=0)
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,8 @@ def grow_one_by_one(
     _check_ties(module, plan)
 
     def new_rows(layer: Pattention, part: str, rows: Rows, draw: torch.Generator) -> Tensor:
-        return regrown(
-            getattr(layer, part),
-            rows,
-            lambda old, place: _NEW_ROWS[part](layer, old, place, rows, method, noise, draw),
-        )
+        fill = getattr(_NewRows(layer, rows, method, noise, draw), part)
+        return regrown(getattr(layer, part), rows, fill)
 
     def replace() -> Iterator[GrownParameter]:
         sharded = ShardedParameters(module)
@@ -275,91 +272,105 @@ def _layer_generator(seed: int, name: str, total: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _draw(
-    shape: tuple[int, ...], beside: Tensor, std: float, generator: torch.Generator, place: slice = slice(None)
-) -> Tensor:
-    """N(0, std) in float32 at least; drawn on the generator's device in float32, so that all draw the same numbers.
-
-    Args:
-        shape: Of the whole.
-        beside: A tensor on the device and in the precision that are wanted.
-        std: Standard deviation.
-        generator: What draws.
-        place: The rows that are wanted.
-    """
-    wide = torch.promote_types(beside.dtype, torch.float32)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
-    return drawn[place].to(device=beside.device, dtype=wide).mul_(std)
-
-
 @torch.no_grad()
-def regrown(old: Tensor, rows: Rows, make: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def regrown(old: Tensor, rows: Rows, fill: Fill) -> Tensor:
     """What this process holds of a tensor that grows by rows; of one that is not divided, all.
 
     Args:
-        old: The tensor, whole or divided.
+        old: The tensor, whole or divided, (N, ...).
         rows: Where the new rows come from.
-        make: Makes new rows of some of the old ones, given these and their place among all; of all of
-            them, with those appended.
+        fill: Writes the new rows.
     """
-    if moves_no_rows(old, rows.before, rows.copies) and rows.after == rows.copies * rows.before:
+    stays = moves_no_rows(old, rows.before, rows.copies) and rows.after == rows.copies * rows.before
+    if stays:
         own = owned_rows(old, rows.before)  # type: ignore[arg-type]
-        return make(old.to_local(), slice(own.start, own.stop))  # type: ignore[attr-defined]
-    whole = make(gather(old), slice(0, rows.before))
-    if not isinstance(old, DTensor):
-        return whole
+        here, place = old.to_local(), slice(own.start, own.stop)  # type: ignore[attr-defined]
+    else:
+        here, place = gather(old), slice(0, rows.before)
+    copied = rows.copies * len(here)
+    new = here.new_empty((copied + rows.after - rows.copies * rows.before, *here.shape[1:]))
+    fill(new[:copied].view(len(here), rows.copies, *here.shape[1:]), new[copied:], here, place)
+    if stays or not isinstance(old, DTensor):
+        return new
     own = owned_rows(old, rows.after)
-    return whole[own.start : own.stop].clone()
+    return new[own.start : own.stop].clone()
 
 
-def _appended(rows: Rows, old: Tensor) -> tuple[int, int]:
-    """Shape of the rows that are no copies."""
-    return rows.after - rows.copies * rows.before, old.shape[1]
+def _normal(
+    shape: tuple[int, ...], place: slice, beside: Tensor, std: float, generator: torch.Generator
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of N(0, std) in float32 at least, block by block, each with its place among the rows that are wanted.
+
+    They are drawn on the generator's device in float32, and all of them, so that every process draws the same.
+
+    Args:
+        shape: Of the whole.
+        place: The rows that are wanted.
+        beside: A tensor on the device and in the precision that are wanted.
+        std: Standard deviation.
+        generator: What draws.
+    """
+    wide = torch.promote_types(beside.dtype, torch.float32)
+    height = 16 * max(1, _DRAWN_AT_ONCE // (16 * math.prod(shape[1:])))  # by 16 a CPU draws what it draws all at once
+    for start in range(0, shape[0], height):
+        drawn = torch.randn(
+            (min(height, shape[0] - start), *shape[1:]),
+            generator=generator,
+            dtype=torch.float32,
+            device=generator.device,
+        )
+        first, last = max(start, place.start), min(start + len(drawn), place.stop)
+        if first < last:
+            block = drawn[first - start : last - start].to(device=beside.device, dtype=wide).mul_(std)
+            yield slice(first - place.start, last - place.start), block
 
 
-def _new_keys(
-    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
-) -> Tensor:
-    rest = _appended(rows, old)
-    appended = _draw(rest, old, layer.key_std, generator) if method == "random" else old.new_zeros(rest)
-    return torch.cat([rows.repeat(old), appended.to(old.dtype)])
+_DRAWN_AT_ONCE = 2**18
+"""Numbers; 1 MB, which stays in a CPU's cache."""
 
 
-def _new_values(
-    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
-) -> Tensor:
-    copies, width = rows.copies, old.shape[1]
-    kept = old.detach()
-    if copies > 1:
-        spread = _draw((rows.before, copies, width), old, noise * layer.value_std, generator, place)
-        spread = (spread - spread.mean(dim=1, keepdim=True)).mul_(math.sqrt(copies / (copies - 1)))
-        whole = old.to(spread.dtype)
-        parts = spread.add_(whole[:, None] / copies).to(old.dtype)  # (before, copies, D_out)
-        parts[:, -1] = whole - parts[:, :-1].to(spread.dtype).sum(dim=1)  # rounding must not change the sum
-        kept = parts.flatten(0, 1)
-    appended = _draw(_appended(rows, old), old, layer.value_std, generator)
-    return torch.cat([kept, appended.to(old.dtype)]) if len(appended) else kept.contiguous()
+def _fill_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    for part, drawn in _normal(tuple(tensor.shape), slice(0, len(tensor)), tensor, std, generator):
+        tensor[part] = drawn
 
 
-def _new_scales(
-    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
-) -> Tensor:
-    """A series as at birth for tokens that are no copies: one plain term, the others small."""
-    appended = _draw(_appended(rows, old), old, SERIES_STD, generator)
-    appended[:, 0] = 1.0
-    return torch.cat([rows.repeat(old), appended.to(old.dtype)])
+@dataclass(frozen=True)
+class _NewRows:
+    """Writes the new rows of a layer's tensors, one method for each; see ``Fill``."""
 
+    layer: Pattention
+    rows: Rows
+    method: str
+    noise: float
+    generator: torch.Generator
 
-def _new_shifts(
-    layer: Pattention, old: Tensor, place: slice, rows: Rows, method: str, noise: float, generator: torch.Generator
-) -> Tensor:
-    """No shift for tokens that are no copies, so that a score of zero has a weight of zero."""
-    return torch.cat([rows.repeat(old), old.new_zeros(_appended(rows, old))])
+    def key_tokens(self, copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        copies.copy_(old[:, None])
+        if self.method == "random":
+            _fill_normal(appended, self.layer.key_std, self.generator)
+        else:
+            appended.zero_()
 
+    def value_tokens(self, copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        count = self.rows.copies
+        if count > 1:
+            shape, std = (self.rows.before, *copies.shape[1:]), self.noise * self.layer.value_std
+            for part, spread in _normal(shape, place, old, std, self.generator):
+                spread.sub_(spread.mean(dim=1, keepdim=True)).mul_(math.sqrt(count / (count - 1)))
+                whole, parts = old[part].to(spread.dtype), copies[part]
+                parts.copy_(spread.add_(whole[:, None] / count))
+                parts[:, -1] = whole - parts[:, :-1].to(spread.dtype).sum(dim=1)  # rounding must not change the sum
+        else:
+            copies.copy_(old[:, None])
+        _fill_normal(appended, self.layer.value_std, self.generator)
 
-_NEW_ROWS = {
-    "key_tokens": _new_keys,
-    "value_tokens": _new_values,
-    "scale_tokens": _new_scales,
-    "shift_tokens": _new_shifts,
-}
+    def scale_tokens(self, copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        """A series as at birth for tokens that are no copies: one plain term, the others small."""
+        copies.copy_(old[:, None])
+        _fill_normal(appended, SERIES_STD, self.generator)
+        appended[:, 0] = 1.0
+
+    def shift_tokens(self, copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        """No shift for tokens that are no copies, so that a score of zero has a weight of zero."""
+        copies.copy_(old[:, None])
+        appended.zero_()

@@ -64,7 +64,9 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
         if unknown:
             not_carried |= unknown
         else:
-            optimizer.state[one.new] = {key: _grow_state(key, value, one, new_state) for key, value in state.items()}
+            optimizer.state[one.new] = {  # each old one is let go before the next is made
+                key: _grow_state(key, state.pop(key), one, new_state) for key in list(state)
+            }
     if not_carried:
         warnings.warn(
             f"{type(optimizer).__name__} keeps {', '.join(sorted(not_carried))}, which cannot be carried over a "
@@ -108,13 +110,12 @@ def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> 
     if value.shape[0] != rows.before:
         return value * grown.gradient_scale**degree  # a factor without rows
 
-    def make(old: Tensor, place: slice) -> Tensor:
-        scaled = old * grown.gradient_scale**degree
-        rest = (rows.after - rows.copies * rows.before, *old.shape[1:])
-        if not rest[0]:
-            return rows.repeat(scaled)
-        filled = scaled.mean(dim=0).expand(rest) if degree == 2 and new_state == "mean" else scaled.new_zeros(rest)
-        return torch.cat([rows.repeat(scaled), filled])
+    def fill(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        torch.mul(old[:, None].expand_as(copies), grown.gradient_scale**degree, out=copies)
+        if degree == 2 and new_state == "mean" and len(appended):
+            appended.copy_(copies[:, 0].mean(dim=0))
+        else:
+            appended.zero_()
 
-    local = regrown(value, rows, make)
+    local = regrown(value, rows, fill)
     return like(grown.new, local) if isinstance(value, DTensor) else local

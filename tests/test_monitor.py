@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, parse_experiment_plugin_data
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.ema import GrowingEMA
@@ -205,6 +206,42 @@ def test_nothing_is_measured_between_log_steps(tmp_path: Path) -> None:
     found = events(tmp_path)
     assert [event.step for event in found.Scalars("rows/grad_norm_old")] == [3, 7]
     assert "rows/grad_norm_new" not in found.Tags()["scalars"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is done to tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_where_nothing_is_due_no_tensor_is_touched(tmp_path: Path) -> None:
+    """So nothing waits for the device. Of four steps the last is a log step."""
+    counted: dict[str, list[int]] = {}
+
+    def count(callback: Callback, hook: str) -> None:
+        function, counts = getattr(callback, hook), counted.setdefault(f"{type(callback).__name__}.{hook}", [])
+
+        def counting(*args: Any) -> None:
+            with Operations() as operations:
+                function(*args)
+            counts.append(operations.count)
+
+        setattr(callback, hook, counting)
+
+    monitor, growth = TrainingMonitor(), ParameterGrowthCallback({1: 16})
+    count(growth, "on_train_batch_start")
+    count(monitor, "on_before_optimizer_step")
+    count(monitor, "on_train_batch_end")
+    settings = {"max_steps": 4, "log_every_n_steps": 4}
+    build_trainer(tmp_path, growth, monitor, **settings).fit(build_task(), datamodule=Images())
+    assert counted["ParameterGrowthCallback.on_train_batch_start"] == [0, 0, 0, 0]
+    for hook in ("on_before_optimizer_step", "on_train_batch_end"):
+        counts = counted[f"TrainingMonitor.{hook}"]
+        assert counts[:3] == [0, 0, 0] and counts[3] > 0
 
 
 def test_picture_shows_the_averaged_model_and_spreads_over_the_set(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ import pytest
 import timm.optim
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lit_tokenformer.growth import grow
+from lit_tokenformer.growth import grow, grow_one_by_one
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.optimizer_growth import check_optimizer_state, grow_optimizer
 
@@ -335,3 +338,53 @@ def test_state_of_another_size_is_refused_when_it_is_loaded(name):
     with pytest.raises(ValueError, match=r"optimizer state: \w+ of parameter 1 in group 0 has shape \(32, ") as error:
         wrong.load_state_dict(saved)
     assert "\n" not in str(error.value)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at a time: of those given, and of what operations make."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.live, self.peak = {}, 0
+        self.count(tensors)
+
+    def count(self, tensors):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: (one, size) for key, (one, size) in self.live.items() if not one.expired()}
+        self.peak = max(self.peak, self.now())
+
+    def now(self):
+        return sum(size for one, size in self.live.values() if not one.expired())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count(one for one in tree_leaves(made) if isinstance(one, torch.Tensor))
+        return made
+
+
+@pytest.mark.parametrize("method", ["split", "zero_keys", "random"])
+def test_growing_one_by_one_holds_one_old_tensor_and_one_old_moment(method):
+    """More than weights and moments at the end stand at a time only an old tensor, a moment of it, and small blocks."""
+    model = nn.Sequential(Pattention(128, 128, 8192), Pattention(128, 128, 8192))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    del parameter
+    old = model[0].key_tokens.nbytes
+
+    def held():
+        moments = [one for state in optimizer.state.values() for one in state.values()]
+        return [*model.parameters(), *model.buffers(), *moments]
+
+    live = LiveBytes(held())
+    with live:
+        for grown in grow_one_by_one(model, 16384, method):
+            grow_optimizer(optimizer, [grown])
+            del grown
+    final = sum(one.nbytes for one in held())
+    assert live.now() == final
+    assert live.peak <= final + 2 * old + 2**16

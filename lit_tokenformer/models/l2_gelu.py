@@ -41,6 +41,8 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         tau: Norm of the normalised scores, ().
     """
     device = x.device.type
+    if not torch.is_grad_enabled() and _on_cpu(x) and x.numel() == x.shape[-1] and not torch.is_autocast_enabled("cpu"):
+        return _one_row(x.reshape(-1), key_tokens, value_tokens, tau).view(*x.shape[:-1], -1)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, key_tokens, value_tokens = x.to(dtype), key_tokens.to(dtype), value_tokens.to(dtype)
@@ -48,8 +50,6 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
             out = _L2GELU.apply(rows, key_tokens, value_tokens, tau)
-        elif _on_cpu(rows) and len(rows) == 1:
-            out = _one_row(rows[0], key_tokens, value_tokens, tau)[None]
         else:
             scores, _ = _normalised(F.linear(rows, key_tokens), tau)
             out = torch.ops.aten.gelu_(scores) @ value_tokens

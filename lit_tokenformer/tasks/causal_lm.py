@@ -99,8 +99,9 @@ class LitCausalLM(LitLanguageTask):
         return self.backbone(tokens)
 
     def model_output(self, batch: Tensor) -> Tensor:
-        """Logits (1, T, V) of the first block of a batch: those of all would not fit into memory."""
-        return self.backbone(batch[:1, :-1].clamp_min(0), self._documents(batch[:1]))
+        """Logits (1, T, V) of the first block of a batch, and at most 256 data tokens: all may not fit into memory."""
+        first = batch[:1, :257]
+        return self.backbone(first[:, :-1].clamp_min(0), self._documents(first))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, count = self._loss(batch, self.z_loss)

@@ -1,0 +1,145 @@
+"""Greedy decoding at batch 1: tokens a second, beside transformers' ``generate`` and beside the memory's bandwidth.
+
+    python benchmarks/speed_decode.py [--rounds 3] [--threads 2] [--device cpu] [--dtypes float32 bfloat16]
+
+Ours is ``generate_tokens`` on ``tokenformer_owt_124m``, whose blocks and shared embedding have 123.6 M parameters
+(``tokenformer_150m`` has 151.9 M). Theirs is ``generate`` with its default cache on a ``GPTNeoXForCausalLM`` of equal
+width, depth, heads and vocabulary, with a feed-forward so wide that a decoded token takes as many operations: 3072, so
+that both read equally many weights, too. Both have random weights in the same dtype, always take the most probable
+token, know no token that ends the text, and go from 32 to 512 tokens; the reading of the prompt is not timed. They take
+turns of 32 tokens: theirs waits in its streamer while ours goes on.
+
+The bandwidth is that of one product of a float32 matrix of 1.6 GB with a vector (rows of 16 KiB: of sums, norms and
+products of all shapes the fastest pass over the memory that torch was found to have), once in every turn and with the
+same threads. A model that did nothing but read its weights would decode bandwidth / bytes tokens a second, where the
+bytes are those of the blocks and of the head, which is the embedding. The last line shows how near to that the bare
+products come: each of our weight matrices times a vector, in the same dtype and the same turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+from side_by_side import Line, arguments, median, ratio, report, seconds
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from lit_tokenformer.compute import model_cost
+from lit_tokenformer.models import Tokenformer, TokenformerConfig, create_backbone
+from lit_tokenformer.models.generation import Sampling, generate_tokens
+
+PRESET = "tokenformer_owt_124m"
+FIRST, LAST, TURN = 32, 512, 32  # tokens of the text when the clock starts, when it stops, and of a turn
+PASS = (98_304, 4096)  # the matrix that the bandwidth is measured with
+
+
+def equal_neox(config: TokenformerConfig) -> GPTNeoXConfig:
+    """The config of a GPT-NeoX that takes as many operations for a decoded token, attention and head included."""
+    length = (FIRST + LAST) // 2
+    ours = model_cost(dataclasses.replace(config, context_length=length)).flops // length
+    attention, head = 4 * length * config.dim, 2 * config.vocab_size * config.dim
+    hidden = ((ours - head) // config.depth - attention - 8 * config.dim**2) // (4 * config.dim)
+    return GPTNeoXConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=hidden,
+        max_position_embeddings=config.context_length,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+class Turns(BaseStreamer):
+    """Calls a function between two turns of ``generate``, the first time before the first of them.
+
+    Args:
+        between: What is called with the seconds that the turn took, ``None`` the first time.
+    """
+
+    def __init__(self, between: Callable[[float | None], None]) -> None:
+        self.between = between
+        self.tokens = 0
+        self.start = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt, then each token; all are on the CPU, so the device has done its work."""
+        self.tokens += value.numel()
+        if self.tokens >= FIRST and (self.tokens - FIRST) % TURN == 0:
+            self.between(None if self.tokens == FIRST else time.perf_counter() - self.start)
+            self.start = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+@torch.inference_mode()
+def multiply(weights: list[torch.Tensor], vector: torch.Tensor) -> None:
+    """Each of the weights (N, D) times the vector (D,)."""
+    for weight in weights:
+        torch.mv(weight, vector)
+
+
+def one_text(ours: Tokenformer, theirs: GPTNeoXForCausalLM, matrix: torch.Tensor) -> dict[str, list[float]]:
+    """Seconds of every turn of a text, and in each of a pass over the memory and of the bare products for a token."""
+    device = str(theirs.device)
+    prompt = torch.randint(ours.config.vocab_size, (1, FIRST - 1))  # the token after it starts the clock
+    steps = generate_tokens(ours, list(prompt), LAST - FIRST + 1, Sampling(temperature=0))
+    weights = [weight for weight in ours.parameters() if weight.ndim == 2]
+    vector, row = weights[0].new_ones(ours.config.dim), matrix.new_ones(matrix.shape[1])
+    taken: dict[str, list[float]] = {"ours": [], "theirs": [], "pass": [], "products": []}
+
+    def between(passed: float | None) -> None:
+        if passed is None:
+            next(steps)
+            return
+        taken["theirs"].append(passed)
+        taken["ours"].append(seconds(lambda: [next(steps) for _ in range(TURN)], device))
+        taken["pass"].append(seconds(lambda: torch.mv(matrix, row), device))
+        taken["products"].append(seconds(lambda: multiply(weights, vector), device))
+
+    theirs.generate(
+        prompt.to(device),
+        attention_mask=torch.ones_like(prompt, device=device),
+        max_new_tokens=LAST - FIRST + 1,
+        do_sample=False,
+        streamer=Turns(between),
+    )
+    return taken
+
+
+def compare(dtype: str, device: str, rounds: int) -> list[Line]:
+    """The lines of one dtype."""
+    ours = create_backbone(PRESET).eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    theirs = GPTNeoXForCausalLM(equal_neox(ours.config)).eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    matrix = torch.ones(PASS, device=device)
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, found in one_text(ours, theirs, matrix).items():
+            taken.setdefault(name, []).extend(found)
+    size = sum(weight.nbytes for weight in ours.parameters())
+    bound = [TURN * size / matrix.nbytes * one for one in taken["pass"]]  # seconds of a turn that only reads weights
+    bare = [TURN * one for one in taken["products"]]
+    speed, their_speed, bound_speed = (TURN / median(one) for one in (taken["ours"], taken["theirs"], bound))
+    what = f"{dtype}, {FIRST} to {LAST} tokens"
+    limit = f"bandwidth / weights ({matrix.nbytes / median(taken['pass']) / 1e9:.1f} GB/s / {size / 1e6:.0f} MB)"
+    lines = [
+        (f"{PRESET}, {what}", "GPT-NeoX", speed, their_speed, ratio(taken["theirs"], taken["ours"]), ">= 1.1"),
+        (f"{PRESET}, {what}", limit, speed, bound_speed, ratio(bound, taken["ours"]), ">= 0.7"),
+        (f"GPT-NeoX, {what}", limit, their_speed, bound_speed, ratio(bound, taken["theirs"]), ""),
+        (f"bare products, {dtype}", limit, TURN / median(bare), bound_speed, ratio(bound, bare), ""),
+    ]
+    return [Line(name, against, a, b, "tokens/s", share, goal) for name, against, a, b, share, goal in lines]
+
+
+if __name__ == "__main__":
+    given = arguments(__doc__, rounds=3, dtypes=("float32", "bfloat16")).parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    lines = [line for dtype in given.dtypes for line in compare(dtype, given.device, given.rounds)]
+    report("decode", lines, given.rounds, given.device, given.output)
