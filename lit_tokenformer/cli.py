@@ -248,7 +248,7 @@ class TokenformerCLI(LightningCLI):
 
     def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
         named = args[0] if args else None
-        self._asked = named if named in {*self.subcommands(), *COMMANDS} else None
+        self._asked = named if named in {*self.subcommands(), *COMMANDS, "-h", "--help"} else None
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

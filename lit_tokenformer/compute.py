@@ -60,10 +60,10 @@ _PROJECTIONS = {"linear": _linear, "pattention": _pattention}
 def _project(
     config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: int, count: int = 1, bias: bool | None = None
 ) -> Cost:
-    """``count`` projections (..., dim_in) -> (..., dim_out)."""
+    """``count`` projections (..., dim_in) -> (..., dim_out) of one input, which is kept once."""
     wanted = config.bias if bias is None else bias
     one = _PROJECTIONS[config.projection](config, num_tokens, dim_in, dim_out, wanted)
-    return Cost(count * one.parameters, count * one.flops, count * one.kept)
+    return Cost(count * one.parameters, count * one.flops, dim_in + count * (one.kept - dim_in))
 
 
 def _attention(config: TokenformerConfig, tokens: Totals) -> Parts:
@@ -80,7 +80,8 @@ def _wkv(config: TokenformerConfig, tokens: Totals) -> Parts:
     return {
         "qkv": _project(config, tokens.get("qkv", 0), dim, dim, count=3),
         "proj": _project(config, tokens.get("proj", 0), dim, dim),
-        "rest": Cost(5 * dim, 0, 7 * dim),  # key, value, the sums (two), gate, what it is made from, and what it gates
+        # inputs of their own (two more), key, value, the sums (two), gate, what it is made from, and what it gates
+        "rest": Cost(5 * dim, 0, 9 * dim),
     }
 
 

@@ -255,8 +255,14 @@ def test_what_stands_in_the_padding_does_not_matter(case):
 
 
 @pytest.mark.parametrize("documents", [None, (torch.arange(LENGTH) >= 4).long().expand(3, -1)], ids=["", "documents"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "together"])
 @every(masked)
-def test_unpadding_changes_nothing(case, documents):
+def test_unpadding_changes_nothing(monkeypatch, case, documents, alone):
+    """Whether attention takes one sequence after the other, as on a processor, or all at once."""
+    if not alone:
+        packing = Tokenformer._packing
+        together = staticmethod(lambda *args: packing(*args)._replace(lengths=None))
+        monkeypatch.setattr(Tokenformer, "_packing", together)
     models = [make(case, unpad=unpad) for unpad in (False, True)]
     models[1].load_state_dict(models[0].state_dict())
     x = make_inputs(models[0])

@@ -22,9 +22,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
 from torch.utils.data import DataLoader
 
 from lit_tokenformer.data import Augmentation, ImageDataModule
+from lit_tokenformer.data.augmentation import train_transform
 from lit_tokenformer.data.image_sources import SOURCES, decode_hub_image
 from lit_tokenformer.data.loading import EpochSampler, StreamImages, seeded
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
@@ -136,6 +139,43 @@ def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str):
         Image.open(path).convert(mode).save(target)
     image, _ = next(iter(imagefolder(tmp_path / "data", batch_size=2, val_fraction=0.25).train_dataloader()))
     assert image.shape == (2, 3, 16, 16)
+
+
+def test_train_transforms_give_what_timm_gives_to_the_last_bit():
+    policy, mean, std = "rand-m5-mstd0.5", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    recipe = Augmentation(
+        crop="rrc", hflip=0.5, auto_augment=policy, interpolation="bicubic", reprob=0.5, crop_pct=0.875
+    )
+    ours = train_transform(recipe, 24, mean, std)
+    theirs = create_transform(
+        24,
+        is_training=True,
+        auto_augment=policy,
+        interpolation="bicubic",
+        re_prob=0.5,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for number in range(20):
+        with seeded(number):
+            image = ours(Image.fromarray(pixels))
+        with seeded(number):
+            expected = theirs(Image.fromarray(pixels))
+        assert image.is_contiguous() and torch.equal(image, expected)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10", "original"])
+def test_a_policy_may_leave_an_image_no_bits(policy: str):
+    colour = train_transform(Augmentation(crop="rrc", auto_augment=policy), 8, (0.5,) * 3, (0.5,) * 3).transforms[1]
+    (step,) = colour.transforms
+    found = getattr(step, "ops", None) or [one for pair in step.policy for one in pair]
+    posterize: list[AugmentOp] = [one for one in found if one.name.startswith("Posterize")]
+    assert posterize
+    image = Image.new("RGB", (8, 8), "white")
+    assert all(one.aug_fn(image, 0).getextrema() == ((0, 0),) * 3 for one in posterize)
+    assert all(one.aug_fn(image, 4).getextrema() == ((240, 240),) * 3 for one in posterize)
 
 
 def test_imagenet_recipe_gives_soft_labels_in_training_only(folder: Path):

@@ -19,7 +19,8 @@ def inputs(dtype, rows=37, vocabulary=50, dim=8):
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_loss_and_gradients_are_those_of_torch(monkeypatch, rows, z_loss):
-    monkeypatch.setitem(losses.CHUNK_ROWS, "cpu", rows)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 50 * 8)
+    monkeypatch.setitem(losses.CACHED_ROWS, "cpu", 2)
     x, weight, target = inputs(torch.float64)
     total, count = linear_cross_entropy(x, weight, target, z_loss)
     logits = x @ weight.T

@@ -6,7 +6,9 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import ParameterGrowthCallback
 from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, MultiTaskDataModule, TextDataModule
@@ -105,6 +107,20 @@ def test_a_batch_without_a_hidden_token_is_worth_nothing():
     loss.backward()
     assert loss == 0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("preset", ["mosaic_bert_tiny", "bert_tiny", "tokenformer_mlm_tiny"])
+def test_unpadded_a_batch_takes_the_operations_of_its_sequences_alone(preset):
+    model = make_task(preset, unpad=True).backbone
+    tokens, _, lengths = batch_of(examples(6))
+
+    def operations(tokens, lengths):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.forward_features(tokens, lengths=lengths)
+        return counter.get_total_flops()
+
+    alone = [operations(one[None, :length], length[None]) for one, length in zip(tokens, lengths, strict=True)]
+    assert operations(tokens, lengths) == sum(alone)
 
 
 @pytest.mark.slow

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -143,7 +141,10 @@ class HubStream:
 def decode_image(source: str | io.BytesIO) -> Image.Image:
     """An image file as RGB; grey images get three equal channels."""
     with Image.open(source) as image:
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()  # convert would copy it
+        return image
 
 
 def decode_hub_image(value: dict[str, Any], folders: tuple[str, ...] = ()) -> Image.Image:
@@ -206,6 +207,9 @@ def _with_validation(
 
 
 def _open_digits(settings: SourceSettings) -> Splits:
+    from sklearn.datasets import load_digits  # takes a second, and only this row needs it
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     train, val = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=_SPLIT_SEED)

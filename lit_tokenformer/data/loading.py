@@ -52,7 +52,7 @@ def seeded(*entropy: int) -> Iterator[None]:
     """
     states = None
     if get_worker_info() is None:  # in a loader's worker nothing else draws, and this costs 0.2 ms
-        states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        states = random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state()
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])

@@ -45,14 +45,15 @@ class DecodingState:
         self.length = length
         self.padding = padding
         self.start = 0
-        self._sizes = [(layer, layer.num_tokens) for layer in model.modules() if isinstance(layer, Pattention)]
+        self._layers = [layer for layer in model.modules() if isinstance(layer, Pattention)]
+        self._sizes = [layer.num_tokens for layer in self._layers]
         learned = model.config.positions == "learned"
         most = 0 if padding is None else int(padding.max())
         self._positions = model.config.context_length + most if learned else None
 
     def check(self, more: int) -> None:
         """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
-        if any(layer.num_tokens != size for layer, size in self._sizes):
+        if [layer.num_tokens for layer in self._layers] != self._sizes:
             raise ValueError("state: it is from before a growth of the model; begin with a new one")
         if self.start + more > self.length:
             raise ValueError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
@@ -293,13 +294,15 @@ class Tokenformer(nn.Module):
         rotary = None
         if config.positions == "rotary":
             rotary = rotary_angles(config, token_positions(start, length, padding, device), x.dtype)
+        packing = self._packing(lengths, length) if config.unpad and lengths is not None else None
+        alone = packing is not None and packing.lengths is not None  # and so without padding
         return Context(
             rotary,
-            self._mask(x, documents, start, padding, lengths),
+            self._mask(x, documents, start, padding, None if alone else lengths),
             config.causal and length > 1,
             start,
             None if padding is None else self._columns(start, length, device)[:, None] >= padding[:, None, None],
-            self._packing(lengths, length) if config.unpad and lengths is not None else None,
+            packing,
         )
 
     @property
@@ -341,7 +344,9 @@ class Tokenformer(nn.Module):
     @staticmethod
     def _packing(lengths: Tensor, length: int) -> Packing:
         present = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
-        return Packing(present.flatten().nonzero()[:, 0], len(lengths), length)
+        alone = lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator wants all at once
+        places = present.flatten().nonzero()[:, 0]
+        return Packing(places, len(lengths), length, lengths.tolist() if alone else None)
 
     def _run(self, block: Callable[..., Tensor], x: Tensor, context: Context, state: State = (None, None)) -> Tensor:
         if self.grad_checkpointing and self.training:

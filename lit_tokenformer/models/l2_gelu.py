@@ -20,7 +20,7 @@ from torch import Tensor
 NORM_EPS = 1e-12
 """Smallest norm that scores are divided by; below it they count as zeros."""
 
-_BLOCK = 2**22
+_BLOCK = 2**24
 """Bytes of scores that are worked on at once where that saves memory."""
 
 
@@ -142,6 +142,8 @@ def _before_norm(grad: Tensor, normalised: Tensor, scale: Tensor, tau: Tensor) -
     """From the gradient with regard to the normalised scores that with regard to the scores, both (T, N)."""
     if _on_cpu(grad) and grad.dtype != torch.float16:  # the same as of weight normalisation, in one pass
         given = grad, normalised, (scale * tau).to(grad.dtype), tau.to(scale.dtype).expand(scale.shape).contiguous()
+        if grad.nbytes <= _BLOCK:
+            return torch.ops.aten._weight_norm_interface_backward(*given, 0)[0]
         rows = max(1, _BLOCK // (grad.shape[1] * grad.element_size()))
         for block in zip(*(one.split(rows) for one in given), strict=True):
             block[0].copy_(torch.ops.aten._weight_norm_interface_backward(*block, 0)[0])

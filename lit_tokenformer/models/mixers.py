@@ -21,11 +21,14 @@ class Packing(NamedTuple):
         places: Where each of them stands in the flattened batch, (n,) int64.
         batch: Sequences, B.
         length: Data tokens of each with padding, T.
+        lengths: Data tokens of each without it, where attention takes one sequence after the other; ``None`` where it
+            takes all at once, with their padding.
     """
 
     places: Tensor
     batch: int
     length: int
+    lengths: list[int] | None = None
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, n, ...)."""
@@ -56,6 +59,15 @@ class Context(NamedTuple):
     start: int = 0
     present: Tensor | None = None
     packing: Packing | None = None
+
+    def alone(self, number: int, length: int) -> Context:
+        """What it is for the sequence with this number by itself, with ``length`` data tokens and no padding."""
+        rotary, mask = self.rotary, self.mask
+        if rotary is not None:
+            rotary = rotary[0][..., :length, :], rotary[1][..., :length, :]
+        if mask is not None:
+            mask = mask[number % len(mask), None, :, :length, :length]  # (1, 1 | H, T, T)
+        return self._replace(rotary=rotary, mask=mask, packing=None)
 
 
 class KeyValueCache:
@@ -109,8 +121,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context = Context(), state: KeyValueCache | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D); with a state, data tokens attend to those in it too."""
         query, key, value = self.query(x), self.key(x), self.value(x)
-        if context.packing is not None:
-            query, key, value = (context.packing.unpack(one) for one in (query, key, value))
+        packing = context.packing
+        if packing is None:
+            mixed = self._attend(query, key, value, context, state)
+        elif packing.lengths is None:
+            unpack = packing.unpack
+            mixed = packing.pack(self._attend(unpack(query), unpack(key), unpack(value), context))
+        else:
+            split = zip(*(one.split(packing.lengths, dim=1) for one in (query, key, value)), strict=True)
+            alone = [self._attend(q, k, v, context.alone(i, q.shape[1])) for i, (q, k, v) in enumerate(split)]
+            mixed = torch.cat(alone, dim=1)
+        return self.dropout(self.proj(mixed))  # (B, T, D)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: KeyValueCache | None = None
+    ) -> Tensor:
+        """Queries, keys and values (B, T, D) -> mixed values (B, T, D)."""
         split = (*query.shape[:2], self.num_heads, -1)
         query = query.view(split).transpose(1, 2)  # (B, H, T, d)
         key = key.view(split).transpose(1, 2)  # (B, H, T, d)
@@ -125,10 +151,7 @@ class Attention(nn.Module):
             context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(query.dtype)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal)  # (B, H, T, d)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
-        if context.packing is not None:
-            mixed = context.packing.pack(mixed)
-        return self.dropout(self.proj(mixed))  # (B, T, D)
+        return mixed.transpose(1, 2).flatten(2)  # (B, T, D)
 
 
 class RecurrentState:

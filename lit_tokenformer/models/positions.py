@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_tokenformer.models.config import TokenformerConfig
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each (T, r) or (B, 1, T, r), of the angles by which r dimensions of a head are turned."""
+"""Cosines and sines, each (T, r / 2) or (B, 1, T, r / 2), of the angles by which r dimensions of a head are turned."""
 
 
 def token_positions(start: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
@@ -63,7 +63,6 @@ def rotary_angles(config: TokenformerConfig, positions: Tensor, dtype: torch.dty
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=wide) / config.rotary_dim
     angles = positions[..., None].to(wide) * config.rotary_base**-exponents  # (..., T, r / 2)
-    angles = torch.cat([angles, angles], dim=-1)  # (..., T, r)
     angles = angles if positions.ndim == 1 else angles[:, None]
     return angles.cos(), angles.sin()
 
@@ -71,8 +70,7 @@ def rotary_angles(config: TokenformerConfig, positions: Tensor, dtype: torch.dty
 def turn(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns the first r dimensions of each head in ``x``, (B, H, T, d) -> (B, H, T, d)."""
     cos, sin = rotary
-    size = cos.shape[-1]
-    turned, kept = x[..., :size], x[..., size:]
-    left, right = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
-    return torch.cat([turned.to(x.dtype), kept], dim=-1)
+    half = cos.shape[-1]
+    left, right, kept = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = left * cos - right * sin, right * cos + left * sin
+    return torch.cat([turned[0].to(x.dtype), turned[1].to(x.dtype), kept], dim=-1)

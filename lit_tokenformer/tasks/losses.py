@@ -8,15 +8,16 @@ compare with it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = {"cpu": 256}
-"""Rows of logits that are held at once, by the kind of device: as many as stay in a processor's cache."""
-ACCELERATOR_ROWS = 2048
-"""The same for every other kind: as many as keep it busy."""
+CHUNK_BYTES = 2**28
+"""Bytes of logits that are held at once: many rows make the products with them fast."""
+CACHED_ROWS = {"cpu": 16}
+"""Rows whose gradient is made at once, by the kind of device: few stay in a processor's cache; elsewhere all do."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,38 +30,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = CHUNK_ROWS.get(device, ACCELERATOR_ROWS)
+        chunks = max(1, math.ceil(len(x) * len(weight) * dtype.itemsize / CHUNK_BYTES))
         needed = [training and one for one in ctx.needs_input_grad]  # which are the same without gradients
         grad_x = torch.empty_like(x) if needed[0] else None
-        grad_weight = torch.zeros_like(weight) if needed[1] else None
+        grad_weight = None
         grad_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
-        wanted = any(one is not None for one in (grad_x, grad_weight, grad_bias))
-        total = torch.zeros((), dtype=wide, device=x.device)
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
         with torch.autocast(device, enabled=False):
-            kernel = weight.to(dtype)
-            for start in range(0, len(x), rows):
-                piece, label = x[start : start + rows].to(dtype), target[start : start + rows, None]
-                logits = (piece @ kernel.T).to(wide)  # (rows, V)
-                if bias is not None:
-                    logits += bias
-                partition = logits.logsumexp(dim=1, keepdim=True)  # (rows, 1)
-                kept, known = (label >= 0).to(wide), label.clamp_min(0)
-                loss = partition - logits.gather(1, known) + z_loss * partition.square()
-                total += (loss * kept).sum()
-                if not wanted:
-                    continue
-                grad = logits.sub_(partition).exp_().mul_(kept * (1 + 2 * z_loss * partition))
-                grad = grad.scatter_add_(1, known, -kept)  # (rows, V)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                grad = grad.to(dtype)
+            kernel, start = weight.to(dtype), 0
+            for rows, labels in zip(x.chunk(chunks), target.chunk(chunks), strict=True):
+                piece = rows.to(dtype)
+                logits = piece @ kernel.T  # (rows, V)
+                few = CACHED_ROWS.get(device, max(1, len(logits)))
+                for part, label in zip(logits.split(few), labels[:, None].split(few), strict=True):
+                    total += _to_gradient(part, label, bias, z_loss, any(needed), grad_bias)
+                grad = logits
                 if grad_x is not None:
-                    grad_x[start : start + rows] = grad @ kernel
-                if grad_weight is not None and grad_weight.dtype == dtype:
+                    grad_x[start : start + len(grad)] = grad @ kernel
+                if needed[1] and grad_weight is None:
+                    grad_weight = (grad.T @ piece).to(weight.dtype)
+                elif grad_weight is not None and grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad.T, piece)  # without a product that takes as much memory again
                 elif grad_weight is not None:
                     grad_weight += grad.T @ piece
+                start += len(grad)
                 del logits, grad
         ctx.gradients = grad_x, grad_weight, grad_bias
         return total
@@ -72,6 +65,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight's is large
         grad_x, grad_weight, grad_bias = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _to_gradient(
+    logits: Tensor, label: Tensor, bias: Tensor | None, z_loss: float, wanted: bool, grad_bias: Tensor | None
+) -> Tensor:
+    """The loss of some rows, (); the gradient takes the place of their logits, and the bias' is added to its own.
+
+    Args:
+        logits: Without the bias, (rows, V).
+        label: Token ids, (rows, 1); negative ones do not count.
+        bias: (V,).
+        z_loss: Weight of the squared log-partition.
+        wanted: Whether there is anything that needs the gradient.
+        grad_bias: (V,).
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        wide += bias
+    kept, known = (label >= 0).to(wide.dtype), label.clamp_min(0)
+    scores = wide.log_softmax(dim=1)  # (rows, V)
+    score = scores.gather(1, known)
+    partition = wide.gather(1, known) - score  # (rows, 1)
+    loss = (z_loss * partition.square() - score) * kept
+    if wanted:
+        grad = scores.exp_().mul_(kept * (1 + 2 * z_loss * partition)).scatter_add_(1, known, -kept)
+        if grad_bias is not None:
+            grad_bias += grad.sum(dim=0)
+        logits.copy_(grad)
+    return loss.sum()
 
 
 def linear_cross_entropy(
