@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _INDEX_TYPES = {
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"Path", "PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
+    "builtins": {"getattr"},  # Python 3.11.0 to 3.11.3 write members of an enumeration so
 }
 """What may be named in an index, by module."""
 
@@ -228,6 +230,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # that in C 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
+        if name == "getattr":
+            return _member
         return _path if module.startswith("pathlib") else super().find_class(module, name)
 
     def load_build(self) -> None:
@@ -236,6 +240,12 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # that in C 
         super().load_build()  # type: ignore[misc]
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("it names builtins.getattr")
+    return kind[name]
 
 
 def _path(*parts: str) -> str:

@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
 from lit_tokenformer.commands import grow_checkpoint
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.parallel import _shares
-from lit_tokenformer.sharded_checkpoints import INDEX, REST, is_sharded, mend_folders, read_folder
+from lit_tokenformer.sharded_checkpoints import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +183,31 @@ class TestTwoProcesses:
         (path / INDEX).unlink()
         with pytest.raises(ValueError, match=r"ckpt_path: .*\.metadata"):
             read_folder(path)
+
+
+def write_index(folder, saved):
+    index = Metadata({"weight": saved}, storage_data={}, storage_meta=StorageMeta())
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+
+
+def test_an_index_by_python_3_11_2_is_read(tmp_path, monkeypatch):
+    """It writes members of an enumeration as ``getattr(enumeration, name)``."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self._name_)))
+    properties = TensorProperties(torch.float32, memory_format=torch.contiguous_format)
+    write_index(tmp_path, TensorStorageMetadata(properties, torch.Size([2]), []))
+    assert b"getattr" in (tmp_path / INDEX).read_bytes()
+    assert read_index(tmp_path)["weight"].shape == (2,)
+
+
+@pytest.mark.parametrize("inner", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), ("text", "join")])
+def test_nothing_but_members_of_enumerations_is_looked_up(tmp_path, inner):
+    class Payload:
+        def __reduce__(self):
+            return getattr, inner
+
+    write_index(tmp_path, Payload())
+    with pytest.raises(ValueError, match=r"ckpt_path: .*\.metadata holds pickled code or is damaged"):
+        read_index(tmp_path)
 
 
 def test_rows_are_shared_as_torch_chunks_them():

@@ -17,7 +17,9 @@ from torch import Tensor
 CHUNK_BYTES = 2**28
 """Bytes of logits that are held at once: many rows make the products with them fast."""
 CACHED_ROWS = {"cpu": 16}
-"""Rows whose gradient is made at once, by the kind of device: few stay in a processor's cache; elsewhere all do."""
+"""Rows whose gradient is made at once, by the kind of device: as few as stay in a processor's cache."""
+ACCELERATOR_ROWS = 1024
+"""The same for every other kind: what is wide in between takes less memory than the logits of all."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -41,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows, labels in zip(x.chunk(chunks), target.chunk(chunks), strict=True):
                 piece = rows.to(dtype)
                 logits = piece @ kernel.T  # (rows, V)
-                few = CACHED_ROWS.get(device, max(1, len(logits)))
+                few = CACHED_ROWS.get(device, ACCELERATOR_ROWS)
                 for part, label in zip(logits.split(few), labels[:, None].split(few), strict=True):
                     total += _to_gradient(part, label, bias, z_loss, any(needed), grad_bias)
                 grad = logits
