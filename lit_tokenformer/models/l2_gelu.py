@@ -119,9 +119,12 @@ def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 def _one_row(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
     """The same of a single data token, (D_in,) -> (D_out,), where all time goes into reading K and V once."""
-    scores = torch.mv(key_tokens, x)  # (N,)
-    norm = torch.linalg.vector_norm(scores, dtype=torch.promote_types(scores.dtype, torch.float32)).item()
-    weights = torch.ops.aten.gelu_(scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0))
+    scores = torch.mv(key_tokens, x).to(torch.promote_types(x.dtype, torch.float32))  # (N,)
+    norm = torch.linalg.vector_norm(scores).item()
+    scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0)
+    weights = scores.mul_(torch.special.ndtr(scores)).to(
+        x.dtype
+    )  # GELU, for which oneDNN would prepare itself each time
     if value_tokens.dtype.itemsize > 2:
         return weights @ value_tokens
     # a product in half precision would first bring V into another order, and take twice as long
