@@ -118,7 +118,7 @@ def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_row(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-    """The same of a single data token, (D_in,) -> (D_out,), where all time goes into reading K and V once."""
+    """The same of a single data token, (D_in,) -> (D_out,), on a CPU; K and V are read once."""
     scores = torch.mv(key_tokens, x).to(torch.promote_types(x.dtype, torch.float32))  # (N,)
     norm = torch.linalg.vector_norm(scores).item()
     scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0)
