@@ -143,7 +143,7 @@ class TrainingMonitor(Callback):
     ) -> None:
         replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         for task in self._costs or [""]:
-            samples = _num_samples(batch[task] if task else batch) * replicas
+            samples = num_samples(batch[task] if task else batch) * replicas
             self._samples += samples
             if task in self._costs:
                 self.training_flops += self._costs[task].training_flops * samples
@@ -289,7 +289,7 @@ def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
     return [getattr(experiment, method) for experiment in experiments if hasattr(experiment, method)]
 
 
-def _num_samples(batch: Any) -> int:
+def num_samples(batch: Any) -> int:
     """Length of the first tensor in a batch."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 

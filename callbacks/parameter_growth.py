@@ -9,19 +9,21 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
+from callbacks.growth_triggers import TRIGGERS, LossSignal
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.growth import METHODS, Rows, grow_one_by_one, plan_rows, target_tokens
+from lit_tokenformer.growth import METHODS, grow_one_by_one, plan_rows, target_tokens
 from lit_tokenformer.models import Pattention, Tokens, param_tokens
 from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
 
@@ -29,8 +31,9 @@ from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
 class ParameterGrowthCallback(Callback):
     """Appends parameter tokens at scheduled epochs or optimizer steps of a running fit.
 
-    A growth is due where ``epoch >= key`` and takes place before the first batch after that at which no gradient is
-    pending. The schedule holds totals, so a resumed run finds by itself what is due.
+    A growth is due where ``epoch >= key`` and, with a ``trigger``, once the training loss asked for it; it takes place
+    before the first batch after that at which no gradient is pending. The schedule holds totals, so a resumed run finds
+    by itself what is due.
 
     Args:
         schedule: ``{epoch: tokens}``, zero-indexed and in rising order. Tokens are totals: a number n (qkv n, proj n,
@@ -47,6 +50,16 @@ class ParameterGrowthCallback(Callback):
         rewarm_steps: Optimizer steps over which the learning rate rises again to where its schedule is.
         seed: Seed of the new rows.
         check: Compare the model's outputs for the next batch before and after each growth.
+        trigger: What a growth waits for once its key is reached: nothing (``schedule``), or the training loss, averaged
+            over windows. ``plateau`` fires when it no longer improves; ``slope`` when it falls far less for each
+            e-fold of compute than at its steepest since the last growth (after arXiv 2203.06211). A trigger may fire
+            before the key, causes one growth each time, and starts anew after it.
+        window: Optimizer steps in a window.
+        patience: Windows without improvement after which ``plateau`` fires; latest windows of which ``slope`` takes the
+            slope, at least 2.
+        min_delta: Least fall of the loss that is an improvement to ``plateau``, in nats.
+        threshold: Share of the steepest slope at which ``slope`` fires, between 0 and 1.
+        cooldown: Optimizer steps after the start and after each growth whose loss no trigger sees.
 
     Raises:
         ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
@@ -55,7 +68,7 @@ class ParameterGrowthCallback(Callback):
 
     Note:
         Other callbacks that define ``on_parameter_growth(trainer, pl_module, event)`` are told of each growth; an EMA
-        of the weights grows there.
+        of the weights grows there. Under a trigger all processes average three numbers for each window.
 
     Example:
         >>> callback = ParameterGrowthCallback({10: 192, 20: {"qkv": 384, "proj": 384, "ffn": 1536}})
@@ -76,11 +89,18 @@ class ParameterGrowthCallback(Callback):
         rewarm_steps: int = 0,
         seed: int = 0,
         check: bool = True,
+        trigger: str = "schedule",
+        window: int = 50,
+        patience: int = 4,
+        min_delta: float = 0.01,
+        threshold: float = 0.5,
+        cooldown: int = 100,
     ) -> None:
         for setting, value, choices in (
             ("unit", unit, ("epoch", "step")),
             ("method", method, METHODS),
             ("new_state", new_state, NEW_STATES),
+            ("trigger", trigger, ("schedule", *TRIGGERS)),
         ):
             if value not in choices:
                 raise unknown_name(setting, value, choices)
@@ -90,6 +110,10 @@ class ParameterGrowthCallback(Callback):
             ("ramp_steps", ramp_steps, 0),
             ("freeze_old_steps", freeze_old_steps, -1),
             ("rewarm_steps", rewarm_steps, 0),
+            ("window", window, 1),
+            ("patience", patience, 1),
+            ("min_delta", min_delta, 0),
+            ("cooldown", cooldown, 0),
         ):
             if not least <= number < math.inf:
                 raise ValueError(f"{setting}: expected at least {least}, got {number}")
@@ -106,8 +130,12 @@ class ParameterGrowthCallback(Callback):
         self.rewarm_steps = rewarm_steps
         self.seed = seed
         self.check = check
+        self.trigger = trigger
         self.events: list[dict[str, Any]] = []
         """One entry for each growth: epoch, step, totals before and after, what it did."""
+        self._signal: LossSignal | None = None
+        if trigger in TRIGGERS:
+            self._signal = LossSignal(lambda: TRIGGERS[trigger](patience, min_delta, threshold), window, cooldown)
         self._next = 0
         self._step_hooks: list[Any] = []
 
@@ -173,12 +201,16 @@ class ParameterGrowthCallback(Callback):
             current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
         if self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps:
             for optimizer in trainer.optimizers:
-                self._add_step_hooks(trainer, pl_module, optimizer)
+                self._step_hooks += add_step_hooks(self, trainer, pl_module, optimizer)
+        if self._signal is not None:
+            self._signal.begin_fit(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         position = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
         stages = list(self.schedule.items())
         while self._next < len(stages) and position >= stages[self._next][0]:
+            if self._signal is not None and not self._signal.fired:
+                return
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
             targets = target_tokens(stages[self._next][1], param_tokens(pl_module))
@@ -187,17 +219,45 @@ class ParameterGrowthCallback(Callback):
                 self._grow(trainer, pl_module, targets, batch)
             self._next += 1
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._signal is not None and self._next < len(self.schedule):
+            self._signal.add_batch(trainer, outputs, batch)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._signal is not None and self._next < len(self.schedule):
+            self._signal.agree(trainer)  # each process goes on with what it would read from the checkpoint
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         self._remove_step_hooks()
+        if self._signal is None or trainer.fast_dev_run:
+            return
+        current, rest = param_tokens(pl_module), list(self.schedule.values())[self._next :]
+        left = [str(tokens) for tokens in rest if not _is_reached(tokens, current)]
+        if left:
+            rank_zero_warn(
+                f"trigger: the fit ended before {self.trigger!r} let the model grow to {', then '.join(left)} tokens"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._remove_step_hooks()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"events": self.events}
+        if self._signal is None:
+            return {"events": self.events}
+        return {"events": self.events, "signal": {**self._measured_for(), **self._signal.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.events = list(state_dict["events"])
+        signal = state_dict.get("signal", {})
+        if self._signal is not None and self._measured_for().items() <= signal.items():
+            self._signal.load_state_dict(signal)
+
+    def _measured_for(self) -> dict[str, Any]:
+        """What the signal was measured for; it says nothing to another trigger, nor after a growth between two runs."""
+        return {"trigger": self.trigger, "growths": len(self.events)}
 
     def _grow(self, trainer: Trainer, pl_module: LightningModule, targets: dict[str, int], batch: Any) -> None:
         before = param_tokens(pl_module)
@@ -225,6 +285,7 @@ class ParameterGrowthCallback(Callback):
             "step": trainer.global_step,
             "before": before,
             "after": targets,
+            "trigger": self.trigger,
             "method": self.method,
             "noise": self.noise,
             "seed": self.seed,
@@ -235,6 +296,8 @@ class ParameterGrowthCallback(Callback):
         }
         self.events.append(event)
         _start_new_size(trainer)
+        if self._signal is not None:
+            self._signal.begin_size(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_parameter_growth"):
                 callback.on_parameter_growth(trainer, pl_module, event)
@@ -260,60 +323,6 @@ class ParameterGrowthCallback(Callback):
                 "growth/added_parameters": event["parameters"] - parameters,
             }
             logger.log_metrics({k: v for k, v in metrics.items() if not math.isnan(v)}, step=event["step"])
-
-    def _add_step_hooks(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        """What happens to single steps after a growth: learning rate, size of the updates, tau."""
-        rates: list[Any] = []
-        held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-
-        def before_step(*_: Any) -> None:
-            rates.clear()
-            held.clear()
-            if not self.events:
-                return
-            done = trainer.global_step - self.events[-1]["step"]
-            rates.extend(group["lr"] for group in optimizer.param_groups)
-            if done < self.rewarm_steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["lr"] * ((done + 1) / self.rewarm_steps)
-            new = min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0
-            frozen = done < self.freeze_old_steps or self.freeze_old_steps < 0
-            if new < 1 or frozen:
-                owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-                for parameter, rows in self._latest_rows(pl_module):
-                    if parameter in owned:
-                        is_new = rows.new(parameter.device)[:, None]
-                        share = torch.where(is_new, new, 0.0 if frozen else 1.0).to(parameter)
-                        held.append((parameter, parameter.detach().clone(), share))
-
-        def after_step(*_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                group["lr"] = rate
-            for parameter, previous, share in held:
-                with torch.no_grad():
-                    parameter.copy_(torch.where(share == 1, parameter, previous + share * (parameter - previous)))
-            held.clear()
-            if self.events:
-                left = self.tau_steps - (trainer.global_step - self.events[-1]["step"])
-                if left > 0:
-                    for layer in pl_module.modules():
-                        if isinstance(layer, Pattention):
-                            layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
-
-        self._step_hooks += [
-            optimizer.register_step_pre_hook(before_step),
-            optimizer.register_step_post_hook(after_step),
-        ]
-
-    def _latest_rows(self, pl_module: LightningModule) -> Iterator[tuple[nn.Parameter, Rows]]:
-        """Every parameter that the latest growth replaced, with where its rows come from."""
-        event = self.events[-1]
-        for layer in pl_module.modules():
-            if isinstance(layer, Pattention) and layer.kind in event["after"]:
-                before, after = event["before"][layer.kind], event["after"][layer.kind]
-                if after > before:
-                    rows = plan_rows(before, after, event["method"], layer.score_norm)
-                    yield from ((layer.key_tokens, rows), (layer.value_tokens, rows))
 
     def _remove_step_hooks(self) -> None:
         for hook in self._step_hooks:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_tokenformer import models, tasks
+from lit_tokenformer import tasks
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.commands import (
@@ -31,13 +30,10 @@ from lit_tokenformer.commands import (
     import_weights,
     split_checkpoint,
 )
-from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.tasks.multitask import joint_cost
-from lit_tokenformer.trainer import CheckpointingTrainer
 
 try:
-    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
+    from callbacks import ErrorLog, PredictionWriter, PreemptionCheckpoint
 except ImportError as error:
     raise ImportError(
         f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
@@ -54,6 +50,7 @@ from lit_tokenformer.beginning import (
     trainer_error,
 )
 from lit_tokenformer.parsing import Parser, check_config, one_line
+from lit_tokenformer.planning import PlanningTrainer
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
@@ -126,121 +123,6 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
-
-
-class PlanningTrainer(CheckpointingTrainer):
-    """Lightning's trainer, which can also say what a fit would cost."""
-
-    def plan(self, model: tasks.LitTask, datamodule: LightningDataModule | None = None) -> list[Stage]:
-        """Shows what each stage of a fit costs, before it is run.
-
-        Args:
-            model: The task, at the size it is born with.
-            datamodule: Its data; what is read of them is the number of training samples.
-
-        Returns:
-            The stages, which are printed too.
-
-        Raises:
-            ValueError: If the number of steps cannot be told.
-        """
-        from rich.console import Console
-        from rich.table import Table
-
-        samples = getattr(datamodule, "num_train_samples", None)
-        batch = getattr(datamodule, "batch_size", 1)
-        batches = {
-            name: getattr(getattr(datamodule, name) if name else datamodule, "batch_size", 1)
-            for name in model.backbones
-        }
-        per_step = {name: size * self.accumulate_grad_batches * self.world_size for name, size in batches.items()}
-        per_epoch = (
-            None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
-        )
-        total = self.max_steps if self.max_steps >= 0 else 0
-        if per_epoch is not None and (self.max_epochs or 0) > 0:
-            by_epochs = per_epoch * (self.max_epochs or 0)
-            total = min(total, by_epochs) if total else by_epochs
-        if not total:
-            raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
-        growths, born = [], models.param_tokens(model)
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ParameterGrowthCallback):
-                if callback.unit == "epoch" and per_epoch is None:
-                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
-                scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(born)]
-        backbones = model.backbones.items()
-        planned = [plan_stages(backbone.config, growths, total, per_step[name]) for name, backbone in backbones]
-        by_stage = [list(parts) for parts in zip(*planned, strict=True)]
-        stages = [_together(model, by_stage[0], parts) for parts in by_stage]
-        memory = [
-            f"{_training_memory(stage, parts, batches.values()) / 2**30:.2f} GiB"
-            for stage, parts in zip(stages, by_stage, strict=True)
-        ]
-        sum_flops = sum(stage.training_flops for stage in stages)
-        scratch = sum(
-            model_cost(backbone.config, stages[-1].tokens).training_flops * per_step[name] * total
-            for name, backbone in backbones
-        )
-
-        told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
-        table = Table(title=f"{total} optimizer steps of {told} samples")
-        for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
-            table.add_column(name, justify="right")
-        for number, stage in enumerate(stages):
-            table.add_row(
-                str(number),
-                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in born) or "-",
-                f"{stage.steps}",
-                "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
-                f"{stage.cost.parameters:,}",
-                f"{stage.cost.flops:.3g}",
-                memory[number],
-                f"{stage.training_flops:.3g}",
-                f"{stage.training_flops / sum_flops:.1%}",
-            )
-        last = stages[-1].cost
-        table.add_section()
-        table.add_row(
-            "all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", f"{sum_flops / scratch:.1%} of scratch"
-        )
-        table.add_row(
-            "scratch",
-            "the final size from the start",
-            str(total),
-            "",
-            f"{last.parameters:,}",
-            f"{last.flops:.3g}",
-            memory[-1],
-            f"{scratch:.3g}",
-            "",
-        )
-        Console(width=None if sys.stdout.isatty() else 150).print(table)
-        return stages
-
-
-def _together(model: tasks.LitTask, first: list[Stage], parts: list[Stage]) -> Stage:
-    """One stage of all tasks of a model; its cost is of one sample of each, parameters that they share counted once.
-
-    Args:
-        model: The task at the size it is born with.
-        first: Its first stage, for each task.
-        parts: The stage, for each task.
-    """
-    born = sum(parameter.numel() for parameter in model.parameters())
-    grown = parts[0].cost.parameters - first[0].cost.parameters
-    cost = joint_cost((part.cost for part in parts), born + grown)
-    return dataclasses.replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
-
-
-def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
-    """Bytes that a stage takes with a batch of this size for each task."""
-    kept = [
-        part.cost.training_memory(batch) - part.cost.training_memory(0)
-        for part, batch in zip(parts, batches, strict=True)
-    ]
-    return stage.cost.training_memory(0) + sum(kept)
 
 
 class TokenformerCLI(LightningCLI):

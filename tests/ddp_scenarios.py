@@ -165,6 +165,13 @@ SCENARIOS = {
     "power_sgd": Scenario(hook=powerSGD_hook.powerSGD_hook, state=partial(POWER_SGD, 64), like="split"),
     "power_sgd_lossy": Scenario(hook=powerSGD_hook.powerSGD_hook, state=partial(POWER_SGD, 2)),
     "bf16_mixed": Scenario(trainer={"precision": "bf16-mixed"}, ema=True, resumed=True),
+    "triggered": Scenario(  # by a loss that differs between the processes; the second epoch ends within a window
+        {"schedule": {2: 16, 5: 24}, "unit": "step", "trigger": "plateau"}
+        | {"window": 3, "patience": 1, "min_delta": 0.05, "cooldown": 0},
+        trainer={"max_epochs": 4},
+        like="triggered",
+        resumed=True,
+    ),
     "nothing_averaged": Scenario(hook=noop_hook),
 }
 

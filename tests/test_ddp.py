@@ -110,9 +110,11 @@ def test_compressed_gradients_are_compressed_after_each_growth(two: list[dict[st
     assert any((lossy[name] - whole[name]).abs().max() > 1e-4 for name in whole)
 
 
-def test_bf16_run_of_two_processes_resumes_bit_for_bit(two: list[dict[str, Any]]):
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.resumed])
+def test_run_of_two_processes_resumes_bit_for_bit(two: list[dict[str, Any]], name: str):
     for found in two:
-        assert_states_equal(found["bf16_mixed_resumed"], found["bf16_mixed"], tolerance=0)
+        assert found[f"{name}_resumed"]["growths"] == found[name]["growths"]
+        assert_states_equal(found[f"{name}_resumed"], found[name], tolerance=0)
 
 
 def test_two_processes_score_as_one_does(two: list[dict[str, Any]], tmp_path: Path):

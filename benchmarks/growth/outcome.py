@@ -1,0 +1,440 @@
+"""What came out of the study: rows, the cost of equal loss, tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import Arm, Domain
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+
+@dataclass
+class Outcome:
+    """One fit.
+
+    Args:
+        domain: Name of the domain.
+        phase: What it was trained for.
+        arm: What was trained.
+        seed: Of weights, order of the data and new rows.
+        result: What ``comparison_fits.Fit`` says of it.
+        folder: Where it was trained.
+    """
+
+    domain: str
+    phase: str
+    arm: Arm
+    seed: int
+    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def loss(self) -> float | None:
+        """Validation loss at its end, in nats; None where it failed."""
+        return self.result.get("loss")
+
+    @property
+    def tflops(self) -> float:
+        """Operations of all its training steps, in TFLOP."""
+        return float(self.result["curve"]["tflops"][-1])
+
+    @cached_property
+    def jumps(self) -> list[tuple[float, float, float]]:
+        """Where it grew, in TFLOP, with the validation loss right before and right after."""
+        file = self.folder / "growths.json"
+        lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        places = self.result["curve"]["growths"] if self.loss is not None else []
+        return [(place, before, after) for place, (_, before, after) in zip(places, lines, strict=False)]
+
+    def row(self) -> dict[str, Any]:
+        """Its line in the CSV."""
+        done = self.loss is not None
+        return {
+            "domain": self.domain,
+            "phase": self.phase,
+            "arm": self.arm.name,
+            "seed": self.seed,
+            "share_of_budget": self.arm.share,
+            "lr": self.arm.lr,
+            "steps": self.result.get("steps"),
+            "parameters": self.result.get("parameters"),
+            "tflop": self.tflops if done else None,
+            "loss": self.loss,
+            "score": self.result.get("score"),
+            "score_name": self.result.get("score_name"),
+            "largest_jump": max((abs(after - before) for _, before, after in self.jumps), default=None),
+            "train_seconds": self.result.get("seconds"),
+            "failed": self.result.get("failed"),
+        }
+
+
+Curve = list[tuple[float, float]]
+"""Pairs of operations in TFLOP and loss at the end of a run of that length, from short to long."""
+
+
+class Findings:
+    """What the outcomes of a domain say.
+
+    Args:
+        domain: What was trained.
+        outcomes: All fits.
+    """
+
+    def __init__(self, domain: Domain, outcomes: Sequence[Outcome]) -> None:
+        self.domain = domain
+        self.outcomes = [one for one in outcomes if one.loss is not None]
+        self.final = f"from scratch, {domain.ladder[-1]} tokens"
+
+    def of(self, name: str, phases: Iterable[str] = ("final",), share: float | None = None) -> list[Outcome]:
+        """Outcomes of an arm."""
+        wanted = tuple(phases)
+        return [
+            one
+            for one in self.outcomes
+            if one.arm.name == name and one.phase in wanted and (share is None or one.arm.share == share)
+        ]
+
+    def names(self, phase: str) -> list[str]:
+        """Arms of a phase in their order."""
+        return list(dict.fromkeys(one.arm.name for one in self.outcomes if one.phase == phase))
+
+    def curve(self, name: str, seed: int | None = None) -> Curve:
+        """Losses at the ends of runs of an arm; of all seeds the mean. Of the search for a rate, the best rate."""
+        rate = {one.arm.lr for one in self.of(name)}
+        found: dict[float, list[Outcome]] = {}
+        for one in self.of(name, ("learning rate", "sweep", "final")):
+            if one.arm.lr in rate and (seed is None or one.seed == seed):
+                found.setdefault(one.arm.share, []).append(one)
+        pairs = [
+            (statistics.mean(one.tflops for one in runs), statistics.mean(one.loss for one in runs))  # type: ignore[misc]
+            for runs in found.values()
+        ]
+        return sorted(pairs)
+
+    def ladder(self) -> dict[str, Curve]:
+        """The curve of each size of the ladder from scratch."""
+        return {name: self.curve(name) for name in (f"from scratch, {n} tokens" for n in self.domain.ladder)}
+
+    def ratio(self, one: Outcome) -> float | None:
+        """Its operations over those that the final size from scratch needs for the same loss."""
+        needed = compute_for(self.curve(self.final), float(one.loss))  # type: ignore[arg-type]
+        return None if needed is None else one.tflops / needed
+
+    def equal_loss(self, name: str, target: float, seed: int | None = None) -> float | None:
+        """Operations at which an arm that was trained at several lengths reaches a loss, in TFLOP."""
+        return compute_for(self.curve(name, seed), target)
+
+
+def compute_for(curve: Curve, loss: float) -> float | None:
+    """Operations at which a curve reaches a loss, straight between its points in the logarithm of compute; beyond its
+    ends the nearest piece goes on. None where it does not fall."""
+    for number in range(len(curve) - 1):
+        (first, high), (last, low) = curve[number], curve[number + 1]
+        if loss >= low or number == len(curve) - 2:
+            if high <= low:
+                return None
+            return math.exp(math.log(first) + (high - loss) / (high - low) * math.log(last / first))
+    return None
+
+
+def loss_at(curve: Curve, tflops: float) -> float:
+    """Loss of a curve at so many operations, straight in the logarithm of compute between its points."""
+    places, losses = zip(*curve, strict=True)
+    return float(np.interp(math.log(tflops), np.log(places), losses))
+
+
+def mean_loss(outcomes: Sequence[Outcome]) -> float:
+    """Mean of the losses."""
+    return statistics.mean(float(one.loss) for one in outcomes)  # type: ignore[arg-type]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def report(found: Findings) -> str:
+    """All tables of a domain."""
+    lines = ["## Which size is right for which budget", ""]
+    ladder = found.ladder()
+    shares = (0.25, 0.5, 1.0)
+    lines += table(
+        ["from scratch", *(f"{share:g} C" for share in shares)],
+        [
+            [name.removeprefix("from scratch, "), *(f"{loss:.4f}" for _, loss in curve)]
+            for name, curve in ladder.items()
+        ],
+    )
+    scratch = found.of(found.final)
+    target = mean_loss(scratch)
+    cost = statistics.mean(one.tflops for one in scratch)
+    lines += [f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.", ""]
+
+    lines += ["## (a) One model is wanted", ""]
+    rows = []
+    for name in found.names("final"):
+        for share in sorted({one.arm.share for one in found.of(name)}):
+            runs = found.of(name, share=share)
+            losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
+            tflops = runs[0].tflops
+            best = min(loss_at(curve, tflops) for curve in ladder.values() if curve)
+            ratios = [ratio for one in runs if (ratio := found.ratio(one)) is not None]
+            jump = max((abs(after - before) for one in runs for _, before, after in one.jumps), default=None)
+            rows.append(
+                [
+                    name,
+                    f"{tflops / cost:.2f} C",
+                    spread(losses, 4),
+                    f"{statistics.mean(losses) - best:+.4f}",
+                    spread(ratios, 2),
+                    "-" if jump is None else f"{jump:.1e}",
+                    f"{runs[0].arm.lr:g}",
+                    str(len(runs)),
+                ]
+            )
+    head = [
+        "arm",
+        "FLOPs",
+        "validation loss",
+        "beside the best size",
+        "ratio",
+        "jump at growth",
+        "learning rate",
+        "seeds",
+    ]
+    lines += table(head, rows)
+    lines += [
+        "Beside the best size: the loss less that of the best size from scratch on the same FLOPs. Ratio: FLOPs over "
+        "those that the final size from scratch needs for the same loss (all stages counted).",
+        "",
+    ]
+    if found.names("final") and "grown" in found.names("final"):
+        seeds = sorted({one.seed for one in found.of("grown")})
+        each = [found.equal_loss("grown", target, seed) for seed in seeds]
+        reached = [one / cost for one in each if one is not None]
+        lines += [
+            f"**Grown, at the loss of the final size from scratch on C ({target:.4f}): {spread(reached, 2)} of C "
+            f"({len(reached)} of {len(seeds)} seeds).**",
+            "",
+        ]
+
+    lines += ["## The search", ""]
+    searched = found.names("search")
+    base = found.of(searched[0], ("search",))[0] if searched else None
+    rows = []
+    for name in searched:
+        (one, *_) = found.of(name, ("search",))
+        ratio = found.ratio(one)
+        difference = float(one.loss) - float(base.loss)  # type: ignore[arg-type,union-attr]
+        jump = max((abs(after - before) for _, before, after in one.jumps), default=0.0)
+        rows.append(
+            [
+                name.removeprefix("grown: "),
+                f"{one.tflops / cost:.2f} C",
+                f"{one.loss:.4f}",
+                f"{difference:+.4f}",
+                "-" if ratio is None else f"{ratio:.2f}",
+                f"{jump:.1e}",
+            ]
+        )
+    lines += table(["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"], rows)
+
+    lines += ["## (b) The smaller size exists already", ""]
+    rows = []
+    for small, large in itertools.pairwise(found.domain.ladder):
+        alone = found.of(f"from scratch, {large} tokens", ("family",))
+        smaller = found.of(f"from scratch, {small} tokens", ("family",))
+        if not alone or not smaller:
+            continue
+        goal, begun = mean_loss(alone), mean_loss(smaller)
+        curve: Curve = []
+        for name in found.names("family"):
+            if not name.startswith(f"family: {small} to {large} at "):
+                continue
+            runs = found.of(name, ("family",))
+            spent = (runs[0].tflops - runs[0].jumps[0][0]) / alone[0].tflops
+            losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
+            curve.append((spent, statistics.mean(losses)))
+            told = [f"{small} to {large} tokens", f"{spent:.2f}", spread(losses, 4), f"{goal:.4f}", f"{begun:.4f}"]
+            rows.append([*told, str(len(runs))])
+        needed = compute_for(curve, goal)
+        told = "-" if needed is None else f"**{needed:.2f}**"
+        rows.append([f"{small} to {large} tokens, at equal loss", told, *[f"{goal:.4f}"] * 2, f"{begun:.4f}", ""])
+    head = ["further size", "its cost / from scratch", "validation loss", "from scratch", "the smaller one", "seeds"]
+    lines += table(head, rows)
+    lines += ["Every size from scratch sees as many tokens or images, as in the published setting.", ""]
+    return "\n".join(lines)
+
+
+def mean_curve(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Operations, and the mean, lowest and highest loss over seeds along the runs; both losses stand at a growth."""
+    places: list[float] = []
+    losses: list[list[float]] = []
+    for number, one in enumerate(runs):
+        points = list(zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True))
+        for place, before, after in one.jumps:
+            points += [(place - 1e-9, before), (place + 1e-9, after)]
+        points.sort()
+        if number == 0:
+            places = [place for place, _ in points]
+        losses.append([loss for _, loss in points])
+    values = np.array([one[: min(map(len, losses))] for one in losses])
+    return np.array(places[: values.shape[1]]), values.mean(0), values.min(0), values.max(0)
+
+
+def draw_runs(
+    axis: Axes, runs: Sequence[Outcome], label: str, colour: str, style: str = "-", width: float = 1.8
+) -> None:
+    """One arm: mean over seeds, band from the lowest to the highest, growths as triangles."""
+    if not runs:
+        return
+    compute, mean, low, high = mean_curve(runs)
+    axis.plot(compute, mean, style, color=colour, linewidth=width, label=f"{label}: {mean[-1]:.3f}")
+    axis.plot(compute[-1], mean[-1], "o", color=colour, markersize=5)
+    axis.fill_between(compute, low, high, color=colour, alpha=0.15, linewidth=0)
+    places = [place for place, _, _ in runs[0].jumps]
+    axis.plot(places, np.interp(places, compute, mean), "^", color=colour, markeredgecolor="k", markersize=8, zorder=5)
+
+
+def draw(found: Findings, path: Path, title: str) -> None:
+    """The first picture: loss against cumulative training FLOPs."""
+    figure = Figure(figsize=(9, 5.6))
+    axis = figure.add_subplot()
+    scratch = found.of(found.final)
+    grown = found.of("grown")
+    shares = sorted({one.arm.share for one in grown})
+    target = mean_loss(scratch)
+    enough = [s for s in shares if statistics.mean(float(one.loss) for one in grown if one.arm.share == s) <= target]  # type: ignore[arg-type]
+    chosen = min(enough) if enough else max(shares, default=1.0)
+    draw_runs(axis, scratch, "final size from scratch", "tab:orange")
+    for tokens, colour in zip(reversed(found.domain.ladder[:-1]), ("tab:brown", "tab:pink"), strict=False):
+        draw_runs(axis, found.of(f"from scratch, {tokens} tokens"), f"smaller size ({tokens} tokens)", colour, ":", 1.4)
+    draw_runs(axis, found.of("transformer twin, from scratch"), "transformer twin", "tab:gray", "--", 1.2)
+    draw_runs(axis, found.of("published growth"), "published growth", "tab:red", "-", 1.4)
+    draw_runs(axis, [one for one in grown if one.arm.share == chosen], f"grown, {chosen:g} C", "tab:blue", "-", 2.4)
+    axis.axhline(target, color="tab:orange", linewidth=0.8, linestyle=":")
+    lowest = min(line.get_ydata().min() for line in axis.lines if len(line.get_ydata()))  # type: ignore[union-attr]
+    start = scratch[0].result["curve"]["losses"][0]
+    axis.set_ylim(lowest - 0.03 * (start - lowest), start + 0.35 * (start - lowest))
+    axis.set(xlabel="cumulative training compute, all stages (TFLOP)", ylabel="validation loss (nats)", title=title)
+    axis.plot([], [], "^", color="w", markeredgecolor="k", markersize=8, label="growth")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="upper right", fontsize=9)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_regime(found: Findings, path: Path) -> None:
+    """Loss at the end of runs from scratch against their compute, for each size, and grown runs beside them."""
+    figure = Figure(figsize=(7, 4.6))
+    axis = figure.add_subplot()
+    named = {
+        **{name.removeprefix("from scratch, "): curve for name, curve in found.ladder().items()},
+        "grown": found.curve("grown"),
+    }
+    for (name, curve), marker in zip(named.items(), "sDo^", strict=False):
+        if curve:
+            axis.plot(*zip(*curve, strict=True), marker=marker, label=name)
+    axis.set_xscale("log")
+    for setter in (axis.xaxis,):
+        setter.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        setter.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        setter.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="training compute of the whole run (TFLOP)", ylabel="validation loss at its end (nats)")
+    axis.grid(alpha=0.25)
+    axis.legend(title="from scratch, parameter tokens")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_search(found: Findings, path: Path) -> None:
+    """What each policy of the search costs beside the first."""
+    names = found.names("search")
+    if not names:
+        return
+    losses = {name.removeprefix("grown: "): float(found.of(name, ("search",))[0].loss) for name in names}  # type: ignore[arg-type]
+    ordered = sorted(losses, key=lambda name: -losses[name])
+    first = losses[names[0].removeprefix("grown: ")]
+    figure = Figure(figsize=(7, 0.28 * len(ordered) + 1))
+    axis = figure.add_subplot()
+    colours = ["tab:green" if losses[name] < first else "tab:red" for name in ordered]
+    axis.barh(ordered, [losses[name] - first for name in ordered], color=colours)
+    axis.axvline(0, color="k", linewidth=0.8)
+    axis.set_xlabel("validation loss at 0.65 C less that of the first policy (nats)")
+    axis.grid(axis="x", alpha=0.25)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], options: argparse.Namespace) -> None:
+    """Writes ``NAME_fits.csv``, ``NAME_curves.csv``, ``NAME.md``, ``NAME.json`` and the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in outcomes}.values())
+    rows = [one.row() for one in unique]
+    curves = [
+        {
+            "phase": one.phase,
+            "arm": one.arm.name,
+            "seed": one.seed,
+            "share_of_budget": one.arm.share,
+            "tflop": place,
+            "loss": loss,
+        }
+        for one in unique
+        if one.loss is not None and one.phase in ("final", "family")
+        for place, loss in zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True)
+    ]
+    for suffix, lines in (("fits", rows), ("curves", curves)):
+        with (folder / f"{name}_{suffix}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    environments = [one.result["environment"] for one in unique if "environment" in one.result]
+    told = {
+        "command": {"reduced": options.reduced, "seeds": options.seeds, "jobs": options.jobs},
+        "domain": {key: value for key, value in vars(domain).items() if key != "data"},
+        "data": {key: value for key, value in domain.data["init_args"].items() if key != "root"},
+        "corpus": corpus(unique),
+        "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=list) + "\n", encoding="utf-8")
+    found = Findings(domain, unique)
+    text = report(found)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    draw(found, folder / f"{name}.png", f"{name}: {domain.ladder[0]} to {domain.ladder[-1]} parameter tokens")
+    draw_regime(found, folder / f"{name}_sizes.png")
+    draw_search(found, folder / f"{name}_search.png")
+    print(f"\n{text}")
+
+
+def corpus(outcomes: Sequence[Outcome]) -> str | None:
+    """What the fits said of their text: documents, bytes and SHA-256."""
+    for one in outcomes:
+        file = one.folder / "output.txt"
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+            if "sha256" in line:
+                return line
+    return None

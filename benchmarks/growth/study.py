@@ -1,0 +1,205 @@
+"""Does growing pay? Trains grown models and their controls on equal budgets of training FLOPs, and writes tables and
+pictures of what came out.
+
+    python benchmarks/growth/study.py OUTPUT [--domains text images] [--reduced] [--root FOLDER] [--seeds 0 1 2]
+        [--jobs 2] [--logs FOLDER] [--phases final family] [--draw-only]
+
+OUTPUT is a folder. In the order of the work, for each domain:
+
+1. every arm tries three learning rates on a quarter of its budget;
+2. each size of the ladder is trained from scratch on half of the budget C (a quarter and all of it are in 1 and 4);
+   the final size must be the best of them at C, or a comparison at C says nothing;
+3. the search: growth policies that differ from the first in one factor, on 0.65 C, one seed, on text; images take what
+   won there;
+4. what won in each factor together, at several shares of C, beside all controls, with every seed;
+5. the family: each size is trained to its end, then grown to the next and trained on.
+
+``--reduced`` is a smaller budget, one seed and the most important arms: minutes on two cores. Fashion-MNIST is read
+from ``--root`` (FashionMNIST/raw below it). Each fit is a process of its own that runs the project's command line; one
+that is found in ``--logs`` with the same settings is not repeated, so an interrupted study goes on where it stood.
+Needs matplotlib (``pip install -e '.[dev]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from arms import DOMAINS, Arm, Domain, base_policy, controls, policies, token_ladder  # noqa: E402
+from comparison_fits import Fit, Runner  # noqa: E402
+from outcome import Outcome, write  # noqa: E402
+
+SHARES = (0.65, 0.85)
+"""Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
+FAMILY = (0.25, 0.5)
+"""Cost of a further size that is tried, as a share of its cost from scratch."""
+
+
+class Study:
+    """One domain's fits.
+
+    Args:
+        name: Of the domain.
+        domain: What it is.
+        options: Of the command.
+        runner: What trains.
+    """
+
+    def __init__(self, name: str, domain: Domain, options: argparse.Namespace, runner: Runner) -> None:
+        self.name, self.domain, self.options, self.runner = name, domain, options, runner
+        self.outcomes: list[Outcome] = []
+
+    def train(self, phase: str, arms: Sequence[Arm], seeds: Sequence[int], evaluations: int = 6) -> list[Outcome]:
+        """Trains arms, or reads what they came to."""
+        fits = []
+        for arm in arms:
+            for seed in seeds[:1] if arm.once else seeds:
+                config = arm.fit(self.domain, seed, evaluations)
+                fit = Fit(f"{self.name} {arm.name}", f"{phase}, seed {seed}", config, self.runner.logs)
+                fits.append((arm, seed, fit))
+        self.runner.run([fit for *_, fit in fits])
+        found = [Outcome(self.name, phase, arm, seed, fit.result, fit.folder) for arm, seed, fit in fits]
+        self.outcomes += found
+        return found
+
+    def with_rates(self, arms: Sequence[Arm]) -> list[Arm]:
+        """The arms with the learning rate that is best after a quarter of their budget."""
+        tried = [replace(arm, lr=rate, share=arm.share / 4) for arm in arms for rate in self.domain.rates]
+        found = self.train("learning rate", tried, self.options.seeds[:1], evaluations=1)
+        best = []
+        for arm in arms:
+            own = [one for one in found if one.arm.name == arm.name and one.loss is not None]
+            best.append(replace(arm, lr=min(own, key=lambda one: one.loss).arm.lr))  # type: ignore[arg-type,return-value]
+        return best
+
+    def run(self, winner: Arm | None) -> Arm:
+        """All phases.
+
+        Args:
+            winner: The growth policy, where it was searched for elsewhere.
+
+        Returns:
+            The growth policy.
+        """
+        seeds, first, phases = self.options.seeds, self.options.seeds[:1], self.options.phases
+        *known, base = self.with_rates([*controls(self.domain, self.options.reduced), base_policy(self.domain)])
+        sizes = known[: len(self.domain.ladder)]
+        self.train("sweep", [replace(arm, share=0.5) for arm in sizes], first, evaluations=2)
+        if winner is None:
+            factors = policies(self.domain, self.options.reduced)
+            others = [replace(arm, lr=base.lr) for arms in factors.values() for arm in arms]
+            self.train("search", [base, *others], first)
+            winner = self.together(base, first)
+        winner = replace(winner, lr=base.lr)
+        if "final" in phases:
+            self.train("final", [replace(winner, share=share) for share in SHARES], seeds)
+            self.train("final", known, seeds)
+        if "family" in phases:
+            self.train("family", self.family(winner, sizes), seeds)
+        return winner
+
+    def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
+        """What won in each factor put together; the best single arm where that is worse."""
+        losses = {one.arm.name: one.loss for one in self.outcomes if one.phase == "search" and one.loss is not None}
+        best = [base]
+        together = base
+        for arms in policies(self.domain, self.options.reduced).values():
+            one = min((arm for arm in arms if arm.name in losses), key=lambda arm: losses[arm.name], default=None)
+            if one is None or losses[one.name] >= losses[base.name]:
+                continue
+            best.append(replace(one, lr=base.lr))
+            fresh = base_policy(self.domain)
+            if "way" in one.growth:
+                continue  # another kind of growth is an arm of its own
+            together = replace(
+                together,
+                sizes=one.sizes if one.sizes != fresh.sizes else together.sizes,
+                at=one.at if one.at != fresh.at else together.at,
+                growth={**together.growth, **one.growth},
+                schedule=one.schedule or together.schedule,
+                restart=one.restart or together.restart,
+            )
+        if len(together.at) != len(together.sizes) - 1:
+            together = replace(together, at=together.at[-(len(together.sizes) - 1) :])
+        together = replace(together, name="grown: the best of each factor")
+        (found,) = self.train("search", [together], seeds)
+        ranked = [*best, together]
+        losses[together.name] = found.loss if found.loss is not None else float("inf")
+        return replace(min(ranked, key=lambda arm: losses[arm.name]), name="grown")
+
+    def family(self, winner: Arm, sizes: Sequence[Arm]) -> list[Arm]:
+        """Each size trained to its end on as many tokens as all, then the next; and those from scratch."""
+        by_tokens = {arm.sizes[0]["param_tokens"]: arm for arm in sizes}
+        steps = by_tokens[self.domain.ladder[-1]].steps(self.domain)
+        found = [replace(arm, length=steps, once=False) for arm in sizes]
+        settings = {key: value for key, value in winner.growth.items() if key not in ("way", "keep_state")}
+        for small, large in zip(self.domain.ladder, self.domain.ladder[1:], strict=False):
+            for cost in FAMILY:
+                found.append(
+                    Arm(
+                        f"family: {small} to {large} at {cost:.0%}",
+                        token_ladder((small, large)),
+                        (1 / (1 + cost),),
+                        settings,
+                        {"warmup": 0.05},
+                        restart=True,
+                        length=round(steps * (1 + cost)),
+                        lr=winner.lr,
+                    )
+                )
+        return found
+
+
+def moved(arm: Arm, source: Domain, target: Domain) -> Arm:
+    """The same policy on the ladder of another domain."""
+    size_of = dict(zip(source.ladder, target.ladder, strict=True))
+
+    def tokens(given: Any) -> Any:
+        if isinstance(given, dict):  # the feed-forward has four for each of the others
+            return {kind: size_of[n] if kind != "ffn" else 4 * size_of[n // 4] for kind, n in given.items()}
+        return size_of[given]
+
+    return replace(arm, sizes=tuple({**size, "param_tokens": tokens(size["param_tokens"])} for size in arm.sizes))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command; 2 after an error in what the user gave, which is told in one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="folder of the results")
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
+    parser.add_argument("--reduced", action="store_true", help="a smaller budget, one seed, the most important arms")
+    parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
+    parser.add_argument("--logs", default="lightning_logs/growth", help="folder of the fits")
+    parser.add_argument("--phases", nargs="+", default=["final", "family"], choices=["final", "family"])
+    parser.add_argument("--draw-only", action="store_true", help="train nothing; tables and pictures of what is there")
+    options = parser.parse_args(args)
+    if options.reduced:
+        options.seeds = options.seeds[:1]
+    winner: Arm | None = None
+    for name in options.domains:
+        domain = copy.deepcopy(DOMAINS[name])
+        if name == "images":
+            domain.data["init_args"]["root"] = options.root
+        if options.reduced:
+            domain = replace(domain, budget=domain.budget / 4, rates=domain.rates[1:2])
+        with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
+            study = Study(name, domain, options, runner)
+            winner = study.run(None if winner is None else moved(winner, DOMAINS[options.domains[0]], domain))
+        write(Path(options.output), name, domain, study.outcomes, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

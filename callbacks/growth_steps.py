@@ -1,0 +1,82 @@
+"""What happens to single optimizer steps after a growth: learning rate, size of the updates, tau."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_tokenformer.growth import Rows, plan_rows
+from lit_tokenformer.models import Pattention
+
+if TYPE_CHECKING:
+    from callbacks.parameter_growth import ParameterGrowthCallback
+
+
+def add_step_hooks(
+    growth: ParameterGrowthCallback, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+) -> list[RemovableHandle]:
+    """Lets an optimizer do what a growth callback says of the steps after its latest growth.
+
+    Args:
+        growth: The callback, with its settings and what it did so far.
+        trainer: The trainer, whose steps are counted.
+        pl_module: The model.
+        optimizer: One of its optimizers.
+
+    Returns:
+        The hooks, to be removed when the fit ends.
+    """
+    rates: list[Any] = []
+    held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def before_step(*_: Any) -> None:
+        rates.clear()
+        held.clear()
+        if not growth.events:
+            return
+        done = trainer.global_step - growth.events[-1]["step"]
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        if done < growth.rewarm_steps:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * ((done + 1) / growth.rewarm_steps)
+        new = min(1.0, (done + 1) / growth.ramp_steps) if growth.ramp_steps else 1.0
+        frozen = done < growth.freeze_old_steps or growth.freeze_old_steps < 0
+        if new < 1 or frozen:
+            owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            for parameter, rows in _latest_rows(pl_module, growth.events[-1]):
+                if parameter in owned:
+                    is_new = rows.new(parameter.device)[:, None]
+                    share = torch.where(is_new, new, 0.0 if frozen else 1.0).to(parameter)
+                    held.append((parameter, parameter.detach().clone(), share))
+
+    def after_step(*_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
+        for parameter, previous, share in held:
+            with torch.no_grad():
+                parameter.copy_(torch.where(share == 1, parameter, previous + share * (parameter - previous)))
+        held.clear()
+        if growth.events:
+            left = growth.tau_steps - (trainer.global_step - growth.events[-1]["step"])
+            if left > 0:
+                for layer in pl_module.modules():
+                    if isinstance(layer, Pattention):
+                        layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
+
+    return [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+
+
+def _latest_rows(pl_module: LightningModule, event: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, Rows]]:
+    """Every parameter that the latest growth replaced, with where its rows come from."""
+    for layer in pl_module.modules():
+        if isinstance(layer, Pattention) and layer.kind in event["after"]:
+            before, after = event["before"][layer.kind], event["after"][layer.kind]
+            if after > before:
+                rows = plan_rows(before, after, event["method"], layer.score_norm)
+                yield from ((layer.key_tokens, rows), (layer.value_tokens, rows))

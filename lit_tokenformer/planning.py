@@ -1,0 +1,283 @@
+"""What a fit would cost, stage by stage; and a schedule of growth for a budget of training operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import yaml
+from lightning.pytorch import LightningDataModule
+
+from callbacks import ParameterGrowthCallback
+from lit_tokenformer import models, tasks
+from lit_tokenformer.compute import Stage, model_cost, plan_stages
+from lit_tokenformer.models.config import KINDS
+from lit_tokenformer.tasks.multitask import joint_cost
+from lit_tokenformer.trainer import CheckpointingTrainer
+
+
+@dataclass(frozen=True)
+class GrowthRule:
+    """How large a model becomes on a budget and when it grows there, as ``benchmarks/growth`` measured it.
+
+    Args:
+        data_tokens_per_parameter: Data tokens that a fit should see for each parameter of the final size, embedding and
+            head not counted; with fewer, a smaller size from scratch was better.
+        sizes: Parameter tokens of each stage, as shares of the final ones.
+        at: Shares of the optimizer steps at which the stages after the first begin.
+        decay: Share of the steps over which the learning rate falls at the end.
+    """
+
+    data_tokens_per_parameter: float = 60.0
+    sizes: tuple[float, ...] = (0.25, 0.5, 1.0)
+    at: tuple[float, ...] = (0.2, 0.45)
+    decay: float = 0.4
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A schedule of growth.
+
+    Args:
+        tokens: Parameter tokens of each stage, by kind.
+        starts: The steps at which the stages after the first begin.
+        steps: Optimizer steps of the fit.
+    """
+
+    tokens: list[dict[str, int]]
+    starts: list[int]
+    steps: int
+
+    def settings(self, rule: GrowthRule) -> str:
+        """What to write into a config, in YAML."""
+        schedule = dict(zip(self.starts, self.tokens[1:], strict=True))
+        growth = {"unit": "step", "schedule": schedule}
+        rate = {"name": "wsd", "warmup": 0.05, "decay": rule.decay, "unit": "share"}
+        trainer = {
+            "max_steps": self.steps,
+            "max_epochs": -1,
+            "callbacks": [{"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth}],
+        }
+        model = {"init_args": {"overrides": {"param_tokens": self.tokens[0]}, "schedule": rate}}
+        return yaml.safe_dump({"trainer": trainer, "model": model}, sort_keys=False)
+
+
+def propose(
+    birth: Mapping[str, int],
+    budget: float,
+    step_flops: Callable[[dict[str, int]], float],
+    step_data_tokens: int,
+    grown_parameters: Callable[[dict[str, int]], int],
+    rule: GrowthRule = GrowthRule(),
+) -> Proposal:
+    """The largest final size that a budget is enough for, and the way to it.
+
+    Args:
+        birth: Parameter tokens whose proportions the proposal keeps.
+        budget: Operations of all training steps.
+        step_flops: Operations of an optimizer step at given totals.
+        step_data_tokens: Data tokens in an optimizer step.
+        grown_parameters: Parameters at given totals, embedding and head not counted.
+        rule: What was measured.
+
+    Raises:
+        ValueError: If the model cannot grow, or if the budget is too small for the smallest sizes.
+
+    Example:
+        >>> flops = lambda tokens: 1000.0 * tokens["qkv"]
+        >>> found = propose({"qkv": 2, "ffn": 8}, 1e8, flops, 10, lambda tokens: tokens["qkv"], GrowthRule(50.0))
+        >>> found.tokens, found.starts, found.steps
+        ([{'qkv': 40, 'ffn': 160}, {'qkv': 80, 'ffn': 320}, {'qkv': 160, 'ffn': 640}], [189, 425], 943)
+    """
+    if not birth:
+        raise ValueError("budget: the model has no Pattention layer and cannot grow (projection: linear)")
+    if not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected a number of operations above 0, got {budget}")
+    unit = {kind: total // math.gcd(*birth.values()) for kind, total in birth.items()}
+    whole = round(1 / min(rule.sizes))  # multiples of this can be divided into the shares
+
+    def at_size(size: int) -> Proposal:
+        tokens = [{kind: round(share * size) * count for kind, count in unit.items()} for share in rule.sizes]
+        lengths = [end - start for start, end in zip((0.0, *rule.at), (*rule.at, 1.0), strict=True)]
+        mean = sum(length * step_flops(totals) for length, totals in zip(lengths, tokens, strict=True))
+        steps = int(budget / mean)
+        return Proposal(tokens, [round(share * steps) for share in rule.at], steps)
+
+    def is_enough(size: int) -> bool:
+        found = at_size(size)
+        seen = found.steps * step_data_tokens
+        ordered = found.starts == sorted({*found.starts, 0} - {0}) and found.steps > max(found.starts, default=0)
+        return ordered and seen >= rule.data_tokens_per_parameter * grown_parameters(found.tokens[-1])
+
+    low, high = 0, 1
+    while is_enough(high * whole):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_enough(middle * whole) else (low, middle)
+    if not low:
+        found = at_size(whole)
+        raise ValueError(
+            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule "
+            f"({_told(found.tokens[-1])} tokens at its end), less than {rule.data_tokens_per_parameter:g} data tokens "
+            "for each parameter; give more, or a smaller model"
+        )
+    rounded = low - low % 8 if low > 32 else low  # multiples of 8 are faster
+    return at_size(rounded * whole)
+
+
+class PlanningTrainer(CheckpointingTrainer):
+    """Lightning's trainer, which can also say what a fit would cost."""
+
+    def plan(
+        self, model: tasks.LitTask, datamodule: LightningDataModule | None = None, budget: float | None = None
+    ) -> list[Stage]:
+        """Shows what each stage of a fit costs, before it is run; with a budget, of a schedule that is proposed for it.
+
+        Args:
+            model: The task, at the size it is born with.
+            datamodule: Its data; what is read of them is the number of training samples.
+            budget: Operations of all training steps together. Final size, growths and length of the fit are chosen for
+                it and told as YAML; the config's own are left out. Width, depth, data and batches are the config's.
+
+        Returns:
+            The stages, which are printed too.
+
+        Raises:
+            ValueError: If the number of steps cannot be told, or if the budget is too small.
+        """
+        from rich.console import Console
+        from rich.table import Table
+
+        samples = getattr(datamodule, "num_train_samples", None)
+        batch = getattr(datamodule, "batch_size", 1)
+        batches = {
+            name: getattr(getattr(datamodule, name) if name else datamodule, "batch_size", 1)
+            for name in model.backbones
+        }
+        per_step = {name: size * self.accumulate_grad_batches * self.world_size for name, size in batches.items()}
+        per_epoch = (
+            None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
+        )
+        born = models.param_tokens(model)
+        configs = {name: backbone.config for name, backbone in model.backbones.items()}
+        growths: list[tuple[int, int, dict[str, int]]] = []
+        proposal: Proposal | None = None
+        if budget is not None:
+
+            def flops(tokens: dict[str, int]) -> float:
+                costs = {name: model_cost(config, tokens, checkpointing(name)) for name, config in configs.items()}
+                return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
+
+            def checkpointing(name: str) -> bool:
+                return model.backbones[name].grad_checkpointing
+
+            def parameters(tokens: dict[str, int]) -> int:
+                config = next(iter(configs.values()))  # tasks share their blocks
+                return model_cost(config, tokens).parameters - model_cost(config, dict.fromkeys(tokens, 0)).parameters
+
+            data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
+            proposal = propose(born, budget, flops, data_tokens, parameters)
+            first = {kind: proposal.tokens[0].get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
+            configs = {name: dataclasses.replace(config, param_tokens=first) for name, config in configs.items()}
+            growths = [(step, step, tokens) for step, tokens in zip(proposal.starts, proposal.tokens[1:], strict=True)]
+            total = proposal.steps
+        else:
+            total, growths = self._length_and_growths(per_epoch, born)
+        planned = [plan_stages(config, growths, total, per_step[name]) for name, config in configs.items()]
+        by_stage = [list(parts) for parts in zip(*planned, strict=True)]
+        stages = [_together(model, parts) for parts in by_stage]
+        memory = [
+            f"{_training_memory(stage, parts, batches.values()) / 2**30:.2f} GiB"
+            for stage, parts in zip(stages, by_stage, strict=True)
+        ]
+        sum_flops = sum(stage.training_flops for stage in stages)
+        scratch = sum(
+            model_cost(config, stages[-1].tokens).training_flops * per_step[name] * total
+            for name, config in configs.items()
+        )
+
+        told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
+        table = Table(title=f"{total} optimizer steps of {told} samples")
+        for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
+            table.add_column(name, justify="right")
+        for number, stage in enumerate(stages):
+            table.add_row(
+                str(number),
+                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in born) or "-",
+                f"{stage.steps}",
+                "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
+                f"{stage.cost.parameters:,}",
+                f"{stage.cost.flops:.3g}",
+                memory[number],
+                f"{stage.training_flops:.3g}",
+                f"{stage.training_flops / sum_flops:.1%}",
+            )
+        last = stages[-1].cost
+        table.add_section()
+        table.add_row(
+            "all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", f"{sum_flops / scratch:.1%} of scratch"
+        )
+        table.add_row(
+            "scratch",
+            "the final size from the start",
+            str(total),
+            "",
+            f"{last.parameters:,}",
+            f"{last.flops:.3g}",
+            memory[-1],
+            f"{scratch:.3g}",
+            "",
+        )
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
+        if proposal is not None:
+            print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
+        return stages
+
+    def _length_and_growths(
+        self, per_epoch: int | None, born: Mapping[str, int]
+    ) -> tuple[int, list[tuple[int, int, dict[str, int]]]]:
+        """Optimizer steps and growths of the config."""
+        total = self.max_steps if self.max_steps >= 0 else 0
+        if per_epoch is not None and (self.max_epochs or 0) > 0:
+            by_epochs = per_epoch * (self.max_epochs or 0)
+            total = min(total, by_epochs) if total else by_epochs
+        if not total:
+            raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
+        growths: list[tuple[int, int, dict[str, int]]] = []
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ParameterGrowthCallback):
+                if callback.unit == "epoch" and per_epoch is None:
+                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
+                scale = per_epoch or 1 if callback.unit == "epoch" else 1
+                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(born)]
+        return total, growths
+
+
+def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
+    """One stage of all tasks of a model; its cost is of one sample of each, parameters that they share counted once.
+
+    Args:
+        model: The task at the size it is born with.
+        parts: The stage, for each task.
+    """
+    born = sum(parameter.numel() for parameter in model.parameters())
+    grown = parts[0].cost.parameters - model_cost(next(iter(model.backbones.values())).config).parameters
+    cost = joint_cost((part.cost for part in parts), born + grown)
+    return dataclasses.replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
+
+
+def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
+    """Bytes that a stage takes with a batch of this size for each task."""
+    kept = [
+        part.cost.training_memory(batch) - part.cost.training_memory(0)
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+    return stage.cost.training_memory(0) + sum(kept)
+
+
+def _told(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {total}" for kind, total in tokens.items())
