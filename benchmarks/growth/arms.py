@@ -123,7 +123,8 @@ class Arm:
         share: Of the budget C that it may spend.
         length: Optimizer steps, where no budget sets them.
         once: Whether one seed is enough.
-        lr: Its learning rate.
+        lr: Its learning rate, as it was searched for.
+        rate_factor: Multiple of it that is used.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Arm:
     length: int = 0
     once: bool = False
     lr: float = 0.0
+    rate_factor: float = 1.0
 
     def configs(self, domain: Domain) -> list[TokenformerConfig]:
         """The architecture at each stage."""
@@ -174,7 +176,12 @@ class Arm:
         if self.restart:
             schedule["restarts"] = starts
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **self.sizes[0]}
-        optimizer = {"lr": self.lr, "betas": [0.9, 0.95], "weight_decay": domain.weight_decay, "fused": True}
+        optimizer = {
+            "lr": self.lr * self.rate_factor,
+            "betas": [0.9, 0.95],
+            "weight_decay": domain.weight_decay,
+            "fused": True,
+        }
         return {
             "seed_everything": seed,
             "trainer": {
@@ -315,6 +322,7 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
         "updates": [growth("updates of new rows rise in 100 steps", ramp_steps=100)],
         "learning rate": [
             growth("learning rate rises again in 100 steps", rewarm_steps=100),
+            other("twice the learning rate", rate_factor=2.0),
             other("cosine", schedule={"name": "cosine"}),
             other("decay in the last 60 %", schedule={"decay": 0.6}),
         ],

@@ -68,7 +68,7 @@ class Outcome:
             "arm": self.arm.name,
             "seed": self.seed,
             "share_of_budget": self.arm.share,
-            "lr": self.arm.lr,
+            "lr": self.arm.lr * self.arm.rate_factor,
             "steps": self.result.get("steps"),
             "parameters": self.result.get("parameters"),
             "tflop": self.tflops if done else None,
@@ -150,6 +150,23 @@ def compute_for(curve: Curve, loss: float) -> float | None:
     return None
 
 
+def cheapest_schedule(curves: Sequence[Curve], target: float) -> float | None:
+    """Operations to a loss, if a grown model is worth what one from scratch of its size with the same loss is worth.
+
+    Each curve is of one size, the smallest first. A size takes the loss from one value to another for the difference of
+    what it needs for both from scratch; the cheapest places to change to the next size are found on a grid.
+    """
+    start = max(curve[0][1] for curve in curves)
+    grid = np.linspace(start, target, 400)
+    costs = np.array([[compute_for(curve, loss) or math.inf for loss in grid] for curve in curves])  # (sizes, losses)
+    if not np.isfinite(costs).all():
+        return None
+    best = costs[0]
+    for own in costs[1:]:
+        best = np.minimum(np.minimum.accumulate(best - own) + own, own)  # changed to at the best loss so far, or alone
+    return float(best[-1])
+
+
 def loss_at(curve: Curve, tflops: float) -> float:
     """Loss of a curve at so many operations, straight in the logarithm of compute between its points."""
     places, losses = zip(*curve, strict=True)
@@ -181,6 +198,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def report(found: Findings) -> str:
     """All tables of a domain."""
+    domain = found.domain
     lines = ["## Which size is right for which budget", ""]
     ladder = found.ladder()
     shares = (0.25, 0.5, 1.0)
@@ -195,6 +213,13 @@ def report(found: Findings) -> str:
     target = mean_loss(scratch)
     cost = statistics.mean(one.tflops for one in scratch)
     lines += [f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.", ""]
+    bound = cheapest_schedule([found.curve(f"from scratch, {n} tokens") for n in domain.ladder], target)
+    if bound is not None:
+        lines += [
+            f"If a grown model were worth what one from scratch of its size with the same loss is worth, the cheapest "
+            f"growth to the final size's loss at C would cost {bound / cost:.2f} C by these curves.",
+            "",
+        ]
 
     lines += ["## (a) One model is wanted", ""]
     rows = []
@@ -214,7 +239,7 @@ def report(found: Findings) -> str:
                     f"{statistics.mean(losses) - best:+.4f}",
                     spread(ratios, 2),
                     "-" if jump is None else f"{jump:.1e}",
-                    f"{runs[0].arm.lr:g}",
+                    f"{runs[0].arm.lr * runs[0].arm.rate_factor:g}",
                     str(len(runs)),
                 ]
             )
@@ -267,7 +292,7 @@ def report(found: Findings) -> str:
 
     lines += ["## (b) The smaller size exists already", ""]
     rows = []
-    for small, large in itertools.pairwise(found.domain.ladder):
+    for small, large in itertools.pairwise(domain.ladder):
         alone = found.of(f"from scratch, {large} tokens", ("family",))
         smaller = found.of(f"from scratch, {small} tokens", ("family",))
         if not alone or not smaller:

@@ -128,6 +128,7 @@ class Study:
                 growth={**together.growth, **one.growth},
                 schedule=one.schedule or together.schedule,
                 restart=one.restart or together.restart,
+                rate_factor=one.rate_factor * together.rate_factor,
             )
         if len(together.at) != len(together.sizes) - 1:
             together = replace(together, at=together.at[-(len(together.sizes) - 1) :])
@@ -155,6 +156,7 @@ class Study:
                         restart=True,
                         length=round(steps * (1 + cost)),
                         lr=winner.lr,
+                        rate_factor=winner.rate_factor,
                     )
                 )
         return found

@@ -1,0 +1,181 @@
+"""The study of whether growing pays: its growths keep what they should, its arms cost what they should, its sums are
+right."""
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_tokenformer.compute import model_cost
+from lit_tokenformer.models import create_backbone
+
+pytest.importorskip("matplotlib")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+NAMES = ("study", "arms", "outcome", "model_growth", "at_scale")
+
+
+@pytest.fixture(scope="module")
+def growth():
+    """The study's modules."""
+    before, places = set(sys.modules), [str(FOLDER), str(FOLDER / "growth")]
+    sys.path[:0] = places
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    sys.path[:] = [place for place in sys.path if place not in places]
+    for name in set(sys.modules) - before:
+        if name in NAMES or name.startswith(("comparison_", "runs")):
+            del sys.modules[name]
+
+
+def model(preset="tokenformer_lm_tiny", **overrides):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8, "vocab_size": 31, "context_length": 12}
+    backbone = create_backbone(preset, **{**sizes, **overrides}).double()
+    for parameter in backbone.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return backbone
+
+
+TEXT = torch.arange(24).view(2, 12) % 31
+
+
+def test_a_widened_twin_gives_the_same_and_its_copies_differ(growth):
+    twin = model("transformer_tiny")
+    before = twin(TEXT)
+    growth.model_growth.widen(twin, 32)
+    twin.double()
+    torch.testing.assert_close(twin(TEXT), before, rtol=1e-6, atol=1e-6)
+    query = (
+        twin.blocks[0].attn.query.weight if hasattr(twin.blocks[0].attn, "query") else next(twin.blocks[0].parameters())
+    )
+    assert not torch.allclose(query[:, :16], query[:, 16:])
+    assert twin.config.dim == 32 and twin.blocks[0].norm1.normalized_shape == (32,)
+
+
+@pytest.mark.parametrize(("way", "same"), [("insert_identities", True), ("insert_copies", False), ("stack", False)])
+def test_blocks_are_added_and_identities_keep_the_function(growth, way, same):
+    backbone = model()
+    before, first = backbone(TEXT), backbone.blocks[0]
+    origins = growth.model_growth.WAYS[way][1](backbone, 4)
+    assert len(backbone.blocks) == backbone.config.depth == 4 and backbone.blocks[0] is first
+    assert len({id(block) for block in backbone.blocks}) == 4
+    assert torch.allclose(backbone(TEXT), before) is same
+    assert all(torch.equal(new, old) for new, old in origins.items())
+    backbone(TEXT).sum().backward()
+    assert all(block.mlp.value_tokens.grad.abs().sum() > 0 for block in backbone.blocks)
+
+
+def test_stacking_puts_the_model_above_itself_and_copies_stand_beside_their_originals(growth):
+    for way, order in (("stack", [0, 1, 0, 1]), ("insert_copies", [0, 0, 1, 1])):
+        backbone = model()
+        keys = [block.mlp.key_tokens.clone() for block in backbone.blocks]
+        growth.model_growth.WAYS[way][1](backbone, 4)
+        found = [block.mlp.key_tokens for block in backbone.blocks]
+        assert all(torch.equal(one, keys[number]) for one, number in zip(found, order, strict=True))
+
+
+@pytest.mark.parametrize("name", ["text", "images"])
+def test_every_arm_costs_its_share_of_the_budget(growth, name):
+    domain = growth.arms.DOMAINS[name]
+    factors = growth.arms.policies(domain)
+    for arm in [
+        *growth.arms.controls(domain),
+        growth.arms.base_policy(domain),
+        *(a for one in factors.values() for a in one),
+    ]:
+        steps, starts = arm.steps(domain), arm.starts(domain)
+        ends = [*starts, steps]
+        lengths = [end - start for start, end in zip([0, *starts], ends, strict=True)]
+        costs = [model_cost(config).training_flops * domain.batch_size for config in arm.configs(domain)]
+        spent = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
+        assert spent == pytest.approx(arm.share * domain.budget, rel=2e-3), arm.name
+        assert all(length > 0 for length in lengths)
+
+
+def test_twins_have_the_parameters_of_the_final_size(growth):
+    for domain in growth.arms.DOMAINS.values():
+        final, *_ = growth.arms.controls(domain)
+        twin = next(arm for arm in growth.arms.controls(domain) if arm.name.startswith("transformer twin"))
+        blocks = []
+        for arm in (final, twin):
+            (config,) = arm.configs(domain)
+            whole, half = (model_cost(replace(config, depth=n * config.depth)).parameters for n in (2, 1))
+            blocks.append(whole - half)
+        assert blocks[1] == pytest.approx(blocks[0], rel=0.03)
+
+
+def test_the_compute_for_a_loss_is_that_of_the_line_in_its_logarithm(growth):
+    curve = [(1.0, 3.0), (math.e, 2.0), (math.e**3, 1.0)]
+    assert growth.outcome.compute_for(curve, 2.5) == pytest.approx(math.e**0.5)
+    assert growth.outcome.compute_for(curve, 1.5) == pytest.approx(math.e**2)
+    assert growth.outcome.compute_for(curve, 0.5) == pytest.approx(math.e**4)  # the last piece goes on
+    assert growth.outcome.compute_for([(1.0, 2.0), (2.0, 2.5)], 2.2) is None
+    assert growth.outcome.loss_at(curve, math.e**2) == pytest.approx(1.5)
+
+
+def test_the_cheapest_schedule_changes_size_where_the_larger_one_is_cheaper_for_the_same_loss(growth):
+    small = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.5)]
+    large = [(4.0, 4.0), (20.0, 3.0), (80.0, 2.0)]
+    found = growth.outcome.cheapest_schedule([small, large], 2.0)
+    by_hand = min(  # change at one of many losses
+        growth.outcome.compute_for(small, loss) + 80 - growth.outcome.compute_for(large, loss)
+        for loss in [4.0 - 0.001 * number for number in range(1500)]
+    )
+    assert found == pytest.approx(min(by_hand, 80), rel=1e-3)
+    assert found < 80
+
+
+def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain(growth):
+    text, images = growth.arms.DOMAINS["text"], growth.arms.DOMAINS["images"]
+    arm = growth.arms.policies(text)["how much"][-1]
+    sizes = growth.study.moved(arm, text, images).sizes
+    assert sizes[1]["param_tokens"] == {"qkv": 2, "proj": 2, "ffn": 32}
+
+
+@pytest.mark.slow
+def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(growth, tmp_path, monkeypatch, text_cache):
+    text = growth.arms.DOMAINS["text"]
+    data = {
+        **text.data,
+        "init_args": {**text.data["init_args"], "dataset": "python_docs", "cache_dir": str(text_cache)},
+    }
+    tiny = replace(text, budget=text.budget / 200, data=data, val_batches=1, ladder=(2, 4, 8))
+    monkeypatch.setattr(growth.study, "DOMAINS", {"text": tiny})
+    command = [str(tmp_path / "out"), "--domains", "text", "--reduced", "--jobs", "2", "--logs", str(tmp_path / "logs")]
+    assert growth.study.main(command) == 0
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made == {
+        f"text{end}" for end in (".md", ".json", ".png", "_sizes.png", "_search.png", "_fits.csv", "_curves.csv")
+    }
+    told = (tmp_path / "out" / "text.md").read_text()
+    jumps = {
+        line.split("|")[1].strip(): float(line.split("|")[6])
+        for line in told.splitlines()
+        if "e-" in line and "C |" in line
+    }
+    assert jumps["random"] > 1e-4 > 1e-6 > max(jump for name, jump in jumps.items() if name.startswith("split"))
+    settings = json.loads((tmp_path / "out" / "text.json").read_text())
+    assert "sha256" in settings["corpus"] and settings["environments"][0]["torch"]
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+    assert growth.study.main([*command, "--draw-only"]) == 0
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+
+
+def test_at_scale_no_other_places_to_grow_are_cheaper(growth):
+    scale = growth.at_scale
+    law, sizes = scale.HOFFMANN, scale.LADDER[:2]
+    target = law.loss(sizes[1], 20 * sizes[1].parameters)
+    found = scale.flops(sizes, scale.cheapest(law, sizes, target))
+
+    def grown_after(tokens):
+        inherited = law.tokens(sizes[1], law.loss(sizes[0], tokens))
+        return scale.flops(sizes, (tokens, law.tokens(sizes[1], target) - inherited))
+
+    others = [grown_after(share * 1e9) for share in range(1, 7)]
+    assert found <= min(others) < 1.01 * found
+    assert found < scale.flops(sizes, (0, 20 * sizes[1].parameters))
