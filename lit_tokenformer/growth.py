@@ -227,10 +227,11 @@ def grow_one_by_one(
                     scale = 1.0 if part == "value_tokens" else 1 / rows.copies
                     yield GrownParameter(f"{name}.{part}".lstrip("."), old, new, rows, scale)
                 del old
-            if method == "random":
-                layer.tau.fill_(math.sqrt(rows.after))
-            else:
-                layer.tau.copy_(layer.tau.double() * math.sqrt(rows.copies))
+            with torch.no_grad():  # somebody may have made it a parameter
+                if method == "random":
+                    layer.tau.fill_(math.sqrt(rows.after))
+                else:
+                    layer.tau.copy_(layer.tau.double() * math.sqrt(rows.copies))
 
     return replace()
 

@@ -121,6 +121,8 @@ class Arm:
         twin: Whether it has linear projections.
         restart: Whether the learning rate begins anew at each growth.
         share: Of the budget C that it may spend.
+        learned_tau: Whether tau is a parameter.
+        small: Height and width of the images before the last stage; None for those of the data.
         length: Optimizer steps, where no budget sets them.
         once: Whether one seed is enough.
         lr: Its learning rate, as it was searched for.
@@ -135,6 +137,8 @@ class Arm:
     twin: bool = False
     restart: bool = False
     share: float = 1.0
+    learned_tau: bool = False
+    small: int | None = None
     length: int = 0
     once: bool = False
     lr: float = 0.0
@@ -152,7 +156,10 @@ class Arm:
             return self.length
         starts = (0.0, *self.at)
         lengths = [end - start for start, end in zip(starts, (*self.at, 1.0), strict=True)]
-        costs = [model_cost(config).training_flops for config in self.configs(domain)]
+        configs = self.configs(domain)
+        if self.small:
+            configs = [*(replace(config, image_size=self.small) for config in configs[:-1]), configs[-1]]
+        costs = [model_cost(config).training_flops for config in configs]
         mean = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
         return max(2, int(self.share * domain.budget / (mean * domain.batch_size)))
 
@@ -165,9 +172,14 @@ class Arm:
         steps, starts = self.steps(domain), self.starts(domain)
         interval = max(1, steps // evaluations)
         callbacks: list[dict[str, Any]] = []
-        if starts:
+        if len({str(size) for size in self.sizes}) > 1:
             callbacks.append({"class_path": "model_growth.LossAtGrowth", "init_args": {"steps": starts}})
             callbacks.append(self._growth(domain, starts))
+        if self.learned_tau:
+            callbacks.append({"class_path": "model_growth.LearnedTau"})
+        if self.small:
+            small = {"size": self.small, "steps": starts[-1]}
+            callbacks.append({"class_path": "model_growth.SmallImages", "init_args": small})
         callbacks += [
             {"class_path": "callbacks.TrainingMonitor", "init_args": {"log_images": 0, "row_norms": False}},
             {"class_path": "runs.Meter"},
@@ -244,9 +256,9 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
         domain: What they are trained on.
         reduced: Whether only the most important ones are wanted.
     """
-    smallest, final = domain.ladder[0], domain.ladder[-1]
+    final = domain.ladder[-1]
     dim, depth, heads = (domain.base[name] for name in ("dim", "depth", "num_heads"))
-    sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,)), once=n == smallest) for n in reversed(domain.ladder)]
+    sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,)), once=n != final) for n in reversed(domain.ladder)]
     published = Arm(
         "published growth",
         token_ladder(domain.ladder),
@@ -257,7 +269,7 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
         share=0.65,
     )
     twin = Arm("transformer twin, from scratch", ({},), twin=True)
-    grown_twin = replace(published, twin=True, at=(0.3,), schedule={"warmup": 0.05})
+    grown_twin = replace(published, twin=True, at=(0.3,), schedule={"warmup": 0.05}, once=True)
     stacked = replace(
         grown_twin,
         name="twin, stacked (G_stack)",
@@ -273,8 +285,16 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
     if reduced:
         return [*sizes, published]
     cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
-    of_text = [cosine, stacked, widened] if domain.task == "LitCausalLM" else []
-    return [*sizes, twin, published, *of_text]
+    of_text = [stacked, widened, cosine] if domain.task == "LitCausalLM" else []
+    return [*sizes, published, twin, *of_text]
+
+
+def small_images(arm: Arm, domain: Domain) -> Arm:
+    """The same with images of half the size before the last growth; where nothing grows, in the first 45 % of it."""
+    if not arm.at:
+        arm = replace(arm, sizes=2 * arm.sizes, at=(0.45,))
+    half = domain.of_data["image_size"] // 2
+    return replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65, once=True)
 
 
 def base_policy(domain: Domain, share: float = 0.65) -> Arm:
@@ -315,7 +335,10 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
             growth("zero keys", method="zero_keys"),
             growth("random", method="random"),
         ],
-        "tau": [growth("zero keys, tau to sqrt(N) in 200 steps", method="zero_keys", tau_steps=200)],
+        "tau": [
+            other("tau learned", learned_tau=True),
+            growth("zero keys, tau to sqrt(N) in 200 steps", method="zero_keys", tau_steps=200),
+        ],
         "optimizer state": [
             growth("state dropped", new_state="reset"),
         ],

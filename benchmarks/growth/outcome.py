@@ -417,7 +417,8 @@ def draw_search(found: Findings, path: Path) -> None:
 def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], options: argparse.Namespace) -> None:
     """Writes ``NAME_fits.csv``, ``NAME_curves.csv``, ``NAME.md``, ``NAME.json`` and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in outcomes}.values())
+    run = [one for one in outcomes if one.result["failed"] != "it was not run"]
+    unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in run}.values())
     rows = [one.row() for one in unique]
     curves = [
         {

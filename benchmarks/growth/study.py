@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from arms import DOMAINS, Arm, Domain, base_policy, controls, policies, token_ladder  # noqa: E402
+from arms import DOMAINS, Arm, Domain, base_policy, controls, policies, small_images, token_ladder  # noqa: E402
 from comparison_fits import Fit, Runner  # noqa: E402
 from outcome import Outcome, write  # noqa: E402
 
@@ -74,6 +74,8 @@ class Study:
 
     def with_rates(self, arms: Sequence[Arm]) -> list[Arm]:
         """The arms with the learning rate that is best after a quarter of their budget."""
+        if len(self.domain.rates) == 1:
+            return [replace(arm, lr=self.domain.rates[0]) for arm in arms]
         tried = [replace(arm, lr=rate, share=arm.share / 4) for arm in arms for rate in self.domain.rates]
         found = self.train("learning rate", tried, self.options.seeds[:1], evaluations=1)
         best = []
@@ -104,6 +106,8 @@ class Study:
         if "final" in phases:
             self.train("final", [replace(winner, share=share) for share in SHARES], seeds)
             self.train("final", known, seeds)
+            if "image_size" in self.domain.of_data:
+                self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
         if "family" in phases:
             self.train("family", self.family(winner, sizes), seeds)
         return winner
@@ -129,6 +133,7 @@ class Study:
                 schedule=one.schedule or together.schedule,
                 restart=one.restart or together.restart,
                 rate_factor=one.rate_factor * together.rate_factor,
+                learned_tau=one.learned_tau or together.learned_tau,
             )
         if len(together.at) != len(together.sizes) - 1:
             together = replace(together, at=together.at[-(len(together.sizes) - 1) :])
