@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
+from lit_tokenformer.depth_growth import check_depth, deepen, insert_parameters
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import METHODS, grow_one_by_one, plan_rows, target_tokens
-from lit_tokenformer.models import Pattention, Tokens, param_tokens
+from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
 from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
 
 
@@ -37,7 +39,8 @@ class ParameterGrowthCallback(Callback):
 
     Args:
         schedule: ``{epoch: tokens}``, zero-indexed and in rising order. Tokens are totals: a number n (qkv n, proj n,
-            ffn 4n) or ``{qkv: n, proj: n, ffn: m}``; kinds that are left out keep theirs.
+            ffn 4n) or ``{qkv: n, proj: n, ffn: m, depth: L}``; kinds that are left out keep theirs. ``depth`` is a
+            total of blocks: new ones are inserted as identities, under any ``method``.
         unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
         method: How new rows are made: ``split`` (exact for every score normalisation), ``zero_keys`` (exact but for
             softmax) or ``random`` (as published; the function jumps).
@@ -159,15 +162,21 @@ class ParameterGrowthCallback(Callback):
             found.append((key, current))
         return found
 
+    def size(self, module: nn.Module) -> dict[str, int]:
+        """What the schedule is about in a model: parameter tokens of each kind, and the depth if it names one."""
+        deepens = any(isinstance(tokens, Mapping) and "depth" in tokens for tokens in self.schedule.values())
+        return model_size(module) if deepens else param_tokens(module)
+
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         growth_context(trainer)
-        birth = self.events[0]["before"] if self.events else param_tokens(pl_module)  # events: fitted before
+        birth = self.events[0]["before"] if self.events else self.size(pl_module)  # events: fitted before
         if not birth:  # the same config serves architectures that grow and those that do not
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
         stages = self.stages(birth)
+        self._check_depth(trainer, pl_module, birth, stages)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:
                 totals = [birth[layer.kind], *(tokens[layer.kind] for _, tokens in stages)]
@@ -183,6 +192,17 @@ class ParameterGrowthCallback(Callback):
                 f"schedule: {self.unit} {beyond[0]} is beyond the end of the fit (trainer.{setting}={limit})"
             )
 
+    @staticmethod
+    def _check_depth(trainer: Any, pl_module: nn.Module, birth: dict[str, int], stages: list[Any]) -> None:
+        final = stages[-1][1].get("depth", 0) if stages else 0
+        if final == birth.get("depth", 0):
+            return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
+        for model in pl_module.modules():
+            if isinstance(model, Tokenformer) and len(model.blocks) < final:
+                check_depth(model, final, setting="schedule: depth")
+
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         if self.unit != "step" or trainer.fast_dev_run:
             return
@@ -192,7 +212,7 @@ class ParameterGrowthCallback(Callback):
             raise ValueError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        current = param_tokens(pl_module)
+        current = self.size(pl_module)
         stages = list(self.schedule.items())
         self._next = 0 if current else len(stages)
         while self._next < len(stages) and _is_reached(stages[self._next][1], current):
@@ -213,9 +233,9 @@ class ParameterGrowthCallback(Callback):
                 return
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
-            targets = target_tokens(stages[self._next][1], param_tokens(pl_module))
+            targets = target_tokens(stages[self._next][1], self.size(pl_module))
             targets = trainer.strategy.broadcast(targets)  # all processes grow alike, whatever each was told
-            if targets != param_tokens(pl_module):
+            if targets != self.size(pl_module):
                 self._grow(trainer, pl_module, targets, batch)
             self._next += 1
 
@@ -234,7 +254,7 @@ class ParameterGrowthCallback(Callback):
         self._remove_step_hooks()
         if self._signal is None or trainer.fast_dev_run:
             return
-        current, rest = param_tokens(pl_module), list(self.schedule.values())[self._next :]
+        current, rest = self.size(pl_module), list(self.schedule.values())[self._next :]
         left = [str(tokens) for tokens in rest if not _is_reached(tokens, current)]
         if left:
             rank_zero_warn(
@@ -260,7 +280,7 @@ class ParameterGrowthCallback(Callback):
         return {"trigger": self.trigger, "growths": len(self.events)}
 
     def _grow(self, trainer: Trainer, pl_module: LightningModule, targets: dict[str, int], batch: Any) -> None:
-        before = param_tokens(pl_module)
+        before = self.size(pl_module)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         flops = _flops(pl_module)
         outputs = _probe(pl_module, batch) if self.check else []
@@ -269,7 +289,12 @@ class ParameterGrowthCallback(Callback):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         with growth_context(trainer):
-            for grown in grow_one_by_one(pl_module, targets, self.method, noise=self.noise, seed=self.seed):
+            if "depth" in targets:
+                inserted = deepen(pl_module, targets["depth"])
+                for optimizer in trainer.optimizers:
+                    insert_parameters(optimizer, pl_module, inserted)
+            tokens = {kind: targets[kind] for kind in param_tokens(pl_module)}
+            for grown in grow_one_by_one(pl_module, tokens, self.method, noise=self.noise, seed=self.seed):
                 for optimizer in trainer.optimizers:
                     grow_optimizer(optimizer, [grown], self.new_state)
                 del grown  # and with it the last reference to the old parameter
@@ -338,7 +363,7 @@ def _checked_schedule(schedule: Mapping[int, Tokens], unit: str) -> dict[int, To
     """
     if not isinstance(schedule, Mapping):
         raise ValueError(f"schedule: expected {{{unit}: tokens}}, got {schedule!r}")
-    last, current = -1, {"qkv": 1, "proj": 1, "ffn": 1}
+    last, current = -1, {"qkv": 1, "proj": 1, "ffn": 1, "depth": 1}
     for key, tokens in schedule.items():
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:
             raise ValueError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")

@@ -3,6 +3,7 @@ from a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -166,7 +167,8 @@ def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dty
         task = rebuild_task(ckpt_path, checkpoint, device="meta")
         weights = checkpoint["state_dict"]
         state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
-        write_published(folder, task.backbone.config, state, dtype, format)
+        config = dataclasses.replace(task.backbone.config, depth=len(task.backbone.blocks))
+        write_published(folder, config, state, dtype, format)
         _write_tokenizer(folder, checkpoint.get("tokenizer"))
     return Path(output)
 

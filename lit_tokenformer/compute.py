@@ -7,7 +7,7 @@ A multiply-add counts as two operations, and only matrix products and convolutio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models import SCORE_NORMS, TokenformerConfig
@@ -230,7 +230,8 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
 
     Args:
         config: The architecture.
-        tokens: Parameter tokens of each kind; ``None`` takes those at birth.
+        tokens: Parameter tokens of each kind, and ``depth`` where it is another than at birth; ``None`` takes those at
+            birth.
         checkpointing: Whether blocks are computed again in the backward pass.
 
     Example:
@@ -239,6 +240,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         86447848
     """
     totals = dict(config.tokens.items()) if tokens is None else tokens
+    config = replace(config, depth=totals.get("depth", config.depth))
     dim, depth, length = config.dim, config.depth, config.num_data_tokens
     norm = NOTHING if config.norm_position == "post" else _norm(config)
     block, stem, head = _sum(_block(config, totals)), _STEMS[config.stem](config), _HEADS[config.head](config)

@@ -81,8 +81,9 @@ def target_tokens(tokens: Tokens, current: Mapping[str, int], setting: str = "to
     """Totals for each kind of projection that a model has.
 
     Args:
-        tokens: A bare n (qkv n, proj n, ffn 4n, as far as the model has them) or totals by kind.
-        current: The totals now, from :func:`~lit_tokenformer.models.param_tokens`.
+        tokens: A bare n (qkv n, proj n, ffn 4n, as far as the model has them) or totals by kind; ``depth`` among them
+            is a total of blocks.
+        current: The totals now, from :func:`~lit_tokenformer.models.param_tokens`; with ``depth`` where it may grow.
         setting: What the user calls this, for the message.
 
     Returns:
@@ -99,15 +100,23 @@ def target_tokens(tokens: Tokens, current: Mapping[str, int], setting: str = "to
         for kind in tokens:
             if kind not in current:
                 raise unknown_name(setting, kind, current)
+    depth = current.get("depth")
+    if isinstance(tokens, Mapping):
+        depth = tokens.get("depth", depth)
+        tokens = {kind: total for kind, total in tokens.items() if kind != "depth"}
+    kinds = {kind: total for kind, total in current.items() if kind != "depth"}
     try:
-        wanted = dict(ParamTokens.parse(tokens, base=ParamTokens(**{"qkv": 1, "proj": 1, "ffn": 1, **current})).items())
+        wanted = dict(ParamTokens.parse(tokens, base=ParamTokens(**{"qkv": 1, "proj": 1, "ffn": 1, **kinds})).items())
     except ValueError as error:
         raise ValueError(f"{setting}: {str(error).removeprefix('param_tokens: ')}") from None
+    if depth is not None:
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise ValueError(f"{setting}: depth: expected a whole number of blocks, got {depth!r}")
+        wanted["depth"] = depth
     for kind, now in current.items():
         if wanted[kind] < now:
-            raise ValueError(
-                f"{setting}: {kind} would shrink from {now} to {wanted[kind]}; tokens can only be appended"
-            )
+            what = "blocks can only be inserted" if kind == "depth" else "tokens can only be appended"
+            raise ValueError(f"{setting}: {kind} would shrink from {now} to {wanted[kind]}; {what}")
     return {kind: wanted[kind] for kind in current}
 
 

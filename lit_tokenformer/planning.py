@@ -18,6 +18,9 @@ from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.tasks.multitask import joint_cost
 from lit_tokenformer.trainer import CheckpointingTrainer
 
+FEW_EPOCHS = 4
+"""How often data were read at most where the rule was measured."""
+
 
 @dataclass(frozen=True)
 class GrowthRule:
@@ -186,7 +189,7 @@ class PlanningTrainer(CheckpointingTrainer):
             growths = [(step, step, tokens) for step, tokens in zip(proposal.starts, proposal.tokens[1:], strict=True)]
             total = proposal.steps
         else:
-            total, growths = self._length_and_growths(per_epoch, born)
+            total, growths = self._length_and_growths(per_epoch, model)
         planned = [plan_stages(config, growths, total, per_step[name]) for name, config in configs.items()]
         by_stage = [list(parts) for parts in zip(*planned, strict=True)]
         stages = [_together(model, parts) for parts in by_stage]
@@ -207,7 +210,7 @@ class PlanningTrainer(CheckpointingTrainer):
         for number, stage in enumerate(stages):
             table.add_row(
                 str(number),
-                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in born) or "-",
+                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in (*born, "depth")) or "-",
                 f"{stage.steps}",
                 "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
                 f"{stage.cost.parameters:,}",
@@ -235,10 +238,16 @@ class PlanningTrainer(CheckpointingTrainer):
         Console(width=None if sys.stdout.isatty() else 150).print(table)
         if proposal is not None:
             print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
+            if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
+                print(
+                    f"note: the data would be read {total / per_epoch:.0f} times; the rule was measured on data that "
+                    f"are read at most {FEW_EPOCHS} times",
+                    file=sys.stderr,
+                )
         return stages
 
     def _length_and_growths(
-        self, per_epoch: int | None, born: Mapping[str, int]
+        self, per_epoch: int | None, model: tasks.LitTask
     ) -> tuple[int, list[tuple[int, int, dict[str, int]]]]:
         """Optimizer steps and growths of the config."""
         total = self.max_steps if self.max_steps >= 0 else 0
@@ -253,7 +262,7 @@ class PlanningTrainer(CheckpointingTrainer):
                 if callback.unit == "epoch" and per_epoch is None:
                     raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(born)]
+                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(callback.size(model))]
         return total, growths
 
 

@@ -57,14 +57,14 @@ def test_a_widened_twin_gives_the_same_and_its_copies_differ(growth):
     assert twin.config.dim == 32 and twin.blocks[0].norm1.normalized_shape == (32,)
 
 
-@pytest.mark.parametrize(("way", "same"), [("insert_identities", True), ("insert_copies", False), ("stack", False)])
-def test_blocks_are_added_and_identities_keep_the_function(growth, way, same):
+@pytest.mark.parametrize("way", ["insert_copies", "stack"])
+def test_blocks_are_added_and_change_the_function(growth, way):
     backbone = model()
     before, first = backbone(TEXT), backbone.blocks[0]
     origins = growth.model_growth.WAYS[way][1](backbone, 4)
     assert len(backbone.blocks) == backbone.config.depth == 4 and backbone.blocks[0] is first
     assert len({id(block) for block in backbone.blocks}) == 4
-    assert torch.allclose(backbone(TEXT), before) is same
+    assert not torch.allclose(backbone(TEXT), before)
     assert all(torch.equal(new, old) for new, old in origins.items())
     backbone(TEXT).sum().backward()
     assert all(block.mlp.value_tokens.grad.abs().sum() > 0 for block in backbone.blocks)

@@ -232,15 +232,15 @@ class Arm:
             schedule = {step: size[field_name] for step, size in zip(starts, self.sizes[1:], strict=True)}
             return {"class_path": "model_growth.ModelGrowth", "init_args": {**settings, "schedule": schedule}}
         tokens: dict[str, int] = dict(self.configs(domain)[0].tokens.items())
-        schedule_of_tokens = {}
         waits = settings.get("trigger", "schedule") != "schedule"
         keys = range(1, len(starts) + 1) if waits else starts
+        schedule = {}
         for step, size in zip(keys, self.sizes[1:], strict=True):
             tokens = target_tokens(size["param_tokens"], tokens)
-            schedule_of_tokens[step] = tokens
+            schedule[step] = {**tokens, **({"depth": size["depth"]} if "depth" in size else {})}
         return {
             "class_path": GROWTH,
-            "init_args": {"unit": "step", "check": False, **settings, "schedule": schedule_of_tokens},
+            "init_args": {"unit": "step", "check": False, **settings, "schedule": schedule},
         }
 
 
@@ -282,11 +282,12 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
         sizes=({"dim": dim // 2, "num_heads": heads // 2}, {"dim": dim, "num_heads": heads}),
         growth={"way": "widen"},
     )
+    shallow = Arm("from scratch, 1 block", ({"param_tokens": final, "depth": 1},), once=True)
     if reduced:
-        return [*sizes, published]
+        return [*sizes, shallow, published]
     cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
     of_text = [stacked, widened, cosine] if domain.task == "LitCausalLM" else []
-    return [*sizes, published, twin, *of_text]
+    return [*sizes, shallow, published, twin, *of_text]
 
 
 def small_images(arm: Arm, domain: Domain) -> Arm:
@@ -317,8 +318,11 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
         {"param_tokens": {"qkv": a, "proj": a, "ffn": 4 * f}}
         for a, f in ((small, small), (small, final), (final, final))
     )
-    depths = tuple({"param_tokens": final, "depth": blocks} for blocks in (1, domain.base["depth"]))
-    deepened = replace(base, sizes=depths, at=(0.3,))
+    depths = tuple({"param_tokens": final, "depth": blocks} for blocks in range(1, domain.base["depth"] + 1))
+
+    def deeper(name: str, **changes: Any) -> Arm:
+        return other(name, **{"sizes": (depths[0], depths[-1]), "at": (0.3,), **changes})
+
     every = {
         "when": [
             other("at 10 and 25 %", at=(0.1, 0.25)),
@@ -351,8 +355,12 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
         ],
         "old rows": [growth("old rows frozen for 200 steps", freeze_old_steps=200)],
         "depth": [
-            replace(deepened, name=f"grown: {name}", growth={"way": way, "keep_state": True})
-            for name, way in (("blocks copied", "insert_copies"), ("blocks as identities", "insert_identities"))
+            deeper("blocks copied", growth={"way": "insert_copies", "keep_state": True}),
+            deeper("blocks inserted"),
+            deeper("blocks inserted at 15 %", at=(0.15,)),
+            deeper("blocks inserted at 45 %", at=(0.45,)),
+            deeper("blocks inserted one by one", sizes=depths, at=(0.15, 0.35)),
+            deeper("blocks inserted, tokens doubled", sizes=({**depths[0], "param_tokens": final // 2}, depths[-1])),
         ],
     }
     return {name: every[name] for name in ("when", "new rows")} if reduced else every

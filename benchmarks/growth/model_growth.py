@@ -1,5 +1,5 @@
 """Growths of the study that the trainer does not offer, and what it measures at each growth: blocks are stacked or
-inserted, and the twin with linear projections is widened as Net2Net does it. One device, no restart."""
+copied, and the twin with linear projections is widened as Net2Net does it. One device, no restart."""
 
 from __future__ import annotations
 
@@ -33,18 +33,6 @@ def insert_copies(model: Tokenformer, depth: int) -> Origins:
     """A copy of each block above it (interleaved stacking, MSG's order). It changes the function."""
     blocks, times = list(model.blocks), depth // len(model.blocks)
     return _put(model, [block for block in blocks for _ in range(times)])
-
-
-def insert_identities(model: Tokenformer, depth: int) -> Origins:
-    """Copies as above whose output is zero: values of the last layers are. It keeps the function."""
-    old = set(model.blocks)
-    origins = insert_copies(model, depth)
-    for block in model.blocks:
-        if block not in old:
-            for layer in (block.attn.proj, block.mlp):
-                layer.value_tokens.data.zero_()
-                origins.pop(layer.value_tokens)
-    return origins
 
 
 def _put(model: Tokenformer, order: list[nn.Module]) -> Origins:
@@ -93,7 +81,6 @@ def widen(model: Tokenformer, dim: int, noise: float = 0.5) -> Origins:
 WAYS: dict[str, tuple[str, Callable[[Tokenformer, int], Origins]]] = {
     "stack": ("depth", stack),
     "insert_copies": ("depth", insert_copies),
-    "insert_identities": ("depth", insert_identities),
     "widen": ("dim", widen),
 }
 

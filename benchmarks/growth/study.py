@@ -39,7 +39,7 @@ from arms import DOMAINS, Arm, Domain, base_policy, controls, policies, small_im
 from comparison_fits import Fit, Runner  # noqa: E402
 from outcome import Outcome, write  # noqa: E402
 
-SHARES = (0.65, 0.85)
+SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
 FAMILY = (0.25, 0.5)
 """Cost of a further size that is tried, as a share of its cost from scratch."""
@@ -96,7 +96,8 @@ class Study:
         seeds, first, phases = self.options.seeds, self.options.seeds[:1], self.options.phases
         *known, base = self.with_rates([*controls(self.domain, self.options.reduced), base_policy(self.domain)])
         sizes = known[: len(self.domain.ladder)]
-        self.train("sweep", [replace(arm, share=0.5) for arm in sizes], first, evaluations=2)
+        smaller = [arm for arm in known if arm.name.startswith("from scratch") and not arm.schedule]
+        self.train("sweep", [replace(arm, share=0.5) for arm in smaller], first, evaluations=2)
         if winner is None:
             factors = policies(self.domain, self.options.reduced)
             others = [replace(arm, lr=base.lr) for arms in factors.values() for arm in arms]
@@ -123,7 +124,7 @@ class Study:
                 continue
             best.append(replace(one, lr=base.lr))
             fresh = base_policy(self.domain)
-            if "way" in one.growth:
+            if "way" in one.growth or "depth" in one.sizes[0]:
                 continue  # another kind of growth is an arm of its own
             together = replace(
                 together,

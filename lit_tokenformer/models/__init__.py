@@ -1,6 +1,6 @@
 """Architectures in plain torch and timm layers: no loss, no logging, no lightning."""
 
-from lit_tokenformer.models.backbone import Tokenformer, param_tokens
+from lit_tokenformer.models.backbone import Tokenformer, model_size, param_tokens
 from lit_tokenformer.models.config import ParamTokens, TokenformerConfig, Tokens
 from lit_tokenformer.models.pattention import SCORE_NORMS, SERIES_STD, Pattention, pattention
 from lit_tokenformer.models.presets import BackboneOverrides, create_backbone, list_presets, preset_config
@@ -16,6 +16,7 @@ __all__ = [
     "Tokens",
     "create_backbone",
     "list_presets",
+    "model_size",
     "param_tokens",
     "pattention",
     "preset_config",

@@ -8,11 +8,11 @@ as the config's stem has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -47,13 +47,15 @@ class DecodingState:
         self.start = 0
         self._layers = [layer for layer in model.modules() if isinstance(layer, Pattention)]
         self._sizes = [layer.num_tokens for layer in self._layers]
+        self._model_blocks = model.blocks
         learned = model.config.positions == "learned"
         most = 0 if padding is None else int(padding.max())
         self._positions = model.config.context_length + most if learned else None
 
     def check(self, more: int) -> None:
         """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
-        if [layer.num_tokens for layer in self._layers] != self._sizes:
+        grown = len(self._model_blocks) != len(self.blocks)
+        if grown or [layer.num_tokens for layer in self._layers] != self._sizes:
             raise ValueError("state: it is from before a growth of the model; begin with a new one")
         if self.start + more > self.length:
             raise ValueError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
@@ -87,9 +89,9 @@ class Tokenformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = config.dim
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
-        rates: Any = calculate_drop_path_rates(config.drop_path, config.depth)
         self.stem: Any = make_stem(config)
-        self.blocks = nn.ModuleList(Block(config, layer, rate) for layer, rate in enumerate(rates))
+        self.blocks = nn.ModuleList()
+        self.set_blocks([self.new_block(number) for number in range(config.depth)])
         self.norm: nn.Module = nn.Identity() if config.norm_position == "post" else make_norm(config)
         self.head = make_head(config, self.stem)
 
@@ -97,6 +99,24 @@ class Tokenformer(nn.Module):
     def param_tokens(self) -> dict[str, int]:
         """Parameter tokens that the layers hold now, for each kind that has a Pattention layer."""
         return param_tokens(self)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What growth changes: parameter tokens of each kind, and ``depth``, the number of blocks."""
+        return {**self.param_tokens, "depth": len(self.blocks)}
+
+    def new_block(self, number: int) -> Block:
+        """A block with fresh weights, for a place in the stack."""
+        return Block(self.config, min(number, self.config.depth - 1))
+
+    def set_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        """Puts other blocks in the places of those that are there; the rates of stochastic depth rise through them."""
+        found: list[Any] = list(blocks)
+        rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
+        for block, rate in zip(found, rates, strict=True):
+            block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        del self.blocks[:]  # in place, for tasks may share them
+        self.blocks.extend(found)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all that have one dimension."""
@@ -352,6 +372,12 @@ class Tokenformer(nn.Module):
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, context, state)
         return block(x, context, state)
+
+
+def model_size(module: nn.Module) -> dict[str, int]:
+    """Parameter tokens of each kind in ``module``, and ``depth``, the blocks of the models in it, if there is one."""
+    depths = [len(model.blocks) for model in module.modules() if isinstance(model, Tokenformer)]
+    return {**param_tokens(module), **({"depth": depths[0]} if depths else {})}
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:

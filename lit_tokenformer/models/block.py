@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
-from lit_tokenformer.models.feed_forward import make_feed_forward
+from lit_tokenformer.models.feed_forward import make_feed_forward, output_layer
 from lit_tokenformer.models.mixers import Context, make_mixer
 from lit_tokenformer.models.norms import make_norm
+from lit_tokenformer.models.pattention import Pattention
 
 State = tuple[Any, Any]
 """What mixer and feed-forward of a block remember of a sequence."""
@@ -44,17 +45,21 @@ class Block(nn.Module):
     Args:
         config: The architecture.
         layer: Its number, from 0.
-        drop_path: Stochastic depth rate of this block.
+
+    Attributes:
+        drop_path: Stochastic depth; the model sets it.
     """
 
-    def __init__(self, config: TokenformerConfig, layer: int = 0, drop_path: float = 0.0) -> None:
+    drop_path: nn.Module
+
+    def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
         self.norm1 = make_norm(config, config.norm_affine)
         self.attn = make_mixer(config, layer)
         self.shortcut = AugmentedShortcut(config) if config.shortcut_dim else None
         self.norm2 = make_norm(config, config.norm_affine)
         self.mlp = make_feed_forward(config, layer)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = nn.Identity()
         self._order = _ORDERS[config.norm_position]
 
     def new_state(self, length: int) -> State:
@@ -64,6 +69,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
         return self._order(self, x, context, state)
+
+    def outputs(self) -> Iterator[nn.Parameter]:
+        """Parameters without which nothing is added to the residual stream: those of the last layers."""
+        last: list[Any] = [self.attn.proj, output_layer(self.mlp)]
+        if self.shortcut is not None:
+            last.append(self.shortcut.up)
+        for layer in last:
+            yield from [layer.value_tokens] if isinstance(layer, Pattention) else layer.parameters()
 
     def mix(self, x: Tensor, context: Context, state: State) -> Tensor:
         """What the mixer, and the shortcut beside it, add to the residual stream."""

@@ -170,3 +170,10 @@ FEED_FORWARDS: dict[str, Callable[[TokenformerConfig, int], nn.Module]] = {
 def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
     """The feed-forward that ``config.feed_forward`` names, (B, T, D) -> (B, T, D), for the block with this number."""
     return FEED_FORWARDS[config.feed_forward](config, layer)
+
+
+def output_layer(feed_forward: nn.Module) -> nn.Module:
+    """The last projection of a feed-forward; without it nothing comes out."""
+    if isinstance(feed_forward, Pattention):
+        return feed_forward
+    return next(getattr(feed_forward, name) for name in ("fc2", "down", "value") if hasattr(feed_forward, name))

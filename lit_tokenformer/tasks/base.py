@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
-from lit_tokenformer.models import Pattention, Tokenformer, param_tokens, preset_config
+from lit_tokenformer.depth_growth import set_depth
+from lit_tokenformer.models import Pattention, Tokenformer, model_size, param_tokens, preset_config
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import load_into, save_folder
@@ -210,7 +211,7 @@ class LitTask(pl.LightningModule):
 
     def cost(self) -> ModelCost:
         """Parameters and operations of the model at its present size."""
-        return model_cost(self.backbone.config, param_tokens(self.backbone), self.backbone.grad_checkpointing)
+        return model_cost(self.backbone.config, self.backbone.size, self.backbone.grad_checkpointing)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters that are decayed, and those that are not: one-dimensional ones and what the backbone declares.
@@ -292,6 +293,9 @@ class LitTask(pl.LightningModule):
         self.save_extras(checkpoint)
         checkpoint["task"] = type(self).__name__.removeprefix("FSDP")  # which torch names the class of a divided model
         checkpoint["param_tokens"] = param_tokens(self)
+        born = {model.config.depth for model in self.modules() if isinstance(model, Tokenformer)}
+        if (depth := model_size(self).get("depth")) not in {*born, None}:
+            checkpoint["grown_depth"] = depth
         states: list[Any] = [_rng_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
@@ -302,6 +306,8 @@ class LitTask(pl.LightningModule):
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
+        if "grown_depth" in checkpoint:
+            set_depth(self, checkpoint["grown_depth"])
         if "state_dict" in checkpoint:  # else they were loaded already
             self._check_architecture(checkpoint["state_dict"])
         self._rng_states = checkpoint.get("rng_states")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.compute import ModelCost, model_cost
 from lit_tokenformer.errors import unknown_name
-from lit_tokenformer.models import BackboneOverrides, Tokenformer, param_tokens, preset_config
+from lit_tokenformer.models import BackboneOverrides, Tokenformer, preset_config
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
@@ -173,7 +173,7 @@ class LitMultiTask(LitTask):
     def costs(self) -> dict[str, ModelCost]:
         """What each task would cost by itself, for one of its samples."""
         return {
-            name: model_cost(backbone.config, param_tokens(backbone), backbone.grad_checkpointing)
+            name: model_cost(backbone.config, backbone.size, backbone.grad_checkpointing)
             for name, backbone in self.backbones.items()
         }
 
