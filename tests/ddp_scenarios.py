@@ -172,6 +172,9 @@ SCENARIOS = {
         like="triggered",
         resumed=True,
     ),
+    "deepened": Scenario(
+        {"schedule": {1: {"depth": 3}, 2: {"depth": 5, "qkv": 16}}}, ema=True, like="deepened", resumed=True
+    ),
     "nothing_averaged": Scenario(hook=noop_hook),
 }
 

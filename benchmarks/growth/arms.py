@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -247,6 +248,12 @@ class Arm:
 def token_ladder(ladder: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
     """Sizes by their parameter tokens."""
     return tuple({"param_tokens": tokens} for tokens in ladder)
+
+
+def family_steps(domain: Domain) -> list[tuple[str, str]]:
+    """Sizes with the next larger ones, by the names of their arms from scratch."""
+    tokens = [f"{n} tokens" for n in domain.ladder]
+    return [*itertools.pairwise(tokens), ("1 block", tokens[-1])]
 
 
 def controls(domain: Domain, reduced: bool = False) -> list[Arm]:

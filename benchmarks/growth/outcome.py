@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import Arm, Domain
+from arms import Arm, Domain, family_steps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -125,8 +124,9 @@ class Findings:
         return sorted(pairs)
 
     def ladder(self) -> dict[str, Curve]:
-        """The curve of each size of the ladder from scratch."""
-        return {name: self.curve(name) for name in (f"from scratch, {n} tokens" for n in self.domain.ladder)}
+        """The curve of each size from scratch."""
+        names = [*(f"from scratch, {n} tokens" for n in self.domain.ladder), "from scratch, 1 block"]
+        return {name: curve for name in names if (curve := self.curve(name))}
 
     def ratio(self, one: Outcome) -> float | None:
         """Its operations over those that the final size from scratch needs for the same loss."""
@@ -201,25 +201,32 @@ def report(found: Findings) -> str:
     domain = found.domain
     lines = ["## Which size is right for which budget", ""]
     ladder = found.ladder()
-    shares = (0.25, 0.5, 1.0)
+    whole = max(place for curve in ladder.values() for place, _ in curve)
+    heads = sorted({round(place / whole, 2) for curve in ladder.values() for place, _ in curve})
+    by_share = {
+        name: {round(place / whole, 2): f"{loss:.4f}" for place, loss in curve} for name, curve in ladder.items()
+    }
     lines += table(
-        ["from scratch", *(f"{share:g} C" for share in shares)],
+        ["from scratch", *(f"{share:g} C" for share in heads)],
         [
-            [name.removeprefix("from scratch, "), *(f"{loss:.4f}" for _, loss in curve)]
-            for name, curve in ladder.items()
+            [name.removeprefix("from scratch, "), *(losses.get(share, "-") for share in heads)]
+            for name, losses in by_share.items()
         ],
     )
     scratch = found.of(found.final)
     target = mean_loss(scratch)
     cost = statistics.mean(one.tflops for one in scratch)
     lines += [f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.", ""]
-    bound = cheapest_schedule([found.curve(f"from scratch, {n} tokens") for n in domain.ladder], target)
-    if bound is not None:
-        lines += [
-            f"If a grown model were worth what one from scratch of its size with the same loss is worth, the cheapest "
-            f"growth to the final size's loss at C would cost {bound / cost:.2f} C by these curves.",
-            "",
-        ]
+    tokens = [ladder[name] for name in ladder if name.endswith("tokens")]
+    depths = [ladder[name] for name in ("from scratch, 1 block", found.final) if name in ladder]
+    for what, curves in (("tokens", tokens), ("depth", depths)):
+        bound = cheapest_schedule(curves, target) if len(curves) > 1 else None
+        if bound is not None:
+            lines += [
+                "If a grown model were worth what one from scratch of its size with the same loss is, the "
+                f"cheapest growth in {what} to the final size's loss at C would cost {bound / cost:.2f} C (these curves).",
+                "",
+            ]
 
     lines += ["## (a) One model is wanted", ""]
     rows = []
@@ -292,9 +299,9 @@ def report(found: Findings) -> str:
 
     lines += ["## (b) The smaller size exists already", ""]
     rows = []
-    for small, large in itertools.pairwise(domain.ladder):
-        alone = found.of(f"from scratch, {large} tokens", ("family",))
-        smaller = found.of(f"from scratch, {small} tokens", ("family",))
+    for small, large in family_steps(domain):
+        alone = found.of(f"from scratch, {large}", ("family",))
+        smaller = found.of(f"from scratch, {small}", ("family",))
         if not alone or not smaller:
             continue
         goal, begun = mean_loss(alone), mean_loss(smaller)
@@ -306,11 +313,11 @@ def report(found: Findings) -> str:
             spent = (runs[0].tflops - runs[0].jumps[0][0]) / alone[0].tflops
             losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
             curve.append((spent, statistics.mean(losses)))
-            told = [f"{small} to {large} tokens", f"{spent:.2f}", spread(losses, 4), f"{goal:.4f}", f"{begun:.4f}"]
+            told = [f"{small} to {large}", f"{spent:.2f}", spread(losses, 4), f"{goal:.4f}", f"{begun:.4f}"]
             rows.append([*told, str(len(runs))])
         needed = compute_for(curve, goal)
         told = "-" if needed is None else f"**{needed:.2f}**"
-        rows.append([f"{small} to {large} tokens, at equal loss", told, *[f"{goal:.4f}"] * 2, f"{begun:.4f}", ""])
+        rows.append([f"{small} to {large}, at equal loss", told, *[f"{goal:.4f}"] * 2, f"{begun:.4f}", ""])
     head = ["further size", "its cost / from scratch", "validation loss", "from scratch", "the smaller one", "seeds"]
     lines += table(head, rows)
     lines += ["Every size from scratch sees as many tokens or images, as in the published setting.", ""]
@@ -360,6 +367,7 @@ def draw(found: Findings, path: Path, title: str) -> None:
     draw_runs(axis, scratch, "final size from scratch", "tab:orange")
     for tokens, colour in zip(reversed(found.domain.ladder[:-1]), ("tab:brown", "tab:pink"), strict=False):
         draw_runs(axis, found.of(f"from scratch, {tokens} tokens"), f"smaller size ({tokens} tokens)", colour, ":", 1.4)
+    draw_runs(axis, found.of("from scratch, 1 block"), "smaller size (1 block)", "tab:olive", ":", 1.4)
     draw_runs(axis, found.of("transformer twin, from scratch"), "transformer twin", "tab:gray", "--", 1.2)
     draw_runs(axis, found.of("published growth"), "published growth", "tab:red", "-", 1.4)
     draw_runs(axis, [one for one in grown if one.arm.share == chosen], f"grown, {chosen:g} C", "tab:blue", "-", 2.4)
@@ -382,7 +390,7 @@ def draw_regime(found: Findings, path: Path) -> None:
         **{name.removeprefix("from scratch, "): curve for name, curve in found.ladder().items()},
         "grown": found.curve("grown"),
     }
-    for (name, curve), marker in zip(named.items(), "sDo^", strict=False):
+    for (name, curve), marker in zip(named.items(), "sDov^", strict=False):
         if curve:
             axis.plot(*zip(*curve, strict=True), marker=marker, label=name)
     axis.set_xscale("log")
@@ -392,7 +400,7 @@ def draw_regime(found: Findings, path: Path) -> None:
         setter.set_minor_formatter(NullFormatter())
     axis.set(xlabel="training compute of the whole run (TFLOP)", ylabel="validation loss at its end (nats)")
     axis.grid(alpha=0.25)
-    axis.legend(title="from scratch, parameter tokens")
+    axis.legend(title="from scratch, or grown")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from arms import DOMAINS, Arm, Domain, base_policy, controls, policies, small_images, token_ladder  # noqa: E402
+from arms import DOMAINS, Arm, Domain, base_policy, controls, family_steps, policies, small_images  # noqa: E402
 from comparison_fits import Fit, Runner  # noqa: E402
 from outcome import Outcome, write  # noqa: E402
 
@@ -95,7 +95,6 @@ class Study:
         """
         seeds, first, phases = self.options.seeds, self.options.seeds[:1], self.options.phases
         *known, base = self.with_rates([*controls(self.domain, self.options.reduced), base_policy(self.domain)])
-        sizes = known[: len(self.domain.ladder)]
         smaller = [arm for arm in known if arm.name.startswith("from scratch") and not arm.schedule]
         self.train("sweep", [replace(arm, share=0.5) for arm in smaller], first, evaluations=2)
         if winner is None:
@@ -110,7 +109,7 @@ class Study:
             if "image_size" in self.domain.of_data:
                 self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
         if "family" in phases:
-            self.train("family", self.family(winner, sizes), seeds)
+            self.train("family", self.family(winner, smaller), seeds)
         return winner
 
     def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
@@ -146,18 +145,21 @@ class Study:
 
     def family(self, winner: Arm, sizes: Sequence[Arm]) -> list[Arm]:
         """Each size trained to its end on as many tokens as all, then the next; and those from scratch."""
-        by_tokens = {arm.sizes[0]["param_tokens"]: arm for arm in sizes}
-        steps = by_tokens[self.domain.ladder[-1]].steps(self.domain)
+        by_name = {arm.name.removeprefix("from scratch, "): arm for arm in sizes}
+        final = f"{self.domain.ladder[-1]} tokens"
+        steps = by_name[final].steps(self.domain)
         found = [replace(arm, length=steps, once=False) for arm in sizes]
-        settings = {key: value for key, value in winner.growth.items() if key not in ("way", "keep_state")}
-        for small, large in zip(self.domain.ladder, self.domain.ladder[1:], strict=False):
+        for small, large in family_steps(self.domain):
+            shapes = [by_name[name].sizes[0] for name in (small, large)]
+            if "depth" in shapes[0]:
+                shapes[1] = {**shapes[1], "depth": self.domain.base["depth"]}
             for cost in FAMILY:
                 found.append(
                     Arm(
                         f"family: {small} to {large} at {cost:.0%}",
-                        token_ladder((small, large)),
+                        tuple(shapes),
                         (1 / (1 + cost),),
-                        settings,
+                        winner.growth if "way" not in winner.growth else {},
                         {"warmup": 0.05},
                         restart=True,
                         length=round(steps * (1 + cost)),
