@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -24,20 +25,28 @@ FEW_EPOCHS = 4
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """How large a model becomes on a budget and when it grows there, as ``benchmarks/growth`` measured it.
+    """How a model grows on a budget, as ``benchmarks/growth`` measured it.
 
     Args:
+        depth: Blocks at birth, as a share of the final ones.
+        tokens: Parameter tokens of each stage as shares of the final ones, for models whose blocks cannot be inserted.
+        at: Shares of the optimizer steps at which the stages after the first begin, where depth grows.
+        tokens_at: The same where tokens grow.
         data_tokens_per_parameter: Data tokens that a fit should see for each parameter of the final size, embedding and
             head not counted; with fewer, a smaller size from scratch was better.
-        sizes: Parameter tokens of each stage, as shares of the final ones.
-        at: Shares of the optimizer steps at which the stages after the first begin.
         decay: Share of the steps over which the learning rate falls at the end.
     """
 
+    depth: float = 1 / 3
+    tokens: tuple[float, ...] = (0.25, 0.5, 1.0)
+    at: tuple[float, ...] = (0.3,)
+    tokens_at: tuple[float, ...] = (0.1, 0.25)
     data_tokens_per_parameter: float = 60.0
-    sizes: tuple[float, ...] = (0.25, 0.5, 1.0)
-    at: tuple[float, ...] = (0.2, 0.45)
     decay: float = 0.4
+
+
+Size = dict[str, int]
+"""Parameter tokens of each kind, and ``depth``."""
 
 
 @dataclass(frozen=True)
@@ -45,75 +54,90 @@ class Proposal:
     """A schedule of growth.
 
     Args:
-        tokens: Parameter tokens of each stage, by kind.
+        sizes: The size at each stage.
         starts: The steps at which the stages after the first begin.
         steps: Optimizer steps of the fit.
     """
 
-    tokens: list[dict[str, int]]
+    sizes: list[Size]
     starts: list[int]
     steps: int
 
     def settings(self, rule: GrowthRule) -> str:
         """What to write into a config, in YAML."""
-        schedule = dict(zip(self.starts, self.tokens[1:], strict=True))
-        growth = {"unit": "step", "schedule": schedule}
+        changes = [
+            {name: total for name, total in after.items() if before[name] != total}
+            for before, after in itertools.pairwise(self.sizes)
+        ]
+        growth = {"unit": "step", "schedule": dict(zip(self.starts, changes, strict=True))}
         rate = {"name": "wsd", "warmup": 0.05, "decay": rule.decay, "unit": "share"}
         trainer = {
             "max_steps": self.steps,
             "max_epochs": -1,
             "callbacks": [{"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth}],
         }
-        model = {"init_args": {"overrides": {"param_tokens": self.tokens[0]}, "schedule": rate}}
-        return yaml.safe_dump({"trainer": trainer, "model": model}, sort_keys=False)
+        birth = {"depth": self.sizes[0]["depth"], "param_tokens": _tokens(self.sizes[0])}
+        return yaml.safe_dump(
+            {"trainer": trainer, "model": {"init_args": {"overrides": birth, "schedule": rate}}}, sort_keys=False
+        )
 
 
 def propose(
-    birth: Mapping[str, int],
+    birth: Size,
+    deepens: bool,
     budget: float,
-    step_flops: Callable[[dict[str, int]], float],
+    step_flops: Callable[[Size], float],
     step_data_tokens: int,
-    grown_parameters: Callable[[dict[str, int]], int],
+    parameters: Callable[[Size], int],
     rule: GrowthRule = GrowthRule(),
 ) -> Proposal:
-    """The largest final size that a budget is enough for, and the way to it.
+    """The most parameter tokens that a budget is enough for at a given depth, and the way to them.
 
     Args:
-        birth: Parameter tokens whose proportions the proposal keeps.
+        birth: Depth at the end, and parameter tokens whose proportions the proposal keeps.
+        deepens: Whether blocks can be inserted; else tokens grow.
         budget: Operations of all training steps.
-        step_flops: Operations of an optimizer step at given totals.
+        step_flops: Operations of an optimizer step at a size.
         step_data_tokens: Data tokens in an optimizer step.
-        grown_parameters: Parameters at given totals, embedding and head not counted.
+        parameters: Parameters at a size, embedding and head not counted.
         rule: What was measured.
 
     Raises:
-        ValueError: If the model cannot grow, or if the budget is too small for the smallest sizes.
+        ValueError: If the model cannot grow, or if the budget is too small.
 
     Example:
-        >>> flops = lambda tokens: 1000.0 * tokens["qkv"]
-        >>> found = propose({"qkv": 2, "ffn": 8}, 1e8, flops, 10, lambda tokens: tokens["qkv"], GrowthRule(50.0))
-        >>> found.tokens, found.starts, found.steps
-        ([{'qkv': 40, 'ffn': 160}, {'qkv': 80, 'ffn': 320}, {'qkv': 160, 'ffn': 640}], [189, 425], 943)
+        >>> size = {"qkv": 2, "ffn": 8, "depth": 6}
+        >>> flops = lambda size: 100.0 * size["qkv"] * size["depth"]
+        >>> found = propose(size, True, 1e8, flops, 10, lambda size: size["qkv"] * size["depth"], GrowthRule())
+        >>> found.sizes, found.starts, found.steps
+        ([{'qkv': 72, 'ffn': 288, 'depth': 2}, {'qkv': 72, 'ffn': 288, 'depth': 6}], [868], 2893)
     """
-    if not birth:
-        raise ValueError("budget: the model has no Pattention layer and cannot grow (projection: linear)")
+    unit = {kind: total // math.gcd(*_tokens(birth).values()) for kind, total in _tokens(birth).items()}
+    if not unit:
+        raise ValueError("budget: the model has no Pattention layer whose tokens could be chosen (projection: linear)")
     if not 0 < budget < math.inf:
         raise ValueError(f"budget: expected a number of operations above 0, got {budget}")
-    unit = {kind: total // math.gcd(*birth.values()) for kind, total in birth.items()}
-    whole = round(1 / min(rule.sizes))  # multiples of this can be divided into the shares
+    depth = birth["depth"]
+    first = max(1, round(rule.depth * depth))
+    deepens = deepens and first < depth
+    shares, at = (rule.tokens, rule.tokens_at) if not deepens else ((1.0, 1.0), rule.at)
+    depths = [first, depth] if deepens else [depth] * len(shares)
+    whole = round(1 / min(shares))  # multiples of this can be divided into the shares
 
     def at_size(size: int) -> Proposal:
-        tokens = [{kind: round(share * size) * count for kind, count in unit.items()} for share in rule.sizes]
-        lengths = [end - start for start, end in zip((0.0, *rule.at), (*rule.at, 1.0), strict=True)]
-        mean = sum(length * step_flops(totals) for length, totals in zip(lengths, tokens, strict=True))
-        steps = int(budget / mean)
-        return Proposal(tokens, [round(share * steps) for share in rule.at], steps)
+        sizes = [
+            {**{kind: round(share * size) * count for kind, count in unit.items()}, "depth": blocks}
+            for share, blocks in zip(shares, depths, strict=True)
+        ]
+        lengths = [end - start for start, end in zip((0.0, *at), (*at, 1.0), strict=True)]
+        steps = int(budget / sum(length * step_flops(one) for length, one in zip(lengths, sizes, strict=True)))
+        return Proposal(sizes, [round(share * steps) for share in at], steps)
 
     def is_enough(size: int) -> bool:
         found = at_size(size)
+        rises = all(one < other for one, other in itertools.pairwise([0, *found.starts, found.steps]))
         seen = found.steps * step_data_tokens
-        ordered = found.starts == sorted({*found.starts, 0} - {0}) and found.steps > max(found.starts, default=0)
-        return ordered and seen >= rule.data_tokens_per_parameter * grown_parameters(found.tokens[-1])
+        return rises and seen >= rule.data_tokens_per_parameter * parameters(found.sizes[-1])
 
     low, high = 0, 1
     while is_enough(high * whole):
@@ -123,13 +147,17 @@ def propose(
         low, high = (middle, high) if is_enough(middle * whole) else (low, middle)
     if not low:
         found = at_size(whole)
+        told = ", ".join(f"{kind} {total}" for kind, total in found.sizes[-1].items())
         raise ValueError(
-            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule "
-            f"({_told(found.tokens[-1])} tokens at its end), less than {rule.data_tokens_per_parameter:g} data tokens "
-            "for each parameter; give more, or a smaller model"
+            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule (at its end {told}), "
+            f"less than {rule.data_tokens_per_parameter:g} data tokens a parameter; give more, or a smaller model"
         )
     rounded = low - low % 8 if low > 32 else low  # multiples of 8 are faster
     return at_size(rounded * whole)
+
+
+def _tokens(size: Mapping[str, int]) -> dict[str, int]:
+    return {kind: total for kind, total in size.items() if kind != "depth"}
 
 
 class PlanningTrainer(CheckpointingTrainer):
@@ -143,8 +171,9 @@ class PlanningTrainer(CheckpointingTrainer):
         Args:
             model: The task, at the size it is born with.
             datamodule: Its data; what is read of them is the number of training samples.
-            budget: Operations of all training steps together. Final size, growths and length of the fit are chosen for
-                it and told as YAML; the config's own are left out. Width, depth, data and batches are the config's.
+            budget: Operations of all training steps together. Parameter tokens, growths and length of the fit are
+                chosen for it and told as YAML; the config's own are left out. Width, depth at the end, data and batches
+                are the config's.
 
         Returns:
             The stages, which are printed too.
@@ -171,22 +200,28 @@ class PlanningTrainer(CheckpointingTrainer):
         proposal: Proposal | None = None
         if budget is not None:
 
-            def flops(tokens: dict[str, int]) -> float:
-                costs = {name: model_cost(config, tokens, checkpointing(name)) for name, config in configs.items()}
+            def flops(size: Size) -> float:
+                costs = {
+                    name: model_cost(backbone.config, size, backbone.grad_checkpointing)
+                    for name, backbone in model.backbones.items()
+                }
                 return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
 
-            def checkpointing(name: str) -> bool:
-                return model.backbones[name].grad_checkpointing
-
-            def parameters(tokens: dict[str, int]) -> int:
+            def parameters(size: Size) -> int:
                 config = next(iter(configs.values()))  # tasks share their blocks
-                return model_cost(config, tokens).parameters - model_cost(config, dict.fromkeys(tokens, 0)).parameters
+                twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
+                return model_cost(config, twice).parameters - model_cost(config, size).parameters
 
             data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
-            proposal = propose(born, budget, flops, data_tokens, parameters)
-            first = {kind: proposal.tokens[0].get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
-            configs = {name: dataclasses.replace(config, param_tokens=first) for name, config in configs.items()}
-            growths = [(step, step, tokens) for step, tokens in zip(proposal.starts, proposal.tokens[1:], strict=True)]
+            deepens = all(config.norm_position != "post" for config in configs.values())
+            proposal = propose(models.model_size(model), deepens, budget, flops, data_tokens, parameters)
+            first = proposal.sizes[0]
+            tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
+            configs = {
+                name: dataclasses.replace(config, param_tokens=tokens, depth=first["depth"])
+                for name, config in configs.items()
+            }
+            growths = [(step, step, size) for step, size in zip(proposal.starts, proposal.sizes[1:], strict=True)]
             total = proposal.steps
         else:
             total, growths = self._length_and_growths(per_epoch, model)
@@ -286,7 +321,3 @@ def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -
         for part, batch in zip(parts, batches, strict=True)
     ]
     return stage.cost.training_memory(0) + sum(kept)
-
-
-def _told(tokens: Mapping[str, int]) -> str:
-    return ", ".join(f"{kind} {total}" for kind, total in tokens.items())

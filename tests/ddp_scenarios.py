@@ -246,7 +246,7 @@ def run(name: str, folder: Path, devices: int, ckpt_path: Path | None = None) ->
     if scenario.ema:
         callbacks.append(GrowingEMA(decay=0.9))
     if scenario.resumed:
-        callbacks.append(ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False))
+        callbacks.append(ModelCheckpoint(folder / name, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False))
     settings = {"precision": "64-true", "max_epochs": EPOCHS, **scenario.trainer}
     trainer = Trainer(
         accelerator="cpu",
@@ -341,7 +341,7 @@ def main(folder: Path) -> None:
     devices, rank = int(os.environ["WORLD_SIZE"]), os.environ["LOCAL_RANK"]
     found = {name: run(name, folder, devices) for name in sys.argv[2:] or SCENARIOS}
     for name in [name for name in found if SCENARIOS[name].resumed]:
-        found[f"{name}_resumed"] = run(name, folder / "again", devices, folder / "end1.ckpt")
+        found[f"{name}_resumed"] = run(name, folder / "again", devices, folder / name / "end1.ckpt")
     found |= {"scores": scores(folder / rank, devices), "stream": stream(int(rank), devices)}
     torch.save(found, folder / f"{rank}.pt")
 

@@ -14,36 +14,45 @@ CONFIG = preset_config("tokenformer_lm_tiny", vocab_size=257, context_length=64)
 BATCH = 8
 
 
-def proposal(budget, birth=None, rule=GrowthRule()):  # noqa: B008
-    def parameters(tokens):
-        return model_cost(CONFIG, tokens).parameters - model_cost(CONFIG, dict.fromkeys(tokens, 0)).parameters
-
-    def flops(tokens):
-        return model_cost(CONFIG, tokens).training_flops * BATCH
-
-    birth = birth or {"qkv": 128, "proj": 128, "ffn": 512}
-    return propose(birth, budget, flops, CONFIG.num_data_tokens * BATCH, parameters, rule), flops, parameters
+def flops(size):
+    return model_cost(CONFIG, size).training_flops * BATCH
 
 
+def parameters(size):
+    return model_cost(CONFIG, {**size, "depth": 2 * size["depth"]}).parameters - model_cost(CONFIG, size).parameters
+
+
+def proposal(budget, deepens=True, **birth):
+    size = {"qkv": 128, "proj": 128, "ffn": 512, "depth": CONFIG.depth, **birth}
+    return propose(size, deepens, budget, flops, CONFIG.num_data_tokens * BATCH, parameters)
+
+
+@pytest.mark.parametrize("deepens", [True, False])
 @pytest.mark.parametrize("budget", [1e13, 3e14, 1e17])
-def test_a_proposal_spends_the_budget_on_the_largest_size_that_is_fed(budget):
-    found, flops, parameters = proposal(budget)
+def test_a_proposal_spends_the_budget_on_the_largest_size_that_is_fed(budget, deepens):
+    found, rule = proposal(budget, deepens), GrowthRule()
     ends = [*found.starts, found.steps]
     lengths = [end - start for start, end in zip([0, *found.starts], ends, strict=True)]
-    spent = sum(length * flops(tokens) for length, tokens in zip(lengths, found.tokens, strict=True))
+    spent = sum(length * flops(size) for length, size in zip(lengths, found.sizes, strict=True))
     assert 0.98 * budget < spent < 1.005 * budget
-    seen = found.steps * BATCH * CONFIG.num_data_tokens
-    rule = GrowthRule()
-    assert seen >= rule.data_tokens_per_parameter * parameters(found.tokens[-1])
-    assert seen < 2.5 * rule.data_tokens_per_parameter * parameters(found.tokens[-1])  # a much larger one would starve
-    for tokens, share in zip(found.tokens, rule.sizes, strict=True):
-        assert tokens["qkv"] == tokens["proj"] == tokens["ffn"] / 4 == share * found.tokens[-1]["qkv"]
+    needed = rule.data_tokens_per_parameter * parameters(found.sizes[-1])
+    assert needed <= found.steps * BATCH * CONFIG.num_data_tokens < 2.5 * needed  # a much larger one would starve
+    last = found.sizes[-1]
+    assert last["qkv"] == last["proj"] == last["ffn"] / 4 and last["depth"] == CONFIG.depth
+    if deepens:
+        assert found.sizes[0] == {**last, "depth": max(1, round(CONFIG.depth / 3))}
+    else:
+        assert [size["qkv"] / last["qkv"] for size in found.sizes] == list(rule.tokens)
 
 
 def test_a_larger_budget_never_gives_a_smaller_model_and_proportions_stay():
-    sizes = [proposal(budget, {"qkv": 2, "proj": 2, "ffn": 3})[0].tokens[-1] for budget in (1e13, 1e14, 1e15, 1e16)]
+    sizes = [proposal(budget, qkv=2, proj=2, ffn=3).sizes[-1] for budget in (1e13, 1e14, 1e15, 1e16)]
     assert [one["qkv"] for one in sizes] == sorted({one["qkv"] for one in sizes})
     assert all(one["qkv"] / 2 == one["ffn"] / 3 for one in sizes)
+
+
+def test_a_model_of_one_block_grows_in_tokens():
+    assert len({size["qkv"] for size in proposal(1e14, depth=1).sizes}) == 3
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("inf"), float("nan"), 1e6])
@@ -93,4 +102,4 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
         )
         == 2
     )
-    assert "cannot grow" in capsys.readouterr().err
+    assert "no Pattention layer" in capsys.readouterr().err

@@ -224,7 +224,7 @@ def report(found: Findings) -> str:
         if bound is not None:
             lines += [
                 "If a grown model were worth what one from scratch of its size with the same loss is, the "
-                f"cheapest growth in {what} to the final size's loss at C would cost {bound / cost:.2f} C (these curves).",
+                f"cheapest growth in {what} to the final size's loss at C would cost {bound / cost:.2f} C.",
                 "",
             ]
 
