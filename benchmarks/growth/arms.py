@@ -370,4 +370,4 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
             deeper("blocks inserted, tokens doubled", sizes=({**depths[0], "param_tokens": final // 2}, depths[-1])),
         ],
     }
-    return {name: every[name] for name in ("when", "new rows")} if reduced else every
+    return {name: every[name] for name in ("new rows", "depth")} if reduced else every

@@ -14,9 +14,10 @@ OUTPUT is a folder. In the order of the work, for each domain:
 4. what won in each factor together, at several shares of C, beside all controls, with every seed;
 5. the family: each size is trained to its end, then grown to the next and trained on.
 
-``--reduced`` is a smaller budget, one seed and the most important arms: minutes on two cores. Fashion-MNIST is read
-from ``--root`` (FashionMNIST/raw below it). Each fit is a process of its own that runs the project's command line; one
-that is found in ``--logs`` with the same settings is not repeated, so an interrupted study goes on where it stood.
+``--reduced`` is text on a quarter of the budget, one seed, one learning rate and the most important arms: minutes on
+two cores. Fashion-MNIST is read from ``--root`` (FashionMNIST/raw below it). Each fit is a process of its own that runs
+the project's command line; one that is found in ``--logs`` with the same settings is not repeated, so an interrupted
+study goes on where it stood.
 Needs matplotlib (``pip install -e '.[dev]'``).
 """
 
@@ -43,6 +44,10 @@ SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
 FAMILY = (0.25, 0.5)
 """Cost of a further size that is tried, as a share of its cost from scratch."""
+
+
+PHASES = ("final", "family")
+"""What can be left out."""
 
 
 class Study:
@@ -104,7 +109,8 @@ class Study:
             winner = self.together(base, first)
         winner = replace(winner, lr=base.lr)
         if "final" in phases:
-            self.train("final", [replace(winner, share=share) for share in SHARES], seeds)
+            shares = SHARES[1:2] if self.options.reduced else SHARES
+            self.train("final", [replace(winner, share=share) for share in shares], seeds)
             self.train("final", known, seeds)
             if "image_size" in self.domain.of_data:
                 self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
@@ -186,15 +192,17 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; 2 after an error in what the user gave, which is told in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder of the results")
-    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, help="default: all, text alone if reduced")
     parser.add_argument("--reduced", action="store_true", help="a smaller budget, one seed, the most important arms")
     parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
     parser.add_argument("--logs", default="lightning_logs/growth", help="folder of the fits")
-    parser.add_argument("--phases", nargs="+", default=["final", "family"], choices=["final", "family"])
+    parser.add_argument("--phases", nargs="+", choices=PHASES, help="default: all, the first alone if reduced")
     parser.add_argument("--draw-only", action="store_true", help="train nothing; tables and pictures of what is there")
     options = parser.parse_args(args)
+    options.domains = options.domains or list(DOMAINS)[: 1 if options.reduced else None]
+    options.phases = options.phases or PHASES[: 1 if options.reduced else None]
     if options.reduced:
         options.seeds = options.seeds[:1]
     winner: Arm | None = None
