@@ -329,9 +329,11 @@ class ParameterGrowthCallback(Callback):
         self._tell(trainer, event, parameters, flops)
 
     def _tell(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
-        sizes = ", ".join(f"{kind} {event['before'][kind]} -> {event['after'][kind]}" for kind in event["after"])
+        pairs = {kind: f"{event['before'][kind]} -> {total}" for kind, total in event["after"].items()}
+        blocks = f", {pairs.pop('depth')} blocks" if "depth" in pairs else ""
+        sizes = ", ".join(f"{kind} {pair}" for kind, pair in pairs.items())
         rank_zero_info(
-            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens; "
+            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens{blocks}; "
             f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters; "
             f"{flops / 1e9:.3g} -> {event['flops_per_sample'] / 1e9:.3g} GFLOPs per sample; "
             f"relative output difference {event['output_difference']:.1e}; {event['seconds']:.2f} s"

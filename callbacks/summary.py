@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.monitor import TrainingMonitor
-from lit_tokenformer.models import param_tokens
+from lit_tokenformer.models import model_size, param_tokens
 
 
 class RunSummary(Callback):
@@ -84,6 +84,7 @@ class RunSummary(Callback):
         self.stages.append(
             {
                 "tokens": param_tokens(pl_module),
+                "depth": model_size(pl_module).get("depth"),
                 "begins_at_step": trainer.global_step,
                 "steps": 0,
                 "seconds": 0.0,
@@ -119,11 +120,13 @@ class RunSummary(Callback):
         table = Table(title="What this fit came to")
         for name in ("stage", "tokens", "steps", "seconds", "training FLOPs", "score", "best checkpoint"):
             table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
+        deepened = len({stage.get("depth") for stage in self.stages}) > 1
         for number, stage in enumerate(self.stages):
             best, flops = stage["best"], stage["training_flops"]
+            size = {**stage["tokens"], **({"depth": stage.get("depth")} if deepened else {})}
             table.add_row(
                 str(number),
-                ", ".join(f"{kind} {total}" for kind, total in stage["tokens"].items()) or "-",
+                ", ".join(f"{kind} {total}" for kind, total in size.items()) or "-",
                 str(stage["steps"]),
                 f"{stage['seconds']:.0f}",
                 "-" if flops is None else f"{flops:.3g}",

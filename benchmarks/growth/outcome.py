@@ -56,7 +56,8 @@ class Outcome:
         file = self.folder / "growths.json"
         lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         places = self.result["curve"]["growths"] if self.loss is not None else []
-        return [(place, before, after) for place, (_, before, after) in zip(places, lines, strict=False)]
+        pairs = zip(places, lines, strict=False)
+        return [(place, before, after) for place, (_, before, after) in pairs if before]  # else it was not measured
 
     def row(self) -> dict[str, Any]:
         """Its line in the CSV."""
@@ -372,7 +373,7 @@ def draw(found: Findings, path: Path, title: str) -> None:
     draw_runs(axis, found.of("published growth"), "published growth", "tab:red", "-", 1.4)
     draw_runs(axis, [one for one in grown if one.arm.share == chosen], f"grown, {chosen:g} C", "tab:blue", "-", 2.4)
     axis.axhline(target, color="tab:orange", linewidth=0.8, linestyle=":")
-    lowest = min(line.get_ydata().min() for line in axis.lines if len(line.get_ydata()))  # type: ignore[union-attr]
+    lowest = min(float(np.min(line.get_ydata())) for line in axis.lines if len(np.atleast_1d(line.get_ydata())))
     start = scratch[0].result["curve"]["losses"][0]
     axis.set_ylim(lowest - 0.03 * (start - lowest), start + 0.35 * (start - lowest))
     axis.set(xlabel="cumulative training compute, all stages (TFLOP)", ylabel="validation loss (nats)", title=title)

@@ -111,6 +111,9 @@ class Study:
         if "final" in phases:
             shares = SHARES[1:2] if self.options.reduced else SHARES
             self.train("final", [replace(winner, share=share) for share in shares], seeds)
+            if "depth" in winner.sizes[0] and not self.options.reduced:
+                (in_tokens, *_) = policies(self.domain)["when"]
+                self.train("final", [replace(in_tokens, name="grown in tokens alone", lr=base.lr)], seeds)
             self.train("final", known, seeds)
             if "image_size" in self.domain.of_data:
                 self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
