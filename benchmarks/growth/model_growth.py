@@ -177,7 +177,7 @@ class LossAtGrowth(Callback):
     ``[step, before, after]`` for each.
 
     Args:
-        steps: Where the model grows; elsewhere nothing is measured before, and 0 is written.
+        steps: Where the model grows.
         batches: Validation batches.
     """
 
@@ -192,8 +192,7 @@ class LossAtGrowth(Callback):
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Measures again, and writes both down."""
-        before = self._before if trainer.global_step in self.steps else 0.0
-        self.found.append([trainer.global_step, before, self._loss(trainer, pl_module)])
+        self.found.append([trainer.global_step, self._before, self._loss(trainer, pl_module)])
         file = Path(trainer.default_root_dir) / "growths.json"
         file.write_text(json.dumps(self.found), encoding="utf-8")
 

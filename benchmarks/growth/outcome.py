@@ -53,11 +53,13 @@ class Outcome:
     @cached_property
     def jumps(self) -> list[tuple[float, float, float]]:
         """Where it grew, in TFLOP, with the validation loss right before and right after."""
+        if "trigger" in self.arm.growth:
+            return []  # nobody knew where to measure
         file = self.folder / "growths.json"
         lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         places = self.result["curve"]["growths"] if self.loss is not None else []
         pairs = zip(places, lines, strict=False)
-        return [(place, before, after) for place, (_, before, after) in pairs if before]  # else it was not measured
+        return [(place, before, after) for place, (_, before, after) in pairs]
 
     def row(self) -> dict[str, Any]:
         """Its line in the CSV."""
@@ -113,7 +115,7 @@ class Findings:
 
     def curve(self, name: str, seed: int | None = None) -> Curve:
         """Losses at the ends of runs of an arm; of all seeds the mean. Of the search for a rate, the best rate."""
-        rate = {one.arm.lr for one in self.of(name)}
+        rate = {one.arm.lr for one in self.of(name)} or {one.arm.lr for one in self.of(name, ("sweep",))}
         found: dict[float, list[Outcome]] = {}
         for one in self.of(name, ("learning rate", "sweep", "final")):
             if one.arm.lr in rate and (seed is None or one.seed == seed):
