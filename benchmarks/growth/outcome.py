@@ -126,14 +126,27 @@ class Findings:
         ]
         return sorted(pairs)
 
+    @property
+    def control(self) -> list[Outcome]:
+        """The final size from scratch on C, at the better one of the rates that were tried there."""
+        found = [self.of(name) for name in (self.final, "from scratch, half the learning rate")]
+        return min((runs for runs in found if runs), key=mean_loss)
+
+    @property
+    def control_curve(self) -> Curve:
+        """The curve of the final size from scratch, which ends at the control."""
+        shorter = [pair for pair in self.curve(self.final) if pair[0] < 0.9 * self.control[0].tflops]
+        return [*shorter, (self.control[0].tflops, mean_loss(self.control))]
+
     def ladder(self) -> dict[str, Curve]:
         """The curve of each size from scratch."""
         names = [*(f"from scratch, {n} tokens" for n in self.domain.ladder), "from scratch, 1 block"]
-        return {name: curve for name in names if (curve := self.curve(name))}
+        curves = {name: self.control_curve if name == self.final else self.curve(name) for name in names}
+        return {name: curve for name, curve in curves.items() if curve}
 
     def ratio(self, one: Outcome) -> float | None:
         """Its operations over those that the final size from scratch needs for the same loss."""
-        needed = compute_for(self.curve(self.final), float(one.loss))  # type: ignore[arg-type]
+        needed = compute_for(self.control_curve, float(one.loss))  # type: ignore[arg-type]
         return None if needed is None else one.tflops / needed
 
     def equal_loss(self, name: str, target: float, seed: int | None = None) -> float | None:
@@ -216,7 +229,7 @@ def report(found: Findings) -> str:
             for name, losses in by_share.items()
         ],
     )
-    scratch = found.of(found.final)
+    scratch = found.control
     target = mean_loss(scratch)
     cost = statistics.mean(one.tflops for one in scratch)
     lines += [f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.", ""]
@@ -305,9 +318,10 @@ def report(found: Findings) -> str:
     for small, large in family_steps(domain):
         alone = found.of(f"from scratch, {large}", ("family",))
         smaller = found.of(f"from scratch, {small}", ("family",))
-        if not alone or not smaller:
+        if not alone:
             continue
-        goal, begun = mean_loss(alone), mean_loss(smaller)
+        goal = mean_loss(found.control) if f"from scratch, {large}" == found.final else mean_loss(alone)
+        begun = f"{mean_loss(smaller):.4f}" if smaller else "-"
         curve: Curve = []
         for name in found.names("family"):
             if not name.startswith(f"family: {small} to {large} at "):
@@ -316,11 +330,11 @@ def report(found: Findings) -> str:
             spent = (runs[0].tflops - runs[0].jumps[0][0]) / alone[0].tflops
             losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
             curve.append((spent, statistics.mean(losses)))
-            told = [f"{small} to {large}", f"{spent:.2f}", spread(losses, 4), f"{goal:.4f}", f"{begun:.4f}"]
+            told = [f"{small} to {large}", f"{spent:.2f}", spread(losses, 4), f"{goal:.4f}", begun]
             rows.append([*told, str(len(runs))])
         needed = compute_for(curve, goal)
         told = "-" if needed is None else f"**{needed:.2f}**"
-        rows.append([f"{small} to {large}, at equal loss", told, *[f"{goal:.4f}"] * 2, f"{begun:.4f}", ""])
+        rows.append([f"{small} to {large}, at equal loss", told, *[f"{goal:.4f}"] * 2, begun, ""])
     head = ["further size", "its cost / from scratch", "validation loss", "from scratch", "the smaller one", "seeds"]
     lines += table(head, rows)
     lines += ["Every size from scratch sees as many tokens or images, as in the published setting.", ""]
@@ -328,13 +342,20 @@ def report(found: Findings) -> str:
 
 
 def mean_curve(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Operations, and the mean, lowest and highest loss over seeds along the runs; both losses stand at a growth."""
+    """Operations, and the mean, lowest and highest loss over seeds along the runs.
+
+    At a growth stand the losses before and after it. They are of fewer batches than the others, so what is drawn is the
+    line between the validations around them, and the jump beyond it.
+    """
     places: list[float] = []
     losses: list[list[float]] = []
     for number, one in enumerate(runs):
-        points = list(zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True))
+        logged = list(zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True))
+        points = list(logged)
         for place, before, after in one.jumps:
-            points += [(place - 1e-9, before), (place + 1e-9, after)]
+            between = float(np.interp(place, *zip(*logged, strict=True)))
+            jump = max(0.0, after - before)
+            points += [(place - 1e-9, between - jump / 2), (place + 1e-9, between + jump / 2)]
         points.sort()
         if number == 0:
             places = [place for place, _ in points]
@@ -361,7 +382,7 @@ def draw(found: Findings, path: Path, title: str) -> None:
     """The first picture: loss against cumulative training FLOPs."""
     figure = Figure(figsize=(9, 5.6))
     axis = figure.add_subplot()
-    scratch = found.of(found.final)
+    scratch = found.control
     grown = found.of("grown")
     shares = sorted({one.arm.share for one in grown})
     target = mean_loss(scratch)
@@ -461,7 +482,7 @@ def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], opti
     found = Findings(domain, unique)
     text = report(found)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(found, folder / f"{name}.png", f"{name}: {domain.ladder[0]} to {domain.ladder[-1]} parameter tokens")
+    draw(found, folder / f"{name}.png", f"{name}: loss against all training compute, seeds {options.seeds}")
     draw_regime(found, folder / f"{name}_sizes.png")
     draw_search(found, folder / f"{name}_search.png")
     print(f"\n{text}")

@@ -116,7 +116,7 @@ class Study:
                 self.train("final", [replace(in_tokens, name="grown in tokens alone", lr=base.lr)], seeds)
             self.train("final", known, seeds)
             if not self.options.reduced:
-                half = replace(known[0], name="from scratch, half the learning rate", rate_factor=0.5, once=True)
+                half = replace(known[0], name="from scratch, half the learning rate", rate_factor=0.5)
                 self.train("final", [half], seeds)
             if "image_size" in self.domain.of_data:
                 self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
