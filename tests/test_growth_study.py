@@ -17,7 +17,7 @@ from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("study", "arms", "outcome", "model_growth", "at_scale")
+NAMES = ("study", "arms", "outcome", "pictures", "results_files", "model_growth", "at_scale")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ
 
 from arms import DOMAINS, Arm, Domain, base_policy, controls, family_steps, policies, small_images  # noqa: E402
 from comparison_fits import Fit, Runner  # noqa: E402
-from outcome import Outcome, write  # noqa: E402
+from outcome import Outcome  # noqa: E402
+from results_files import write  # noqa: E402
 
 SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
