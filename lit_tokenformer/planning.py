@@ -19,7 +19,7 @@ from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.tasks.multitask import joint_cost
 from lit_tokenformer.trainer import CheckpointingTrainer
 
-FEW_EPOCHS = 4
+FEW_EPOCHS = 1
 """How often data were read at most where the rule was measured."""
 
 
@@ -276,7 +276,7 @@ class PlanningTrainer(CheckpointingTrainer):
             if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
                 print(
                     f"note: the data would be read {total / per_epoch:.0f} times; the rule was measured on data that "
-                    f"are read at most {FEW_EPOCHS} times",
+                    f"are read at most {FEW_EPOCHS} time",
                     file=sys.stderr,
                 )
         return stages
