@@ -171,7 +171,9 @@ class ParameterGrowthCallback(Callback):
         if stage != "fit":
             return
         growth_context(trainer)
-        birth = self.events[0]["before"] if self.events else self.size(pl_module)  # events: fitted before
+        birth = self.size(pl_module)
+        if self.events:  # fitted before; `lit-tokenformer grow` notes no depth
+            birth |= self.events[0]["before"]
         if not birth:  # the same config serves architectures that grow and those that do not
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
