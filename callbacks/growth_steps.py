@@ -52,7 +52,7 @@ def add_step_hooks(
             for parameter, rows in _latest_rows(pl_module, growth.events[-1]):
                 if parameter in owned:
                     is_new = rows.new(parameter.device)[:, None]
-                    share = torch.where(is_new, new, 0.0 if frozen else 1.0).to(parameter)
+                    share = torch.where(is_new, new, growth.old_updates if frozen else 1.0).to(parameter)
                     held.append((parameter, parameter.detach().clone(), share))
 
     def after_step(*_: Any) -> None:

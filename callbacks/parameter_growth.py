@@ -50,6 +50,7 @@ class ParameterGrowthCallback(Callback):
         tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
         ramp_steps: Optimizer steps over which the updates of new rows rise from nothing to full size.
         freeze_old_steps: Optimizer steps for which old rows stand still; -1 until the end.
+        old_updates: Share of their updates that old rows take in these steps, 0 (they stand still) to 1.
         rewarm_steps: Optimizer steps over which the learning rate rises again to where its schedule is.
         seed: Seed of the new rows.
         check: Compare the model's outputs for the next batch before and after each growth.
@@ -89,6 +90,7 @@ class ParameterGrowthCallback(Callback):
         tau_steps: int = 0,
         ramp_steps: int = 0,
         freeze_old_steps: int = 0,
+        old_updates: float = 0.0,
         rewarm_steps: int = 0,
         seed: int = 0,
         check: bool = True,
@@ -112,6 +114,7 @@ class ParameterGrowthCallback(Callback):
             ("tau_steps", tau_steps, 0),
             ("ramp_steps", ramp_steps, 0),
             ("freeze_old_steps", freeze_old_steps, -1),
+            ("old_updates", old_updates, 0),
             ("rewarm_steps", rewarm_steps, 0),
             ("window", window, 1),
             ("patience", patience, 1),
@@ -120,6 +123,8 @@ class ParameterGrowthCallback(Callback):
         ):
             if not least <= number < math.inf:
                 raise ValueError(f"{setting}: expected at least {least}, got {number}")
+        if old_updates > 1:
+            raise ValueError(f"old_updates: expected at most 1, got {old_updates}")
         if method == "split" and noise == 0:
             raise ValueError("noise: 0 would leave the copies of a split equal for ever")
         self.schedule = _checked_schedule(schedule, unit)
@@ -130,6 +135,7 @@ class ParameterGrowthCallback(Callback):
         self.tau_steps = tau_steps
         self.ramp_steps = ramp_steps
         self.freeze_old_steps = freeze_old_steps
+        self.old_updates = old_updates
         self.rewarm_steps = rewarm_steps
         self.seed = seed
         self.check = check

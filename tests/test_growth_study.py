@@ -11,13 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_images import write_fashion_mnist
 
 from lit_tokenformer.compute import model_cost
+from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("study", "arms", "outcome", "pictures", "results_files", "model_growth", "at_scale")
+NAMES = ("study", "arms", "outcome", "pictures", "results_files", "model_growth", "kept_images", "at_scale")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,9 @@ def test_every_arm_costs_its_share_of_the_budget(growth, name):
     factors = growth.arms.policies(domain)
     for arm in [
         *growth.arms.controls(domain),
+        *growth.arms.reduced_arms(domain),
         growth.arms.base_policy(domain),
+        growth.arms.tokens_alone(domain),
         *(a for one in factors.values() for a in one),
     ]:
         steps, starts = arm.steps(domain), arm.starts(domain)
@@ -137,6 +141,19 @@ def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain(growth):
     assert sizes[1]["param_tokens"] == {"qkv": 2, "proj": 2, "ffn": 32}
 
 
+def test_kept_images_are_those_of_the_data_module_and_each_comes_once(growth, tmp_path):
+    write_fashion_mnist(tmp_path)
+    kept = growth.kept_images.KeptImages(str(tmp_path), 8, 4)
+    whole = ImageDataModule("fashion_mnist", str(tmp_path), eval_batch_size=4, val_fraction=0.0, num_workers=0)
+    for own, other in zip(kept.val_dataloader(), whole.val_dataloader(), strict=True):
+        assert torch.equal(own[0], other[0]) and torch.equal(own[1], other[1])
+    loader = kept.train_dataloader()
+    epochs = [torch.cat([image for image, _ in loader]) for _ in range(2)]
+    assert epochs[0].shape == (40, 3, 28, 28) and not torch.equal(*epochs)
+    assert torch.equal(*(epoch.flatten(1).sum(1).sort().values for epoch in epochs))
+    assert torch.equal(epochs[0][:8], next(iter(kept.train_dataloader()))[0])
+
+
 @pytest.mark.slow
 def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(growth, tmp_path, monkeypatch, text_cache):
     text = growth.arms.DOMAINS["text"]
@@ -149,16 +166,11 @@ def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(growth, tmp_path
     command = [str(tmp_path / "out"), "--domains", "text", "--reduced", "--jobs", "2", "--logs", str(tmp_path / "logs")]
     assert growth.study.main(command) == 0
     made = {file.name for file in (tmp_path / "out").iterdir()}
-    assert made == {
-        f"text{end}" for end in (".md", ".json", ".png", "_sizes.png", "_search.png", "_fits.csv", "_curves.csv")
-    }
+    assert made == {f"text{end}" for end in (".md", ".json", ".png", "_sizes.png", "_fits.csv", "_curves.csv")}
     told = (tmp_path / "out" / "text.md").read_text()
-    jumps = {
-        line.split("|")[1].strip(): float(line.split("|")[6])
-        for line in told.splitlines()
-        if "e-" in line and "C |" in line
-    }
-    assert jumps["random"] > 1e-4 > 1e-6 > max(jump for name, jump in jumps.items() if name.startswith("split"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if " C |" in line]
+    jumps = {row[0]: float(row[5]) for row in rows if "e" in row[5]}
+    assert jumps["published growth"] > 1e-4 > 1e-6 > max(jumps["grown"], jumps["grown in tokens alone"])
     settings = json.loads((tmp_path / "out" / "text.json").read_text())
     assert "sha256" in settings["corpus"] and settings["environments"][0]["torch"]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}

@@ -233,6 +233,16 @@ def test_old_rows_stand_still_while_they_are_frozen():
     assert not torch.equal(watch.seen[6][0][32:], frozen[32:])
 
 
+def test_old_rows_take_a_share_of_their_updates_while_they_are_slowed():
+    free, slowed = Watch(keys_of), Watch(keys_of)
+    fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys"), free, max_epochs=2)
+    settings = {"freeze_old_steps": 1, "old_updates": 0.25}
+    fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys", **settings), slowed, max_epochs=2)
+    before, one, other = free.seen[5][0], free.seen[6][0], slowed.seen[6][0]
+    torch.testing.assert_close(other[:32] - before, (one[:32] - before) / 4)
+    assert torch.equal(other[32:], one[32:])
+
+
 def test_ramp_scales_the_updates_of_new_rows_only():
     plain, ramped = Watch(keys_of), Watch(keys_of)
     fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys"), plain, max_epochs=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,21 +77,14 @@ DOMAINS = {
     "images": Domain(
         task="LitImageClassifier",
         data={
-            "class_path": "lit_tokenformer.data.ImageDataModule",
-            "init_args": {
-                "dataset": "fashion_mnist",
-                "batch_size": 64,
-                "eval_batch_size": 500,
-                "augmentation": {"crop": "center", "hflip": 0.0},
-                "val_fraction": 0.0,
-                "num_workers": 0,
-            },
+            "class_path": "kept_images.KeptImages",
+            "init_args": {"root": "data", "batch_size": 64, "eval_batch_size": 500},
         },
         preset="tokenformer_vit_tiny_patch16_224",
         twin="vit_tiny_patch16_224",
         base={
             "dim": 32,
-            "depth": 3,
+            "depth": 2,
             "num_heads": 2,
             "patch_size": 7,
             "global_pool": "avg",
@@ -101,8 +93,8 @@ DOMAINS = {
         twin_base={"dim": 24, "num_heads": 2, "mlp_ratio": 1.5, "bias": False, "norm_affine": False},
         of_data={"num_classes": 10, "image_size": 28},
         ladder=(2, 4, 8),
-        budget=0.36e12,
-        rates=(6e-3, 1.2e-2),
+        budget=0.6e12,
+        rates=(3e-3, 6e-3, 1.2e-2),
         val_batches=10,
         weight_decay=0.05,
     ),
@@ -128,6 +120,7 @@ class Arm:
         once: Whether one seed is enough.
         lr: Its learning rate, as it was searched for.
         rate_factor: Multiple of it that is used.
+        rate_at_growth: Factor of it at each growth.
     """
 
     name: str
@@ -144,6 +137,7 @@ class Arm:
     once: bool = False
     lr: float = 0.0
     rate_factor: float = 1.0
+    rate_at_growth: float = 1.0
 
     def configs(self, domain: Domain) -> list[TokenformerConfig]:
         """The architecture at each stage."""
@@ -178,6 +172,9 @@ class Arm:
             callbacks.append(self._growth(domain, starts))
         if self.learned_tau:
             callbacks.append({"class_path": "model_growth.LearnedTau"})
+        if self.rate_at_growth != 1:
+            scaled = {"steps": starts, "factor": self.rate_at_growth}
+            callbacks.append({"class_path": "model_growth.RateAtGrowth", "init_args": scaled})
         if self.small:
             small = {"size": self.small, "steps": starts[-1]}
             callbacks.append({"class_path": "model_growth.SmallImages", "init_args": small})
@@ -250,22 +247,28 @@ def token_ladder(ladder: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
     return tuple({"param_tokens": tokens} for tokens in ladder)
 
 
-def family_steps(domain: Domain) -> list[tuple[str, str]]:
-    """Sizes with the next larger ones, by the names of their arms from scratch."""
-    tokens = [f"{n} tokens" for n in domain.ladder]
-    return [*itertools.pairwise(tokens), ("1 block", tokens[-1])]
+def depth_ladder(domain: Domain, *blocks: int) -> tuple[dict[str, Any], ...]:
+    """Sizes by their blocks, each with all parameter tokens."""
+    return tuple({"param_tokens": domain.ladder[-1], "depth": depth} for depth in blocks)
 
 
-def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
-    """What growth is compared with; the sizes of the ladder first, the final one at their head.
+def family_steps(domain: Domain) -> dict[tuple[str, str], tuple[dict[str, Any], ...]]:
+    """Sizes with the final one, by the names of their arms from scratch, and both as fields of the architecture."""
+    *_, small, final = domain.ladder
+    name = f"{final} tokens"
+    return {
+        (f"{small} tokens", name): token_ladder((small, final)),
+        ("1 block", name): depth_ladder(domain, 1, domain.base["depth"]),
+    }
 
-    Args:
-        domain: What they are trained on.
-        reduced: Whether only the most important ones are wanted.
-    """
+
+def controls(domain: Domain) -> list[Arm]:
+    """What growth is compared with; the sizes of the ladder first, the final one at their head."""
     final = domain.ladder[-1]
     dim, depth, heads = (domain.base[name] for name in ("dim", "depth", "num_heads"))
     sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,)), once=n != final) for n in reversed(domain.ladder)]
+    shallow = Arm("from scratch, 1 block", depth_ladder(domain, 1), once=True)
+    cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
     published = Arm(
         "published growth",
         token_ladder(domain.ladder),
@@ -276,7 +279,7 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
         share=0.65,
     )
     twin = Arm("transformer twin, from scratch", ({},), twin=True)
-    grown_twin = replace(published, twin=True, at=(0.3,), schedule={"warmup": 0.05}, once=True)
+    grown_twin = replace(published, twin=True, at=(0.3,), schedule={"warmup": 0.05})
     stacked = replace(
         grown_twin,
         name="twin, stacked (G_stack)",
@@ -289,12 +292,23 @@ def controls(domain: Domain, reduced: bool = False) -> list[Arm]:
         sizes=({"dim": dim // 2, "num_heads": heads // 2}, {"dim": dim, "num_heads": heads}),
         growth={"way": "widen"},
     )
-    shallow = Arm("from scratch, 1 block", ({"param_tokens": final, "depth": 1},), once=True)
-    if reduced:
-        return [*sizes, shallow, published]
-    cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
-    of_text = [stacked, widened, cosine] if domain.task == "LitCausalLM" else []
-    return [*sizes, shallow, published, twin, *of_text]
+    of_text = [widened] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
+    return [*sizes, shallow, cosine, published, twin, stacked, *of_text]
+
+
+def reduced_arms(domain: Domain) -> list[Arm]:
+    """The most important arms, with the learning rates that the whole study found for text."""
+    *_, middle, final = domain.ladder
+    rates = {
+        f"from scratch, {final} tokens": 6e-3,
+        f"from scratch, {middle} tokens": 1.2e-2,
+        "from scratch, 1 block": 2.4e-2,
+        "published growth": 1.2e-2,
+    }
+    known = [arm for arm in controls(domain) if arm.name in rates]
+    (inserted,) = (arm for arm in policies(domain)["depth"] if arm.name == "grown: blocks inserted")
+    known += [replace(inserted, name="grown"), tokens_alone(domain)]
+    return [replace(arm, lr=rates.get(arm.name, 6e-3)) for arm in known]
 
 
 def small_images(arm: Arm, domain: Domain) -> Arm:
@@ -302,7 +316,7 @@ def small_images(arm: Arm, domain: Domain) -> Arm:
     if not arm.at:
         arm = replace(arm, sizes=2 * arm.sizes, at=(0.45,))
     half = domain.of_data["image_size"] // 2
-    return replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65, once=True)
+    return replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65)
 
 
 def base_policy(domain: Domain, share: float = 0.65) -> Arm:
@@ -310,7 +324,12 @@ def base_policy(domain: Domain, share: float = 0.65) -> Arm:
     return Arm("grown: split", token_ladder(domain.ladder), (0.2, 0.45), share=share)
 
 
-def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
+def tokens_alone(domain: Domain) -> Arm:
+    """Growth in tokens at the places that won the search."""
+    return replace(base_policy(domain), name="grown in tokens alone", at=(0.1, 0.25))
+
+
+def policies(domain: Domain) -> dict[str, list[Arm]]:
     """The search, one factor at a time: other values of each factor of :func:`base_policy`."""
     base = base_policy(domain)
     small, final = domain.ladder[0], domain.ladder[-1]
@@ -325,12 +344,12 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
         {"param_tokens": {"qkv": a, "proj": a, "ffn": 4 * f}}
         for a, f in ((small, small), (small, final), (final, final))
     )
-    depths = tuple({"param_tokens": final, "depth": blocks} for blocks in range(1, domain.base["depth"] + 1))
+    depths = depth_ladder(domain, *range(1, domain.base["depth"] + 1))
 
     def deeper(name: str, **changes: Any) -> Arm:
         return other(name, **{"sizes": (depths[0], depths[-1]), "at": (0.3,), **changes})
 
-    every = {
+    return {
         "when": [
             other("at 10 and 25 %", at=(0.1, 0.25)),
             other("at 40 and 70 %", at=(0.4, 0.7)),
@@ -343,6 +362,7 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
         ],
         "new rows": [
             growth("split, noise 0.3", noise=0.3),
+            growth("split, noise 2", noise=2.0),
             growth("zero keys", method="zero_keys"),
             growth("random", method="random"),
         ],
@@ -360,14 +380,18 @@ def policies(domain: Domain, reduced: bool = False) -> dict[str, list[Arm]]:
             other("cosine", schedule={"name": "cosine"}),
             other("decay in the last 60 %", schedule={"decay": 0.6}),
         ],
-        "old rows": [growth("old rows frozen for 200 steps", freeze_old_steps=200)],
+        "old rows": [
+            growth("old rows frozen for 200 steps", freeze_old_steps=200),
+            growth("old rows slowed to a fifth for 400 steps", freeze_old_steps=400, old_updates=0.2),
+        ],
         "depth": [
             deeper("blocks copied", growth={"way": "insert_copies", "keep_state": True}),
             deeper("blocks inserted"),
             deeper("blocks inserted at 15 %", at=(0.15,)),
             deeper("blocks inserted at 45 %", at=(0.45,)),
-            deeper("blocks inserted one by one", sizes=depths, at=(0.15, 0.35)),
+            deeper("blocks inserted, tau learned", learned_tau=True),
+            deeper("blocks inserted, twice the learning rate before", rate_factor=2.0, rate_at_growth=0.5),
+            deeper("blocks inserted one by one", sizes=depths, at=(0.35,) if len(depths) == 2 else (0.15, 0.35)),
             deeper("blocks inserted, tokens doubled", sizes=({**depths[0], "param_tokens": final // 2}, depths[-1])),
         ],
     }
-    return {name: every[name] for name in ("new rows", "depth")} if reduced else every

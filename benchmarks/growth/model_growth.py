@@ -170,6 +170,26 @@ class LearnedTau(Callback):
                 layer.register_parameter("tau", nn.Parameter(tau))
 
 
+class RateAtGrowth(Callback):
+    """Multiplies the learning rate where the model grows, for the rest of the fit.
+
+    Args:
+        steps: Where the model grows.
+        factor: The factor of each of these steps.
+    """
+
+    def __init__(self, steps: list[int], factor: float) -> None:
+        self.steps, self.factor = steps, factor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step in self.steps:
+            for config in trainer.lr_scheduler_configs:
+                scheduler: Any = config.scheduler
+                scheduler.base_lrs = [rate * self.factor for rate in scheduler.base_lrs]
+                for group in scheduler.optimizer.param_groups:
+                    group["lr"] *= self.factor
+
+
 class LossAtGrowth(Callback):
     """Measures the validation loss right before and right after each growth, on some batches, without dropout.
 

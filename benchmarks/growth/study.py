@@ -6,18 +6,18 @@ pictures of what came out.
 
 OUTPUT is a folder. In the order of the work, for each domain:
 
-1. every arm tries three learning rates on a quarter of its budget;
-2. each size of the ladder is trained from scratch on half of the budget C (a quarter and all of it are in 1 and 4);
-   the final size must be the best of them at C, or a comparison at C says nothing;
-3. the search: growth policies that differ from the first in one factor, on 0.65 C, one seed, on text; images take what
+1. the search: growth policies that differ from the first in one factor, on 0.65 C, one seed, on text; images take what
    won there;
-4. what won in each factor together, at several shares of C, beside all controls, with every seed;
-5. the family: each size is trained to its end, then grown to the next and trained on.
+2. every arm tries three learning rates on a quarter of its budget, and the best of them and half of it on all of its
+   budget, since longer runs want smaller rates; the sizes of the ladder on half of it too. The final size must be the
+   best of them at C, or a comparison at C says nothing;
+3. what won, at several shares of C, beside all controls, with every seed;
+4. the family: a size is trained to its end, then grown and trained on.
 
-``--reduced`` is text on a quarter of the budget, one seed, one learning rate and the most important arms: minutes on
-two cores. Fashion-MNIST is read from ``--root`` (FashionMNIST/raw below it). Each fit is a process of its own that runs
-the project's command line; one that is found in ``--logs`` with the same settings is not repeated, so an interrupted
-study goes on where it stood.
+``--reduced`` is text with the most important arms, one seed, and the learning rates that step 2 found: the same fits as
+in the whole study, in less than ten minutes on two cores. Fashion-MNIST is read from ``--root`` (FashionMNIST/raw below
+it). Each fit is a process of its own that runs the project's command line; one that is found in ``--logs`` with the
+same settings is not repeated, so an interrupted study goes on where it stood.
 Needs matplotlib (``pip install -e '.[dev]'``).
 """
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -36,16 +37,26 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from arms import DOMAINS, Arm, Domain, base_policy, controls, family_steps, policies, small_images  # noqa: E402
+from arms import (  # noqa: E402
+    DOMAINS,
+    Arm,
+    Domain,
+    base_policy,
+    controls,
+    family_steps,
+    policies,
+    reduced_arms,
+    small_images,
+    tokens_alone,
+)
 from comparison_fits import Fit, Runner  # noqa: E402
 from outcome import Outcome  # noqa: E402
 from results_files import write  # noqa: E402
 
 SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
-FAMILY = (0.25, 0.5)
+FAMILY = (0.5, 0.75)
 """Cost of a further size that is tried, as a share of its cost from scratch."""
-
 
 PHASES = ("final", "family")
 """What can be left out."""
@@ -80,15 +91,15 @@ class Study:
 
     def with_rates(self, arms: Sequence[Arm]) -> list[Arm]:
         """The arms with the learning rate that is best after a quarter of their budget."""
-        if len(self.domain.rates) == 1:
-            return [replace(arm, lr=self.domain.rates[0]) for arm in arms]
         tried = [replace(arm, lr=rate, share=arm.share / 4) for arm in arms for rate in self.domain.rates]
         found = self.train("learning rate", tried, self.options.seeds[:1], evaluations=1)
-        best = []
-        for arm in arms:
-            own = [one for one in found if one.arm.name == arm.name and one.loss is not None]
-            best.append(replace(arm, lr=min(own, key=lambda one: one.loss).arm.lr))  # type: ignore[arg-type,return-value]
-        return best
+        return [replace(arm, lr=best([one for one in found if one.arm.name == arm.name]).lr) for arm in arms]
+
+    def halved(self, arms: Sequence[Arm], evaluations: int = 6) -> list[Arm]:
+        """The arms with their learning rate or half of it, whichever is better at the end of their budget."""
+        tried = [replace(arm, lr=arm.lr * factor) for arm in arms for factor in (1, 0.5)]
+        found = self.train("learning rate", tried, self.options.seeds[:1], evaluations)
+        return [best([one for one in found if one.arm.name == arm.name]) for arm in arms]
 
     def run(self, winner: Arm | None) -> Arm:
         """All phases.
@@ -99,30 +110,25 @@ class Study:
         Returns:
             The growth policy.
         """
-        seeds, first, phases = self.options.seeds, self.options.seeds[:1], self.options.phases
-        *known, base = self.with_rates([*controls(self.domain, self.options.reduced), base_policy(self.domain)])
-        smaller = [arm for arm in known if arm.name.startswith("from scratch") and not arm.schedule]
-        self.train("sweep", [replace(arm, share=0.5) for arm in smaller], first, evaluations=2)
+        domain, seeds, first = self.domain, self.options.seeds, self.options.seeds[:1]
+        if self.options.reduced:
+            self.train("final", reduced_arms(domain), seeds)
+            return base_policy(domain)
         if winner is None:
-            factors = policies(self.domain, self.options.reduced)
-            others = [replace(arm, lr=base.lr) for arms in factors.values() for arm in arms]
+            (base,) = self.with_rates([base_policy(domain)])
+            others = [replace(arm, lr=base.lr) for arms in policies(domain).values() for arm in arms]
             self.train("search", [base, *others], first)
             winner = self.together(base, first)
-        winner = replace(winner, lr=base.lr)
-        if "final" in phases:
-            shares = SHARES[1:2] if self.options.reduced else SHARES
-            self.train("final", [replace(winner, share=share) for share in shares], seeds)
-            if "depth" in winner.sizes[0] and not self.options.reduced:
-                (in_tokens, *_) = policies(self.domain)["when"]
-                self.train("final", [replace(in_tokens, name="grown in tokens alone", lr=base.lr)], seeds)
-            self.train("final", known, seeds)
-            if not self.options.reduced:
-                half = replace(known[0], name="from scratch, half the learning rate", rate_factor=0.5)
-                self.train("final", [half], seeds)
-            if "image_size" in self.domain.of_data:
-                self.train("final", [small_images(arm, self.domain) for arm in (known[0], winner)], seeds)
-        if "family" in phases:
-            self.train("family", self.family(winner, smaller), seeds)
+        *known, grown, tokens = self.with_rates([*controls(domain), winner, tokens_alone(domain)])
+        self.halved([replace(arm, share=0.5) for arm in known if is_size(arm)], evaluations=2)
+        *known, grown, tokens = self.halved([*known, grown, tokens])
+        if "final" in self.options.phases:
+            self.train("final", [replace(grown, share=share) for share in SHARES], seeds)
+            self.train("final", [tokens, *known], seeds)
+            if "image_size" in domain.of_data:
+                self.train("final", [small_images(arm, domain) for arm in (known[0], grown)], seeds)
+        if "family" in self.options.phases:
+            self.train("family", self.family(grown, known[0].steps(domain)), seeds)
         return winner
 
     def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
@@ -130,7 +136,7 @@ class Study:
         losses = {one.arm.name: one.loss for one in self.outcomes if one.phase == "search" and one.loss is not None}
         best = [base]
         together = base
-        for arms in policies(self.domain, self.options.reduced).values():
+        for arms in policies(self.domain).values():
             one = min((arm for arm in arms if arm.name in losses), key=lambda arm: losses[arm.name], default=None)
             if one is None or losses[one.name] >= losses[base.name]:
                 continue
@@ -156,31 +162,38 @@ class Study:
         losses[together.name] = found.loss if found.loss is not None else float("inf")
         return replace(min(ranked, key=lambda arm: losses[arm.name]), name="grown")
 
-    def family(self, winner: Arm, sizes: Sequence[Arm]) -> list[Arm]:
-        """Each size trained to its end on as many tokens as all, then the next; and those from scratch."""
-        by_name = {arm.name.removeprefix("from scratch, "): arm for arm in sizes}
-        final = f"{self.domain.ladder[-1]} tokens"
-        steps = by_name[final].steps(self.domain)
-        found = [replace(arm, length=steps, once=False) for arm in sizes]
-        for small, large in family_steps(self.domain):
-            shapes = [by_name[name].sizes[0] for name in (small, large)]
-            if "depth" in shapes[0]:
-                shapes[1] = {**shapes[1], "depth": self.domain.base["depth"]}
-            for cost in FAMILY:
-                found.append(
-                    Arm(
-                        f"family: {small} to {large} at {cost:.0%}",
-                        tuple(shapes),
-                        (1 / (1 + cost),),
-                        winner.growth if "way" not in winner.growth else {},
-                        {"warmup": 0.05},
-                        restart=True,
-                        length=round(steps * (1 + cost)),
-                        lr=winner.lr,
-                        rate_factor=winner.rate_factor,
-                    )
-                )
-        return found
+    def family(self, winner: Arm, steps: int) -> list[Arm]:
+        """Smaller sizes, trained to their end on as many tokens as the final one from scratch, and then the final one.
+
+        Args:
+            winner: The growth policy.
+            steps: Optimizer steps of the final size from scratch.
+        """
+        return [
+            Arm(
+                f"family: {small} to {large} at {cost:.0%}",
+                sizes,
+                (1 / (1 + cost),),
+                winner.growth if "way" not in winner.growth else {},
+                {"warmup": 0.05},
+                restart=True,
+                length=round(steps * (1 + cost)),
+                lr=winner.lr,
+                rate_factor=winner.rate_factor,
+            )
+            for (small, large), sizes in family_steps(self.domain).items()
+            for cost in FAMILY
+        ]
+
+
+def best(outcomes: Sequence[Outcome]) -> Arm:
+    """The arm with the lowest loss; the first if all failed."""
+    return min(outcomes, key=lambda one: one.loss if one.loss is not None else math.inf).arm
+
+
+def is_size(arm: Arm) -> bool:
+    """Whether it is a size of the ladder from scratch."""
+    return arm.name.startswith("from scratch") and not arm.schedule
 
 
 def moved(arm: Arm, source: Domain, target: Domain) -> Arm:
@@ -200,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder of the results")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, help="default: all, text alone if reduced")
-    parser.add_argument("--reduced", action="store_true", help="a smaller budget, one seed, the most important arms")
+    parser.add_argument("--reduced", action="store_true", help="the most important arms, one seed")
     parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
@@ -217,8 +230,6 @@ def main(args: Sequence[str] | None = None) -> int:
         domain = copy.deepcopy(DOMAINS[name])
         if name == "images":
             domain.data["init_args"]["root"] = options.root
-        if options.reduced:
-            domain = replace(domain, budget=domain.budget / 4, rates=domain.rates[1:2])
         with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
             study = Study(name, domain, options, runner)
             winner = study.run(None if winner is None else moved(winner, DOMAINS[options.domains[0]], domain))

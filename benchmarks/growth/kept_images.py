@@ -1,0 +1,68 @@
+"""Images that are decoded once and kept in memory: at the sizes of the study, reading them anew for each batch takes
+longer than a training step."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torchvision.datasets import FashionMNIST
+
+from lit_tokenformer.data import ImageDataModule
+
+
+class KeptImages(ImageDataModule):
+    """Fashion-MNIST as ``ImageDataModule`` normalises it, without augmentation; a fit of it cannot be resumed.
+
+    Args:
+        root: Folder with FashionMNIST/raw.
+        batch_size: Training images in a batch.
+        eval_batch_size: Validation images in a batch.
+    """
+
+    def __init__(self, root: str, batch_size: int, eval_batch_size: int) -> None:
+        super().__init__(
+            "fashion_mnist", root, batch_size=batch_size, eval_batch_size=eval_batch_size, val_fraction=0.0
+        )
+
+    @cached_property
+    def _kept(self) -> dict[bool, TensorDataset]:
+        self.splits  # noqa: B018 (says in one line if the files are not there)
+        return {train: self._read(train) for train in (True, False)}
+
+    def _read(self, train: bool) -> TensorDataset:
+        files = FashionMNIST(str(self.settings.root), train=train)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        grey = (files.data[:, None].float() / 255 - mean[:1].view(1, 1, 1)) / std[:1].view(1, 1, 1)
+        return TensorDataset(grey, files.targets.long())
+
+    def train_dataloader(self) -> DataLoader:
+        """All images in an order that the seed decides; an incomplete last batch is left out."""
+        kept = self._kept[True]
+        order = RandomSampler(kept, generator=torch.Generator().manual_seed(self._seed))
+        return self._loader(kept, BatchSampler(order, self.batch_size, drop_last=True))
+
+    def val_dataloader(self) -> DataLoader:
+        """The test images, in order."""
+        kept = self._kept[False]
+        return self._loader(kept, BatchSampler(SequentialSampler(kept), self.eval_batch_size, drop_last=False))
+
+    def _loader(self, kept: TensorDataset, batches: BatchSampler) -> DataLoader:
+        loader: Any = DataLoader(kept, sampler=batches, batch_size=None, collate_fn=in_colour)
+        return loader
+
+
+def in_colour(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Grey images with three equal channels.
+
+    Args:
+        batch: ``(image (B, 1, H, W), label (B,))``.
+
+    Returns:
+        ``(image (B, 3, H, W), label (B,))``.
+    """
+    image, label = batch
+    return image.expand(-1, 3, -1, -1), label
