@@ -4,6 +4,7 @@ from callbacks.ema import GrowingEMA
 from callbacks.interruptions import ErrorLog, PreemptionCheckpoint
 from callbacks.monitor import TrainingMonitor
 from callbacks.parameter_growth import ParameterGrowthCallback
+from callbacks.patch_dropping import PatchDropSchedule
 from callbacks.predictions import PredictionWriter
 from callbacks.safeguard import LossGuard
 from callbacks.summary import RunSummary
@@ -13,6 +14,7 @@ __all__ = [
     "GrowingEMA",
     "LossGuard",
     "ParameterGrowthCallback",
+    "PatchDropSchedule",
     "PredictionWriter",
     "PreemptionCheckpoint",
     "RunSummary",

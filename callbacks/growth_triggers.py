@@ -146,14 +146,14 @@ class LossSignal:
 
     def begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the model, and waits for the cool-down unless a resumed run did already."""
-        self._measure(trainer, pl_module)
+        self.measure(trainer, pl_module)
         self._sums = self._sums.to(trainer.strategy.root_device)
         self._step = trainer.global_step
         self._begins = min(self._begins, self._step + self._cooldown)
 
     def begin_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets everything but the compute, after a growth."""
-        self._measure(trainer, pl_module)
+        self.measure(trainer, pl_module)
         self.fired, self._trigger = False, self._make_trigger()
         self._begins = trainer.global_step + self._cooldown
         self._sums = self._sums * self._sums.new_tensor([0, 0, 1])
@@ -205,7 +205,7 @@ class LossSignal:
         self._compute = state_dict["compute"]
         self._trigger.load_state_dict(state_dict["decision"])
 
-    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+    def measure(self, trainer: Trainer, pl_module: Any) -> None:
         """What one sample of each task costs at the model's size, for all processes together."""
         cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
         found = costs() if callable(costs) else {"": cost()} if callable(cost) else {}

@@ -129,6 +129,10 @@ class TrainingMonitor(Callback):
         self._measure(pl_module)
         _log(trainer, self._totals())
 
+    def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures what a sample costs, where that changed without a growth."""
+        self._measure(pl_module)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
             return

@@ -253,6 +253,11 @@ class ParameterGrowthCallback(Callback):
         if self._signal is not None and self._next < len(self.schedule):
             self._signal.add_batch(trainer, outputs, batch)
 
+    def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A trigger goes by compute, so it measures what a sample costs again."""
+        if self._signal is not None:
+            self._signal.measure(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._signal is not None and self._next < len(self.schedule):
             self._signal.agree(trainer)  # each process goes on with what it would read from the checkpoint

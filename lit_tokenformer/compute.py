@@ -161,7 +161,7 @@ def _recomputed(config: TokenformerConfig, tokens: Totals) -> int:
 
 
 def _patch_stem(config: TokenformerConfig) -> Cost:
-    dim, length = config.dim, config.num_data_tokens
+    dim, length = config.dim, config.num_positions  # patches are left out after the stem
     pixels = config.in_chans * config.patch_size**2
     patches = length - config.num_prefix_tokens
     parameters = pixels * dim + dim + length * dim + config.num_prefix_tokens * dim
@@ -202,7 +202,7 @@ class ModelCost:
 
     Args:
         parameters: Numbers that are learned.
-        data_tokens: Data tokens of each sample, T.
+        data_tokens: Data tokens of each training sample, T.
         flops: Operations of one forward pass, for each sample.
         training_flops: Operations of one forward and backward pass, for each sample.
         kept: Numbers kept for the backward pass, for each sample (an estimate).
@@ -245,10 +245,12 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
     norm = NOTHING if config.norm_position == "post" else _norm(config)
     block, stem, head = _sum(_block(config, totals)), _STEMS[config.stem](config), _HEADS[config.head](config)
     again = _recomputed(config, totals) * length if checkpointing else 0
+    every = replace(config, patch_drop_rate=0.0)  # out of training nothing is left out
+    forward = depth * _sum(_block(every, totals)).flops * every.num_data_tokens
     return ModelCost(
         parameters=stem.parameters + depth * block.parameters + norm.parameters + head.parameters,
         data_tokens=length,
-        flops=stem.flops + depth * block.flops * length + head.flops,
+        flops=stem.flops + forward + head.flops,
         # the stem's input needs no gradient, so its backward pass is one product instead of two
         training_flops=2 * stem.flops + 3 * depth * block.flops * length + again + 3 * head.flops,
         kept=stem.kept + head.kept + length * (depth * dim + block.kept if checkpointing else depth * block.kept),

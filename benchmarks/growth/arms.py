@@ -87,13 +87,14 @@ DOMAINS = {
             "depth": 2,
             "num_heads": 2,
             "patch_size": 7,
+            "in_chans": 1,
             "global_pool": "avg",
             "class_token": False,
         },
         twin_base={"dim": 24, "num_heads": 2, "mlp_ratio": 1.5, "bias": False, "norm_affine": False},
         of_data={"num_classes": 10, "image_size": 28},
         ladder=(2, 4, 8),
-        budget=0.6e12,
+        budget=0.5e12,
         rates=(3e-3, 6e-3, 1.2e-2),
         val_batches=10,
         weight_decay=0.05,
@@ -116,6 +117,7 @@ class Arm:
         share: Of the budget C that it may spend.
         learned_tau: Whether tau is a parameter.
         small: Height and width of the images before the last stage; None for those of the data.
+        dropped: Share of the patches that is left out before the last stage.
         length: Optimizer steps, where no budget sets them.
         once: Whether one seed is enough.
         lr: Its learning rate, as it was searched for.
@@ -133,6 +135,7 @@ class Arm:
     share: float = 1.0
     learned_tau: bool = False
     small: int | None = None
+    dropped: float = 0.0
     length: int = 0
     once: bool = False
     lr: float = 0.0
@@ -152,8 +155,9 @@ class Arm:
         starts = (0.0, *self.at)
         lengths = [end - start for start, end in zip(starts, (*self.at, 1.0), strict=True)]
         configs = self.configs(domain)
-        if self.small:
-            configs = [*(replace(config, image_size=self.small) for config in configs[:-1]), configs[-1]]
+        before = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
+        if self.dropped or self.small:
+            configs = [*(replace(config, **before) for config in configs[:-1]), configs[-1]]
         costs = [model_cost(config).training_flops for config in configs]
         mean = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
         return max(2, int(self.share * domain.budget / (mean * domain.batch_size)))
@@ -178,6 +182,9 @@ class Arm:
         if self.small:
             small = {"size": self.small, "steps": starts[-1]}
             callbacks.append({"class_path": "model_growth.SmallImages", "init_args": small})
+        if self.dropped:
+            whole = {"schedule": {starts[-1]: 0.0}, "unit": "step"}
+            callbacks.append({"class_path": "callbacks.PatchDropSchedule", "init_args": whole})
         callbacks += [
             {"class_path": "callbacks.TrainingMonitor", "init_args": {"log_images": 0, "row_norms": False}},
             {"class_path": "runs.Meter"},
@@ -186,6 +193,8 @@ class Arm:
         if self.restart:
             schedule["restarts"] = starts
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **self.sizes[0]}
+        if self.dropped:
+            shared["patch_drop_rate"] = self.dropped
         optimizer = {
             "lr": self.lr * self.rate_factor,
             "betas": [0.9, 0.95],
@@ -311,12 +320,15 @@ def reduced_arms(domain: Domain) -> list[Arm]:
     return [replace(arm, lr=rates.get(arm.name, 6e-3)) for arm in known]
 
 
-def small_images(arm: Arm, domain: Domain) -> Arm:
-    """The same with images of half the size before the last growth; where nothing grows, in the first 45 % of it."""
-    if not arm.at:
-        arm = replace(arm, sizes=2 * arm.sizes, at=(0.45,))
+def short_images(arm: Arm, domain: Domain) -> list[Arm]:
+    """The same with less of each image in the first half, and the growth after it."""
+    arm = replace(arm, sizes=arm.sizes if arm.at else 2 * arm.sizes, at=(0.5,))
     half = domain.of_data["image_size"] // 2
-    return replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65)
+    return [
+        replace(arm, name=f"{arm.name}, 9 of 16 patches first", dropped=7 / 16, share=0.65),
+        replace(arm, name=f"{arm.name}, 4 of 16 patches first", dropped=3 / 4, share=0.65, once=True),
+        replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65, once=True),
+    ]
 
 
 def base_policy(domain: Domain, share: float = 0.65) -> Arm:

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import FashionMNIST
 
@@ -15,7 +14,7 @@ from lit_tokenformer.data import ImageDataModule
 
 
 class KeptImages(ImageDataModule):
-    """Fashion-MNIST as ``ImageDataModule`` normalises it, without augmentation; a fit of it cannot be resumed.
+    """Fashion-MNIST as ``ImageDataModule`` normalises it, in one channel, without augmentation. Its fits cannot resume.
 
     Args:
         root: Folder with FashionMNIST/raw.
@@ -51,18 +50,5 @@ class KeptImages(ImageDataModule):
         return self._loader(kept, BatchSampler(SequentialSampler(kept), self.eval_batch_size, drop_last=False))
 
     def _loader(self, kept: TensorDataset, batches: BatchSampler) -> DataLoader:
-        loader: Any = DataLoader(kept, sampler=batches, batch_size=None, collate_fn=in_colour)
+        loader: Any = DataLoader(kept, sampler=batches, batch_size=None)
         return loader
-
-
-def in_colour(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Grey images with three equal channels.
-
-    Args:
-        batch: ``(image (B, 1, H, W), label (B,))``.
-
-    Returns:
-        ``(image (B, 3, H, W), label (B,))``.
-    """
-    image, label = batch
-    return image.expand(-1, 3, -1, -1), label

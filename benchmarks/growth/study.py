@@ -46,7 +46,7 @@ from arms import (  # noqa: E402
     family_steps,
     policies,
     reduced_arms,
-    small_images,
+    short_images,
     tokens_alone,
 )
 from comparison_fits import Fit, Runner  # noqa: E402
@@ -126,7 +126,8 @@ class Study:
             self.train("final", [replace(grown, share=share) for share in SHARES], seeds)
             self.train("final", [tokens, *known], seeds)
             if "image_size" in domain.of_data:
-                self.train("final", [small_images(arm, domain) for arm in (known[0], grown)], seeds)
+                short = [one for arm in (known[0], grown) for one in short_images(arm, domain)]
+                self.train("final", short, seeds)
         if "family" in self.options.phases:
             self.train("family", self.family(grown, known[0].steps(domain)), seeds)
         return winner

@@ -8,6 +8,7 @@ as the config's stem has it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -117,6 +118,18 @@ class Tokenformer(nn.Module):
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
+
+    def set_patch_drop_rate(self, rate: float) -> None:
+        """Leaves out another share of each image's patches in training.
+
+        Args:
+            rate: As ``patch_drop_rate`` of the architecture.
+
+        Raises:
+            ValueError: If it is no rate, or if the model reads no images.
+        """
+        self.config = dataclasses.replace(self.config, patch_drop_rate=rate)
+        self.stem.patch_drop.prob = rate
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all that have one dimension."""

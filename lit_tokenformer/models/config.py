@@ -162,6 +162,7 @@ class TokenformerConfig:
             last map).
         attn_dropout: Rate of dropout of attention's weights.
         drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        patch_drop_rate: Share of an image's patches that are left out at random in training (timm's ``PatchDropout``).
         causal: Whether a data token attends only to those before it and to itself.
         positions: ``learned`` (added by the stem), ``rotary`` (queries and keys are turned), ``alibi`` (scores fall
             with the distance) or ``none``.
@@ -205,6 +206,7 @@ class TokenformerConfig:
     dropout: float = 0.0
     attn_dropout: float = 0.0
     drop_path: float = 0.0
+    patch_drop_rate: float = 0.0
     causal: bool = False
     positions: str = "learned"
     rotary_fraction: float = 0.25
@@ -236,7 +238,7 @@ class TokenformerConfig:
             raise ValueError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
-        for name in ("drop_path", "dropout", "attn_dropout"):
+        for name in ("drop_path", "dropout", "attn_dropout", "patch_drop_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
         if self.mlp_ratio <= 0 or self.mlp_hidden < 1:
@@ -256,6 +258,8 @@ class TokenformerConfig:
             near = min(COMBINATIONS, key=lambda one: sum(name not in one[part] for part, name in parts.items()))
             wrong = next(part for part in reversed(parts) if parts[part] not in near[part])
             raise ValueError(f"{wrong}: no model is put together from {_told(parts)}; there are: {known}")
+        if self.patch_drop_rate > 0 and self.stem != "patch":
+            raise ValueError(f"patch_drop_rate: {self.patch_drop_rate} needs stem: patch, got {self.stem}")
         if self.shortcut_reduction > self.dim:
             raise ValueError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
         if self.series > 1 and (self.feed_forward == "channel_mix" or self._softmax_feed_forward):
@@ -298,15 +302,23 @@ class TokenformerConfig:
         return int(self.class_token)
 
     @property
-    def num_data_tokens(self) -> int:
+    def num_positions(self) -> int:
         """Length of the sequence, T, for an image of ``image_size`` or a text of ``context_length``."""
         patches = (self.image_size // self.patch_size) ** 2
         return {"patch": patches + self.num_prefix_tokens, "token": self.context_length}[self.stem]
 
     @property
+    def num_data_tokens(self) -> int:
+        """Length of the sequence in training: ``num_positions``, less the patches that are left out."""
+        if not self.patch_drop_rate:
+            return self.num_positions
+        patches = self.num_positions - self.num_prefix_tokens
+        return self.num_prefix_tokens + max(1, int(patches * (1.0 - self.patch_drop_rate)))  # as timm counts them
+
+    @property
     def length_limit(self) -> int | None:
         """Data tokens that the model can read at most; ``None`` where nothing limits them."""
-        return None if self.positions in ("alibi", "none") else self.num_data_tokens
+        return None if self.positions in ("alibi", "none") else self.num_positions
 
     @property
     def rotary_dim(self) -> int:
