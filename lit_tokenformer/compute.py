@@ -6,6 +6,7 @@ A multiply-add counts as two operations, and only matrix products and convolutio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -310,7 +311,7 @@ class Stage:
         start: The epoch or step at which it begins.
         steps: Optimizer steps in it.
         tokens: Parameter tokens of each kind.
-        cost: What the model costs at this size.
+        cost: What the model costs at this size, at the beginning of the stage.
         training_flops: Operations of all its steps together.
     """
 
@@ -326,6 +327,7 @@ def plan_stages(
     growths: Sequence[tuple[int, int, dict[str, int]]],
     total_steps: int,
     samples_per_step: int,
+    patch_drop_rates: Mapping[int, float] | None = None,
 ) -> list[Stage]:
     """The stages of a run.
 
@@ -334,14 +336,23 @@ def plan_stages(
         growths: For each growth in order: its key in the schedule, the step at which it is due, the totals.
         total_steps: Optimizer steps of the whole run.
         samples_per_step: Samples in one optimizer step, over all processes.
+        patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
 
     Returns:
         One stage more than there are growths; the last one's size is the final one.
     """
     starts = [(0, 0, dict(config.tokens.items())), *growths]
     ends = [min(step, total_steps) for _, step, _ in growths] + [total_steps]
+    rates = {0: config.patch_drop_rate, **(patch_drop_rates or {})}
     stages = []
-    for (key, first, tokens), end in zip(starts, ends, strict=True):
-        cost, steps = model_cost(config, tokens), max(0, end - first)
-        stages.append(Stage(key, steps, tokens, cost, cost.training_flops * samples_per_step * steps))
+    for (key, first, tokens), last in zip(starts, ends, strict=True):
+        end = max(first, last)
+
+        def cost(step: int, tokens: dict[str, int] = tokens) -> ModelCost:
+            rate = next(rate for begin, rate in reversed(rates.items()) if begin <= step)
+            return model_cost(replace(config, patch_drop_rate=rate), tokens)
+
+        marks = [first, *(step for step in rates if first < step < end), end]
+        flops = sum(cost(begin).training_flops * (until - begin) for begin, until in itertools.pairwise(marks))
+        stages.append(Stage(key, end - first, tokens, cost(first), flops * samples_per_step))
     return stages

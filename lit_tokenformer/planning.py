@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from callbacks import ParameterGrowthCallback
+from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer import models, tasks
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
 from lit_tokenformer.models.config import KINDS
@@ -197,7 +197,10 @@ class PlanningTrainer(CheckpointingTrainer):
         born = models.param_tokens(model)
         configs = {name: backbone.config for name, backbone in model.backbones.items()}
         growths: list[tuple[int, int, dict[str, int]]] = []
+        rates = self._patch_drop_rates(per_epoch)
         proposal: Proposal | None = None
+        if budget is not None and rates:
+            raise ValueError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
         if budget is not None:
 
             def flops(size: Size) -> float:
@@ -225,7 +228,10 @@ class PlanningTrainer(CheckpointingTrainer):
             total = proposal.steps
         else:
             total, growths = self._length_and_growths(per_epoch, model)
-        planned = [plan_stages(config, growths, total, per_step[name]) for name, config in configs.items()]
+        planned = [
+            plan_stages(config, growths, total, per_step[name], rates if config.stem == "patch" else None)
+            for name, config in configs.items()
+        ]
         by_stage = [list(parts) for parts in zip(*planned, strict=True)]
         stages = [_together(model, parts) for parts in by_stage]
         memory = [
@@ -233,10 +239,11 @@ class PlanningTrainer(CheckpointingTrainer):
             for stage, parts in zip(stages, by_stage, strict=True)
         ]
         sum_flops = sum(stage.training_flops for stage in stages)
-        scratch = sum(
-            model_cost(config, stages[-1].tokens).training_flops * per_step[name] * total
-            for name, config in configs.items()
-        )
+        scratch = 0
+        for name, config in configs.items():
+            rate = [config.patch_drop_rate, *(rates.values() if config.stem == "patch" else ())][-1]
+            whole = model_cost(dataclasses.replace(config, patch_drop_rate=rate), stages[-1].tokens)
+            scratch += whole.training_flops * per_step[name] * total
 
         told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
         table = Table(title=f"{total} optimizer steps of {told} samples")
@@ -280,6 +287,17 @@ class PlanningTrainer(CheckpointingTrainer):
                     file=sys.stderr,
                 )
         return stages
+
+    def _patch_drop_rates(self, per_epoch: int | None) -> dict[int, float]:
+        """The steps from which another share of the patches is left out."""
+        rates: dict[int, float] = {}
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PatchDropSchedule):
+                if callback.unit == "epoch" and per_epoch is None:
+                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
+                scale = per_epoch or 1 if callback.unit == "epoch" else 1
+                rates |= {key * scale: rate for key, rate in callback.schedule.items()}
+        return rates
 
     def _length_and_growths(
         self, per_epoch: int | None, model: tasks.LitTask

@@ -153,6 +153,26 @@ def test_plan_shows_what_each_stage_costs(tmp_path, capsys):
     assert "qkv 32, proj 32, ffn 128" in shown and "of scratch" in shown
 
 
+def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
+    def plan(callbacks, *args):
+        config = tmp_path / "plan.yaml"
+        config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        return run("plan", tmp_path, "--config", config, "--trainer.max_epochs", 4, *args)
+
+    def sums(callbacks, *args):
+        assert plan(callbacks, *args) == 0
+        shown = capsys.readouterr().out
+        return [float(re.search(rf"│ +{row} │.*?([\d.]+e\+\d+) │[^│]*│\n", shown)[1]) for row in ("all", "scratch")]
+
+    schedule = [{"class_path": "callbacks.PatchDropSchedule", "init_args": {"schedule": {2: 0.0}}}]
+    half = ["--model.overrides.patch_drop_rate", 0.5]
+    (whole, scratch), (cheap, _) = sums([]), sums([], *half)
+    assert cheap < 0.7 * whole == 0.7 * scratch
+    assert sums(schedule, *half) == pytest.approx([(whole + cheap) / 2, whole], rel=0.01)
+    assert plan(schedule, *half, "--budget", 1e12) == 2
+    assert "budget: no schedule is proposed beside a PatchDropSchedule" in capsys.readouterr().err
+
+
 def shown_help(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         main(list(args))

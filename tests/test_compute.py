@@ -39,6 +39,8 @@ CONFIGS = {
     "no-head": {"num_classes": 0},
     "grey-uneven": {"in_chans": 1, "param_tokens": {"qkv": 7, "proj": 5, "ffn": 11}, "score_norm": "softmax"},
     "drop-path": {"drop_path": 0.1},
+    "patch-drop": {"patch_drop_rate": 0.6},
+    "patch-drop-avg": {"patch_drop_rate": 0.9, "global_pool": "avg", "class_token": False},
     "one-block-drop-path": {"drop_path": 0.1, "depth": 1},
     "language": LANGUAGE,
     "language-untied": {**LANGUAGE, "tie_embeddings": False, "projection": "linear", "feed_forward": "mlp"},
@@ -62,8 +64,8 @@ def counted(model, training):
 
 def assert_cost_is_right(model, cost):
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert cost.flops == counted(model, training=False)
-    assert cost.training_flops == counted(model, training=True)
+    assert cost.flops == counted(model.eval(), training=False)
+    assert cost.training_flops == counted(model.train(), training=True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])

@@ -89,6 +89,7 @@ def test_unknown_names_are_told_the_nearest_right_one():
         ({"num_classes": -1}, "num_classes: expected a whole number of at least 0"),
         ({"num_classes": "10"}, "num_classes: expected a whole number of at least 0"),
         ({"drop_path": 1.0}, r"drop_path: expected a rate in \[0, 1\)"),
+        ({"patch_drop_rate": 1.0}, r"patch_drop_rate: expected a rate in \[0, 1\)"),
         ({"drop_path": -0.1}, r"drop_path: expected a rate in \[0, 1\)"),
         ({"drop_path": float("nan")}, r"drop_path: expected a rate in \[0, 1\)"),
         ({"mlp_ratio": 0.0}, "mlp_ratio: expected"),

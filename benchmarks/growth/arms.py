@@ -95,7 +95,7 @@ DOMAINS = {
         of_data={"num_classes": 10, "image_size": 28},
         ladder=(2, 4, 8),
         budget=0.5e12,
-        rates=(3e-3, 6e-3, 1.2e-2),
+        rates=(6e-3, 1.2e-2, 2.4e-2),
         val_batches=10,
         weight_decay=0.05,
     ),
@@ -301,8 +301,8 @@ def controls(domain: Domain) -> list[Arm]:
         sizes=({"dim": dim // 2, "num_heads": heads // 2}, {"dim": dim, "num_heads": heads}),
         growth={"way": "widen"},
     )
-    of_text = [widened] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
-    return [*sizes, shallow, cosine, published, twin, stacked, *of_text]
+    of_text = [widened, cosine] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
+    return [*sizes, shallow, published, twin, stacked, *of_text]
 
 
 def reduced_arms(domain: Domain) -> list[Arm]:
