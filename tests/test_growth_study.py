@@ -139,6 +139,8 @@ def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain(growth):
     arm = growth.arms.policies(text)["how much"][-1]
     sizes = growth.study.moved(arm, text, images).sizes
     assert sizes[1]["param_tokens"] == {"qkv": 2, "proj": 2, "ffn": 32}
+    (deepened,) = (arm for arm in growth.arms.policies(text)["depth"] if arm.name == "grown: blocks inserted")
+    assert growth.study.moved(deepened, text, images).sizes == growth.arms.depth_ladder(images, 1, 2)
 
 
 def test_kept_images_are_those_of_the_data_module_and_each_comes_once(growth, tmp_path):

@@ -54,14 +54,23 @@ def test_a_model_sees_what_patch_dropout_of_timm_leaves_and_all_of_it_out_of_tra
     assert seen[2].shape[1] == model.config.num_data_tokens == int(16 * 0.3) + model.config.num_prefix_tokens
 
 
+def test_features_of_all_patches_are_given_in_training_too():
+    model = create_backbone(PRESET, **TINY, image_size=8, patch_drop_rate=0.5).train()
+    (features,) = model.forward_intermediates(torch.randn(2, 3, 8, 8), indices=1, intermediates_only=True)
+    assert features.shape == (2, 8, 4, 4)
+
+
 def test_a_causal_model_sees_its_patches_in_order():
     model = create_backbone(PRESET, **TINY, image_size=8, patch_drop_rate=0.5, causal=True)
-    stem = model.stem.train()
+    stem = model.stem
     with torch.no_grad():
         stem.patch_embed.proj.weight.zero_()
         stem.patch_embed.proj.bias.zero_()
         stem.pos_embed[0] = torch.arange(17.0)[:, None]
-    places = stem(torch.zeros(4, 3, 8, 8))[..., 0]
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model.train()(torch.zeros(4, 3, 8, 8))
+    places = seen[0][..., 0]
     assert (places.diff(dim=1)[:, 1:] > 0).all()
 
 

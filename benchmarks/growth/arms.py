@@ -95,7 +95,7 @@ DOMAINS = {
         of_data={"num_classes": 10, "image_size": 28},
         ladder=(2, 4, 8),
         budget=0.5e12,
-        rates=(6e-3, 1.2e-2, 2.4e-2),
+        rates=(1.2e-2, 2.4e-2),
         val_batches=10,
         weight_decay=0.05,
     ),

@@ -302,17 +302,18 @@ def report(found: Findings) -> str:
     lines += ["## (b) The smaller size exists already", ""]
     rows = []
     for small, large in family_steps(domain):
-        curve: Curve = []
+        curve: dict[float, float] = {}
         for name in found.names("family"):
             if not name.startswith(f"family: {small} to {large} at "):
                 continue
             runs = found.of(name, ("family",))
             spent = (runs[0].tflops - runs[0].jumps[0][0]) / cost
             losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
-            curve.append((spent, statistics.mean(losses)))
+            share = round(spent, 2)
+            curve[share] = min(curve.get(share, math.inf), statistics.mean(losses))
             begun = spread([one.jumps[0][1] for one in runs])
-            rows.append([f"{small} to {large}", f"{spent:.2f}", spread(losses, 4), begun, str(len(runs))])
-        needed = compute_for(curve, target)
+            rows.append([name.removeprefix("family: "), f"{spent:.2f}", spread(losses, 4), begun, str(len(runs))])
+        needed = compute_for(sorted(curve.items()), target)
         told = "-" if needed is None else f"**{needed:.2f}**"
         rows.append([f"{small} to {large}, at equal loss", told, f"{target:.4f}", "", ""])
     head = ["further size", "its cost / from scratch", "validation loss", "the smaller one", "seeds"]

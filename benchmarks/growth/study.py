@@ -55,8 +55,8 @@ from results_files import write  # noqa: E402
 
 SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
-FAMILY = (0.5, 0.75)
-"""Cost of a further size that is tried, as a share of its cost from scratch."""
+FAMILY = ((0.5, 1.0), (0.5, 0.5), (0.75, 1.0))
+"""Costs of a further size, as shares of its cost from scratch, with multiples of the smaller one's rate."""
 
 PHASES = ("final", "family")
 """What can be left out."""
@@ -172,7 +172,7 @@ class Study:
         """
         return [
             Arm(
-                f"family: {small} to {large} at {cost:.0%}",
+                f"family: {small} to {large} at {cost:.0%}" + (", half the rate" if factor == 0.5 else ""),
                 sizes,
                 (1 / (1 + cost),),
                 winner.growth if "way" not in winner.growth else {},
@@ -181,9 +181,10 @@ class Study:
                 length=round(steps * (1 + cost)),
                 lr=winner.lr,
                 rate_factor=winner.rate_factor,
+                rate_at_growth=factor,
             )
             for (small, large), sizes in family_steps(self.domain).items()
-            for cost in FAMILY
+            for cost, factor in FAMILY
         ]
 
 
@@ -206,7 +207,12 @@ def moved(arm: Arm, source: Domain, target: Domain) -> Arm:
             return {kind: size_of[n] if kind != "ffn" else 4 * size_of[n // 4] for kind, n in given.items()}
         return size_of[given]
 
-    return replace(arm, sizes=tuple({**size, "param_tokens": tokens(size["param_tokens"])} for size in arm.sizes))
+    def size(given: dict[str, Any]) -> dict[str, Any]:
+        blocks = {"depth": max(1, round(given["depth"] * deeper))} if "depth" in given else {}
+        return {**given, "param_tokens": tokens(given["param_tokens"]), **blocks}
+
+    deeper = target.base["depth"] / source.base["depth"]
+    return replace(arm, sizes=tuple(map(size, arm.sizes)))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, PatchDropout, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ class Tokenformer(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
         self.stem: Any = make_stem(config)
+        self.patch_drop = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens, ordered=config.causal)
         self.blocks = nn.ModuleList()
         self.set_blocks([self.new_block(number) for number in range(config.depth)])
         self.norm: nn.Module = nn.Identity() if config.norm_position == "post" else make_norm(config)
@@ -129,7 +130,7 @@ class Tokenformer(nn.Module):
             ValueError: If it is no rate, or if the model reads no images.
         """
         self.config = dataclasses.replace(self.config, patch_drop_rate=rate)
-        self.stem.patch_drop.prob = rate
+        self.patch_drop.prob = rate
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all that have one dimension."""
@@ -217,7 +218,7 @@ class Tokenformer(nn.Module):
         start, padding = (0, None) if state is None else (state.start, state.padding)
         if state is not None:
             state.check(more=x.shape[1])
-        x = self.stem(x, start, padding)
+        x = self.patch_drop(self.stem(x, start, padding))
         context = self._context(x, documents, state, lengths)
         if context.packing is not None:
             x = context.packing.pack(x)  # (1, n, D)

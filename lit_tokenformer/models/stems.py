@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import PatchDropout, PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
@@ -35,7 +35,6 @@ class PatchStem(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, config.dim))
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.patch_drop = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens, ordered=config.causal)
         self.grid_size = self.patch_embed.grid_size
         self.reset_parameters()
 
@@ -51,16 +50,13 @@ class PatchStem(nn.Module):
         return {"cls_token", "pos_embed"} if self.cls_token is not None else {"pos_embed"}
 
     def forward(self, image: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
-        """(B, C, height, width) in pixels -> (B, 1 + patches, D); an image is read at once, and has no padding.
-
-        In training only the patches that ``patch_drop_rate`` leaves are there.
-        """
+        """(B, C, height, width) in pixels -> (B, 1 + patches, D); an image is read at once, and has no padding."""
         x = self.patch_embed(image)  # (B, height / patch, width / patch, D)
         pos_embed = self._positions(self.pos_embed, (x.shape[1], x.shape[2]))
         x = x.flatten(1, 2)  # (B, patches, D)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + patches, D)
-        return self.patch_drop(x + pos_embed)
+        return x + pos_embed
 
     def _positions(self, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
         """The learned positions (1, prefix + patches, D) for a grid of (rows, columns) of patches."""
