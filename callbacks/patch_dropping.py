@@ -45,7 +45,7 @@ class PatchDropSchedule(Callback):
             if not 0 <= rate < 1:
                 raise ValueError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
         self.schedule, self.unit = dict(schedule), unit
-        self._birth = 0.0
+        self._birth = self._rate = 0.0
 
     def rate_at(self, position: int) -> float:
         """The rate at an epoch or step."""
@@ -59,7 +59,7 @@ class PatchDropSchedule(Callback):
             raise ValueError("schedule: no model reads images, so no patches can be left out")
         if len(set(rates)) > 1:
             raise ValueError(f"schedule: the models begin with different patch_drop_rates ({rates})")
-        self._birth = rates[0]
+        self._birth = self._rate = rates[0]
         limit = trainer.max_epochs if self.unit == "epoch" else trainer.max_steps
         beyond = [key for key in self.schedule if limit is not None and 0 <= limit <= key]
         if beyond and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -70,10 +70,12 @@ class PatchDropSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         rate = self.rate_at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
-        behind = [model for model in _models(pl_module) if model.config.patch_drop_rate != rate]
-        for model in behind:
+        if rate == self._rate:
+            return
+        self._rate = rate
+        for model in _models(pl_module):
             model.set_patch_drop_rate(rate)
-        for callback in trainer.callbacks if behind else []:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_cost_change"):
                 callback.on_cost_change(trainer, pl_module)
 
