@@ -85,11 +85,17 @@ def test_stacking_puts_the_model_above_itself_and_copies_stand_beside_their_orig
 def test_every_arm_costs_its_share_of_the_budget(growth, name):
     domain = growth.arms.DOMAINS[name]
     factors = growth.arms.policies(domain)
+    short = []
+    if name == "images":
+        (inserted,) = (arm for arm in factors["depth"] if arm.name == "grown: blocks inserted")
+        for arm in (growth.arms.controls(domain)[0], inserted):
+            short += [growth.arms.few_patches(arm), growth.arms.small_images(arm, domain)]
     for arm in [
         *growth.arms.controls(domain),
         *growth.arms.reduced_arms(domain),
         growth.arms.base_policy(domain),
         growth.arms.tokens_alone(domain),
+        *short,
         *(a for one in factors.values() for a in one),
     ]:
         steps, starts = arm.steps(domain), arm.starts(domain)

@@ -146,7 +146,9 @@ class Arm:
         """The architecture at each stage."""
         preset = domain.twin if self.twin else domain.preset
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **domain.of_data}
-        return [preset_config(preset, **{**shared, **size}) for size in self.sizes]
+        *before, last = (preset_config(preset, **{**shared, **size}) for size in self.sizes)
+        short = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
+        return [*(replace(config, **short) for config in before), last]
 
     def steps(self, domain: Domain) -> int:
         """Optimizer steps that its share of the budget allows."""
@@ -154,11 +156,7 @@ class Arm:
             return self.length
         starts = (0.0, *self.at)
         lengths = [end - start for start, end in zip(starts, (*self.at, 1.0), strict=True)]
-        configs = self.configs(domain)
-        before = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
-        if self.dropped or self.small:
-            configs = [*(replace(config, **before) for config in configs[:-1]), configs[-1]]
-        costs = [model_cost(config).training_flops for config in configs]
+        costs = [model_cost(config).training_flops for config in self.configs(domain)]
         mean = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
         return max(2, int(self.share * domain.budget / (mean * domain.batch_size)))
 
@@ -307,12 +305,10 @@ def controls(domain: Domain) -> list[Arm]:
 
 def reduced_arms(domain: Domain) -> list[Arm]:
     """The most important arms, with the learning rates that the whole study found for text."""
-    *_, middle, final = domain.ladder
     rates = {
-        f"from scratch, {final} tokens": 6e-3,
-        f"from scratch, {middle} tokens": 1.2e-2,
-        "from scratch, 1 block": 2.4e-2,
-        "published growth": 1.2e-2,
+        f"from scratch, {domain.ladder[-1]} tokens": 6e-3,
+        "from scratch, 1 block": 1.2e-2,
+        "published growth": 6e-3,
     }
     known = [arm for arm in controls(domain) if arm.name in rates]
     (inserted,) = (arm for arm in policies(domain)["depth"] if arm.name == "grown: blocks inserted")
@@ -320,15 +316,17 @@ def reduced_arms(domain: Domain) -> list[Arm]:
     return [replace(arm, lr=rates.get(arm.name, 6e-3)) for arm in known]
 
 
-def short_images(arm: Arm, domain: Domain) -> list[Arm]:
-    """The same with less of each image in the first half, and the growth after it."""
-    arm = replace(arm, sizes=arm.sizes if arm.at else 2 * arm.sizes, at=(0.5,))
-    half = domain.of_data["image_size"] // 2
-    return [
-        replace(arm, name=f"{arm.name}, 9 of 16 patches first", dropped=7 / 16, share=0.65),
-        replace(arm, name=f"{arm.name}, 4 of 16 patches first", dropped=3 / 4, share=0.65, once=True),
-        replace(arm, name=f"{arm.name}, small images first", small=half, share=0.65, once=True),
-    ]
+def few_patches(arm: Arm, left: int = 9) -> Arm:
+    """The same with some of each image's 16 patches in the first half, and the growth after it."""
+    sizes = arm.sizes if arm.at else 2 * arm.sizes
+    name = f"{arm.name}, {left} of 16 patches first"
+    return replace(arm, name=name, sizes=sizes, at=(0.5,), dropped=1 - left / 16, share=0.65)
+
+
+def small_images(arm: Arm, domain: Domain) -> Arm:
+    """The same with images of half the height and width in the first half, and the growth after it."""
+    whole, name = few_patches(arm), f"{arm.name}, small images first"
+    return replace(whole, name=name, dropped=0.0, small=domain.of_data["image_size"] // 2)
 
 
 def base_policy(domain: Domain, share: float = 0.65) -> Arm:

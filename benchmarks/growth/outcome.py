@@ -56,6 +56,12 @@ class Outcome:
         pairs = zip(places, lines, strict=False)
         return [(place, before, after) for place, (_, before, after) in pairs]
 
+    def loss_before(self, place: float) -> float | None:
+        """Validation loss right before so many TFLOP; None where it was not validated there."""
+        curve = self.result["curve"]
+        pairs = zip(curve["tflops"], curve["losses"], strict=True)
+        return next((loss for spent, loss in reversed(list(pairs)) if 0.99 * place < spent <= place), None)
+
     def row(self) -> dict[str, Any]:
         """Its line in the CSV."""
         done = self.loss is not None
@@ -268,13 +274,16 @@ def report(found: Findings) -> str:
         "those that the final size from scratch needs for the same loss (all stages counted).",
         "",
     ]
-    if found.names("final") and "grown" in found.names("final"):
-        seeds = sorted({one.seed for one in found.of("grown")})
-        each = [found.equal_loss("grown", target, seed) for seed in seeds]
+    for name in found.names("final"):
+        runs = found.of(name)
+        if not name.startswith("grown") or len({one.arm.share for one in runs}) < 2:
+            continue
+        seeds = sorted({one.seed for one in runs})
+        each = [found.equal_loss(name, target, seed) for seed in seeds]
         reached = [one / cost for one in each if one is not None]
         lines += [
-            f"**Grown, at the loss of the final size from scratch on C ({target:.4f}): {spread(reached, 2)} of C "
-            f"({len(reached)} of {len(seeds)} seeds).**",
+            f"**{name.capitalize()}, at the loss of the final size from scratch on C ({target:.4f}): "
+            f"{spread(reached, 2)} of C ({len(reached)} of {len(seeds)} seeds).**",
             "",
         ]
 
@@ -311,7 +320,7 @@ def report(found: Findings) -> str:
             losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
             share = round(spent, 2)
             curve[share] = min(curve.get(share, math.inf), statistics.mean(losses))
-            begun = spread([one.jumps[0][1] for one in runs])
+            begun = spread([loss for one in runs if (loss := one.loss_before(one.jumps[0][0])) is not None], 4)
             rows.append([name.removeprefix("family: "), f"{spent:.2f}", spread(losses, 4), begun, str(len(runs))])
         needed = compute_for(sorted(curve.items()), target)
         told = "-" if needed is None else f"**{needed:.2f}**"
@@ -320,7 +329,7 @@ def report(found: Findings) -> str:
     lines += table(head, rows)
     lines += [
         f"The smaller size is trained to its end on as many tokens or images as the final one from scratch, which has "
-        f"{target:.4f}; its loss is of 4 validation batches. What it cost is not counted.",
+        f"{target:.4f}. What it cost is not counted.",
         "",
     ]
     return "\n".join(lines)

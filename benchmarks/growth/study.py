@@ -44,9 +44,10 @@ from arms import (  # noqa: E402
     base_policy,
     controls,
     family_steps,
+    few_patches,
     policies,
     reduced_arms,
-    short_images,
+    small_images,
     tokens_alone,
 )
 from comparison_fits import Fit, Runner  # noqa: E402
@@ -119,15 +120,17 @@ class Study:
             others = [replace(arm, lr=base.lr) for arms in policies(domain).values() for arm in arms]
             self.train("search", [base, *others], first)
             winner = self.together(base, first)
-        *known, grown, tokens = self.with_rates([*controls(domain), winner, tokens_alone(domain)])
+        *known, grown = self.with_rates([*controls(domain), winner])
         self.halved([replace(arm, share=0.5) for arm in known if is_size(arm)], evaluations=2)
-        *known, grown, tokens = self.halved([*known, grown, tokens])
+        *known, grown = self.halved([*known, grown])
         if "final" in self.options.phases:
             self.train("final", [replace(grown, share=share) for share in SHARES], seeds)
-            self.train("final", [tokens, *known], seeds)
+            self.train("final", [replace(tokens_alone(domain), lr=grown.lr), *known], seeds)
             if "image_size" in domain.of_data:
-                short = [one for arm in (known[0], grown) for one in short_images(arm, domain)]
-                self.train("final", short, seeds)
+                few, scratch = self.halved([few_patches(grown), few_patches(known[0])])
+                self.train("final", [replace(few, share=0.5), few, scratch], seeds)
+                others = [few_patches(grown, left=4), small_images(grown, domain)]
+                self.train("final", [replace(arm, lr=few.lr) for arm in others], first)
         if "family" in self.options.phases:
             self.train("family", self.family(grown, known[0].steps(domain)), seeds)
         return winner
