@@ -287,8 +287,8 @@ def report(found: Findings) -> str:
             "",
         ]
 
-    lines += ["## The search", ""]
     searched = found.names("search")
+    lines += ["## The search", ""] if searched else []
     base = found.of(searched[0], ("search",))[0] if searched else None
     rows = []
     for name in searched:
@@ -306,8 +306,12 @@ def report(found: Findings) -> str:
                 f"{jump:.1e}",
             ]
         )
-    lines += table(["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"], rows)
+    lines += (
+        table(["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"], rows) if searched else []
+    )
 
+    if not found.names("family"):
+        return "\n".join(lines)
     lines += ["## (b) The smaller size exists already", ""]
     rows = []
     for small, large in family_steps(domain):

@@ -66,6 +66,10 @@ def draw(found: Findings, path: Path, title: str) -> None:
     draw_runs(axis, found.of("transformer twin, from scratch"), "transformer twin", "tab:gray", "--", 1.2)
     draw_runs(axis, found.of("published growth"), "published growth", "tab:red", "-", 1.4)
     draw_runs(axis, [one for one in grown if one.arm.share == chosen], f"grown, {chosen:g} C", "tab:blue", "-", 2.4)
+    short = [name for name in found.names("final") if name.endswith("of 16 patches first")]
+    for name, colour in zip(short, ("tab:purple", "tab:green"), strict=False):
+        share = max(one.arm.share for one in found.of(name))
+        draw_runs(axis, found.of(name, share=share), f"{name}, {share:g} C", colour, "-", 1.8)
     axis.axhline(target, color="tab:orange", linewidth=0.8, linestyle=":")
     lowest = min(float(np.min(line.get_ydata())) for line in axis.lines if len(np.atleast_1d(line.get_ydata())))
     start = scratch[0].result["curve"]["losses"][0]
