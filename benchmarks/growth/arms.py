@@ -276,6 +276,7 @@ def controls(domain: Domain) -> list[Arm]:
     sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,)), once=n != final) for n in reversed(domain.ladder)]
     shallow = Arm("from scratch, 1 block", depth_ladder(domain, 1), once=True)
     cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
+    learned = Arm("from scratch, tau learned", token_ladder((final,)), learned_tau=True, once=True)
     published = Arm(
         "published growth",
         token_ladder(domain.ladder),
@@ -299,7 +300,7 @@ def controls(domain: Domain) -> list[Arm]:
         sizes=({"dim": dim // 2, "num_heads": heads // 2}, {"dim": dim, "num_heads": heads}),
         growth={"way": "widen"},
     )
-    of_text = [widened, cosine] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
+    of_text = [widened, cosine, learned] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
     return [*sizes, shallow, published, twin, stacked, *of_text]
 
 

@@ -198,7 +198,7 @@ def best(outcomes: Sequence[Outcome]) -> Arm:
 
 def is_size(arm: Arm) -> bool:
     """Whether it is a size of the ladder from scratch."""
-    return arm.name.startswith("from scratch") and not arm.schedule
+    return arm.name.startswith("from scratch") and not (arm.schedule or arm.learned_tau)
 
 
 def moved(arm: Arm, source: Domain, target: Domain) -> Arm:
