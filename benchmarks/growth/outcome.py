@@ -287,29 +287,7 @@ def report(found: Findings) -> str:
             "",
         ]
 
-    searched = found.names("search")
-    lines += ["## The search", ""] if searched else []
-    base = found.of(searched[0], ("search",))[0] if searched else None
-    rows = []
-    for name in searched:
-        (one, *_) = found.of(name, ("search",))
-        ratio = found.ratio(one)
-        difference = float(one.loss) - float(base.loss)  # type: ignore[arg-type,union-attr]
-        jump = max((abs(after - before) for _, before, after in one.jumps), default=0.0)
-        rows.append(
-            [
-                name.removeprefix("grown: "),
-                f"{one.tflops / cost:.2f} C",
-                f"{one.loss:.4f}",
-                f"{difference:+.4f}",
-                "-" if ratio is None else f"{ratio:.2f}",
-                f"{jump:.1e}",
-            ]
-        )
-    lines += (
-        table(["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"], rows) if searched else []
-    )
-
+    lines += search_table(found, cost)
     if not found.names("family"):
         return "\n".join(lines)
     lines += ["## (b) The smaller size exists already", ""]
@@ -337,3 +315,30 @@ def report(found: Findings) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def search_table(found: Findings, cost: float) -> list[str]:
+    """The policies of the search beside the first of them; nothing where none was searched for.
+
+    Args:
+        found: What was trained.
+        cost: C in TFLOP.
+    """
+    outcomes = [found.of(name, ("search",))[0] for name in found.names("search")]
+    rows = []
+    for one in outcomes:
+        ratio = found.ratio(one)
+        difference = float(one.loss) - float(outcomes[0].loss)  # type: ignore[arg-type]
+        jump = max((abs(after - before) for _, before, after in one.jumps), default=0.0)
+        rows.append(
+            [
+                one.arm.name.removeprefix("grown: "),
+                f"{one.tflops / cost:.2f} C",
+                f"{one.loss:.4f}",
+                f"{difference:+.4f}",
+                "-" if ratio is None else f"{ratio:.2f}",
+                f"{jump:.1e}",
+            ]
+        )
+    head = ["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"]
+    return ["## The search", "", *table(head, rows)] if rows else []
