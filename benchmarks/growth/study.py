@@ -129,8 +129,9 @@ class Study:
             if "image_size" in domain.of_data:
                 few, scratch = self.halved([few_patches(grown), few_patches(known[0])])
                 self.train("final", [replace(few, share=0.5), few, scratch], seeds)
-                others = [few_patches(grown, left=4), small_images(grown, domain)]
-                self.train("final", [replace(arm, lr=few.lr) for arm in others], first)
+                fewer = [replace(few_patches(arm, left=4), lr=few.lr) for arm in (grown, known[0])]
+                self.train("final", fewer, seeds)
+                self.train("final", [replace(small_images(grown, domain), lr=few.lr)], first)
         if "family" in self.options.phases:
             self.train("family", self.family(grown, known[0].steps(domain)), seeds)
         return winner
