@@ -67,7 +67,7 @@ def draw(found: Findings, path: Path, title: str) -> None:
     draw_runs(axis, found.of("published growth"), "published growth", "tab:red", "-", 1.4)
     draw_runs(axis, [one for one in grown if one.arm.share == chosen], f"grown, {chosen:g} C", "tab:blue", "-", 2.4)
     short = [name for name in found.names("final") if name.endswith("of 16 patches first")]
-    for name, colour in zip(short, ("tab:purple", "tab:green"), strict=False):
+    for name, colour in zip(short, ("tab:purple", "tab:green", "tab:cyan", "k"), strict=False):
         share = max(one.arm.share for one in found.of(name))
         draw_runs(axis, found.of(name, share=share), f"{name}, {share:g} C", colour, "-", 1.8)
     axis.axhline(target, color="tab:orange", linewidth=0.8, linestyle=":")
