@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
+from callbacks.schedules import check_end, check_keys, check_last_step, position
 from lit_tokenformer.depth_growth import check_depth, deepen, insert_parameters
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.growth import METHODS, grow_one_by_one, plan_rows, target_tokens
@@ -102,7 +103,6 @@ class ParameterGrowthCallback(Callback):
         cooldown: int = 100,
     ) -> None:
         for setting, value, choices in (
-            ("unit", unit, ("epoch", "step")),
             ("method", method, METHODS),
             ("new_state", new_state, NEW_STATES),
             ("trigger", trigger, ("schedule", *TRIGGERS)),
@@ -190,15 +190,7 @@ class ParameterGrowthCallback(Callback):
                 totals = [birth[layer.kind], *(tokens[layer.kind] for _, tokens in stages)]
                 for before, after in itertools.pairwise(totals):
                     plan_rows(before, after, self.method, layer.score_norm, name)
-        if trainer.fast_dev_run:
-            return  # a fit of some batches, whatever is scheduled
-        limit = trainer.max_epochs if self.unit == "epoch" else trainer.max_steps
-        setting = "max_epochs" if self.unit == "epoch" else "max_steps"
-        beyond = [key for key in self.schedule if limit is not None and 0 <= limit <= key]
-        if beyond:
-            raise ValueError(
-                f"schedule: {self.unit} {beyond[0]} is beyond the end of the fit (trainer.{setting}={limit})"
-            )
+        check_end(self.schedule, self.unit, trainer)
 
     @staticmethod
     def _check_depth(trainer: Any, pl_module: nn.Module, birth: dict[str, int], stages: list[Any]) -> None:
@@ -212,12 +204,7 @@ class ParameterGrowthCallback(Callback):
                 check_depth(model, final, setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if self.unit != "step" or trainer.fast_dev_run:
-            return
-        total = trainer.estimated_stepping_batches
-        beyond = [key for key in self.schedule if key >= total]
-        if beyond:
-            raise ValueError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
+        check_last_step(self.schedule, self.unit, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)
@@ -234,9 +221,8 @@ class ParameterGrowthCallback(Callback):
             self._signal.begin_fit(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        position = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
         stages = list(self.schedule.items())
-        while self._next < len(stages) and position >= stages[self._next][0]:
+        while self._next < len(stages) and position(trainer, self.unit) >= stages[self._next][0]:
             if self._signal is not None and not self._signal.fired:
                 return
             if batch_idx % trainer.accumulate_grad_batches:
@@ -376,15 +362,10 @@ def _checked_schedule(schedule: Mapping[int, Tokens], unit: str) -> dict[int, To
     Raises:
         ValueError: Otherwise.
     """
-    if not isinstance(schedule, Mapping):
-        raise ValueError(f"schedule: expected {{{unit}: tokens}}, got {schedule!r}")
-    last, current = -1, {"qkv": 1, "proj": 1, "ffn": 1, "depth": 1}
+    check_keys(schedule, unit)
+    current = {"qkv": 1, "proj": 1, "ffn": 1, "depth": 1}
     for key, tokens in schedule.items():
-        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-            raise ValueError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")
-        if key <= last:
-            raise ValueError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
-        last, current = key, target_tokens(tokens, current, setting=f"schedule: {unit} {key}")
+        current = target_tokens(tokens, current, setting=f"schedule: {unit} {key}")
     return dict(schedule)
 
 

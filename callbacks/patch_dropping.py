@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_tokenformer.errors import unknown_name
+from callbacks.schedules import check_end, check_keys, check_last_step, position
 from lit_tokenformer.models import Tokenformer
 
 
@@ -36,11 +35,7 @@ class PatchDropSchedule(Callback):
     """
 
     def __init__(self, schedule: dict[int, float], unit: str = "epoch") -> None:
-        if unit not in ("epoch", "step"):
-            raise unknown_name("unit", unit, ("epoch", "step"))
-        keys = list(schedule)
-        if not keys or keys[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(keys)):
-            raise ValueError(f"schedule: expected keys of 0 or more in rising order, got {keys}")
+        check_keys(schedule, unit)
         for key, rate in schedule.items():
             if not 0 <= rate < 1:
                 raise ValueError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
@@ -60,16 +55,13 @@ class PatchDropSchedule(Callback):
         if len(set(rates)) > 1:
             raise ValueError(f"schedule: the models begin with different patch_drop_rates ({rates})")
         self._birth = self._rate = rates[0]
-        limit = trainer.max_epochs if self.unit == "epoch" else trainer.max_steps
-        beyond = [key for key in self.schedule if limit is not None and 0 <= limit <= key]
-        if beyond and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            setting = "max_epochs" if self.unit == "epoch" else "max_steps"
-            raise ValueError(
-                f"schedule: {self.unit} {beyond[0]} is beyond the end of the fit (trainer.{setting}={limit})"
-            )
+        check_end(self.schedule, self.unit, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_last_step(self.schedule, self.unit, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        rate = self.rate_at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
+        rate = self.rate_at(position(trainer, self.unit))
         if rate == self._rate:
             return
         self._rate = rate

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from callbacks import GrowingEMA, ParameterGrowthCallback
+from callbacks import GrowingEMA, ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.data import ImageDataModule, TextDataModule
 from lit_tokenformer.data.loading import StreamImages
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
@@ -51,12 +51,12 @@ class OneTaskAStep(LitMultiTask):
         return self.tasks[name].training_step(batch[name], batch_idx)
 
 
-def image_task(num_classes: int = 10) -> LitTask:
+def image_task(num_classes: int = 10, **overrides: Any) -> LitTask:
     return LitImageClassifier(
         "tokenformer_vit_tiny_patch16_224",
         num_classes=num_classes,
         image_size=8,
-        overrides={**SIZES, "patch_size": 4},
+        overrides={**SIZES, "patch_size": 4, **overrides},
         schedule=LRSchedule("constant"),
         optimizer=optimizer,
     )
@@ -119,7 +119,7 @@ class Scenario:
         state: Makes the hook's state.
         trainer: Arguments of the trainer.
         task: Makes the task.
-        ema: Whether the weights are averaged.
+        callbacks: Make the other callbacks.
         like: The scenario that must give one process the same weights; None where rounding differs too much.
         resumed: Whether it is also resumed from the end of its second epoch.
     """
@@ -130,11 +130,12 @@ class Scenario:
     state: Callable[[], Any] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     task: Callable[[], LitTask] = image_task
-    ema: bool = False
+    callbacks: Sequence[Callable[[], Callback]] = ()
     like: str | None = None
     resumed: bool = False
 
 
+AVERAGED = partial(GrowingEMA, decay=0.9)
 BY_STEP = {"schedule": {2: 16, 5: 24}, "unit": "step", "method": "zero_keys"}
 POWER_SGD = partial(powerSGD_hook.PowerSGDState, None, start_powerSGD_iter=2, min_compression_rate=0)
 SCENARIOS = {
@@ -153,7 +154,7 @@ SCENARIOS = {
     "ramped_averaged": Scenario(
         {**BY_STEP, "ramp_steps": 3, "rewarm_steps": 2, "tau_steps": 2, "freeze_old_steps": 1},
         ddp={"init_sync": False},  # new rows are equal by themselves
-        ema=True,
+        callbacks=[AVERAGED],
         like="ramped_averaged",
     ),
     # not with accumulated gradients: https://github.com/pytorch/pytorch/issues/143580
@@ -164,7 +165,7 @@ SCENARIOS = {
     "compiled": Scenario(task=compiled_task, like="split"),
     "power_sgd": Scenario(hook=powerSGD_hook.powerSGD_hook, state=partial(POWER_SGD, 64), like="split"),
     "power_sgd_lossy": Scenario(hook=powerSGD_hook.powerSGD_hook, state=partial(POWER_SGD, 2)),
-    "bf16_mixed": Scenario(trainer={"precision": "bf16-mixed"}, ema=True, resumed=True),
+    "bf16_mixed": Scenario(trainer={"precision": "bf16-mixed"}, callbacks=[AVERAGED], resumed=True),
     "triggered": Scenario(  # by a loss that differs between the processes; the second epoch ends within a window
         {"schedule": {2: 16, 5: 24}, "unit": "step", "trigger": "plateau"}
         | {"window": 3, "patience": 1, "min_delta": 0.05, "cooldown": 0},
@@ -173,7 +174,12 @@ SCENARIOS = {
         resumed=True,
     ),
     "deepened": Scenario(
-        {"schedule": {1: {"depth": 3}, 2: {"depth": 5, "qkv": 16}}}, ema=True, like="deepened", resumed=True
+        {"schedule": {1: {"depth": 3}, 2: {"depth": 5, "qkv": 16}}}, callbacks=[AVERAGED], like="deepened", resumed=True
+    ),
+    "fewer_patches": Scenario(  # each process leaves out others
+        task=partial(image_task, patch_drop_rate=0.5),
+        callbacks=[partial(PatchDropSchedule, {1: 0.25, 2: 0.0})],
+        resumed=True,
     ),
     "nothing_averaged": Scenario(hook=noop_hook),
 }
@@ -242,9 +248,7 @@ def run(name: str, folder: Path, devices: int, ckpt_path: Path | None = None) ->
     if devices > 1:
         strategy = HookedDDP(process_group_backend="gloo", **scenario.ddp, **hook)
     growth, witness = ParameterGrowthCallback(**scenario.growth), Witness()
-    callbacks: list[Callback] = [witness, growth]
-    if scenario.ema:
-        callbacks.append(GrowingEMA(decay=0.9))
+    callbacks: list[Callback] = [witness, growth, *(make() for make in scenario.callbacks)]
     if scenario.resumed:
         callbacks.append(ModelCheckpoint(folder / name, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False))
     settings = {"precision": "64-true", "max_epochs": EPOCHS, **scenario.trainer}

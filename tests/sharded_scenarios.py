@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from callbacks import ParameterGrowthCallback, TrainingMonitor
+from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO
 from lit_tokenformer.growth import grow_one_by_one
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
@@ -38,7 +38,12 @@ FITS = {
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 0.05,
     },
-    "dropout": {"growth": {1: 12}, "overrides": {"drop_path": 0.3}, "max_epochs": 2},
+    "dropout": {
+        "growth": {1: 12},
+        "patches": {1: 0.25},
+        "overrides": {"drop_path": 0.3, "patch_drop_rate": 0.5},
+        "max_epochs": 2,
+    },
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -91,6 +96,7 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     if folders is not None:
         strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
     gathered, growth = Gathered(), ParameterGrowthCallback(settings.pop("growth"))
+    patches = [PatchDropSchedule(settings.pop("patches"))] if "patches" in settings else []
     keep = ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False)
     trainer = Trainer(
         **{"max_epochs": 4, **settings},
@@ -102,7 +108,7 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[growth, gathered, keep, TrainingMonitor(log_images=0)],
+        callbacks=[growth, *patches, gathered, keep, TrainingMonitor(log_images=0)],
         use_distributed_sampler=False,
     )
     trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
@@ -233,6 +239,7 @@ def main(folder):
         found["folders"] = folders(folder / "folders")
         found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
     else:
+        found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)
             path = folder / name / "end1.ckpt"

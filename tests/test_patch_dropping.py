@@ -130,8 +130,9 @@ def test_a_trigger_goes_by_what_a_step_costs():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": {}}, "schedule: expected keys of 0 or more in rising order, got \\[\\]"),
-        ({"schedule": {3: 0.5, 2: 0.0}}, "schedule: expected keys of 0 or more in rising order"),
+        ({"schedule": [0.5]}, r"schedule: expected a mapping by epoch, got \[0.5\]"),
+        ({"schedule": {-1: 0.5}}, "schedule: expected a whole number of at least 0 as epoch, got -1"),
+        ({"schedule": {3: 0.5, 2: 0.0}}, "schedule: epoch 2 stands after epoch 3; keys must rise"),
         ({"schedule": {3: 1.0}}, "schedule: epoch 3: expected a rate in \\[0, 1\\), got 1.0"),
         ({"schedule": {3: 0.0}, "unit": "batch"}, "unit: .*batch"),
     ],
@@ -144,6 +145,9 @@ def test_bad_settings_are_named(settings, message):
 def test_what_cannot_be_is_told_before_the_fit():
     with pytest.raises(ValueError, match=r"schedule: epoch 2 is beyond the end of the fit \(trainer.max_epochs=2\)"):
         fit(make_task(patch_drop_rate=0.5), PatchDropSchedule({2: 0.0}))
+    with pytest.raises(ValueError, match=r"schedule: step 16 is beyond the end of the fit \(16 optimizer steps\)"):
+        fit(make_task(patch_drop_rate=0.5), PatchDropSchedule({16: 0.0}, unit="step"))
+    fit(make_task(patch_drop_rate=0.5), PatchDropSchedule({16: 0.0}, unit="step"), fast_dev_run=True)
     text = LitCausalLM("tokenformer_lm_tiny", vocab_size=9, context_length=8)
     with pytest.raises(ValueError, match="schedule: no model reads images"):
         PatchDropSchedule({1: 0.0}).setup(Trainer(logger=False, max_epochs=3), text, "fit")

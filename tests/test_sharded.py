@@ -103,9 +103,11 @@ class TestTwoProcesses:
             assert on_a_full_disk == ["", True, ["1", "1"], there]
             assert failed[0] == "cannot save /last.ckpt: no such luck" and failed[2:] == [["1", "1"], there]
 
-    def test_processes_with_the_same_data_drop_the_same(self, found):
-        ranks, _, _ = found
+    def test_processes_with_the_same_data_drop_the_same_paths_and_patches(self, found):
+        ranks, one, _ = found
         assert difference(ranks[0]["dropout"], ranks[1]["dropout"]) == 0
+        for epoch in range(2):
+            assert difference(ranks[0]["dropout"], one["dropout"], epoch) < 1e-6
 
     def test_divided_tokens_give_the_outputs_and_gradients_of_whole_ones(self, found):
         for rank in found[0]:
