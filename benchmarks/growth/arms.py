@@ -273,9 +273,10 @@ def controls(domain: Domain) -> list[Arm]:
     """What growth is compared with; the sizes of the ladder first, the final one at their head."""
     final = domain.ladder[-1]
     dim, depth, heads = (domain.base[name] for name in ("dim", "depth", "num_heads"))
-    sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,)), once=n != final) for n in reversed(domain.ladder)]
-    shallow = Arm("from scratch, 1 block", depth_ladder(domain, 1), once=True)
+    sizes = [Arm(f"from scratch, {n} tokens", token_ladder((n,))) for n in reversed(domain.ladder)]
+    shallow = Arm("from scratch, 1 block", depth_ladder(domain, 1))
     cosine = Arm("from scratch, cosine", token_ladder((final,)), schedule={"name": "cosine"}, once=True)
+    linear = Arm("from scratch, linear decay", token_ladder((final,)), schedule={"decay": 0.95})
     learned = Arm("from scratch, tau learned", token_ladder((final,)), learned_tau=True, once=True)
     published = Arm(
         "published growth",
@@ -300,7 +301,7 @@ def controls(domain: Domain) -> list[Arm]:
         sizes=({"dim": dim // 2, "num_heads": heads // 2}, {"dim": dim, "num_heads": heads}),
         growth={"way": "widen"},
     )
-    of_text = [widened, cosine, learned] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
+    of_text = [widened, cosine, linear, learned] if domain.task == "LitCausalLM" else []  # it widens tied embeddings
     return [*sizes, shallow, published, twin, stacked, *of_text]
 
 
@@ -402,6 +403,7 @@ def policies(domain: Domain) -> dict[str, list[Arm]]:
             deeper("blocks inserted at 45 %", at=(0.45,)),
             deeper("blocks inserted, tau learned", learned_tau=True),
             deeper("blocks inserted, twice the learning rate before", rate_factor=2.0, rate_at_growth=0.5),
+            deeper("blocks inserted, linear decay", schedule={"decay": 0.95}),
             deeper("blocks inserted one by one", sizes=depths, at=(0.35,) if len(depths) == 2 else (0.15, 0.35)),
             deeper("blocks inserted, tokens doubled", sizes=({**depths[0], "param_tokens": final // 2}, depths[-1])),
         ],

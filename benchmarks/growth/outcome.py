@@ -293,20 +293,22 @@ def report(found: Findings) -> str:
     lines += ["## (b) The smaller size exists already", ""]
     rows = []
     for small, large in family_steps(domain):
-        curve: dict[float, float] = {}
+        best: dict[float, list[Outcome]] = {}
         for name in found.names("family"):
             if not name.startswith(f"family: {small} to {large} at "):
                 continue
             runs = found.of(name, ("family",))
-            spent = (runs[0].tflops - runs[0].jumps[0][0]) / cost
+            share = round((runs[0].tflops - runs[0].jumps[0][0]) / cost, 2)
             losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
-            share = round(spent, 2)
-            curve[share] = min(curve.get(share, math.inf), statistics.mean(losses))
+            best[share] = min(best.get(share, runs), runs, key=mean_loss)
             begun = spread([loss for one in runs if (loss := one.loss_before(one.jumps[0][0])) is not None], 4)
-            rows.append([name.removeprefix("family: "), f"{spent:.2f}", spread(losses, 4), begun, str(len(runs))])
-        needed = compute_for(sorted(curve.items()), target)
-        told = "-" if needed is None else f"**{needed:.2f}**"
-        rows.append([f"{small} to {large}, at equal loss", told, f"{target:.4f}", "", ""])
+            rows.append([name.removeprefix("family: "), f"{share:.2f}", spread(losses, 4), begun, str(len(runs))])
+        curves = [
+            [(share, float(one.loss)) for share, runs in sorted(best.items()) for one in runs if one.seed == seed]  # type: ignore[arg-type]
+            for seed in sorted({one.seed for runs in best.values() for one in runs})
+        ]
+        needed = [share for curve in curves if (share := compute_for(curve, target)) is not None]
+        rows.append([f"{small} to {large}, at equal loss", spread(needed, 2), f"{target:.4f}", "", str(len(needed))])
     head = ["further size", "its cost / from scratch", "validation loss", "the smaller one", "seeds"]
     lines += table(head, rows)
     lines += [
