@@ -133,7 +133,7 @@ class Study:
                 self.train("final", fewer, seeds)
                 self.train("final", [replace(small_images(grown, domain), lr=few.lr)], first)
         if "family" in self.options.phases:
-            self.train("family", self.family(grown, known[0].steps(domain)), seeds)
+            self.train("family", self.family(grown, known), seeds)
         return winner
 
     def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
@@ -167,13 +167,14 @@ class Study:
         losses[together.name] = found.loss if found.loss is not None else float("inf")
         return replace(min(ranked, key=lambda arm: losses[arm.name]), name="grown")
 
-    def family(self, winner: Arm, steps: int) -> list[Arm]:
+    def family(self, winner: Arm, known: Sequence[Arm]) -> list[Arm]:
         """Smaller sizes, trained to their end on as many tokens as the final one from scratch, and then the final one.
 
         Args:
             winner: The growth policy.
-            steps: Optimizer steps of the final size from scratch.
+            known: The sizes from scratch, the final one first; each smaller one is trained at its own rate.
         """
+        steps, rates = known[0].steps(self.domain), {arm.name: arm.lr for arm in known}
         return [
             Arm(
                 f"family: {small} to {large} at {cost:.0%}" + (", half the rate" if factor == 0.5 else ""),
@@ -183,8 +184,7 @@ class Study:
                 {"warmup": 0.05},
                 restart=True,
                 length=round(steps * (1 + cost)),
-                lr=winner.lr,
-                rate_factor=winner.rate_factor,
+                lr=rates[f"from scratch, {small}"],
                 rate_at_growth=factor,
             )
             for (small, large), sizes in family_steps(self.domain).items()
