@@ -128,6 +128,17 @@ def test_the_compute_for_a_loss_is_that_of_the_line_in_its_logarithm(growth):
     assert growth.outcome.loss_at(curve, math.e**2) == pytest.approx(1.5)
 
 
+def test_a_loss_that_the_longest_runs_do_not_reach_has_no_cost(growth):
+    def runs(*losses):
+        return [SimpleNamespace(seed=seed, loss=loss) for seed, loss in enumerate(losses)]
+
+    by_cost = {0.5: runs(3.0, 3.0), 1.0: runs(2.0, 2.5)}
+    costs = [0.5 * 2 ** ((3.0 - 2.4) / fall) for fall in (1.0, 0.5)]
+    expected = growth.outcome.spread(costs, 2)
+    assert growth.outcome.cost_of_loss(by_cost, 2.4) == expected
+    assert growth.outcome.cost_of_loss(by_cost, 2.2) == "more than 1"
+
+
 def test_the_cheapest_schedule_changes_size_where_the_larger_one_is_cheaper_for_the_same_loss(growth):
     small = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.5)]
     large = [(4.0, 4.0), (20.0, 3.0), (80.0, 2.0)]

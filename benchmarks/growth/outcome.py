@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,16 +114,14 @@ class Findings:
         """Arms of a phase in their order."""
         return list(dict.fromkeys(one.arm.name for one in self.outcomes if one.phase == phase))
 
-    def curve(self, name: str, seed: int | None = None) -> Curve:
+    def curve(self, name: str) -> Curve:
         """Losses at the ends of runs of an arm, of all seeds the mean; where no rate was chosen for a length, of the
         rates that were tried there the best."""
         pairs = []
         for share in sorted({one.arm.share for one in self.of(name, ("learning rate", "final"))}):
             tried = self.of(name, ("learning rate",), share)
             runs = self.of(name, share=share) or [min(tried, key=lambda one: float(one.loss))]  # type: ignore[arg-type]
-            runs = [one for one in runs if seed is None or one.seed == seed]
-            if runs:
-                pairs.append((statistics.mean(one.tflops for one in runs), mean_loss(runs)))
+            pairs.append((statistics.mean(one.tflops for one in runs), mean_loss(runs)))
         return pairs
 
     @property
@@ -140,10 +138,6 @@ class Findings:
         """Its operations over those that the final size from scratch needs for the same loss."""
         needed = compute_for(self.curve(self.final), float(one.loss))  # type: ignore[arg-type]
         return None if needed is None else one.tflops / needed
-
-    def equal_loss(self, name: str, target: float, seed: int | None = None) -> float | None:
-        """Operations at which an arm that was trained at several lengths reaches a loss, in TFLOP."""
-        return compute_for(self.curve(name, seed), target)
 
 
 def compute_for(curve: Curve, loss: float) -> float | None:
@@ -184,6 +178,23 @@ def loss_at(curve: Curve, tflops: float) -> float:
 def mean_loss(outcomes: Sequence[Outcome]) -> float:
     """Mean of the losses."""
     return statistics.mean(float(one.loss) for one in outcomes)  # type: ignore[arg-type]
+
+
+def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> str:
+    """What reaching a loss costs, as mean and spread of the seeds' own curves.
+
+    Args:
+        by_cost: Runs of each length.
+        target: The loss. Where not even the longest runs reach it in the mean, that is said instead of a cost.
+    """
+    longest = max(by_cost)
+    if mean_loss(by_cost[longest]) > target:
+        return f"more than {longest:g}"
+    curves = [
+        [(cost, float(one.loss)) for cost, runs in sorted(by_cost.items()) for one in runs if one.seed == seed]  # type: ignore[arg-type]
+        for seed in sorted({one.seed for one in by_cost[longest]})
+    ]
+    return spread([cost for curve in curves if (cost := compute_for(curve, target)) is not None], 2)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -278,12 +289,10 @@ def report(found: Findings) -> str:
         runs = found.of(name)
         if not name.startswith("grown") or len({one.arm.share for one in runs}) < 2:
             continue
-        seeds = sorted({one.seed for one in runs})
-        each = [found.equal_loss(name, target, seed) for seed in seeds]
-        reached = [one / cost for one in each if one is not None]
+        by_share = {one.arm.share: found.of(name, share=one.arm.share) for one in runs}
         lines += [
             f"**{name.capitalize()}, at the loss of the final size from scratch on C ({target:.4f}): "
-            f"{spread(reached, 2)} of C ({len(reached)} of {len(seeds)} seeds).**",
+            f"{cost_of_loss(by_share, target)} of C.**",
             "",
         ]
 
@@ -303,12 +312,7 @@ def report(found: Findings) -> str:
             best[share] = min(best.get(share, runs), runs, key=mean_loss)
             begun = spread([loss for one in runs if (loss := one.loss_before(one.jumps[0][0])) is not None], 4)
             rows.append([name.removeprefix("family: "), f"{share:.2f}", spread(losses, 4), begun, str(len(runs))])
-        curves = [
-            [(share, float(one.loss)) for share, runs in sorted(best.items()) for one in runs if one.seed == seed]  # type: ignore[arg-type]
-            for seed in sorted({one.seed for runs in best.values() for one in runs})
-        ]
-        needed = [share for curve in curves if (share := compute_for(curve, target)) is not None]
-        rows.append([f"{small} to {large}, at equal loss", spread(needed, 2), f"{target:.4f}", "", str(len(needed))])
+        rows.append([f"{small} to {large}, at equal loss", cost_of_loss(best, target), f"{target:.4f}", "", ""])
     head = ["further size", "its cost / from scratch", "validation loss", "the smaller one", "seeds"]
     lines += table(head, rows)
     lines += [

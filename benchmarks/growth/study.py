@@ -172,9 +172,9 @@ class Study:
 
         Args:
             winner: The growth policy.
-            known: The sizes from scratch, the final one first; each smaller one is trained at its own rate.
+            known: The sizes from scratch, the final one first; the second one's learning rate is that of all.
         """
-        steps, rates = known[0].steps(self.domain), {arm.name: arm.lr for arm in known}
+        steps = known[0].steps(self.domain)
         return [
             Arm(
                 f"family: {small} to {large} at {cost:.0%}" + (", half the rate" if factor == 0.5 else ""),
@@ -184,7 +184,7 @@ class Study:
                 {"warmup": 0.05},
                 restart=True,
                 length=round(steps * (1 + cost)),
-                lr=rates[f"from scratch, {small}"],
+                lr=known[1].lr,
                 rate_at_growth=factor,
             )
             for (small, large), sizes in family_steps(self.domain).items()
