@@ -132,10 +132,9 @@ def test_a_loss_that_the_longest_runs_do_not_reach_has_no_cost(growth):
     def runs(*losses):
         return [SimpleNamespace(seed=seed, loss=loss) for seed, loss in enumerate(losses)]
 
-    by_cost = {0.5: runs(3.0, 3.0), 1.0: runs(2.0, 2.5)}
-    costs = [0.5 * 2 ** ((3.0 - 2.4) / fall) for fall in (1.0, 0.5)]
-    expected = growth.outcome.spread(costs, 2)
-    assert growth.outcome.cost_of_loss(by_cost, 2.4) == expected
+    by_cost = {0.5: runs(3.0, 3.0), 1.0: runs(2.0, 2.5)}  # the means fall by 0.75; the seeds lie 0.125 beside them
+    mean, low, high = (0.5 * 2 ** ((3.0 - 2.4 + offset) / 0.75) for offset in (0, -0.125, 0.125))
+    assert growth.outcome.cost_of_loss(by_cost, 2.4) == f"{mean:.2f} ± {(high - low) / math.sqrt(2):.2f}"
     assert growth.outcome.cost_of_loss(by_cost, 2.2) == "more than 1"
 
 

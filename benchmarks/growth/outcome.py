@@ -181,20 +181,27 @@ def mean_loss(outcomes: Sequence[Outcome]) -> float:
 
 
 def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> str:
-    """What reaching a loss costs, as mean and spread of the seeds' own curves.
+    """What reaching a loss costs by the curve of the means, with the sample standard deviation of the curves that lie
+    as far above or below it as the runs of each seed do.
 
     Args:
         by_cost: Runs of each length.
         target: The loss. Where not even the longest runs reach it in the mean, that is said instead of a cost.
     """
-    longest = max(by_cost)
-    if mean_loss(by_cost[longest]) > target:
+    curve = [(cost, mean_loss(runs)) for cost, runs in sorted(by_cost.items())]
+    longest, least = curve[-1]
+    if least > target:
         return f"more than {longest:g}"
-    curves = [
-        [(cost, float(one.loss)) for cost, runs in sorted(by_cost.items()) for one in runs if one.seed == seed]  # type: ignore[arg-type]
-        for seed in sorted({one.seed for one in by_cost[longest]})
-    ]
-    return spread([cost for curve in curves if (cost := compute_for(curve, target)) is not None], 2)
+    found = compute_for(curve, target)
+    if found is None:
+        return "-"
+    offsets: dict[int, list[float]] = {}
+    for cost, mean in curve:
+        for one in by_cost[cost]:
+            offsets.setdefault(one.seed, []).append(float(one.loss) - mean)  # type: ignore[arg-type]
+    others = [compute_for(curve, target - statistics.mean(each)) for each in offsets.values()]
+    deviation = f" ± {statistics.stdev(filter(None, others)):.2f}" if len(others) > 1 else ""
+    return f"{found:.2f}{deviation}"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
