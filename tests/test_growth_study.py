@@ -1,6 +1,7 @@
 """The study of whether growing pays: its growths keep what they should, its arms cost what they should, its sums are
 right."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_images import write_fashion_mnist
+from torchvision.datasets import FashionMNIST
 
 from lit_tokenformer.compute import model_cost
 from lit_tokenformer.data import ImageDataModule
@@ -170,6 +172,11 @@ def test_kept_images_are_those_of_the_data_module_and_each_comes_once(growth, tm
     assert epochs[0].shape == (40, 1, 28, 28) and not torch.equal(*epochs)
     assert torch.equal(*(epoch.flatten(1).sum(1).sort().values for epoch in epochs))
     assert torch.equal(epochs[0][:8], next(iter(kept.train_dataloader()))[0])
+    files = FashionMNIST(str(tmp_path)), FashionMNIST(str(tmp_path), train=False)
+    plain = b"".join(bytes(part.flatten().tolist()) for one in files for part in (one.data, one.targets))
+    counts = f"{len(files[0])} and {len(files[1])} images"
+    told = f"fashion_mnist: {counts}, sha256 {hashlib.sha256(plain).hexdigest()[:12]}"
+    assert growth.kept_images.summary(str(tmp_path)) == told
 
 
 @pytest.mark.slow

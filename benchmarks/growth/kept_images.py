@@ -3,6 +3,7 @@ longer than a training step."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -52,3 +53,20 @@ class KeptImages(ImageDataModule):
     def _loader(self, kept: TensorDataset, batches: BatchSampler) -> DataLoader:
         loader: Any = DataLoader(kept, sampler=batches, batch_size=None)
         return loader
+
+
+def summary(root: str) -> str:
+    """Images of both splits with the SHA-256 of their pixels and labels.
+
+    Args:
+        root: Folder with FashionMNIST/raw.
+
+    Raises:
+        RuntimeError: If the files are not there.
+    """
+    digest, counts = hashlib.sha256(), []
+    for train in (True, False):
+        files = FashionMNIST(root, train=train)
+        digest.update(files.data.numpy().tobytes() + files.targets.to(torch.uint8).numpy().tobytes())
+        counts.append(f"{len(files):,}")
+    return f"fashion_mnist: {' and '.join(counts)} images, sha256 {digest.hexdigest()[:12]}"

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import kept_images
 from arms import Domain
 from outcome import Findings, Outcome, report
 from pictures import draw, draw_regime, draw_search
@@ -38,11 +39,12 @@ def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], opti
             writer.writeheader()
             writer.writerows(lines)
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
+    root = domain.data["init_args"].get("root")  # of images
     told = {
         "command": {"reduced": options.reduced, "seeds": options.seeds, "jobs": options.jobs},
         "domain": {key: value for key, value in vars(domain).items() if key != "data"},
         "data": {key: value for key, value in domain.data["init_args"].items() if key != "root"},
-        "corpus": corpus(unique),
+        "corpus": kept_images.summary(root) if root else corpus(unique),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=list) + "\n", encoding="utf-8")

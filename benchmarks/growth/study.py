@@ -239,7 +239,7 @@ def main(args: Sequence[str] | None = None) -> int:
     winner: Arm | None = None
     for name in options.domains:
         domain = copy.deepcopy(DOMAINS[name])
-        if name == "images":
+        if "root" in domain.data["init_args"]:
             domain.data["init_args"]["root"] = options.root
         with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
             study = Study(name, domain, options, runner)
