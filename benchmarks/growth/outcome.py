@@ -199,8 +199,9 @@ def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> s
     for cost, mean in curve:
         for one in by_cost[cost]:
             offsets.setdefault(one.seed, []).append(float(one.loss) - mean)  # type: ignore[arg-type]
-    others = [compute_for(curve, target - statistics.mean(each)) for each in offsets.values()]
-    deviation = f" ± {statistics.stdev(filter(None, others)):.2f}" if len(others) > 1 else ""
+    shifted = (compute_for(curve, target - statistics.mean(each)) for each in offsets.values())
+    others = [one for one in shifted if one is not None]
+    deviation = f" ± {statistics.stdev(others):.2f}" if len(others) > 1 else ""
     return f"{found:.2f}{deviation}"
 
 
