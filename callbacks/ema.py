@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lit_tokenformer.depth_growth import deepen, set_depth
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import model_size, param_tokens
 
@@ -55,16 +56,16 @@ class GrowingEMA(EMAWeightAveraging):
         update_starting_at_epoch: int | None = None,
     ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay: expected at least 0 and less than 1, got {decay}")
+            raise UserError(f"decay: expected at least 0 and less than 1, got {decay}")
         for setting, value in (
             ("update_every_n_steps", update_every_n_steps),
             ("update_starting_at_step", update_starting_at_step or 0),
             ("update_starting_at_epoch", update_starting_at_epoch or 0),
         ):
             if value < 0:
-                raise ValueError(f"{setting}: expected at least 0, got {value}")
+                raise UserError(f"{setting}: expected at least 0, got {value}")
         if update_every_n_steps == 0 and update_starting_at_epoch is None:
-            raise ValueError("update_every_n_steps: 0 needs update_starting_at_epoch, or nothing would be averaged")
+            raise UserError("update_every_n_steps: 0 needs update_starting_at_epoch, or nothing would be averaged")
         super().__init__(
             device=device,
             decay=decay,

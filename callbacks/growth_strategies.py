@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.parallel import reshard
 
 
@@ -76,7 +77,7 @@ def refuse_strategy(kind: type) -> None:
         ValueError: If it is one.
     """
     if _around_growth(kind) is None:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy: a model cannot grow under {kind.__name__}; use 'auto', 'ddp' "
             "or ModelParallelStrategy, or grow a checkpoint between two runs with `lit-tokenformer grow`"
         )

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.monitor import num_samples
+from lit_tokenformer.errors import UserError
 
 
 class Trigger(Protocol):
@@ -86,9 +87,9 @@ class Slope:
 
     def __init__(self, patience: int, threshold: float) -> None:
         if patience < 2:
-            raise ValueError(f"patience: expected at least 2 for trigger 'slope', got {patience}")
+            raise UserError(f"patience: expected at least 2 for trigger 'slope', got {patience}")
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
+            raise UserError(f"threshold: expected a number between 0 and 1, got {threshold}")
         self.patience = patience
         self.threshold = threshold
         self._losses: list[float] = []

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from lit_tokenformer.compute import ModelCost
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.parallel import gather
@@ -74,7 +75,7 @@ class TrainingMonitor(Callback):
 
     def __init__(self, log_images: int = 16, row_norms: bool = True) -> None:
         if log_images < 0:
-            raise ValueError(f"log_images: expected at least 0, got {log_images}")
+            raise UserError(f"log_images: expected at least 0, got {log_images}")
         self.log_images = log_images
         self.row_norms = row_norms
         self.training_flops = 0

@@ -25,7 +25,7 @@ from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
 from callbacks.schedules import check_end, check_keys, check_last_step, position
 from lit_tokenformer.depth_growth import check_depth, deepen, insert_parameters
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import METHODS, grow_one_by_one, plan_rows, target_tokens
 from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
 from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
@@ -122,11 +122,11 @@ class ParameterGrowthCallback(Callback):
             ("cooldown", cooldown, 0),
         ):
             if not least <= number < math.inf:
-                raise ValueError(f"{setting}: expected at least {least}, got {number}")
+                raise UserError(f"{setting}: expected at least {least}, got {number}")
         if old_updates > 1:
-            raise ValueError(f"old_updates: expected at most 1, got {old_updates}")
+            raise UserError(f"old_updates: expected at most 1, got {old_updates}")
         if method == "split" and noise == 0:
-            raise ValueError("noise: 0 would leave the copies of a split equal for ever")
+            raise UserError("noise: 0 would leave the copies of a split equal for ever")
         self.schedule = _checked_schedule(schedule, unit)
         self.unit = unit
         self.method = method
@@ -198,7 +198,7 @@ class ParameterGrowthCallback(Callback):
         if final == birth.get("depth", 0):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
+            raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
         for model in pl_module.modules():
             if isinstance(model, Tokenformer) and len(model.blocks) < final:
                 check_depth(model, final, setting="schedule: depth")

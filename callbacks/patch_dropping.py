@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.schedules import check_end, check_keys, check_last_step, position
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
 
 
@@ -38,7 +39,7 @@ class PatchDropSchedule(Callback):
         check_keys(schedule, unit)
         for key, rate in schedule.items():
             if not 0 <= rate < 1:
-                raise ValueError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
+                raise UserError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
         self.schedule, self.unit = dict(schedule), unit
         self._birth = self._rate = 0.0
 
@@ -51,9 +52,9 @@ class PatchDropSchedule(Callback):
             return
         rates = [model.config.patch_drop_rate for model in _models(pl_module)]
         if not rates:
-            raise ValueError("schedule: no model reads images, so no patches can be left out")
+            raise UserError("schedule: no model reads images, so no patches can be left out")
         if len(set(rates)) > 1:
-            raise ValueError(f"schedule: the models begin with different patch_drop_rates ({rates})")
+            raise UserError(f"schedule: the models begin with different patch_drop_rates ({rates})")
         self._birth = self._rate = rates[0]
         check_end(self.schedule, self.unit, trainer)
 

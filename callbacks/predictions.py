@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
+
 TOP = 5
 """Classes written for each image."""
 UNREADABLE = -100
@@ -57,7 +59,7 @@ class PredictionWriter(BasePredictionWriter):
         if stage != "predict":
             return
         if pl_module.device_mesh is not None and (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1) > 1:
-            raise ValueError(
+            raise UserError(
                 "trainer.strategy: processes that divide a model must predict in step, and images are not divided "
                 "evenly; predict with one process, or with ddp"
             )
@@ -66,7 +68,7 @@ class PredictionWriter(BasePredictionWriter):
         # all processes take the first one's view, so that they stop together or not at all
         self._target, exists, self._token = trainer.strategy.broadcast((target, target.exists(), uuid.uuid4().hex[:8]))
         if exists:
-            raise ValueError(f"output: {self._target} exists already; nothing is overwritten")
+            raise UserError(f"output: {self._target} exists already; nothing is overwritten")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +86,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         if not isinstance(prediction, Tensor) or prediction.ndim != 2:
-            raise ValueError(f"predict_step: expected probabilities (B, C), got {_describe(prediction)}")
+            raise UserError(f"predict_step: expected probabilities (B, C), got {_describe(prediction)}")
         if dataloader_idx > 0:
-            raise ValueError("predict_dataloader: expected one data loader, got several")
+            raise UserError("predict_dataloader: expected one data loader, got several")
         if not batch_indices:  # a stream; process r of W gets every W-th sample from r on
             first, step = trainer.global_rank, trainer.world_size
             batch_indices = range(first + self._written * step, first + (self._written + len(prediction)) * step, step)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks.monitor import norms_by_age, rows_by_age
 from callbacks.parameter_growth import ParameterGrowthCallback
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.parallel import gather
 
 _DIVIDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
@@ -60,7 +60,7 @@ class LossGuard(Callback):
             raise unknown_name("action", action, ("stop", "rollback"))
         for setting, value in (("every_n_steps", every_n_steps), ("max_rollbacks", max_rollbacks)):
             if value < 1:
-                raise ValueError(f"{setting}: expected at least 1, got {value}")
+                raise UserError(f"{setting}: expected at least 1, got {value}")
         self.action = action
         self.every_n_steps = every_n_steps
         self.max_rollbacks = max_rollbacks
@@ -79,7 +79,7 @@ class LossGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.action == "rollback" and isinstance(trainer.strategy, _DIVIDING):
             strategy = type(trainer.strategy).__name__
-            raise ValueError(f"action: rollback needs the whole model in each process, not {strategy}; use stop")
+            raise UserError(f"action: rollback needs the whole model in each process, not {strategy}; use stop")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses, self._kept = [], None

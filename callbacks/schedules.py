@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 LIMITS = {"epoch": "max_epochs", "step": "max_steps"}
 """Units of the keys, with the trainer's setting that ends a fit."""
@@ -24,13 +24,13 @@ def check_keys(schedule: Any, unit: str) -> None:
     if unit not in LIMITS:
         raise unknown_name("unit", unit, tuple(LIMITS))
     if not isinstance(schedule, Mapping):
-        raise ValueError(f"schedule: expected a mapping by {unit}, got {schedule!r}")
+        raise UserError(f"schedule: expected a mapping by {unit}, got {schedule!r}")
     last = -1
     for key in schedule:
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-            raise ValueError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")
+            raise UserError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")
         if key <= last:
-            raise ValueError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
+            raise UserError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
         last = key
 
 
@@ -43,7 +43,7 @@ def check_end(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:
     limit = getattr(trainer, LIMITS[unit])
     beyond = [key for key in schedule if limit is not None and 0 <= limit <= key]
     if beyond and not trainer.fast_dev_run:
-        raise ValueError(f"schedule: {unit} {beyond[0]} is beyond the end of the fit (trainer.{LIMITS[unit]}={limit})")
+        raise UserError(f"schedule: {unit} {beyond[0]} is beyond the end of the fit (trainer.{LIMITS[unit]}={limit})")
 
 
 def check_last_step(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:
@@ -57,7 +57,7 @@ def check_last_step(schedule: Mapping[int, Any], unit: str, trainer: Any) -> Non
     total = trainer.estimated_stepping_batches
     beyond = [key for key in schedule if key >= total]
     if beyond:
-        raise ValueError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
+        raise UserError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
 
 
 def position(trainer: Any, unit: str) -> int:

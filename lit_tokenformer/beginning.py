@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
 from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
@@ -151,14 +152,14 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
     for name, least in _LEAST.items():
         value = settings.get(name)
         if value is not None and not value >= least:
-            raise ValueError(f"trainer.{name}: expected at least {least}, got {value}")
+            raise UserError(f"trainer.{name}: expected at least {least}, got {value}")
     strategy = settings.get("strategy")
     grows = any(isinstance(callback, ParameterGrowthCallback) for callback in settings.get("callbacks") or [])
     if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are refused when the fit starts
         refuse_strategy(StrategyRegistry[strategy]["strategy"])
 
 
-def trainer_error(error: Exception, settings: Mapping[str, Any]) -> ValueError:
+def trainer_error(error: Exception, settings: Mapping[str, Any]) -> UserError:
     """Lightning's error with the name of the setting that it is about.
 
     Args:
@@ -170,7 +171,7 @@ def trainer_error(error: Exception, settings: Mapping[str, Any]) -> ValueError:
     named = sorted((place, -len(name), name) for name, place in places.items() if place >= 0)
     valued = [name for name, value in settings.items() if isinstance(value, str) and value in message]
     found = [name for *_, name in named] + valued
-    return ValueError(f"trainer{'.' + found[0] if found else ''}: {message}")
+    return UserError(f"trainer{'.' + found[0] if found else ''}: {message}")
 
 
 def check_optimizer(task: LitTask) -> None:
@@ -185,12 +186,12 @@ def check_optimizer(task: LitTask) -> None:
         for name, value in optimizer.defaults.items():
             numbers = value if isinstance(value, (list, tuple)) else [value]
             if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-                raise ValueError(f"{name}: expected a finite number, got {value}")
+                raise UserError(f"{name}: expected a finite number, got {value}")
         setting = "model.lr_scheduler"
         if task.make_lr_scheduler is not None:
             task.make_lr_scheduler(optimizer)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{setting}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{setting}: {' '.join(str(error).split())}") from None
 
 
 def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
@@ -227,7 +228,7 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
         for name in sorted(needed):
             if not hasattr(type(datamodule), name):
                 kind = type(datamodule).__name__
-                raise ValueError(f"data: {kind} has no {name}, which {type(task).__name__} needs; take another of both")
+                raise UserError(f"data: {kind} has no {name}, which {type(task).__name__} needs; take another of both")
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
@@ -245,14 +246,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
         value = environment.get(name)
         if value is not None and not re.fullmatch(r"[0-9]+", value):
-            raise ValueError(f"{name}: expected a whole number of at least 0 in the environment, got {value!r}")
+            raise UserError(f"{name}: expected a whole number of at least 0 in the environment, got {value!r}")
         if value is not None:
             numbers[name] = int(value)
     size = numbers.get("WORLD_SIZE", 1)
     if size > 1 and "RANK" not in numbers:
-        raise ValueError(f"RANK: not set in the environment, but torchrun started WORLD_SIZE={size} processes")
+        raise UserError(f"RANK: not set in the environment, but torchrun started WORLD_SIZE={size} processes")
     if "WORLD_SIZE" in numbers and numbers.get("RANK", 0) >= size:
-        raise ValueError(f"RANK: expected less than WORLD_SIZE={size}, got {numbers['RANK']}")
+        raise UserError(f"RANK: expected less than WORLD_SIZE={size}, got {numbers['RANK']}")
 
 
 def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
@@ -267,7 +268,7 @@ def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
     """
     started = int(environment.get("WORLD_SIZE", 1))
     if _TORCHRUN in environment and started != trainer.world_size:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices: the trainer has {trainer.world_size} processes, and torchrun started {started}; "
             "give trainer.devices for each node, and trainer.num_nodes"
         )

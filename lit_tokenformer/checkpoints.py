@@ -11,7 +11,7 @@ import lightning
 import torch
 
 from lit_tokenformer import tasks
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.safety import check_class_paths, trusted_optimizer
 from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
@@ -29,10 +29,10 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
     """
     checkpoint = read_folder(path, map_location) if is_sharded(path) else load_pickle(path, "ckpt_path", map_location)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
+        raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
     state = checkpoint["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its state_dict is tensors")
+        raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its state_dict is tensors")
     return checkpoint
 
 
@@ -50,7 +50,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
         os.replace(unfinished, target)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
         unfinished.unlink(missing_ok=True)
-        raise ValueError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
 
 
 def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
         raise unknown_name("ckpt_path: task", name, known)
     arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
     if not isinstance(arguments, dict):
-        raise ValueError(f"ckpt_path: {path}: expected the task's arguments by name, got a {type(arguments).__name__}")
+        raise UserError(f"ckpt_path: {path}: expected the task's arguments by name, got a {type(arguments).__name__}")
     check_class_paths(arguments, path)
     wanted = inspect.signature(known[name]).parameters.keys() - {"optimizer", "lr_scheduler"}
     given = {key: value for key, value in arguments.items() if key in wanted}
@@ -112,6 +112,6 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
         task.on_load_checkpoint(saved)
         task.load_state_dict(saved["state_dict"])
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # arguments of other types, say
-        raise ValueError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+        raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
     task.hparams.update(made)  # as plain as they came
     return task

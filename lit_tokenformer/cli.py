@@ -30,7 +30,7 @@ from lit_tokenformer.commands import (
     import_weights,
     split_checkpoint,
 )
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 try:
     from callbacks import ErrorLog, PredictionWriter, PreemptionCheckpoint
@@ -172,7 +172,7 @@ class TokenformerCLI(LightningCLI):
         try:
             super()._set_seed()
         except ValueError as error:
-            raise ValueError(f"seed_everything: {error}") from None
+            raise UserError(f"seed_everything: {error}") from None
 
     def before_instantiate_classes(self) -> None:
         check_environment(os.environ)
@@ -201,7 +201,7 @@ class TokenformerCLI(LightningCLI):
             config["ckpt_path"] = path = str(found)
         if path == "best" or (path == "last" and self.config["subcommand"] != "fit"):
             folder = config["trainer"].get("default_root_dir") or "."
-            raise ValueError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
+            raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
         if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
             read_checkpoint(path, map_location="meta")
 
@@ -281,4 +281,4 @@ def _check_writable(folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"trainer.default_root_dir: cannot write to {folder} ({error.strerror})") from None
+        raise UserError(f"trainer.default_root_dir: cannot write to {folder} ({error.strerror})") from None

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop import read_published, write_published
 from lit_tokenformer.interop.tokenformer import find_weights
@@ -57,7 +57,7 @@ def grow_checkpoint(
     """
     target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-grown.ckpt")
     if target.exists():
-        raise ValueError(f"output: {target} exists already")
+        raise UserError(f"output: {target} exists already")
     if new_state not in NEW_STATES:
         raise unknown_name("new_state", new_state, NEW_STATES)
     checkpoint = read_checkpoint(ckpt_path)
@@ -123,13 +123,13 @@ def import_weights(
     text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
     copy = target.with_name(TOKENIZER_FILE)
     if target.exists():
-        raise ValueError(f"output: {target} exists already")
+        raise UserError(f"output: {target} exists already")
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
-        raise ValueError(f"output: {copy} exists already, and is another tokenizer")
+        raise UserError(f"output: {copy} exists already, and is another tokenizer")
     config, state = read_published(weights, config_json)
     size = 0 if text is None else max(Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
         )
     preset, overrides = _preset_of(config)
@@ -193,7 +193,7 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
         checkpoint = read_checkpoint(ckpt_path)
         task = rebuild_task(ckpt_path, checkpoint, device="meta")
         if not isinstance(task, tasks.LitMultiTask):
-            raise ValueError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}, not of several tasks")
+            raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}, not of several tasks")
         weights = checkpoint["state_dict"]
         for name, part in task.tasks.items():
             state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
@@ -211,13 +211,13 @@ def _new_folder(output: str) -> Iterator[Path]:
     """
     target = Path(output)
     if target.exists():
-        raise ValueError(f"output: {target} exists already")
+        raise UserError(f"output: {target} exists already")
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"output: cannot write {target} ({error.strerror})") from None
+        raise UserError(f"output: cannot write {target} ({error.strerror})") from None
     try:
         yield unfinished
         os.replace(unfinished, target)
@@ -236,7 +236,7 @@ def _read_tokenizer(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         Tokenizer.from_str(text)
     except Exception as error:  # all that the library raises
-        raise ValueError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
+        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
     return text
 
 
@@ -335,22 +335,22 @@ def evaluate_checkpoint(
             exists already.
     """
     if output is not None and Path(output).exists():
-        raise ValueError(f"output: {output} exists already")
+        raise UserError(f"output: {output} exists already")
     if not tasks:
-        raise ValueError("tasks: expected at least one")
+        raise UserError("tasks: expected at least one")
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot: expected a whole number of at least 0, got {num_fewshot}")
+        raise UserError(f"num_fewshot: expected a whole number of at least 0, got {num_fewshot}")
     if limit is not None and not limit > 0:
-        raise ValueError(f"limit: expected a number above 0, got {limit}")
+        raise UserError(f"limit: expected a number above 0, got {limit}")
     from lit_tokenformer.evaluation import as_table, evaluate  # the harness takes seconds to import
 
     generator = TextGenerator.load(ckpt_path, device)
     try:
         results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
     except OSError as error:  # a task that is not on this machine, and no network
-        raise ValueError(f"tasks: {error}") from None
+        raise UserError(f"tasks: {error}") from None
     print(as_table(results))
     if output is not None:
         Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import SCORE_NORMS, TokenformerConfig
 
 Totals = Mapping[str, int]
@@ -292,14 +292,14 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     ones, twos = (dict.fromkeys(tokens, n) for n in (1, 2))
     step = {kind: cost(config, twos)[kind] - cost(config, ones)[kind] for kind in tokens}
     if not step["ffn"]:
-        raise ValueError("match: the feed-forward has no Pattention layer whose tokens could be chosen")
+        raise UserError("match: the feed-forward has no Pattention layer whose tokens could be chosen")
     for kind in ("qkv", "proj"):
         if step[kind]:
             tokens[kind] = max(1, round(wanted[kind] / step[kind]))
     left = sum(wanted.values()) - sum(cost(config, {**tokens, "ffn": 1}).values())
     tokens["ffn"] = 1 + round(left / step["ffn"])
     if tokens["ffn"] < 1:
-        raise ValueError(f"match: all but the feed-forward has more {by} than the model to be matched")
+        raise UserError(f"match: all but the feed-forward has more {by} than the model to be matched")
     return tokens
 
 

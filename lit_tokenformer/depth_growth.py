@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
 
 
@@ -73,9 +74,9 @@ def deepen(module: nn.Module, depth: int) -> list[Inserted]:
 def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
     """Raises a ``ValueError`` if blocks cannot be inserted up to this total."""
     if depth < len(model.blocks):
-        raise ValueError(f"{setting}: it would shrink from {len(model.blocks)} to {depth}; blocks can only be inserted")
+        raise UserError(f"{setting}: it would shrink from {len(model.blocks)} to {depth}; blocks can only be inserted")
     if depth > len(model.blocks) and model.config.norm_position == "post":
-        raise ValueError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
+        raise UserError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
 
 
 def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:

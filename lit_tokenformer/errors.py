@@ -1,4 +1,4 @@
-"""What a user is told when a name in a config is not known."""
+"""Errors in what a user gave: settings, files, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown_name(setting: str, name: object, choices: Iterable[str]) -> ValueError:
-    """The error for a name that no table holds, with the nearest right one.
+class UserError(ValueError):
+    """An invalid setting or input, found by a check of this project.
+
+    The command line reports it in one line and exits with status 2. Any other exception is a fault in somebody's
+    code and keeps its traceback.
+
+    Example:
+        >>> raise UserError("param_tokens: expected at least 1, got 0")
+        Traceback (most recent call last):
+        ...
+        lit_tokenformer.errors.UserError: param_tokens: expected at least 1, got 0
+    """
+
+
+def unknown_name(setting: str, name: object, choices: Iterable[str]) -> UserError:
+    """Build the error for a name that is not registered, with the nearest registered one.
 
     Args:
         setting: The setting that holds the name, as the user writes it (``data.dataset``).
-        name: What was given.
-        choices: What would have been right.
+        name: The name given.
+        choices: The registered names.
 
     Returns:
-        A ``ValueError`` to raise; its message is one line.
+        An exception to raise; its message is one line.
 
     Example:
         >>> print(unknown_name("data.dataset", "digit", ["digits", "cifar10"]))
@@ -24,4 +38,4 @@ def unknown_name(setting: str, name: object, choices: Iterable[str]) -> ValueErr
     known = sorted(choices)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f", did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"{setting}: unknown value {name!r}{hint} Known: {', '.join(known)}")
+    return UserError(f"{setting}: unknown value {name!r}{hint} Known: {', '.join(known)}")

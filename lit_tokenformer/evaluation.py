@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
+
 try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
@@ -21,7 +23,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
-    raise ValueError(
+    raise UserError(
         f"evaluate: the lm-evaluation-harness is missing ({error}); pip install 'lit-tokenformer[eval]'"
     ) from None
 
@@ -171,7 +173,7 @@ def evaluate(
     manager = _tasks(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
-        raise ValueError(f"tasks: the harness knows no task named {', '.join(unknown) or '(none given)'}")
+        raise UserError(f"tasks: the harness knows no task named {', '.join(unknown) or '(none given)'}")
     found = simple_evaluate(
         model=HarnessModel(generator, batch_size=batch_size),
         tasks=list(tasks),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import SCORE_NORMS, SERIES_STD, ParamTokens, Pattention, Tokens, param_tokens
 from lit_tokenformer.parallel import ShardedParameters, gather, moves_no_rows, owned_rows
 
@@ -108,15 +108,15 @@ def target_tokens(tokens: Tokens, current: Mapping[str, int], setting: str = "to
     try:
         wanted = dict(ParamTokens.parse(tokens, base=ParamTokens(**{"qkv": 1, "proj": 1, "ffn": 1, **kinds})).items())
     except ValueError as error:
-        raise ValueError(f"{setting}: {str(error).removeprefix('param_tokens: ')}") from None
+        raise UserError(f"{setting}: {str(error).removeprefix('param_tokens: ')}") from None
     if depth is not None:
         if isinstance(depth, bool) or not isinstance(depth, int):
-            raise ValueError(f"{setting}: depth: expected a whole number of blocks, got {depth!r}")
+            raise UserError(f"{setting}: depth: expected a whole number of blocks, got {depth!r}")
         wanted["depth"] = depth
     for kind, now in current.items():
         if wanted[kind] < now:
             what = "blocks can only be inserted" if kind == "depth" else "tokens can only be appended"
-            raise ValueError(f"{setting}: {kind} would shrink from {now} to {wanted[kind]}; {what}")
+            raise UserError(f"{setting}: {kind} would shrink from {now} to {wanted[kind]}; {what}")
     return {kind: wanted[kind] for kind in current}
 
 
@@ -131,10 +131,10 @@ def plan_rows(before: int, after: int, method: str, score_norm: str, name: str =
         Rows(before=8, after=20, copies=2)
     """
     if after < before:
-        raise ValueError(f"tokens: layer {name!r} would shrink from {before} to {after}; tokens can only be appended")
+        raise UserError(f"tokens: layer {name!r} would shrink from {before} to {after}; tokens can only be appended")
     copies = after // before if method == "split" else 1
     if method != "random" and after > copies * before and not SCORE_NORMS[score_norm].zero_keys_exact:
-        raise ValueError(
+        raise UserError(
             f"method: zero keys change the output under score_norm {score_norm!r}; layer {name!r} can go from "
             f"{before} tokens to a multiple of it by 'split', not to {after}"
         )
@@ -198,14 +198,14 @@ def grow_one_by_one(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     if not 0 <= noise < math.inf:
-        raise ValueError(f"noise: expected a number of at least 0, got {noise}")
+        raise UserError(f"noise: expected a number of at least 0, got {noise}")
     targets = target_tokens(tokens, param_tokens(module))
     plan = []
     for name, layer in module.named_modules():  # a layer that stands in two places is named once
         if not isinstance(layer, Pattention):
             continue
         if layer.kind is None and not isinstance(tokens, int):
-            raise ValueError(f"tokens: layer {name!r} has no kind, so it takes a number, got {tokens!r}")
+            raise UserError(f"tokens: layer {name!r} has no kind, so it takes a number, got {tokens!r}")
         total = targets[layer.kind] if layer.kind is not None else tokens
         assert isinstance(total, int)
         rows = _plan_rows(name, layer, total, method)
@@ -250,13 +250,13 @@ def _plan_rows(name: str, layer: Pattention, total: int, method: str) -> Rows:
     if total == rows.before:
         return rows
     if method != "random" and total > rows.copies * rows.before and layer.value_std == 0:
-        raise ValueError(f"method: new keys and new values of layer {name!r} would both be zero, and never train")
+        raise UserError(f"method: new keys and new values of layer {name!r} would both be zero, and never train")
     for part in _parts(layer):
         parameter, layer_part = layer._parameters.get(part), f"{name}.{part}".lstrip(".")
         if parametrize.is_parametrized(layer, part) or parameter is None:
-            raise ValueError(f"tokens: {layer_part} is parametrized; remove the parametrization before a growth")
+            raise UserError(f"tokens: {layer_part} is parametrized; remove the parametrization before a growth")
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise ValueError(f"tokens: {layer_part} carries hooks that a growth would lose; remove them first")
+            raise UserError(f"tokens: {layer_part} carries hooks that a growth would lose; remove them first")
     return rows
 
 
@@ -267,7 +267,7 @@ def _check_ties(module: nn.Module, plan: Iterable[tuple[str, Pattention, Rows]])
     for name, owner in module.named_modules():
         for part, parameter in owner._parameters.items():
             if parameter in ways and ways[parameter] != (part, rows_of.get(owner)):  # type: ignore[call-overload]
-                raise ValueError(
+                raise UserError(
                     f"tokens: {f'{name}.{part}'.lstrip('.')} is tied to parameter tokens that would grow in another way"
                 )
 

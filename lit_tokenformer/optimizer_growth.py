@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import GrownParameter, regrown
 from lit_tokenformer.parallel import like
 
@@ -87,7 +87,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
                     continue
                 pairs = zip(value.shape, parameter.shape, strict=True)
                 if any(have not in (want, 1) for have, want in pairs):
-                    raise ValueError(
+                    raise UserError(
                         f"optimizer state: {key} of parameter {index} in group {number} has shape "
                         f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
                         "the checkpoint's weights and optimizer state do not belong together"

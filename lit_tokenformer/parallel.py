@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Pattention, Tokenformer
 
 DATA, TOKENS = "data_parallel", "tensor_parallel"
@@ -43,7 +44,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
     if mesh[TOKENS].size() > 1:
         layers = [layer for layer in root.modules() if isinstance(layer, Pattention)]
         if not layers:
-            raise ValueError(
+            raise UserError(
                 "trainer.strategy.tensor_parallel_size: only parameter tokens can be divided, and this model has none; "
                 "set data_parallel_size to the number of processes, and tensor_parallel_size to 1"
             )

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import callbacks
 from lit_tokenformer import data, models, tasks
+from lit_tokenformer.errors import UserError
 
 _ROOMS = (tasks, data, models, callbacks)
 _NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not validate", "Expected a path")
@@ -60,12 +61,12 @@ def check_config(path: str) -> None:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: cannot read {path} ({error})") from None
+        raise UserError(f"--config: cannot read {path} ({error})") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         got = "an empty file" if found is None else f"a {type(found).__name__}"
-        raise ValueError(f"--config: expected settings by their names in {path}, got {got}")
+        raise UserError(f"--config: expected settings by their names in {path}, got {got}")
 
 
 def one_line(message: str) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer import models, tasks
 from lit_tokenformer.compute import Stage, model_cost, plan_stages
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.tasks.multitask import joint_cost
 from lit_tokenformer.trainer import CheckpointingTrainer
@@ -114,9 +115,9 @@ def propose(
     """
     unit = {kind: total // math.gcd(*_tokens(birth).values()) for kind, total in _tokens(birth).items()}
     if not unit:
-        raise ValueError("budget: the model has no Pattention layer whose tokens could be chosen (projection: linear)")
+        raise UserError("budget: the model has no Pattention layer whose tokens could be chosen (projection: linear)")
     if not 0 < budget < math.inf:
-        raise ValueError(f"budget: expected a number of operations above 0, got {budget}")
+        raise UserError(f"budget: expected a number of operations above 0, got {budget}")
     depth = birth["depth"]
     first = max(1, round(rule.depth * depth))
     deepens = deepens and first < depth
@@ -148,7 +149,7 @@ def propose(
     if not low:
         found = at_size(whole)
         told = ", ".join(f"{kind} {total}" for kind, total in found.sizes[-1].items())
-        raise ValueError(
+        raise UserError(
             f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule (at its end {told}), "
             f"less than {rule.data_tokens_per_parameter:g} data tokens a parameter; give more, or a smaller model"
         )
@@ -200,7 +201,7 @@ class PlanningTrainer(CheckpointingTrainer):
         rates = self._patch_drop_rates(per_epoch)
         proposal: Proposal | None = None
         if budget is not None and rates:
-            raise ValueError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
+            raise UserError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
         if budget is not None:
 
             def flops(size: Size) -> float:
@@ -294,7 +295,7 @@ class PlanningTrainer(CheckpointingTrainer):
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PatchDropSchedule):
                 if callback.unit == "epoch" and per_epoch is None:
-                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
+                    raise UserError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
                 rates |= {key * scale: rate for key, rate in callback.schedule.items()}
         return rates
@@ -308,12 +309,12 @@ class PlanningTrainer(CheckpointingTrainer):
             by_epochs = per_epoch * (self.max_epochs or 0)
             total = min(total, by_epochs) if total else by_epochs
         if not total:
-            raise ValueError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
+            raise UserError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
         growths: list[tuple[int, int, dict[str, int]]] = []
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ParameterGrowthCallback):
                 if callback.unit == "epoch" and per_epoch is None:
-                    raise ValueError("schedule: epochs of a stream have no known length; use unit: step")
+                    raise UserError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
                 growths += [(k, k * scale, tokens) for k, tokens in callback.stages(callback.size(model))]
         return total, growths

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lit_tokenformer.errors import UserError
+
 TRUSTED = ("lit_tokenformer", "callbacks", "torch.optim", "timm.optim")
 """Packages whose classes may be named."""
 
@@ -36,7 +38,7 @@ def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
     """
     for name in _named(arguments):
         if not is_trusted_class(name):
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path: {path} names {name!r}, which was not imported: expected classes of {', '.join(TRUSTED)}"
             )
 
@@ -53,11 +55,11 @@ def trusted_optimizer(spec: Mapping[str, Any], path: object) -> Callable[[Any], 
     """
     name, settings = spec.get("class_path"), spec.get("init_args", {})
     if not isinstance(name, str) or not isinstance(settings, Mapping) or not is_trusted_class(name):
-        raise ValueError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
+        raise UserError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
     module, _, kind = name.rpartition(".")
     found = getattr(importlib.import_module(module), kind, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise ValueError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
+        raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
     return partial(found, **settings)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.parallel import ShardedParameters, like, owned_rows, reshard
@@ -269,11 +270,11 @@ class _Reader(FileSystemReader):
             found.state_dict_metadata = dict(found.state_dict_metadata)
         except Exception as error:  # whatever broken bytes make of an unpickler
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path: {file} holds pickled code or is damaged, and was not loaded ({reason})"
             ) from None
         if not all(isinstance(one, str) and os.path.basename(one) == one for one in files):
-            raise ValueError(f"ckpt_path: {file} names files that lie elsewhere")
+            raise UserError(f"ckpt_path: {file} names files that lie elsewhere")
         return found
 
 
@@ -292,14 +293,14 @@ def _read(path: str | os.PathLike[str], targets: dict[str, Any]) -> dict[str, An
     reader = _Reader(path)
     for name in {one.relative_path for one in reader.read_metadata().storage_data.values()}:
         if not (Path(path) / name).is_file():
-            raise ValueError(f"ckpt_path: {path} is not whole: {name} is missing")
+            raise UserError(f"ckpt_path: {path} is not whole: {name} is missing")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(targets, storage_reader=reader, planner=_Planner(), no_dist=True)
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ValueError(f"ckpt_path: {path} is damaged or holds pickled code ({lines[-1]})") from None
+        raise UserError(f"ckpt_path: {path} is damaged or holds pickled code ({lines[-1]})") from None
     return targets
 
 
@@ -356,7 +357,7 @@ def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[s
     groups = optimizer.param_groups
     counts = [[len(group["params"]) for group in one] for one in (saved["param_groups"], groups)]
     if counts[0] != counts[1]:
-        raise ValueError(f"optimizer state: it is of groups of {counts[0]} parameters, the model has {counts[1]}")
+        raise UserError(f"optimizer state: it is of groups of {counts[0]} parameters, the model has {counts[1]}")
     names = _names(task)
     for old, group in zip(saved["param_groups"], groups, strict=True):
         by_name = {name: parameter for parameter in group["params"] for name in names[parameter]}

@@ -23,7 +23,7 @@ import torch
 
 from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
 from lit_tokenformer.data.tokenizers import Tokenizer
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.models.generation import ENDED, Sampling, check_writes_text, generate_tokens
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
@@ -76,7 +76,7 @@ class TextGenerator:
     def __init__(self, backbone: Tokenformer, tokenizer: Tokenizer) -> None:
         check_writes_text(backbone)
         if tokenizer.size > backbone.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer: it has {tokenizer.size} tokens, the model's vocab_size is {backbone.config.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )
@@ -114,7 +114,7 @@ class TextGenerator:
         try:
             check_writes_text(task.backbone)
         except ValueError as error:
-            raise ValueError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
+            raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
         tokenizer = _tokenizer(Path(ckpt_path), checkpoint.get("tokenizer"), getattr(task, "separator_id", None))
         return cls(task.backbone.eval().requires_grad_(False).to(where, dtype), tokenizer)
 
@@ -219,7 +219,7 @@ class TextGenerator:
         """
         stops = [stop] if isinstance(stop, str) else list(stop or [])
         if "" in stops:
-            raise ValueError("stop: expected texts of at least one character, got ''")
+            raise UserError("stop: expected texts of at least one character, got ''")
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = [_Row(self.tokenizer, text, stops) for text in texts]
         steps = generate_tokens(
@@ -263,7 +263,7 @@ class _Row:
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"prompt: {prompt!r} is not valid Unicode") from None
+            raise UserError(f"prompt: {prompt!r} is not valid Unicode") from None
         self.completion = Completion(prompt)
         self.ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         self.separator_id = tokenizer.separator_id
@@ -316,7 +316,7 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -326,7 +326,7 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
     if text is None:
         beside = ckpt_path.with_name(TOKENIZER_FILE)
         if not beside.is_file():
-            raise ValueError(f"ckpt_path: {ckpt_path} has no tokenizer, and there is no {TOKENIZER_FILE} beside it")
+            raise UserError(f"ckpt_path: {ckpt_path} has no tokenizer, and there is no {TOKENIZER_FILE} beside it")
         text, source = beside.read_text(encoding="utf-8"), str(beside)
     try:
         added = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}

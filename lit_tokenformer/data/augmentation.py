@@ -19,7 +19,7 @@ from timm.data.auto_augment import posterize
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 ImageTransform = Callable[[Image.Image], torch.Tensor]
 Crop = Literal["rrc", "rkrc", "rkrr", "shift", "center"]
@@ -74,14 +74,14 @@ class Augmentation:
         for name, low, high, expected in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"data.augmentation.{name}: expected {expected}, got {value}")
+                raise UserError(f"data.augmentation.{name}: expected {expected}, got {value}")
         for name, high in (("scale", 1.0), ("ratio", float("inf"))):
             low_high = getattr(self, name)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= high:
                 bound = "" if high == float("inf") else f" <= {high:g}"
-                raise ValueError(f"data.augmentation.{name}: expected 0 < smallest <= largest{bound}, got {low_high}")
+                raise UserError(f"data.augmentation.{name}: expected 0 < smallest <= largest{bound}, got {low_high}")
         if self.crop_pct == 0:
-            raise ValueError("data.augmentation.crop_pct: expected a share above 0, got 0")
+            raise UserError("data.augmentation.crop_pct: expected a share above 0, got 0")
 
     @property
     def mixes(self) -> bool:
@@ -142,7 +142,7 @@ def train_transform(
             std=std,
         )
     except (AssertionError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"data.augmentation.auto_augment: timm does not know the policy {augmentation.auto_augment!r}"
         ) from error
     if own_crop:

@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tokenformer.data.augmentation import Augmentation
 from lit_tokenformer.data.loading import Samples
+from lit_tokenformer.errors import UserError
 
 _SPLIT_SEED = 0  # the same validation images for every seed of a run
 
@@ -161,7 +162,7 @@ def decode_hub_image(value: dict[str, Any], folders: tuple[str, ...] = ()) -> Im
         return decode_image(io.BytesIO(value["bytes"]))
     path = os.path.abspath(value["path"])
     if not any(Path(path).is_relative_to(folder) for folder in folders):
-        raise ValueError(f"data.hf_name: the data set names {value['path']}, which lies outside of its folders")
+        raise UserError(f"data.hf_name: the data set names {value['path']}, which lies outside of its folders")
     return decode_image(path)
 
 
@@ -174,15 +175,15 @@ def find_images(root: str) -> FileSamples:
     folder = _folder("data.predict_root", root)
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        raise ValueError(f"data.predict_root: no images in {root}; known endings: {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"data.predict_root: no images in {root}; known endings: {', '.join(IMG_EXTENSIONS)}")
     return FileSamples(paths, np.full(len(paths), -1))
 
 
 def _folder(setting: str, path: str | None) -> Path:
     if not path:
-        raise ValueError(f"{setting}: expected a folder, got {path!r}")
+        raise UserError(f"{setting}: expected a folder, got {path!r}")
     if not Path(path).is_dir():
-        raise ValueError(f"{setting}: {'not a folder' if Path(path).exists() else 'no such folder'}: {path}")
+        raise UserError(f"{setting}: {'not a folder' if Path(path).exists() else 'no such folder'}: {path}")
     return Path(path)
 
 
@@ -193,14 +194,14 @@ def _with_validation(
     if val is None and settings.val_fraction == 0:
         val = test
         if val is None:
-            raise ValueError(
+            raise UserError(
                 "data.val_fraction: expected more than 0, since the data set has neither a validation nor a test split"
             )
     if val is None:
         size = len(train.labels)
         held_out = round(size * settings.val_fraction)
         if not 0 < held_out < size:
-            raise ValueError(f"data.val_fraction: {settings.val_fraction} of {size} images leaves an empty split")
+            raise UserError(f"data.val_fraction: {settings.val_fraction} of {size} images leaves an empty split")
         order = np.random.default_rng(_SPLIT_SEED).permutation(size)
         train, val = SubsetSamples(train, np.sort(order[held_out:])), SubsetSamples(train, np.sort(order[:held_out]))
     return Splits(class_names, train, val, val if test is None else test, len(train.labels))
@@ -230,7 +231,7 @@ def _open_torchvision(dataset: Callable[..., Any]) -> Callable[[SourceSettings],
             train, test = (dataset(str(root), train=part) for part in (True, False))
         except RuntimeError as error:
             name = getattr(dataset, "__name__", "data set")
-            raise ValueError(f"data.root: no complete {name} in {root}; data.download=true fetches it") from error
+            raise UserError(f"data.root: no complete {name} in {root}; data.download=true fetches it") from error
         parts = [ArraySamples(np.asarray(part.data), part.targets) for part in (train, test)]
         return _with_validation(settings, list(train.classes), parts[0], None, parts[1])
 
@@ -240,7 +241,7 @@ def _open_torchvision(dataset: Callable[..., Any]) -> Callable[[SourceSettings],
 def _open_image_folder(settings: SourceSettings) -> Splits:
     root = _folder("data.root", settings.root)
     if not (root / "train").is_dir():
-        raise ValueError(
+        raise UserError(
             f"data.root: no folder train in {root}; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE"
         )
     found: dict[str, Samples] = {}
@@ -251,23 +252,23 @@ def _open_image_folder(settings: SourceSettings) -> Splits:
         try:
             folder = tv.ImageFolder(str(root / split), allow_empty=True)
         except FileNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 f"data.root: no class folders in {root / split}; expected {root / split}/CLASS/IMAGE"
             ) from error
         if split == "train":
             class_names = folder.classes
         elif folder.classes != class_names:
             odd = sorted(set(folder.classes) ^ set(class_names))
-            raise ValueError(
+            raise UserError(
                 f"data.root: train and {split} have different classes, {len(odd)} are only in one of them: {_few(odd)}"
             )
         if not folder.samples:
-            raise ValueError(f"data.root: no images in {root / split}; known endings: {', '.join(IMG_EXTENSIONS)}")
+            raise UserError(f"data.root: no images in {root / split}; known endings: {', '.join(IMG_EXTENSIONS)}")
         paths, labels = zip(*folder.samples, strict=True)
         found[split] = FileSamples(paths, labels)
     empty = sorted(set(range(len(class_names))) - set(found["train"].labels.tolist()))
     if empty:
-        raise ValueError(
+        raise UserError(
             f"data.root: no training images for {len(empty)} classes: {_few([class_names[i] for i in empty])}"
         )
     return _with_validation(settings, class_names, found["train"], found.get("val"), found.get("test"))
@@ -282,7 +283,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     from huggingface_hub import constants
 
     if not settings.hf_name:
-        raise ValueError(
+        raise UserError(
             "data.hf_name: expected the name of a Hugging Face data set (or imagefolder, with data.root), got none"
         )
     if settings.root is not None:
@@ -297,11 +298,11 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
         RuntimeError,
     ) as error:  # not found, offline, wrong config: the library's first line says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
+        raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
 
     def split(setting: str, name: str) -> Any:
         if name not in loaded:
-            raise ValueError(f"data.{setting}: no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}")
+            raise UserError(f"data.{setting}: no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}")
         return loaded[name]
 
     train = split("hf_train_split", settings.hf_train_split)
@@ -329,7 +330,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     if not settings.streaming:
         return _with_validation(settings, class_names, samples(train), val, test)
     if val is None and (settings.val_fraction > 0 or test is None):
-        raise ValueError(
+        raise UserError(
             "data.hf_val_split: a stream cannot be cut, name a split to validate on; "
             f"{settings.hf_name} has {', '.join(loaded)}"
         )
@@ -342,12 +343,12 @@ def _column(setting: str, name: str | None, features: dict[str, Any], kind: type
     """The column with that name, or the first one of that kind."""
     listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items()) or "none known"
     if name is not None and name not in features:
-        raise ValueError(f"data.{setting}: no column {name!r}; the columns are {listed}")
+        raise UserError(f"data.{setting}: no column {name!r}; the columns are {listed}")
     for column in [name] if name is not None else list(features):
         if isinstance(features[column], kind):
             return column
     got = f", got {name!r}" if name else ""
-    raise ValueError(f"data.{setting}: expected a column of kind {kind.__name__}{got}; the columns are {listed}")
+    raise UserError(f"data.{setting}: expected a column of kind {kind.__name__}{got}; the columns are {listed}")
 
 
 def _whole_image(shift: float, hflip: float) -> Augmentation:

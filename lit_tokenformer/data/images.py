@@ -31,7 +31,7 @@ from lit_tokenformer.data.loading import (
 )
 from lit_tokenformer.data.resumable import ResumableDataModule
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 _DATA_SET_DEFAULTS = Augmentation()
 
@@ -180,13 +180,13 @@ class ImageDataModule(ResumableDataModule):
             ("shuffle_buffer", shuffle_buffer, 1),
         ):
             if value < low:
-                raise ValueError(f"data.{name}: expected a whole number of {low} or more, got {value}")
+                raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"data.val_fraction: expected a share from 0 to below 1, got {val_fraction}")
+            raise UserError(f"data.val_fraction: expected a share from 0 to below 1, got {val_fraction}")
         if not 0 <= max_corrupt_share <= 1:
-            raise ValueError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
+            raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
         if self.augmentation.mixes and batch_size % 2:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size: expected an even number, since mixup and cutmix pair images, got {batch_size}"
             )
         look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
@@ -197,7 +197,7 @@ class ImageDataModule(ResumableDataModule):
         """The data set's splits, found at first use."""
         splits = self.source.open(self.settings)
         if len(splits.class_names) < 2:
-            raise ValueError(f"data.dataset: expected at least two classes, found only {splits.class_names}")
+            raise UserError(f"data.dataset: expected at least two classes, found only {splits.class_names}")
         return splits
 
     @property
@@ -262,7 +262,7 @@ class ImageDataModule(ResumableDataModule):
             sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
             if len(sampler) < self.batch_size:
                 most = f"expected at most {len(sampler)} (the training images of a process)"
-                raise ValueError(f"data.batch_size: {most}, got {self.batch_size}")
+                raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
             loader = ResumableLoader(
                 images,
                 sampler=sampler,
@@ -373,7 +373,7 @@ class ImageDataModule(ResumableDataModule):
         if isinstance(samples, HubStream):
             strategy = self.trainer.strategy if self.trainer is not None else None
             if replicas > 1 and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-                raise ValueError(
+                raise UserError(
                     "data.streaming: processes that share a model need as many evaluation batches each, which a stream "
                     "does not have; set data.streaming: false, or trainer.strategy: ddp"
                 )
@@ -382,7 +382,7 @@ class ImageDataModule(ResumableDataModule):
         else:
             images = EvalImages(ImageReader(samples, self.max_corrupt_share), self._eval_transform, keep_places)
             if len(images) < replicas:
-                raise ValueError(
+                raise UserError(
                     f"trainer.devices: {replicas} processes cannot share {len(images)} images for evaluation"
                 )
             if replicas > 1 and not keep_places:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, get_worker_info
 
 from lit_tokenformer.data.augmentation import ImageTransform
+from lit_tokenformer.errors import UserError
 
 UNREADABLE = -100
 """Label of an unreadable image that keeps its place in a batch (prediction only)."""
@@ -397,7 +398,7 @@ class ResumableLoader(CountingLoader):
         saved = state_dict.get("global_batch_size", size)
         passes, middle = divmod(state_dict["batches"], state_dict.get("length", len(self)))
         if saved != size and middle:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size: the checkpoint is of the middle of an epoch with batches of {saved} samples of all "
                 f"processes, and can be gone on from with these only; got {size}"
             )

@@ -14,7 +14,7 @@ from lit_tokenformer.data.masking import BlockSpans, MaskedBatch, MaskedExamples
 from lit_tokenformer.data.text import TextDataModule
 from lit_tokenformer.data.text_sources import EncodingErrors, Split
 from lit_tokenformer.data.tokenizers import Tokenizer, bpe_size
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 
 class MaskedTextDataModule(TextDataModule):
@@ -118,7 +118,7 @@ class MaskedTextDataModule(TextDataModule):
         streaming: bool = False,
     ) -> None:
         if streaming:
-            raise ValueError("data.streaming: expected false for masked text, which is read from stored tokens")
+            raise UserError("data.streaming: expected false for masked text, which is read from stored tokens")
         super().__init__(
             dataset=dataset,
             files=files,
@@ -150,9 +150,9 @@ class MaskedTextDataModule(TextDataModule):
                 raise unknown_name(f"data.{name}", value, choices)
         for name, share in (("mask_fraction", mask_fraction), ("eval_mask_fraction", eval_mask_fraction)):
             if not 0 < share <= 1:
-                raise ValueError(f"data.{name}: expected a share above 0 and at most 1, got {share}")
+                raise UserError(f"data.{name}: expected a share above 0 and at most 1, got {share}")
         if pad_vocab_to < 1:
-            raise ValueError(f"data.pad_vocab_to: expected a whole number of 1 or more, got {pad_vocab_to}")
+            raise UserError(f"data.pad_vocab_to: expected a whole number of 1 or more, got {pad_vocab_to}")
         self.pad_vocab_to = pad_vocab_to
         self.examples = examples
         self.pad_to = pad_to
@@ -201,7 +201,7 @@ class MaskedTextDataModule(TextDataModule):
 
     def predict_dataloader(self) -> Any:
         """Refused with a ``ValueError``: masked text is scored by ``validate``."""
-        raise ValueError("predict: masked text is scored by `validate`")
+        raise UserError("predict: masked text is scored by `validate`")
 
     # --- Loaders -----------------------------------------------------------------------------------------------------
 
@@ -250,15 +250,15 @@ class MaskedTextDataModule(TextDataModule):
             return super()._check_length(split, replicas)
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         if self.block_size <= self._ids.wraps:
-            raise ValueError(
+            raise UserError(
                 f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with the tokens around them, "
                 f"got {self.block_size}"
             )
         examples = self._masked(split)
         if len(examples) == 0:
-            raise ValueError(f"data.files: there are no {name} documents")
+            raise UserError(f"data.files: there are no {name} documents")
         if split == "train" and len(examples) // replicas < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size: expected at most {len(examples) // replicas} (the training examples of a process), "
                 f"got {self.batch_size}; a smaller data.block_size gives more"
             )

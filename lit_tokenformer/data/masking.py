@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from lit_tokenformer.data.token_cache import PADDING, TokenFile, TrainBlocks
 from lit_tokenformer.data.tokenizers import MASKS, Tokenizer
+from lit_tokenformer.errors import UserError
 
 MaskedBatch = tuple[Tensor, Tensor, Tensor]
 """``tokens (B, T)``, ``labels (B, T)`` and ``lengths (B,)``, all int64."""
@@ -45,7 +46,7 @@ class MaskIds:
         mask = tokenizer.special_id(*MASKS)
         assert mask is not None
         if mask == tokenizer.separator_id:
-            raise ValueError(f"data.separator: {tokenizer.separator!r} is the mask token and cannot end a document")
+            raise UserError(f"data.separator: {tokenizer.separator!r} is the mask token and cannot end a document")
         pad, end = (tokenizer.special_id(*names) for names in (("[PAD]", "<pad>"), ("[SEP]",)))
         self.mask: int = mask
         self.start = tokenizer.special_id("[CLS]", "<s>")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lit_tokenformer.data.images import ImageDataModule
 from lit_tokenformer.data.text import TextDataModule
 from lit_tokenformer.data.tokenizers import Tokenizer
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 
 class MultiTaskDataModule(LightningDataModule):
@@ -43,7 +43,7 @@ class MultiTaskDataModule(LightningDataModule):
         super().__init__()
         if image is None or text is None:
             missing = "image" if image is None else "text"
-            raise ValueError(f"data.{missing}: expected a data module; several tasks need data for each")
+            raise UserError(f"data.{missing}: expected a data module; several tasks need data for each")
         if epoch not in ("image", "text", "longest"):
             raise unknown_name("data.epoch", epoch, ("image", "text", "longest"))
         self.image = image
@@ -63,7 +63,7 @@ class MultiTaskDataModule(LightningDataModule):
         samples = {name: part.num_train_samples for name, part in self.parts.items()}
         for name, count in samples.items():
             if count is None:
-                raise ValueError(f"data.epoch: the length of data.{name}, a stream, is not known; use image or text")
+                raise UserError(f"data.epoch: the length of data.{name}, a stream, is not known; use image or text")
         return max(self.parts.values(), key=lambda part: (part.num_train_samples or 0) // part.batch_size)
 
     # --- What is known of the data: of an epoch, of the images, of the text -----------------------------------------
@@ -147,7 +147,7 @@ class MultiTaskDataModule(LightningDataModule):
         """
         model: Any = None if self.trainer is None else self.trainer.lightning_module
         if model is not None and {*getattr(model, "tasks", {})} != {*self.parts}:
-            raise ValueError(f"data: MultiTaskDataModule is for LitMultiTask, the model is a {type(model).__name__}")
+            raise UserError(f"data: MultiTaskDataModule is for LitMultiTask, the model is a {type(model).__name__}")
         for part in self.parts.values():
             part.trainer = self.trainer
             part.setup(stage)
@@ -155,7 +155,7 @@ class MultiTaskDataModule(LightningDataModule):
     def train_dataloader(self) -> CombinedLoader:
         """Both training loaders of this process."""
         if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("trainer.overfit_batches: not with several tasks; use trainer.limit_train_batches")
+            raise UserError("trainer.overfit_batches: not with several tasks; use trainer.limit_train_batches")
         last = self.ends.train_dataloader()
         loaders = {
             name: last if part is self.ends else Cycle(part.train_dataloader(), last)
@@ -173,7 +173,7 @@ class MultiTaskDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Refused with a ``ValueError``: a task predicts by itself."""
-        raise ValueError("predict: take the tasks apart with `lit-tokenformer split`, and predict with one of them")
+        raise UserError("predict: take the tasks apart with `lit-tokenformer split`, and predict with one of them")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """What each task's data do with a training batch on the device."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lit_tokenformer.data.loading import CountingLoader
+from lit_tokenformer.errors import UserError
 
 
 class ResumableStreamLoader(CountingLoader):
@@ -77,7 +78,7 @@ class ResumableStreamLoader(CountingLoader):
             made_with = state_dict.get("made_with", {})
             for name, value in self.made_with.items():
                 if (saved := made_with.get(name, value)) != value:
-                    raise ValueError(
+                    raise UserError(
                         f"{name}: the stream's place was saved with {saved}, and can be found with it only; got {value}"
                     )
         super().load_state_dict(state_dict)

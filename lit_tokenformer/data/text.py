@@ -30,7 +30,7 @@ from lit_tokenformer.data.text_stream import (
 )
 from lit_tokenformer.data.token_cache import EvalBlocks, EvalSampler, TrainBlocks
 from lit_tokenformer.data.tokenizers import Tokenizer, check_name
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 
 class TextDataModule(ResumableDataModule):
@@ -160,16 +160,16 @@ class TextDataModule(ResumableDataModule):
             ("shuffle_buffer", shuffle_buffer, 1),
         ):
             if value < low:
-                raise ValueError(f"data.{name}: expected a whole number of {low} or more, got {value}")
+                raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
         for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 <= share < 1:
-                raise ValueError(f"data.{name}: expected a share from 0 to below 1, got {share}")
+                raise UserError(f"data.{name}: expected a share from 0 to below 1, got {share}")
         if val_fraction + test_fraction >= 1:
-            raise ValueError(
+            raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
         if streaming and dataset != "huggingface":
-            raise ValueError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
+            raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
 
     # --- What is known of the text -----------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class TextDataModule(ResumableDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Refused with a ``ValueError``: text is written by ``generate``, and scored by ``validate``."""
-        raise ValueError("predict: text is written by `lit-tokenformer generate`, and scored by `validate`")
+        raise UserError("predict: text is written by `lit-tokenformer generate`, and scored by `validate`")
 
     # --- Loaders -----------------------------------------------------------------------------------------------------
 
@@ -315,17 +315,17 @@ class TextDataModule(ResumableDataModule):
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
         if tokens == 0:
-            raise ValueError(f"data.files: there are no {name} documents")
+            raise UserError(f"data.files: there are no {name} documents")
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
             if 0 < blocks < self.batch_size:
-                raise ValueError(
+                raise UserError(
                     f"data.batch_size: expected at most {blocks} (the training blocks of a process), "
                     f"got {self.batch_size}; a smaller data.block_size gives more"
                 )
             least = 2 * self.block_size * replicas
         if tokens < least:
-            raise ValueError(
+            raise UserError(
                 f"data.block_size: the {name} split has {tokens} tokens, "
                 f"and needs {least} for blocks of {self.block_size}"
             )
@@ -376,5 +376,5 @@ def _default_cache_dir() -> Path:
 
 def _names(setting: str, names: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise ValueError(f"data.{setting}: expected a list of files, got the text {names!r}")
+        raise UserError(f"data.{setting}: expected a list of files, got the text {names!r}")
     return tuple(names or ())

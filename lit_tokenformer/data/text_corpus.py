@@ -13,6 +13,7 @@ from typing import Any
 from lit_tokenformer.data.text_sources import SOURCES, Documents, HubStream, Split, TextSettings, TextSplits
 from lit_tokenformer.data.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build, write_whole
 from lit_tokenformer.data.tokenizers import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
+from lit_tokenformer.errors import UserError
 
 _BPE_TRAINING_BYTES = 200_000_000
 """A vocabulary is trained on so much of the training documents, from the first on."""
@@ -154,7 +155,7 @@ class TextCorpus:
         counts = tokens.counts
         total = sum(count.documents for count in counts.values())
         if total == 0:
-            raise ValueError(f"data.{'files' if self.settings.files else 'dataset'}: no document holds any text")
+            raise UserError(f"data.{'files' if self.settings.files else 'dataset'}: no document holds any text")
         for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
             if stage == "train" and self.splits.train.size == 0:  # type: ignore[union-attr]
                 continue  # there are only files to validate on
@@ -173,12 +174,12 @@ class TextCorpus:
             if not self.head(split, 1):
                 raise self._empty(setting, stage, "the stream")
 
-    def _empty(self, setting: str, stage: str, of: str) -> ValueError:
+    def _empty(self, setting: str, stage: str, of: str) -> UserError:
         if stage == "val" and self.settings.val_files:
-            return ValueError("data.val_files: no document holds any text")
+            return UserError("data.val_files: no document holds any text")
         name = {"train": "training", "val": "validation", "test": "test"}[stage]
         cure = "another share, more documents or data.val_files"
-        return ValueError(f"data.{setting}: of {of} none falls into the {name} split, and none is cut; take {cure}")
+        return UserError(f"data.{setting}: of {of} none falls into the {name} split, and none is cut; take {cure}")
 
     @cached_property
     def _source_key(self) -> str:

@@ -21,6 +21,8 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
+from lit_tokenformer.errors import UserError
+
 EncodingErrors = Literal["strict", "replace"]
 Split = Literal["train", "val", "test"]
 
@@ -306,18 +308,18 @@ def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_file():
             if path.suffix.lower() not in ENDINGS:
-                raise ValueError(f"{setting}: expected a file that ends in {', '.join(ENDINGS)}, got {name}")
+                raise UserError(f"{setting}: expected a file that ends in {', '.join(ENDINGS)}, got {name}")
             paths = [path]
         elif path.is_dir():
             paths = sorted(inner for inner in path.rglob("*") if inner.is_file())
         elif glob.has_magic(name):
             paths = sorted(inner for inner in map(Path, glob.glob(str(path), recursive=True)) if inner.is_file())
         else:
-            raise ValueError(f"{setting}: no such file or folder: {name}")
+            raise UserError(f"{setting}: no such file or folder: {name}")
         kept = [inner for inner in paths if inner.suffix.lower() in ENDINGS]
         if not kept:
             what = f"{len(paths)} files, but none ends in {', '.join(ENDINGS)}" if paths else "no file"
-            raise ValueError(f"{setting}: {name} names {what}")
+            raise UserError(f"{setting}: {name} names {what}")
         found.update((inner.resolve(), inner) for inner in kept if inner.resolve() not in found)
     return list(found.values())
 
@@ -344,7 +346,7 @@ def _open_python_stdlib(settings: TextSettings) -> TextSplits:
 
 def _open_files(settings: TextSettings) -> TextSplits:
     if not settings.files and not settings.val_files:
-        raise ValueError("data.files: expected files, folders or patterns, got none")
+        raise UserError("data.files: expected files, folders or patterns, got none")
     memory = settings.cache_dir / "file_hashes.json"
 
     def documents(paths: list[Path]) -> TextFiles:
@@ -359,7 +361,7 @@ def _open_files(settings: TextSettings) -> TextSplits:
     held_out = {path.resolve() for path in val}
     train = [path for path in train if path.resolve() not in held_out]
     if not train:
-        raise ValueError("data.val_files: all of data.files are named here too")
+        raise UserError("data.val_files: all of data.files are named here too")
     return TextSplits(documents(train), documents(val))
 
 
@@ -367,7 +369,7 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
     import datasets  # takes a second, and only this row needs it
 
     if not settings.hf_name:
-        raise ValueError("data.hf_name: expected the name of a Hugging Face data set, got none")
+        raise UserError("data.hf_name: expected the name of a Hugging Face data set, got none")
     data_files: dict[str, list[str]] | None = None
     if settings.files:
         data_files = {settings.hf_train_split: list(settings.files)}
@@ -380,17 +382,17 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # Not found, offline, wrong config, damaged file: the first line says which.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
+        raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
 
     def split(setting: str, name: str | None) -> Documents | HubStream | None:
         if name is None:
             return None
         if name not in loaded:
-            raise ValueError(f"data.{setting}: no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}")
+            raise UserError(f"data.{setting}: no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}")
         rows, column = loaded[name], settings.text_column
         columns = list(rows.features or next(iter(rows), {}))
         if column not in columns:
-            raise ValueError(f"data.text_column: no column {column!r}; {settings.hf_name} has {', '.join(columns)}")
+            raise UserError(f"data.text_column: no column {column!r}; {settings.hf_name} has {', '.join(columns)}")
         if settings.streaming:
             return HubStream(rows.select_columns([column]), column, settings.encoding_errors)
         return HubTexts(rows, column, settings.encoding_errors)

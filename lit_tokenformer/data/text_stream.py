@@ -26,6 +26,7 @@ from lit_tokenformer.data.text_corpus import HashSplit
 from lit_tokenformer.data.text_sources import HubStream, Split
 from lit_tokenformer.data.token_cache import PADDING
 from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.errors import UserError
 
 Keep = tuple[HashSplit, Split]
 """Which documents of a stream belong to a split."""
@@ -218,7 +219,7 @@ class TextStreamLoader(ResumableStreamLoader):
             self._all_have_a_batch(False)
         if number == 0 and skip == 0:
             least = f"{self.batch_size} blocks of {stream.block_size} + 1 tokens"
-            raise ValueError(f"data.batch_size: the stream (or a worker's share of it) has less than {least}")
+            raise UserError(f"data.batch_size: the stream (or a worker's share of it) has less than {least}")
 
     def _settle(self) -> int:
         """Forgets the rounds that were trained on; returns how many batches behind them were trained on too."""

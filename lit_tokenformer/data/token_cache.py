@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from lit_tokenformer.data.text_sources import Split
 from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.errors import UserError
 
 FORMAT = 2
 """Version of the files. Others are not read."""
@@ -171,7 +172,7 @@ def open_or_build(
             raise
         cache = open_cache(folder)
     if cache is None:
-        raise ValueError(f"data.cache_dir: what was written to {folder} cannot be read back")
+        raise UserError(f"data.cache_dir: what was written to {folder} cannot be read back")
     total = cache.total
     rank_zero_info(f"Tokenised {total.documents} documents: {total.bytes} bytes, {total.tokens} tokens, in {folder}")
     return cache
@@ -210,7 +211,7 @@ def disk_errors(cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "no space left" if full else f"cannot write ({error.strerror or error})"
-        raise ValueError(f"data.cache_dir: {problem} in {cache_dir}; name a folder on another disk") from error
+        raise UserError(f"data.cache_dir: {problem} in {cache_dir}; name a folder on another disk") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 SEPARATOR = "<|endoftext|>"
 """The special token that ends a document, in our own vocabularies."""
@@ -55,7 +55,7 @@ def bpe_size(name: str) -> int | None:
     size = name.removeprefix("bpe").removeprefix(":")
     if not re.fullmatch(r"[0-9]+", size) or int(size) < BYTES_VOCAB_SIZE:
         expected = f"expected bpe:N with N of {BYTES_VOCAB_SIZE} or more (256 bytes and the separator)"
-        raise ValueError(f"data.tokenizer: {expected}, got {name}")
+        raise UserError(f"data.tokenizer: {expected}, got {name}")
     return int(size)
 
 
@@ -71,7 +71,7 @@ def check_name(name: str) -> None:
     if name == "bytes" or bpe_size(name) is not None or (name and Path(name).exists()):
         return
     if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"data.tokenizer: no such file or folder: {name}")
+        raise UserError(f"data.tokenizer: no such file or folder: {name}")
     if not name or ("/" not in name and difflib.get_close_matches(name, ("bytes", "bpe:4096", "bpe:"), 1, cutoff=0.7)):
         raise unknown_name("data.tokenizer", name, ("bytes", "bpe:4096", "a tokenizer.json", "a Hugging Face name"))
 
@@ -103,11 +103,11 @@ class Tokenizer:
             separator = next((token for token in USUAL_SEPARATORS if token in vocabulary), None)
             if separator is None:
                 looked = ", ".join(USUAL_SEPARATORS)
-                raise ValueError(
+                raise UserError(
                     f"data.separator: the tokenizer has none of {looked}; name the one that ends a document"
                 )
         elif separator not in vocabulary:
-            raise ValueError(f"data.separator: the tokenizer has no token {separator!r}")
+            raise UserError(f"data.separator: the tokenizer has no token {separator!r}")
         self._backend = backend
         self.separator = separator
         """The special token that ends a document."""
@@ -173,17 +173,17 @@ class Tokenizer:
         if path.is_dir():
             path = path / "tokenizer.json"
             if not path.is_file():
-                raise ValueError(f"data.tokenizer: no tokenizer.json in {name}")
+                raise UserError(f"data.tokenizer: no tokenizer.json in {name}")
         if path.is_file():
             try:
                 return cls.from_json(path.read_text(encoding="utf-8"), separator, source=str(path))
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
+                raise UserError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
         try:
             backend = hf.Tokenizer.from_pretrained(name)
         except Exception as error:  # the library raises a plain Exception for much of this
             where = "not bytes, bpe:N, a file or a folder, and not loaded from Hugging Face"
-            raise ValueError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
+            raise UserError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
         return cls(backend, separator)
 
     @classmethod
@@ -201,7 +201,7 @@ class Tokenizer:
         try:
             backend = hf.Tokenizer.from_str(text)
         except Exception as error:  # all the library raises
-            raise ValueError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
+            raise UserError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
         return cls(backend, separator)
 
     def to_json(self) -> str:
@@ -245,7 +245,7 @@ class Tokenizer:
         copy = Tokenizer.from_json(self.to_json(), self.separator)._backend
         copy.add_special_tokens([hf.AddedToken(MASKS[0], special=True, normalized=False)])
         if copy.token_to_id(MASKS[0]) != self.size:
-            raise ValueError(f"data.tokenizer: expected a vocabulary with {MASKS[0]}, or one whose ids have no gaps")
+            raise UserError(f"data.tokenizer: expected a vocabulary with {MASKS[0]}, or one whose ids have no gaps")
         return Tokenizer(copy, self.separator)
 
     def texts(self) -> list[str | None]:

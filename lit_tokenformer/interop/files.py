@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
+
 NESTED = ("state_dict", "module", "model")
 """Keys under which trainers put the weights in a pickle."""
 
@@ -32,7 +34,7 @@ def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = 
         ValueError: If the file is not there, is not whole or holds pickled code.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{setting}: {path} is not a file")
+        raise UserError(f"{setting}: {path} is not a file")
     try:
         mapped = (mmap or map_location == "meta") and zipfile.is_zipfile(path)
         with warnings.catch_warnings():
@@ -40,9 +42,9 @@ def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = 
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
-        raise ValueError(f"{setting}: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
+        raise UserError(f"{setting}: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
     except Exception as error:  # what a reader of pickles raises on a file that is none has no common class
-        raise ValueError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
+        raise UserError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
 
 
 def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
@@ -63,11 +65,11 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
             if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
                 found = found[key]
     if not isinstance(found, Mapping):
-        raise ValueError(f"{setting}: {path} holds a {type(found).__name__}, expected a state dict")
+        raise UserError(f"{setting}: {path} holds a {type(found).__name__}, expected a state dict")
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{setting}: {path}: {name} is a {kind}, expected a tensor of floating-point numbers")
+            raise UserError(f"{setting}: {path}: {name} is a {kind}, expected a tensor of floating-point numbers")
     return {str(name): _alone(tensor) for name, tensor in found.items()}
 
 
@@ -82,11 +84,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
-        raise ValueError(f"{setting}: {path} is not a file")
+        raise UserError(f"{setting}: {path} is not a file")
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
+        raise UserError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
 
 
 def _alone(tensor: Tensor) -> Tensor:

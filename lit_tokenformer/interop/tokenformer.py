@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import read_tensors, write_tensors
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
 
@@ -122,10 +122,10 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"source: {path} is neither a file nor a folder")
+        raise UserError(f"source: {path} is neither a file nor a folder")
     found = [path / name for name in WEIGHTS.values() if (path / name).is_file()]
     if not found:
-        raise ValueError(f"source: there is no {' or '.join(WEIGHTS.values())} in {path}")
+        raise UserError(f"source: there is no {' or '.join(WEIGHTS.values())} in {path}")
     return found[0]
 
 
@@ -154,11 +154,11 @@ def read_published(
     settings["vocab_size"] = _vocab_size(settings, rows)
     names = {row.published: row.ours for row in _rows(settings)}
     for problem in _problems(tensors, {row.published: row for row in _rows(settings)}, settings):
-        raise ValueError(f"source: {weights}: {problem}")
+        raise UserError(f"source: {weights}: {problem}")
     try:
         config = _config(settings)
     except ValueError as error:
-        raise ValueError(f"config_json: {error}") from None
+        raise UserError(f"config_json: {error}") from None
     state = {names[name]: tensor for name, tensor in tensors.items()}
     if config.tie_embeddings:
         state["head.weight"] = state["stem.embedding.weight"]
@@ -216,7 +216,7 @@ def write_published(
     for name, tau in taus.items():
         count = state[name.replace(".tau", ".key_tokens")].shape[0]
         if not math.isclose(tau.item(), math.sqrt(count), rel_tol=1e-6):
-            raise ValueError(
+            raise UserError(
                 f"state: tau of {name.removesuffix('.tau')} is {tau.item():.6g}, and the published format has only "
                 f"sqrt({count}) = {math.sqrt(count):.6g}; a growth by zero_keys keeps tau: grow by a whole factor with "
                 "method split, or let tau_steps of ParameterGrowthCallback move tau there in a fit"
@@ -225,7 +225,7 @@ def write_published(
     skipped = {*taus, "head.weight"} if config.tie_embeddings else set(taus)
     own = {name: tensor for name, tensor in state.items() if name not in skipped}
     for problem in _problems(own, rows, settings):
-        raise ValueError(f"state: {problem}")
+        raise UserError(f"state: {problem}")
     tensors = {row.published: _cast(own[name], name, dtype) for name, row in rows.items()}
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
@@ -264,28 +264,28 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"config_json: cannot read {path} ({error.strerror})") from None
+        raise UserError(f"config_json: cannot read {path} ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"config_json: {path} is no JSON ({error})") from None
+        raise UserError(f"config_json: {path} is no JSON ({error})") from None
     if not isinstance(given, dict):
-        raise ValueError(f"config_json: {path} holds a {type(given).__name__}, expected keys and values")
+        raise UserError(f"config_json: {path} holds a {type(given).__name__}, expected keys and values")
     settings = {key.replace("-", "_"): value for key, value in given.items() if value is not None}
     if "max_position_embeddings" in settings:
         settings.setdefault("seq_length", settings["max_position_embeddings"])
     settings = {**DEFAULTS, **settings}
     for key in [*SETTINGS, *SLOTS]:
         if key not in settings and key != "vocab_size":
-            raise ValueError(f"config_json: {path} has no {key}")
+            raise UserError(f"config_json: {path} has no {key}")
     real = ("rotary_pct", "rotary_emb_base", "layernorm_epsilon")
     for key in [*SETTINGS, *SLOTS, "padded_vocab_size", "make_vocab_size_divisible_by"]:
         value = settings.get(key, 1)
         if key in real and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"config_json: {path}: {key}: expected a number, got {value!r}")
+            raise UserError(f"config_json: {path}: {key}: expected a number, got {value!r}")
         if key not in real and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"config_json: {path}: {key}: expected a whole number of at least 1, got {value!r}")
+            raise UserError(f"config_json: {path}: {key}: expected a whole number of at least 1, got {value!r}")
     for key, value in {**FIXED, "no_weight_tying": settings["no_weight_tying"] is True}.items():
         if settings.get(key, value) != value:
-            raise ValueError(f"config_json: {path}: {key}: expected {value!r}, got {settings[key]!r}")
+            raise UserError(f"config_json: {path}: {key}: expected {value!r}, got {settings[key]!r}")
     if settings["norm_activation_type"] not in SCORE_NORMS:
         raise unknown_name(f"config_json: {path}: norm_activation_type", settings["norm_activation_type"], SCORE_NORMS)
     return settings
@@ -339,7 +339,7 @@ def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[st
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]
     if lost:
         told = ", ".join(f"{name} {getattr(config, name)!r} (only {getattr(back, name)!r})" for name in lost)
-        raise ValueError(f"config: the published format has no {told}")
+        raise UserError(f"config: the published format has no {told}")
     return settings
 
 
@@ -348,5 +348,5 @@ def _cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
         return tensor
     cast = tensor.to(DTYPES[dtype])
     if cast.isinf().any():
-        raise ValueError(f"dtype: {name} holds numbers up to {tensor.abs().max():.3g}, too large for {dtype}")
+        raise UserError(f"dtype: {name} holds numbers up to {tensor.abs().max():.3g}, too large for {dtype}")
     return cast

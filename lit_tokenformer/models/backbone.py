@@ -18,6 +18,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.heads import ImageHead, make_head
@@ -57,11 +58,11 @@ class DecodingState:
         """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
         grown = len(self._model_blocks) != len(self.blocks)
         if grown or [layer.num_tokens for layer in self._layers] != self._sizes:
-            raise ValueError("state: it is from before a growth of the model; begin with a new one")
+            raise UserError("state: it is from before a growth of the model; begin with a new one")
         if self.start + more > self.length:
-            raise ValueError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
+            raise UserError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
         if self._positions is not None and self.start + more > self._positions:
-            raise ValueError(f"context_length: {self.start + more} data tokens are more than the learned positions")
+            raise UserError(f"context_length: {self.start + more} data tokens are more than the learned positions")
 
 
 class Tokenformer(nn.Module):
@@ -176,7 +177,7 @@ class Tokenformer(nn.Module):
             ValueError: If the model has no image head.
         """
         if not isinstance(self.head, ImageHead):
-            raise ValueError(f"head: a {self.config.head} head has no classes that could be set")
+            raise UserError(f"head: a {self.config.head} head has no classes that could be set")
         pool = self.head.global_pool if global_pool is None else global_pool
         reference = self.stem.pos_embed  # the final norm may have been pruned
         self.head = ImageHead(self.num_features, num_classes, pool, self.num_prefix_tokens)
@@ -283,7 +284,7 @@ class Tokenformer(nn.Module):
             ValueError: For another ``output_fmt``.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+            raise UserError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
         size = x.shape[-2:]
         x = self.stem(x)
@@ -324,7 +325,7 @@ class Tokenformer(nn.Module):
         config, length, device = self.config, x.shape[1], x.device
         start, padding = (0, None) if state is None else (state.start, state.padding)
         if documents is not None and not self.keeps_documents_apart:
-            raise ValueError("documents: a model with a token shift reads on from one to the next")
+            raise UserError("documents: a model with a token shift reads on from one to the next")
         rotary = None
         if config.positions == "rotary":
             rotary = rotary_angles(config, token_positions(start, length, padding, device), x.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 Tokens = int | dict[str, int]
 """How a user writes parameter tokens: one number, or totals for each kind of projection."""
@@ -33,7 +33,7 @@ class ParamTokens:
     def __post_init__(self) -> None:
         for kind, total in self.items():
             if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-                raise ValueError(f"param_tokens.{kind}: expected a whole number of at least 1, got {total!r}")
+                raise UserError(f"param_tokens.{kind}: expected a whole number of at least 1, got {total!r}")
 
     def items(self) -> list[tuple[str, int]]:
         """The pairs ``(kind, total)`` in a fixed order."""
@@ -62,7 +62,7 @@ class ParamTokens:
         if isinstance(tokens, int) and not isinstance(tokens, bool):
             return cls(qkv=tokens, proj=tokens, ffn=4 * tokens)
         if not isinstance(tokens, Mapping):
-            raise ValueError(f"param_tokens: expected a whole number or totals for each kind, got {tokens!r}")
+            raise UserError(f"param_tokens: expected a whole number or totals for each kind, got {tokens!r}")
         kinds = [field.name for field in fields(cls)]
         for kind in tokens:
             if kind not in kinds:
@@ -70,7 +70,7 @@ class ParamTokens:
         if base is None:
             missing = [kind for kind in kinds if kind not in tokens]
             if missing:
-                raise ValueError(f"param_tokens: no total given for {', '.join(missing)}")
+                raise UserError(f"param_tokens: no total given for {', '.join(missing)}")
             return cls(**tokens)
         return replace(base, **tokens)
 
@@ -233,23 +233,23 @@ class TokenformerConfig:
             for name in names.split():
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+                    raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
+            raise UserError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
+            raise UserError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
         for name in ("drop_path", "dropout", "attn_dropout", "patch_drop_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
         if self.mlp_ratio <= 0 or self.mlp_hidden < 1:
-            raise ValueError(f"mlp_ratio: expected at least 1 / dim, got {self.mlp_ratio}")
+            raise UserError(f"mlp_ratio: expected at least 1 / dim, got {self.mlp_ratio}")
         if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps: expected a positive number, got {self.norm_eps}")
+            raise UserError(f"norm_eps: expected a positive number, got {self.norm_eps}")
         for name, choices in PARTS.items():
             if getattr(self, name) not in choices:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
-            raise ValueError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
+            raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
         parts = {part: getattr(self, part) for part in COMBINATIONS[0]}
         if not any(all(name in one[part] for part, name in parts.items()) for one in COMBINATIONS):
             known = "; ".join(
@@ -257,32 +257,32 @@ class TokenformerConfig:
             )
             near = min(COMBINATIONS, key=lambda one: sum(name not in one[part] for part, name in parts.items()))
             wrong = next(part for part in reversed(parts) if parts[part] not in near[part])
-            raise ValueError(f"{wrong}: no model is put together from {_told(parts)}; there are: {known}")
+            raise UserError(f"{wrong}: no model is put together from {_told(parts)}; there are: {known}")
         if self.patch_drop_rate > 0 and self.stem != "patch":
-            raise ValueError(f"patch_drop_rate: {self.patch_drop_rate} needs stem: patch, got {self.stem}")
+            raise UserError(f"patch_drop_rate: {self.patch_drop_rate} needs stem: patch, got {self.stem}")
         if self.shortcut_reduction > self.dim:
-            raise ValueError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
+            raise UserError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
         if self.series > 1 and (self.feed_forward == "channel_mix" or self._softmax_feed_forward):
-            raise ValueError(
+            raise UserError(
                 f"series: {self.series} terms need an activation in the feed-forward; "
                 f"feed_forward {self.feed_forward!r} with score_norm {self.score_norm!r} has none"
             )
         if self.low_precision_norm and self.norm != "layer_norm":
-            raise ValueError(f"low_precision_norm: true needs norm: layer_norm, got {self.norm}")
+            raise UserError(f"low_precision_norm: true needs norm: layer_norm, got {self.norm}")
         if self.feed_forward == "channel_mix" and not self.causal:
-            raise ValueError("feed_forward: 'channel_mix' reads the data token before; it needs causal: true")
+            raise UserError("feed_forward: 'channel_mix' reads the data token before; it needs causal: true")
         if self.unpad and (self.mixer != "attention" or self.feed_forward == "channel_mix" or self.drop_path > 0):
-            raise ValueError(
+            raise UserError(
                 "unpad: true needs parts that treat data tokens one by one, and drop_path: 0; "
                 f"got mixer {self.mixer}, feed_forward {self.feed_forward}, drop_path {self.drop_path}"
             )
         if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
-            raise ValueError(
+            raise UserError(
                 f"rotary_fraction: expected a share in (0, 1] and a positive base, "
                 f"got {self.rotary_fraction} and {self.rotary_base}"
             )
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise ValueError(
+            raise UserError(
                 f"rotary_fraction: {self.rotary_fraction} of {self.dim // self.num_heads} dimensions in a head are "
                 f"{self.rotary_dim}; expected an even number of at least 2"
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.backbone import Tokenformer
 
 ENDED = -1
@@ -49,13 +50,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
+            raise UserError(f"temperature: expected a number of at least 0, got {self.temperature}")
         if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 1):
-            raise ValueError(f"top_k: expected a whole number of at least 1, got {self.top_k}")
+            raise UserError(f"top_k: expected a whole number of at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}")
+            raise UserError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}")
 
     @property
     def greedy(self) -> bool:
@@ -168,22 +169,22 @@ def generate_tokens(
     config = model.config
     check_writes_text(model)
     if isinstance(max_new_tokens, bool) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
+        raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
     size = config.vocab_size if vocab_size is None else vocab_size
     if not 1 <= size <= config.vocab_size:
-        raise ValueError(f"vocab_size: expected 1 to the model's {config.vocab_size}, got {size}")
+        raise UserError(f"vocab_size: expected 1 to the model's {config.vocab_size}, got {size}")
     if len(prompts) == 0:
-        raise ValueError("prompts: expected at least one")
+        raise UserError("prompts: expected at least one")
     rows = [torch.as_tensor(prompt, dtype=torch.long, device="cpu") for prompt in prompts]
     for number, row in enumerate(rows, start=1):
         name = "prompt" if len(rows) == 1 else f"prompt {number}"
         if row.ndim != 1 or len(row) == 0:
-            raise ValueError(f"{name}: expected at least one token id, got shape {tuple(row.shape)}")
+            raise UserError(f"{name}: expected at least one token id, got shape {tuple(row.shape)}")
         if config.length_limit is not None and len(row) > config.length_limit:
-            raise ValueError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.length_limit}")
+            raise UserError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.length_limit}")
         if row.min() < 0 or row.max() >= config.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
-            raise ValueError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
+            raise UserError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     limit = config.length_limit
@@ -195,7 +196,7 @@ def check_writes_text(model: Tokenformer) -> None:
     """Raises a ``ValueError`` for a model that does not predict the next token."""
     if model.config.head != "language" or not model.config.causal:
         kind = f"head: {model.config.head}, causal: {str(model.config.causal).lower()}"
-        raise ValueError(f"model: it cannot write text ({kind}); a causal language model is needed")
+        raise UserError(f"model: it cannot write text ({kind}); a causal language model is needed")
 
 
 class _Reader:
@@ -260,7 +261,7 @@ def _generate(
             tokens = _next_tokens(read, tokens, sampling, seen, vocab_size, generators)  # (B, 1)
             chosen = tokens[:, 0].tolist()
             if _NOT_FINITE in chosen:
-                raise ValueError("model: its logits are not finite; were its weights trained at too high a rate?")
+                raise UserError("model: its logits are not finite; were its weights trained at too high a rate?")
             chosen = [token if lives else ENDED for token, lives in zip(chosen, alive, strict=True)]
             alive = [
                 lives and token not in stop and count < limit

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.feed_forward import ACTIVATIONS
 from lit_tokenformer.models.norms import make_norm
@@ -33,7 +33,7 @@ class ImageHead(nn.Module):
         if global_pool not in ("token", "avg", ""):
             raise unknown_name("global_pool", global_pool, ("token", "avg", ""))
         if global_pool == "token" and num_prefix_tokens == 0:
-            raise ValueError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
+            raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
         self.global_pool = global_pool
         self.num_prefix_tokens = num_prefix_tokens
         self.fc = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.models.l2_gelu import l2_gelu, l2_scale
 
@@ -181,13 +181,13 @@ class Pattention(nn.Module):
     ) -> None:
         super().__init__()
         if num_tokens < 1:
-            raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+            raise UserError(f"num_tokens: expected at least 1, got {num_tokens}")
         if score_norm not in SCORE_NORMS:
             raise unknown_name("score_norm", score_norm, SCORE_NORMS)
         if kind is not None and kind not in KINDS:
             raise unknown_name("kind", kind, KINDS)
         if series < 1 or (series > 1 and score_norm == "softmax"):
-            raise ValueError(f"series: expected at least 1, and 1 with score_norm 'softmax', got {series}")
+            raise UserError(f"series: expected at least 1, and 1 with score_norm 'softmax', got {series}")
         self.score_norm = score_norm
         self.series = series
         self.kind = kind

@@ -9,6 +9,7 @@ import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.positions import token_positions
@@ -125,7 +126,7 @@ class TokenStem(nn.Module):
         if self.positions is not None:
             length = tokens.shape[1]
             if padding is None and start + length > len(self.positions):
-                raise ValueError(
+                raise UserError(
                     f"context_length: the model has {len(self.positions)} learned positions, "
                     f"and was given {start + length} data tokens"
                 )

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
+
 EMPTY = -1e38
 """Logarithm of the weight of nothing; also the key of a data token that is not there."""
 
@@ -124,7 +126,7 @@ def wkv(
         [1.0, 2.0, 4.0]
     """
     if state is not None and any(tensor.requires_grad for tensor in state):
-        raise ValueError("state: expected one without gradients, since none go through it; detach it")
+        raise UserError("state: expected one without gradients, since none go through it; detach it")
     if key.shape[1] == 1 and not torch.is_grad_enabled():
         return wkv_recurrent(time_decay, time_first, key, value, state)
     return _parallel(time_decay, time_first, key, value, state)

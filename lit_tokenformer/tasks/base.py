@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
 from lit_tokenformer.depth_growth import set_depth
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Pattention, Tokenformer, model_size, param_tokens, preset_config
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
@@ -94,10 +95,10 @@ class LitTask(pl.LightningModule):
         config = preset_config(preset, **given)
         if match is None:
             if match_to is not None:
-                raise ValueError("model.match_to: it needs model.match: parameters or flops")
+                raise UserError("model.match_to: it needs model.match: parameters or flops")
             return Tokenformer(config)
         if given.get("param_tokens") is not None:
-            raise ValueError("model.match: it chooses param_tokens; leave model.overrides.param_tokens out, or null")
+            raise UserError("model.match: it chooses param_tokens; leave model.overrides.param_tokens out, or null")
         if match_to is None:
             feed_forward = "mlp" if config.feed_forward == "pattention" else config.feed_forward
             reference = dataclasses.replace(config, projection="linear", feed_forward=feed_forward)
@@ -106,7 +107,7 @@ class LitTask(pl.LightningModule):
         try:
             tokens = match_tokens(config, reference, match)
         except ValueError as error:
-            raise ValueError(f"model.{error}") from None
+            raise UserError(f"model.{error}") from None
         return Tokenformer(dataclasses.replace(config, param_tokens=tokens))
 
     @staticmethod
@@ -142,7 +143,7 @@ class LitTask(pl.LightningModule):
             return
         averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
         if averages:
-            raise ValueError(
+            raise UserError(
                 f"trainer.callbacks: {type(averages[0]).__name__} averages whole models, and under "
                 "ModelParallelStrategy no process holds one; leave it out, or use 'ddp'"
             )
@@ -252,7 +253,7 @@ class LitTask(pl.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total) and (self.schedule.name != "constant" or self.schedule.unit == "share"):
-            raise ValueError(
+            raise UserError(
                 f"schedule.name: {self.schedule.name!r} needs an end; set trainer.max_epochs or trainer.max_steps"
             )
         per_epoch = self._steps_per_epoch() if self.schedule.unit == "epoch" else 1
@@ -267,7 +268,7 @@ class LitTask(pl.LightningModule):
         self.trainer.fit_loop.setup_data()  # a fit that is limited by steps has not done so yet
         batches = self.trainer.num_training_batches
         if math.isinf(batches):
-            raise ValueError("schedule.unit: epochs of a stream have no known length; use 'step'")
+            raise UserError("schedule.unit: epochs of a stream have no known length; use 'step'")
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_validation_epoch_end(self) -> None:
@@ -319,7 +320,7 @@ class LitTask(pl.LightningModule):
 
     def _check_architecture(self, state_dict: Mapping[str, Any]) -> None:
         for problem in state_dict_problems(self, state_dict):
-            raise ValueError(f"ckpt_path: the checkpoint is of another architecture: {problem}")
+            raise UserError(f"ckpt_path: the checkpoint is of another architecture: {problem}")
 
     def _trains_without_average(self) -> bool:
         trainer: Any = self._trainer

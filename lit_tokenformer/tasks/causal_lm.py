@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
@@ -80,13 +81,13 @@ class LitCausalLM(LitLanguageTask):
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
         if not backbone.config.causal or backbone.config.head != "language":
-            raise ValueError(f"model.preset: {preset!r} does not predict the next token")
+            raise UserError(f"model.preset: {preset!r} does not predict the next token")
         if z_loss < 0:
-            raise ValueError(f"model.z_loss: expected at least 0, got {z_loss}")
+            raise UserError(f"model.z_loss: expected at least 0, got {z_loss}")
         if not cross_documents and separator_id is None:
-            raise ValueError("model.cross_documents: false needs separator_id, the token that ends a document")
+            raise UserError("model.cross_documents: false needs separator_id, the token that ends a document")
         if not cross_documents and not backbone.keeps_documents_apart:
-            raise ValueError("model.cross_documents: false needs a model whose data tokens meet in attention alone")
+            raise UserError("model.cross_documents: false needs a model whose data tokens meet in attention alone")
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
         self.remember_arguments()
         self.layerwise_lr = layerwise_lr

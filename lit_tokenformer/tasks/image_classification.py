@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
@@ -79,7 +80,7 @@ class LitImageClassifier(LitTask):
         for name, own in (("num_classes", self.backbone.num_classes), ("image_size", self.backbone.config.image_size)):
             theirs = getattr(data, name, own)
             if theirs != own:
-                raise ValueError(f"model.{name}: the model was built for {own}, the data have {theirs}")
+                raise UserError(f"model.{name}: the model was built for {own}, the data have {theirs}")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, label = batch

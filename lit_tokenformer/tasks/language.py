@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks.base import LitTask
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -27,17 +28,17 @@ class LitLanguageTask(LitTask):
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "masked", self.masked) != self.masked:
             wanted = "MaskedTextDataModule" if self.masked else "TextDataModule"
-            raise ValueError(f"data: {type(self).__name__} needs {wanted}, got {type(data).__name__}")
+            raise UserError(f"data: {type(self).__name__} needs {wanted}, got {type(data).__name__}")
         config = self.backbone.config
         size = getattr(data, "vocab_size", config.vocab_size)
         if size > config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"data.tokenizer: it has {size} tokens, the model's vocab_size is {config.vocab_size}; "
                 "use the tokenizer that the model was trained with, or set model.overrides.vocab_size"
             )
         length = getattr(data, "context_length", config.context_length)
         if config.length_limit is not None and length > config.length_limit:
-            raise ValueError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
+            raise UserError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
 
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = self._tokenizer_of_data()
@@ -45,7 +46,7 @@ class LitLanguageTask(LitTask):
     def load_extras(self, checkpoint: dict[str, Any]) -> None:
         saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
         if saved is not None and present is not None and json.loads(saved) != json.loads(present):
-            raise ValueError(
+            raise UserError(
                 "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
                 f"set it to the {TOKENIZER_FILE} beside the checkpoint"
             )

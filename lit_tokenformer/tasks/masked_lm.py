@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
@@ -77,7 +78,7 @@ class LitMaskedLM(LitLanguageTask):
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
         if backbone.config.head != "masked_language":
-            raise ValueError(
+            raise UserError(
                 f"model.preset: {preset!r} does not tell masked tokens; its head is {backbone.config.head!r}"
             )
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_tokenformer.compute import ModelCost, model_cost
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import BackboneOverrides, Tokenformer, preset_config
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
@@ -148,7 +148,7 @@ class LitMultiTask(LitTask):
     @property
     def backbone(self) -> Tokenformer:  # type: ignore[override]
         """Refused with a ``ValueError``, for there is one for each task."""
-        raise ValueError("several tasks have several backbones; take them apart with `lit-tokenformer split`")
+        raise UserError("several tasks have several backbones; take them apart with `lit-tokenformer split`")
 
     def weights(self) -> dict[str, float | Tensor]:
         """The present weight of each task's loss."""
@@ -181,7 +181,7 @@ class LitMultiTask(LitTask):
         data = getattr(self.trainer, "datamodule", None)
         for name, task in self.tasks.items():
             if data is not None and not hasattr(data, name):
-                raise ValueError(f"data.{name}: {type(data).__name__} has none; use MultiTaskDataModule")
+                raise UserError(f"data.{name}: {type(data).__name__} has none; use MultiTaskDataModule")
             task.setup(stage)
 
     def on_train_start(self) -> None:
@@ -259,9 +259,9 @@ def _checked_weights(weights: dict[str, float] | str | None) -> dict[str, float]
         if name not in PARTS:
             raise unknown_name("model.loss_weights", name, PARTS)
         if not 0 <= weight < math.inf:
-            raise ValueError(f"model.loss_weights.{name}: expected a number of at least 0, got {weight}")
+            raise UserError(f"model.loss_weights.{name}: expected a number of at least 0, got {weight}")
     if not any(given.values()):
-        raise ValueError("model.loss_weights: all are 0, so nothing would be learned")
+        raise UserError("model.loss_weights: all are 0, so nothing would be learned")
     return given
 
 
@@ -270,7 +270,7 @@ def _check_blocks(image: Any, text: Any) -> None:
     for field in dataclasses.fields(image):
         ours, theirs = getattr(image, field.name), getattr(text, field.name)
         if ours != theirs and field.name not in OWN_FIELDS:
-            raise ValueError(
+            raise UserError(
                 f"model.image.{field.name}: {ours} for images and {theirs} for text; the blocks are shared, "
                 f"set model.overrides.{field.name} for both"
             )

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class LRSchedule:
                 raise unknown_name(setting, value, choices)
         for setting in ("warmup", "decay"):
             if not 0 <= getattr(self, setting) < math.inf:
-                raise ValueError(f"schedule.{setting}: expected at least 0, got {getattr(self, setting)}")
+                raise UserError(f"schedule.{setting}: expected at least 0, got {getattr(self, setting)}")
         for setting in ("warmup_start", "min_factor"):
             if not 0 <= getattr(self, setting) <= 1:
-                raise ValueError(f"schedule.{setting}: expected a factor in [0, 1], got {getattr(self, setting)}")
+                raise UserError(f"schedule.{setting}: expected a factor in [0, 1], got {getattr(self, setting)}")
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.restarts))):
-            raise ValueError(f"schedule.restarts: expected steps above 0 in rising order, got {list(self.restarts)}")
+            raise UserError(f"schedule.restarts: expected steps above 0 in rising order, got {list(self.restarts)}")
 
     def factor(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
         """The factor on the learning rate.
