@@ -28,6 +28,12 @@ def _read_once(component):
 AttributeDocstrings.get_attr_docs = lambda self, component: _read_once(component)
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a CUDA device where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same numbers, whichever ran before it."""
