@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,13 +20,16 @@ NEW_STATES = ("mean", "zeros", "reset")
 _MOMENTS = {
     "exp_avg": 1,
     "momentum_buffer": 1,
+    "grad_avg": 1,
     "exp_avg_sq": 2,
+    "square_avg": 2,
+    "sum": 2,
     "max_exp_avg_sq": 2,
     "row_var": 2,
     "col_var": 2,
     "variance": 2,
 }
-"""Optimizer state that can be carried over, and its degree in the gradient (2: an average of squared gradients)."""
+"""Optimizer state that can be carried over, and its degree in the gradient (2: an average or sum of squares)."""
 
 
 def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParameter], new_state: str = "mean") -> None:
@@ -58,11 +62,15 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
         parameters, index = places[one.old]
         parameters[index] = one.new
         state = optimizer.state.pop(one.old, None)
-        if not state or new_state == "reset":
+        if not state:
+            continue
+        if new_state == "reset":
+            _reset_state(optimizer, one.new)
             continue
         unknown = {key for key, value in state.items() if not _can_carry(key, value, one)}
         if unknown:
             not_carried |= unknown
+            _reset_state(optimizer, one.new)
         else:
             optimizer.state[one.new] = {  # each old one is let go before the next is made
                 key: _grow_state(key, state.pop(key), one, new_state) for key in list(state)
@@ -92,6 +100,13 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
                         f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
                         "the checkpoint's weights and optimizer state do not belong together"
                     )
+
+
+def _reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Give a parameter the state that it has in a new optimizer: none, unless it is set at construction (Adagrad)."""
+    with contextlib.suppress(TypeError):  # defaults that are no arguments: the state is set in the first step
+        fresh = type(optimizer)([parameter], **optimizer.defaults).state
+        optimizer.state.update({key: state for key, state in fresh.items() if state})
 
 
 def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
