@@ -246,6 +246,9 @@ class LitTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.build_optimizer()
+        if self.trainer.gradient_clip_val:
+            # a fused optimizer would unscale gradients by itself, after they were clipped, and Lightning refuses it
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
             if isinstance(scheduler, ReduceLROnPlateau):
