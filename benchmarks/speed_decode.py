@@ -1,6 +1,6 @@
-"""Greedy decoding at batch 1: tokens a second, beside transformers' ``generate`` and beside the memory's bandwidth.
+"""Greedy decoding: tokens per second, against transformers' ``generate`` and against the memory bandwidth.
 
-    python benchmarks/speed_decode.py [--rounds 3] [--threads 2] [--device cpu] [--dtypes float32 bfloat16]
+    python benchmarks/speed_decode.py [--rounds 3] [--threads 2] [--device cpu] [--dtypes float32 bfloat16] [--batch 1]
 
 Ours is ``generate_tokens`` on ``tokenformer_owt_124m``, whose blocks and shared embedding have 123.6 M parameters
 (``tokenformer_150m`` has 151.9 M). Theirs is ``generate`` with its default cache on a ``GPTNeoXForCausalLM`` of equal
@@ -13,7 +13,8 @@ The bandwidth is that of one product of a float32 matrix of 1.6 GB with a vector
 products of all shapes the fastest pass over the memory that torch was found to have), once in every turn and with the
 same threads. A model that did nothing but read its weights would decode bandwidth / bytes tokens a second, where the
 bytes are those of the blocks and of the head, which is the embedding. The last line shows how near to that the bare
-products come: each of our weight matrices times a vector, in the same dtype and the same turns.
+products come: each of our weight matrices times a vector, in the same dtype and the same turns. With
+``--batch 32`` there are 32 texts at once: tokens of all of them count, and the bare products have 32 vectors.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Turns(BaseStreamer):
         self.start = 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt, then each token; all are on the CPU, so the device has done its work."""
-        self.tokens += value.numel()
+        """Takes the prompts (B, T), then each token (B,); all are on the CPU, so the device has done its work."""
+        self.tokens += value.shape[1] if value.ndim == 2 else 1
         if self.tokens >= FIRST and (self.tokens - FIRST) % TURN == 0:
             self.between(None if self.tokens == FIRST else time.perf_counter() - self.start)
             self.start = time.perf_counter()
@@ -79,19 +80,22 @@ class Turns(BaseStreamer):
 
 
 @torch.inference_mode()
-def multiply(weights: list[torch.Tensor], vector: torch.Tensor) -> None:
-    """Each of the weights (N, D) times the vector (D,)."""
+def multiply(weights: list[torch.Tensor], vectors: torch.Tensor) -> None:
+    """Each of the weights (N, D) times one vector (D,) or several (D, B)."""
     for weight in weights:
-        torch.mv(weight, vector)
+        torch.matmul(weight, vectors)
 
 
-def one_text(ours: Tokenformer, theirs: GPTNeoXForCausalLM, matrix: torch.Tensor) -> dict[str, list[float]]:
-    """Seconds of every turn of a text, and in each of a pass over the memory and of the bare products for a token."""
+def texts(
+    ours: Tokenformer, theirs: GPTNeoXForCausalLM, matrix: torch.Tensor, batch: int, last: int
+) -> dict[str, list[float]]:
+    """Seconds of every turn of a batch of texts, and in each of a pass over the memory and of the bare products."""
     device = str(theirs.device)
-    prompt = torch.randint(ours.config.vocab_size, (1, FIRST - 1))  # the token after it starts the clock
-    steps = generate_tokens(ours, list(prompt), LAST - FIRST + 1, Sampling(temperature=0))
+    prompt = torch.randint(ours.config.vocab_size, (batch, FIRST - 1))  # the token after it starts the clock
+    steps = generate_tokens(ours, list(prompt), last - FIRST + 1, Sampling(temperature=0))
     weights = [weight for weight in ours.parameters() if weight.ndim == 2]
-    vector, row = weights[0].new_ones(ours.config.dim), matrix.new_ones(matrix.shape[1])
+    shape = (ours.config.dim,) if batch == 1 else (ours.config.dim, batch)
+    vectors, row = weights[0].new_ones(shape), matrix.new_ones(matrix.shape[1])
     taken: dict[str, list[float]] = {"ours": [], "theirs": [], "pass": [], "products": []}
 
     def between(passed: float | None) -> None:
@@ -101,45 +105,62 @@ def one_text(ours: Tokenformer, theirs: GPTNeoXForCausalLM, matrix: torch.Tensor
         taken["theirs"].append(passed)
         taken["ours"].append(seconds(lambda: [next(steps) for _ in range(TURN)], device))
         taken["pass"].append(seconds(lambda: torch.mv(matrix, row), device))
-        taken["products"].append(seconds(lambda: multiply(weights, vector), device))
+        taken["products"].append(seconds(lambda: multiply(weights, vectors), device))
 
     theirs.generate(
         prompt.to(device),
         attention_mask=torch.ones_like(prompt, device=device),
-        max_new_tokens=LAST - FIRST + 1,
+        max_new_tokens=last - FIRST + 1,
         do_sample=False,
         streamer=Turns(between),
     )
     return taken
 
 
-def compare(dtype: str, device: str, rounds: int) -> list[Line]:
-    """The lines of one dtype."""
-    ours = create_backbone(PRESET).eval().requires_grad_(False).to(device, getattr(torch, dtype))
+def compare(
+    dtype: str, device: str, rounds: int, batch: int = 1, preset: str = PRESET, last: int = LAST, rows: int = PASS[0]
+) -> list[Line]:
+    """The lines of one dtype.
+
+    Args:
+        dtype: Of weights and activations.
+        device: Where both models are.
+        rounds: Batches of texts.
+        batch: Texts at once, B.
+        preset: Our model.
+        last: Length of the texts at the end, in data tokens.
+        rows: Rows of the matrix that the bandwidth is measured with.
+    """
+    ours = create_backbone(preset).eval().requires_grad_(False).to(device, getattr(torch, dtype))
     theirs = GPTNeoXForCausalLM(equal_neox(ours.config)).eval().requires_grad_(False).to(device, getattr(torch, dtype))
-    matrix = torch.ones(PASS, device=device)
+    matrix = torch.ones(rows, PASS[1], device=device)
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, found in one_text(ours, theirs, matrix).items():
+        for name, found in texts(ours, theirs, matrix, batch, last).items():
             taken.setdefault(name, []).extend(found)
     size = sum(weight.nbytes for weight in ours.parameters())
     bound = [TURN * size / matrix.nbytes * one for one in taken["pass"]]  # seconds of a turn that only reads weights
     bare = [TURN * one for one in taken["products"]]
-    speed, their_speed, bound_speed = (TURN / median(one) for one in (taken["ours"], taken["theirs"], bound))
-    what = f"{dtype}, {FIRST} to {LAST} tokens"
+    speed, their_speed, bound_speed, bare_speed = (
+        batch * TURN / median(one) for one in (taken["ours"], taken["theirs"], bound, bare)
+    )
+    what = f"{dtype}, {f'batch {batch}, ' if batch > 1 else ''}{FIRST} to {last} tokens"
     limit = f"bandwidth / weights ({matrix.nbytes / median(taken['pass']) / 1e9:.1f} GB/s / {size / 1e6:.0f} MB)"
+    goals = (">= 1.1", ">= 0.7") if batch == 1 else ("", "")
     lines = [
-        (f"{PRESET}, {what}", "GPT-NeoX", speed, their_speed, ratio(taken["theirs"], taken["ours"]), ">= 1.1"),
-        (f"{PRESET}, {what}", limit, speed, bound_speed, ratio(bound, taken["ours"]), ">= 0.7"),
+        (f"{preset}, {what}", "GPT-NeoX", speed, their_speed, ratio(taken["theirs"], taken["ours"]), goals[0]),
+        (f"{preset}, {what}", limit, speed, bound_speed, ratio(bound, taken["ours"]), goals[1]),
         (f"GPT-NeoX, {what}", limit, their_speed, bound_speed, ratio(bound, taken["theirs"]), ""),
-        (f"bare products, {dtype}", limit, TURN / median(bare), bound_speed, ratio(bound, bare), ""),
+        (f"bare products, {what}", limit, bare_speed, bound_speed, ratio(bound, bare), ""),
     ]
     return [Line(name, against, a, b, "tokens/s", share, goal) for name, against, a, b, share, goal in lines]
 
 
 if __name__ == "__main__":
-    given = arguments(__doc__, rounds=3, dtypes=("float32", "bfloat16")).parse_args()
+    parser = arguments(__doc__, rounds=3, dtypes=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=1, help="texts at once")
+    given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    lines = [line for dtype in given.dtypes for line in compare(dtype, given.device, given.rounds)]
+    lines = [line for dtype in given.dtypes for line in compare(dtype, given.device, given.rounds, given.batch)]
     report("decode", lines, given.rounds, given.device, given.output)

@@ -18,12 +18,15 @@ of the largest tensor; a second line takes two copies of the largest of the tens
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import logging
 import multiprocessing
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -52,19 +55,22 @@ class Event(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures each method of growth, then a training step, and reports both.
-
-    Each in a fork of this process, so that none finds memory that another one left.
-    """
+    """Measures each method of growth, then a training step, and reports both."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    lines, notes = compare(args)
+    report("growth", lines, args.rounds, args.device, args.output, notes)
+
+
+def compare(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
+    """The lines of all methods, and notes on what they are compared with."""
     found: dict[str, list[Event]] = {method: [] for method in METHODS}
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    with alone(args.device) as call:
         for number in range(args.rounds):
             for method in METHODS if number % 2 == 0 else reversed(METHODS):
-                found[method].append(pool.apply(growth_event, (method, args)))
+                found[method].append(call(growth_event, method, args))
                 print(f"{method}: {found[method][-1]}", flush=True)
-        computing, updating = pool.apply(training_step, (args,))
+        computing, updating = call(training_step, args)
     step = SEQUENCES // (SEQUENCES if args.whole else 1) * computing + updating
     lines = []
     for method, events in found.items():
@@ -83,7 +89,26 @@ def main(args: argparse.Namespace) -> None:
         f"{state / 1e9:.2f} GB of weights and moments after the growth; the largest tensor has {largest / 1e6:.0f} MB, "
         f"the largest that grows {growing / 1e6:.0f} MB.",
     ]
-    report("growth", lines, args.rounds, args.device, args.output, notes)
+    return lines, notes
+
+
+@contextlib.contextmanager
+def alone(device: str) -> Iterator[Callable[..., Any]]:
+    """Calls functions in a fork of this process each, so that none finds memory that another one left.
+
+    On CUDA what is allocated is counted exactly, and a fork cannot use the device: they are called here.
+    """
+    if device.startswith("cuda"):
+
+        def call(function: Callable[..., Any], *values: Any) -> Any:
+            gc.collect()
+            torch.cuda.empty_cache()
+            return function(*values)
+
+        yield call
+        return
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        yield lambda function, *values: pool.apply(function, values)
 
 
 def trained(preset: str, args: argparse.Namespace) -> tuple[LitCausalLM, torch.optim.Optimizer]:

@@ -1,6 +1,6 @@
 """Training steps beside those of timm's ViT and transformers' GPT-NeoX: operations each second, and memory.
 
-    python benchmarks/speed_training.py [--what vit lm memory] [--images 8] [--sequences 1] [--compile]
+    python benchmarks/speed_training.py [--what vit lm lm354m memory] [--images 8] [--sequences 1] [--compile]
         [--dtypes float32 bfloat16] [--rounds 5] [--threads 2] [--device cpu]
 
 A step is forward pass, loss, backward pass, AdamW (fused, as in the configs) and zeroed gradients; ours goes through
@@ -9,8 +9,9 @@ autocast), random inputs of the same shape, no dropout and no augmentation, the 
 models with ``F.cross_entropy``, GPT-NeoX given labels), and PyTorch's own attention.
 
 - ``vit``: ``tokenformer_vit_base_patch16_224`` and ``..._matched_...`` beside timm's ``vit_base_patch16_224``.
-- ``lm``: ``tokenformer_owt_124m`` beside a GPT-NeoX of the same width, depth, heads and vocabulary, with shared
+- ``lm``: ``tokenformer_owt_124m`` and a GPT-NeoX of the same width, depth, heads and vocabulary, with shared
   embeddings as ours are, so that both have 124 million parameters.
+- ``lm354m``: the same of ``tokenformer_owt_354m``; the feed-forward of the GPT-NeoX is 15,584 wide.
 - ``memory``: the highest memory of three steps of each language model, in a process of its own: what is allocated on
   CUDA, on the CPU what is resident beyond what was there before the model.
 
@@ -37,9 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from lit_tokenformer.models import preset_config
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier
-
-LENGTH = 1024
 
 
 def adamw(params: object) -> torch.optim.Optimizer:
@@ -112,30 +112,39 @@ def images(given: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def our_lm(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
     """One of our presets, as a task."""
-    task = LitCausalLM(name, context_length=LENGTH, optimizer=adamw, compile=given.compile).to(given.device).train()
+    task = (
+        LitCausalLM(name, context_length=given.length, optimizer=adamw, compile=given.compile).to(given.device).train()
+    )
     task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    batch = text(given, LENGTH + 1)
+    batch = text(given, given.length + 1)
     return Training(task, task.build_optimizer(), lambda: task.training_step(batch, 0), dtype)
 
 
 def neox(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """A GPT-NeoX of the sizes of ``tokenformer_owt_124m``."""
-    config = GPTNeoXConfig(
-        vocab_size=50304,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=4 * 768,
-        max_position_embeddings=LENGTH,
+    """A GPT-NeoX of the sizes of one of our presets."""
+    model = GPTNeoXForCausalLM(neox_config(NEOX[name], given.length)).to(given.device).train()
+    if given.compile:
+        model.compile(dynamic=False)
+    tokens = text(given, given.length)
+    return Training(model, adamw(model.parameters()), lambda: model(tokens, labels=tokens).loss, dtype)
+
+
+def neox_config(preset: str, length: int) -> GPTNeoXConfig:
+    """Width, depth, heads and vocabulary of a preset, with blocks of as many operations."""
+    config = preset_config(preset, context_length=length)
+    attention, tokens = 4 * config.dim**2, dict(config.tokens.items())
+    block = 2 * config.dim * (3 * tokens["qkv"] + tokens["proj"] + tokens["ffn"])
+    return GPTNeoXConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=(block - attention) // (2 * config.dim),
+        max_position_embeddings=length,
         tie_word_embeddings=True,
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = GPTNeoXForCausalLM(config).to(given.device).train()
-    if given.compile:
-        model.compile(dynamic=False)
-    tokens = text(given, LENGTH)
-    return Training(model, adamw(model.parameters()), lambda: model(tokens, labels=tokens).loss, dtype)
 
 
 def text(given: argparse.Namespace, length: int) -> Tensor:
@@ -151,13 +160,18 @@ MODELS: dict[str, Maker] = {
     "vit_base_patch16_224": timm_vit,
     "tokenformer_owt_124m": our_lm,
     "gpt_neox": neox,
+    "tokenformer_owt_354m": our_lm,
+    "gpt_neox_354m": neox,
 }
+NEOX = {"gpt_neox": "tokenformer_owt_124m", "gpt_neox_354m": "tokenformer_owt_354m"}
+"""The preset that has the sizes of each."""
 PAIRS = {
     "vit": [
         ("tokenformer_vit_base_patch16_224", "vit_base_patch16_224", ">= 0.97"),
         ("tokenformer_vit_base_matched_patch16_224", "vit_base_patch16_224", ""),
     ],
     "lm": [("tokenformer_owt_124m", "gpt_neox", ">= 1.0")],
+    "lm354m": [("tokenformer_owt_354m", "gpt_neox_354m", "")],
 }
 """Ours, theirs, and the goal."""
 
@@ -200,7 +214,13 @@ def memory(given: argparse.Namespace) -> list[Line]:
 def peak_elsewhere(name: str, given: argparse.Namespace, dtype: str) -> dict[str, int]:
     """What :func:`peak` finds in a process of its own."""
     words = ["--peak", name, "--dtypes", dtype, "--device", given.device, "--threads", str(given.threads)]
-    words += ["--sequences", str(given.sequences), *(["--compile"] if given.compile else [])]
+    words += [
+        "--sequences",
+        str(given.sequences),
+        "--length",
+        str(given.length),
+        *(["--compile"] if given.compile else []),
+    ]
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -219,9 +239,10 @@ def peak(name: str, given: argparse.Namespace) -> dict[str, int]:
 
 if __name__ == "__main__":
     parser = arguments(__doc__, rounds=5, dtypes=("float32", "bfloat16"))
-    parser.add_argument("--what", nargs="+", default=["vit", "lm", "memory"], choices=["vit", "lm", "memory"])
+    parser.add_argument("--what", nargs="+", default=["vit", "lm", "memory"], choices=[*PAIRS, "memory"])
     parser.add_argument("--images", type=int, default=8, help="images in a batch")
-    parser.add_argument("--sequences", type=int, default=1, help=f"texts of {LENGTH} tokens in a batch")
+    parser.add_argument("--sequences", type=int, default=1, help="texts in a batch")
+    parser.add_argument("--length", type=int, default=1024, help="data tokens of a text")
     parser.add_argument("--compile", action="store_true", help="compile both sides with torch.compile")
     parser.add_argument("--peak", choices=MODELS, help=argparse.SUPPRESS)
     given = parser.parse_args()

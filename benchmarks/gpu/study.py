@@ -1,0 +1,132 @@
+"""Does growing pay at ten million parameters? The reduced arms of ``benchmarks/growth`` on a GPU, one seed.
+
+Byte language models on Python source that is on the machine: every ``.py`` file of the interpreter's ``site-packages``
+in the order of their paths, up to 100 MB. The final size has 9.8 million parameters in its blocks; the budget C is 60 s
+of an H100 or less. All arms have the same learning rate; the smaller sizes from scratch show whether the final one is
+the right one for C.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from side_by_side import Line
+
+from benchmarks.gpu.check import ROOT
+from benchmarks.gpu.parts import Findings
+
+GROWTH = str(ROOT / "benchmarks" / "growth")
+sys.path.insert(0, GROWTH)
+os.environ["PYTHONPATH"] = os.pathsep.join([GROWTH, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the fits
+from arms import DOMAINS, Arm, Domain, controls, reduced_arms  # noqa: E402
+from comparison_fits import Fit, Runner  # noqa: E402
+
+CORPUS = 100_000_000
+"""Bytes of source."""
+RATE = 2e-3
+BATCH, BLOCK = 128, 512
+BUDGET = 6e15
+"""Training FLOPs C."""
+
+
+def run(findings: Findings) -> None:
+    """Train the arms one after the other, as far as time allows."""
+    folder = (findings.folder / "study").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    size = 2_000_000 if findings.tiny else CORPUS
+    corpus, digest, found = write_corpus(folder / "corpus.jsonl", size)
+    findings.notes.append(f"Corpus: {found / 1e6:.1f} MB of Python source, SHA-256 {digest[:12]}")
+    domain = make_domain(corpus, findings.tiny)
+    reference: float | None = None
+    for arm in arms(domain, findings.tiny):
+        if not findings.fits(60, arm.name):
+            continue
+        result = train(arm, domain, folder, findings.device)
+        if result.get("failed"):
+            raise RuntimeError(f"{arm.name}: {result['failed']}")
+        loss, reference = result["loss"], reference if reference is not None else result["loss"]
+        tflop, steps = result["curve"]["tflops"][-1], result["steps"]
+        what = f"{arm.name}, {arm.share:.2f} C ({tflop:,.3g} TFLOP, {steps:,} steps, {result['seconds']:.0f} s)"
+        findings.add(Line(what, "final size from scratch", loss, reference, "nats", loss / reference))
+
+
+def arms(domain: Domain, tiny: bool) -> list[Arm]:
+    """The final size from scratch first, then grown models, then the smaller sizes from scratch."""
+    of_study = {arm.name: arm for arm in (*reduced_arms(domain), *controls(domain))}
+    final, *smaller = (f"from scratch, {tokens} tokens" for tokens in reversed(domain.ladder))
+    names = [final, "grown", "grown in tokens alone", "published growth", *smaller, "from scratch, 1 block"]
+    return [replace(of_study[name], lr=RATE) for name in (names[:2] if tiny else names)]
+
+
+def make_domain(corpus: Path, tiny: bool) -> Domain:
+    """The text domain of the study at another size, on another corpus."""
+    batch, block = (4, 64) if tiny else (BATCH, BLOCK)
+    data: dict[str, Any] = {
+        "class_path": "lit_tokenformer.data.TextDataModule",
+        "init_args": {
+            "files": [str(corpus)],
+            "tokenizer": "bytes",
+            "block_size": block,
+            "batch_size": batch,
+            "eval_batch_size": batch,
+            "val_fraction": 0.05,
+            "cache_dir": str(corpus.parent / "cache"),
+            "num_workers": 0 if tiny else 4,
+        },
+    }
+    base = {"dim": 320, "depth": 6, "num_heads": 5} if not tiny else {"dim": 32, "depth": 2, "num_heads": 2}
+    return replace(
+        DOMAINS["text"],
+        data=data,
+        base=base,
+        of_data={"vocab_size": 257, "context_length": block},
+        ladder=(4, 8, 16) if tiny else (80, 160, 320),
+        budget=2e9 if tiny else BUDGET,
+        val_batches=2 if tiny else 20,
+    )
+
+
+def train(arm: Arm, domain: Domain, folder: Path, device: str) -> dict[str, Any]:
+    """One fit in a process of its own."""
+    config = arm.fit(domain, seed=0, evaluations=4)
+    config["trainer"] |= {"accelerator": device, "precision": "bf16-mixed"}
+    fit = Fit(arm.name, "seed 0", config, folder)
+    with Runner(folder, jobs=1, draw_only=False) as runner:
+        runner.run([fit])
+    return fit.result
+
+
+def write_corpus(file: Path, size: int) -> tuple[Path, str, int]:
+    """Write the source as JSON lines, a document each.
+
+    Returns:
+        The file, the SHA-256 of the documents, and their bytes.
+    """
+    digest, total = hashlib.sha256(), 0
+    with file.open("w", encoding="utf-8") as lines:
+        for text in sources():
+            if total + len(text) > size:
+                break
+            total += len(text.encode())
+            digest.update(text.encode())
+            lines.write(json.dumps({"text": text}) + "\n")
+    return file, digest.hexdigest(), total
+
+
+def sources() -> Iterator[str]:
+    """Python files of ``site-packages``."""
+    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            yield text

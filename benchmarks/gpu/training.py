@@ -1,0 +1,133 @@
+"""Training steps against timm and transformers: throughput, MFU and peak memory, eager and compiled.
+
+One model is in memory at a time. FLOPs are those of the closed form (:mod:`lit_tokenformer.compute`: matrix products
+only, attention over the whole sequence), for both sides; MFU is FLOP/s over those of one product of two matrices of
+8,192 x 8,192 in bfloat16, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from typing import NamedTuple
+
+import torch
+from runs import resident_bytes
+from side_by_side import Line, seconds
+from speed_training import MODELS, NEOX, Training, neox, our_lm, our_vit, timm_vit
+
+from benchmarks.gpu.parts import Findings
+from lit_tokenformer.compute import model_cost
+from lit_tokenformer.models import preset_config
+
+
+class Pair(NamedTuple):
+    """Two models that are compared: names in ``speed_training.MODELS``, and the architecture of each in closed form."""
+
+    ours: str
+    theirs: str
+    cost_of_theirs: str
+    batch: int
+    tokens: int
+    seconds: float
+
+
+PAIRS = (
+    Pair("tokenformer_owt_124m", "gpt_neox", "tokenformer_owt_124m", 16, 1024, 25),
+    Pair("tokenformer_vit_base_patch16_224", "vit_base_patch16_224", "vit_base_patch16_224", 256, 0, 25),
+    Pair("tokenformer_owt_354m", "gpt_neox_354m", "tokenformer_owt_354m", 16, 1024, 30),
+)
+TINY = (
+    Pair("tokenformer_lm_tiny", "gpt_neox_tiny", "tokenformer_lm_tiny", 1, 64, 0),
+    Pair("tokenformer_vit_tiny_patch16_224", "vit_tiny_patch16_224", "vit_tiny_patch16_224", 1, 0, 0),
+)
+COMPILING = 45.0
+"""Seconds that compiling a model takes."""
+MODES = {"eager": None, "compiled": "inductor"}
+
+MODELS |= {
+    "tokenformer_lm_tiny": our_lm,
+    "gpt_neox_tiny": neox,
+    "tokenformer_vit_tiny_patch16_224": our_vit,
+    "vit_tiny_patch16_224": timm_vit,
+}
+NEOX["gpt_neox_tiny"] = "tokenformer_lm_tiny"
+
+
+class Measured(NamedTuple):
+    """Of a training step: its seconds (median) and the highest memory in bytes."""
+
+    seconds: float
+    peak: int
+
+
+def run(findings: Findings) -> None:
+    """Every pair eager, then every pair compiled."""
+    peak = product_rate(findings.device, 256 if findings.tiny else 8192)
+    findings.notes.append(f"Peak: {peak / 1e12:.1f} TFLOP/s in a bfloat16 matrix product.")
+    for mode, backend in MODES.items():
+        for pair in TINY[: 1 if backend else 2] if findings.tiny else PAIRS:
+            if findings.fits(pair.seconds + 2 * COMPILING * bool(backend), f"{mode} {pair.ours}"):
+                sides = [measure(name, pair, backend, findings) for name in (pair.ours, pair.theirs)]
+                findings.add(*compare(pair, mode, *sides, peak))
+
+
+def compare(pair: Pair, mode: str, ours: Measured, theirs: Measured, peak: float) -> list[Line]:
+    """The lines of a pair."""
+    length = {"context_length": pair.tokens} if pair.tokens else {}
+    flops = [
+        pair.batch * model_cost(preset_config(name, **length)).training_flops
+        for name in (pair.ours, pair.cost_of_theirs)
+    ]
+    rates = [count / side.seconds for count, side in zip(flops, (ours, theirs), strict=True)]
+    shape = f"{pair.batch} x {pair.tokens:,} tokens" if pair.tokens else f"{pair.batch} images"
+    what = f"`{pair.ours}`, {shape}, bf16-mixed, {mode}"
+    mfu, other = (rate / peak for rate in rates)
+    slower = ours.seconds / theirs.seconds
+    wanted = ">= 0.45" if mode == "compiled" and "354m" in pair.ours else ""
+    memory = ours.peak / theirs.peak
+    return [
+        Line(f"step of {what}", pair.theirs, 1e3 * ours.seconds, 1e3 * theirs.seconds, "ms", slower),
+        Line(
+            f"rate of {what}", pair.theirs, rates[0] / 1e12, rates[1] / 1e12, "TFLOP/s", rates[0] / rates[1], ">= 1.0"
+        ),
+        Line(f"MFU of {what}", pair.theirs, mfu, other, "", mfu, wanted),
+        Line(f"peak memory of {what}", pair.theirs, ours.peak / 1e9, theirs.peak / 1e9, "GB", memory, "<= 1.0"),
+    ]
+
+
+def measure(name: str, pair: Pair, backend: str | None, findings: Findings) -> Measured:
+    """Train one model for some steps on one batch."""
+    cuda = findings.device == "cuda"
+    gc.collect()
+    torch.compiler.reset()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    training = make(name, pair.batch, pair.tokens, findings.device)
+    if backend is not None:
+        compile_model(training, "aot_eager" if findings.tiny else backend)
+    for _ in range(1 if findings.tiny else 3):
+        training.step()
+    taken = [seconds(training.step, findings.device) for _ in range(2 if findings.tiny else 10)]
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
+    return Measured(statistics.median(taken), peak)
+
+
+def make(name: str, batch: int, length: int, device: str) -> Training:
+    """A model under training in bf16-mixed, which is not compiled."""
+    given = argparse.Namespace(images=batch, sequences=batch, length=length, device=device, compile=False)
+    return MODELS[name](name, given, torch.bfloat16)
+
+
+def compile_model(training: Training, backend: str) -> None:
+    """Compile a model in place: of a task, its backbone, as ``model.compile: true`` does."""
+    getattr(training.model, "backbone", training.model).compile(dynamic=False, backend=backend)
+
+
+def product_rate(device: str, size: int) -> float:
+    """FLOP/s of one bfloat16 matrix product on random numbers, the median of ten."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    taken = [seconds(lambda: left @ right, device) for _ in range(13)][3:]
+    return 2 * size**3 / statistics.median(taken)
