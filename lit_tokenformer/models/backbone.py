@@ -108,6 +108,12 @@ class Tokenformer(nn.Module):
         """What growth changes: parameter tokens of each kind, and ``depth``, the number of blocks."""
         return {**self.param_tokens, "depth": len(self.blocks)}
 
+    @property
+    def grown(self) -> bool:
+        """Whether the size is not that of the config: after a growth, or with weights of another size."""
+        born = {**dict(self.config.tokens.items()), "depth": self.config.depth}
+        return any(total != born[name] for name, total in self.size.items())
+
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""
         return Block(self.config, min(number, self.config.depth - 1))

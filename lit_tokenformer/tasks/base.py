@@ -343,9 +343,7 @@ class LitTask(pl.LightningModule):
 
 def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
-    own = module.state_dict()
-    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
-    free = {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
+    own, free = module.state_dict(), resizable_names(module)
     for name in own:
         if name not in state_dict:
             yield f"{name} is missing"
@@ -356,6 +354,12 @@ def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Ite
             yield f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
         elif name in free and tensor.shape[-1] != own[name].shape[-1]:
             yield f"{name} has width {tensor.shape[-1]}, expected {own[name].shape[-1]}"
+
+
+def resizable_names(module: nn.Module) -> set[str]:
+    """Names of the tensors in ``module`` that take the size of what is loaded."""
+    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
+    return {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
 
 
 def _free_parts(layer: nn.Module) -> tuple[str, ...]:
