@@ -24,7 +24,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, preset_config
 from lit_tokenformer.tasks.base import LitTask, resizable_names, state_dict_problems
 from lit_tokenformer.tasks.language import LitLanguageTask
-from lit_tokenformer.tasks.multitask import PARTS, LitMultiTask
+from lit_tokenformer.tasks.multitask import LitMultiTask
 
 _MAY_DIFFER = {
     *("param_tokens", "depth", "image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
@@ -32,6 +32,9 @@ _MAY_DIFFER = {
     *("tie_embeddings", "unpad", "low_precision_norm"),
 }
 """Fields of an architecture that a new experiment may change; all others decide what the weights compute."""
+
+_SIZES = {"image": ("num_classes", "image_size"), "text": ("vocab_size", "context_length")}
+"""Arguments of tasks that are fields of the architecture, by the kind of data."""
 
 
 def initialize_from(
@@ -171,7 +174,8 @@ def _check_architecture(module: nn.Module, checkpoint: Mapping[str, Any], path: 
             for field in dataclasses.fields(TokenformerConfig)
         }
         differ = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
-        wrong = sorted(differ.keys() - _MAY_DIFFER, key=lambda field: field not in ("stem", "head"))
+        wrong = [field for field in differ if field not in _MAY_DIFFER]
+        wrong.sort(key=lambda field: field not in ("stem", "head"))  # what says most comes first
         if wrong:
             told = ", ".join(f"{field} {differ[field][0]} (this model: {differ[field][1]})" for field in wrong)
             raise UserError(
@@ -186,14 +190,14 @@ def _check_architecture(module: nn.Module, checkpoint: Mapping[str, Any], path: 
 def _saved_configs(arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
     """The architectures that a task's arguments describe, by the names of its backbones."""
     preset, overrides = arguments["preset"], dict(arguments["overrides"])
-    sizes = ("num_classes", "image_size", "vocab_size", "context_length")
-    given = {name: arguments[name] for name in sizes if name in arguments}
-    parts = {
-        name: LitMultiTask._fields(preset, name, overrides, dict(arguments[name]))
-        for name in PARTS
-        if name in arguments
-    }
-    return {name: preset_config(preset, **{**given, **fields}) for name, fields in (parts or {"": overrides}).items()}
+    own = {name: dict(arguments[name]) for name in _SIZES if name in arguments}  # of several tasks
+    parts = {name: LitMultiTask._fields(preset, name, overrides, fields) for name, fields in own.items()}
+    found = {}
+    for name, fields in (parts or {"": overrides}).items():
+        sizes = _SIZES[name] if name else [size for sizes in _SIZES.values() for size in sizes]
+        given = {size: arguments[size] for size in sizes if size in arguments}
+        found[name] = preset_config(preset, **{**given, **fields})
+    return found
 
 
 def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:
