@@ -161,7 +161,8 @@ class ParameterGrowthCallback(Callback):
         Raises:
             ValueError: If a stage does not fit the model or would shrink it.
         """
-        found, current = [], dict(tokens)
+        found: list[tuple[int, dict[str, int]]] = []
+        current = dict(tokens)
         if not current:
             return []  # nothing can grow
         for key, wanted in self.schedule.items():

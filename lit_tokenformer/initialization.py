@@ -6,7 +6,6 @@ growth changes (parameter tokens, depth) are those of the checkpoint; heads, pos
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -21,20 +20,9 @@ from torch import Tensor, nn
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.depth_growth import set_depth
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, preset_config
+from lit_tokenformer.models import Tokenformer, model_size
 from lit_tokenformer.tasks.base import LitTask, resizable_names, state_dict_problems
 from lit_tokenformer.tasks.language import LitLanguageTask
-from lit_tokenformer.tasks.multitask import LitMultiTask
-
-_MAY_DIFFER = {
-    *("param_tokens", "depth", "image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
-    *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "rotary_base"),
-    *("tie_embeddings", "unpad", "low_precision_norm"),
-}
-"""Fields of an architecture that a new experiment may change; all others decide what the weights compute."""
-
-_SIZES = {"image": ("num_classes", "image_size"), "text": ("vocab_size", "context_length")}
-"""Arguments of tasks that are fields of the architecture, by the kind of data."""
 
 
 def initialize_from(
@@ -71,7 +59,12 @@ def initialize_from(
         checkpoint = read_checkpoint(path, "meta" if on_meta else "cpu", optimizers=False)
     except UserError as error:
         raise UserError(f"init_from: {str(error).removeprefix('ckpt_path: ')}") from None
-    changed = _check_architecture(module, checkpoint, path)
+    wrong, changed = module.architecture_changes(checkpoint) if isinstance(module, LitTask) else ([], [])
+    if wrong:
+        raise UserError(
+            f"init_from: {path} is of another architecture: {', '.join(wrong)}; set model.preset and model.overrides "
+            f"as in the checkpoint{_origin(module, checkpoint)}"
+        )
     weights = _weights(checkpoint, ema, path)
     backbones = _backbones(module)
     for prefix, model in backbones:
@@ -150,54 +143,6 @@ def _weights(checkpoint: Mapping[str, Any], ema: bool, path: object) -> dict[str
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise UserError(f"init_from: {path} is damaged: current_model_state is not a state dict")
     return dict(found)
-
-
-def _check_architecture(module: nn.Module, checkpoint: Mapping[str, Any], path: object) -> list[str]:
-    """Reject weights that would compute something else in this module, although their shapes fit.
-
-    Returns:
-        The fields that a new experiment may change, and has.
-    """
-    arguments = checkpoint.get(LitTask.CHECKPOINT_HYPER_PARAMS_KEY)
-    if not isinstance(arguments, Mapping) or not {"preset", "overrides"} <= arguments.keys():
-        return []  # a module of the user's own; shapes are all that is known
-    changed = []
-    try:
-        saved = _saved_configs(arguments)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"init_from: {path} has hyperparameters of no known model ({error})") from None
-    for name, model in getattr(module, "backbones", {}).items():
-        if name not in saved:
-            continue
-        pairs = {
-            field.name: (getattr(saved[name], field.name), getattr(model.config, field.name))
-            for field in dataclasses.fields(TokenformerConfig)
-        }
-        differ = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
-        wrong = [field for field in differ if field not in _MAY_DIFFER]
-        wrong.sort(key=lambda field: field not in ("stem", "head"))  # what says most comes first
-        if wrong:
-            told = ", ".join(f"{field} {differ[field][0]} (this model: {differ[field][1]})" for field in wrong)
-            raise UserError(
-                f"init_from: {path} is of another architecture: {told}; set model.preset and model.overrides as the "
-                f"checkpoint has them{_origin(module, checkpoint)}"
-            )
-        sizes = ("param_tokens", "depth")  # logged as they are now
-        changed += [f"{field} {before} -> {now}" for field, (before, now) in differ.items() if field not in sizes]
-    return changed
-
-
-def _saved_configs(arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
-    """The architectures that a task's arguments describe, by the names of its backbones."""
-    preset, overrides = arguments["preset"], dict(arguments["overrides"])
-    own = {name: dict(arguments[name]) for name in _SIZES if name in arguments}  # of several tasks
-    parts = {name: LitMultiTask._fields(preset, name, overrides, fields) for name, fields in own.items()}
-    found = {}
-    for name, fields in (parts or {"": overrides}).items():
-        sizes = _SIZES[name] if name else [size for sizes in _SIZES.values() for size in sizes]
-        given = {size: arguments[size] for size in sizes if size in arguments}
-        found[name] = preset_config(preset, **{**given, **fields})
-    return found
 
 
 def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:

@@ -433,10 +433,8 @@ class Payload:
     "change",
     [
         {"extra": Payload},
-        {"hyper_parameters": {"preset": "no_such", "overrides": {}}},
-        {"hyper_parameters": {"preset": 3, "overrides": None}},
-        {"hyper_parameters": {"preset": VIT, "overrides": {"dim": [[]], "unheard": 1}}},
         {"current_model_state": 3},
+        {"current_model_state": {"backbone.stem.cls_token": 1}},
     ],
 )
 def test_a_strangers_checkpoint_is_refused_and_nothing_in_it_is_executed(change, tmp_path):
@@ -446,6 +444,22 @@ def test_a_strangers_checkpoint_is_refused_and_nothing_in_it_is_executed(change,
     with pytest.raises(UserError, match=r"^init_from: .*old\.ckpt"):
         initialize_from(classifier(), path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        None,
+        {"preset": "no_such", "overrides": {}},
+        {"preset": 3, "overrides": None},
+        {"preset": VIT, "overrides": {"dim": [[]], "unheard": 1}},
+    ],
+)
+def test_where_the_arguments_say_nothing_the_shapes_decide(arguments, tmp_path):
+    old, task = classifier(), classifier()
+    torch.save({"state_dict": old.state_dict(), "hyper_parameters": arguments}, tmp_path / "old.ckpt")
+    initialize_from(task, tmp_path / "old.ckpt")
+    assert_equal_weights(task, old.state_dict())
 
 
 def test_a_schedule_that_shrinks_the_model_is_still_refused(tmp_path):
