@@ -160,21 +160,16 @@ def test_optimizer_state_of_a_wrong_shape_is_found_at_load(fitted, tmp_path):
 
 @pytest.fixture(scope="module")
 def halfway(few_digits, tmp_path_factory):
-    """A checkpoint of the end of the second of four epochs, with everything at its default."""
+    """A checkpoint of the last batch of the second of four epochs."""
     folder = tmp_path_factory.mktemp("halfway")
-    fit, _ = again(folder, max_epochs=4, limit=2)
-    fit.save_checkpoint(folder / "last.ckpt")
+    again(folder, save_at=16)
     return folder / "last.ckpt"
 
 
-def again(folder, ckpt_path=None, max_epochs=4, limit=-1, limit_steps=-1, data=None, overrides=TINY, **task):
+def again(folder, ckpt_path=None, max_epochs=4, save_at=-1, data=None, overrides=TINY, **task):
     """A fit that is or is not resumed; returns it and all that it warned of."""
     seed_everything(7)
-    task = {
-        "schedule": LRSchedule("cosine", warmup=1, min_factor=0.1),
-        "overrides": {**TINY, **(overrides or {})},
-        **task,
-    }
+    task = {"schedule": LRSchedule("cosine", warmup=1, min_factor=0.1), "overrides": overrides, **task}
     model = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, **task)
     fit = Trainer(
         max_epochs=max_epochs,
@@ -185,7 +180,7 @@ def again(folder, ckpt_path=None, max_epochs=4, limit=-1, limit_steps=-1, data=N
         enable_model_summary=False,
         limit_val_batches=0,
         default_root_dir=folder,
-        callbacks=[StopAfter(limit, limit_steps)],
+        callbacks=[SaveAndStop(folder / "last.ckpt", save_at)],
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -193,17 +188,16 @@ def again(folder, ckpt_path=None, max_epochs=4, limit=-1, limit_steps=-1, data=N
     return fit, [str(one.message) for one in caught if "ckpt_path: " in str(one.message)]
 
 
-class StopAfter(Callback):
-    """Stops a fit early, as something from outside would: the schedule does not know."""
+class SaveAndStop(Callback):
+    """Saves a checkpoint and ends the fit early; the schedule does not know."""
 
-    def __init__(self, epochs, steps):
-        self.epochs, self.steps = epochs, steps
+    def __init__(self, path, step):
+        self.path, self.step = path, step
 
     def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop |= trainer.global_step == self.steps
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop |= trainer.current_epoch + 1 == self.epochs
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
 
 
 def adamw(lr=3e-4, **settings):
@@ -215,11 +209,9 @@ def one_cycle(optimizer):
 
 
 @pytest.mark.parametrize("lr_scheduler", [None, one_cycle])
-@pytest.mark.parametrize("place", ["middle", "end"])
-def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, place, tmp_path):
-    limits = {"limit_steps": 11} if place == "middle" else {"limit": 2}
-    fit, _ = again(tmp_path, lr_scheduler=lr_scheduler, **limits)
-    fit.save_checkpoint(tmp_path / "last.ckpt")
+@pytest.mark.parametrize("step", [11, 16])  # in the middle and at the end of an epoch
+def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, step, tmp_path):
+    again(tmp_path, lr_scheduler=lr_scheduler, save_at=step)
     fit, told = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=lr_scheduler)
     assert fit.global_step == 32 and told == []
 
@@ -245,8 +237,7 @@ def test_settings_of_a_scheduler_that_are_restored_are_named(tmp_path):
     def step(size):
         return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=size)
 
-    fit, _ = again(tmp_path, limit=2, lr_scheduler=step(1))
-    fit.save_checkpoint(tmp_path / "last.ckpt")
+    again(tmp_path, save_at=16, lr_scheduler=step(1))
     _, (told,) = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=step(3))
     assert "model.lr_scheduler.step_size 3 (checkpoint: 1)" in told
 
