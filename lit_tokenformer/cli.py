@@ -49,7 +49,7 @@ from lit_tokenformer.beginning import (
     check_trainer_settings,
     trainer_error,
 )
-from lit_tokenformer.initialization import check_settings, initialize_from
+from lit_tokenformer.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.parsing import Parser, check_config, one_line
 from lit_tokenformer.planning import PlanningTrainer
 
@@ -68,22 +68,6 @@ TEXTS = {
     "stop": "A text that ends what is written where it appears; repeat the option for several.",
 }
 """Options of commands that are taken as they are written, be it ``[x]`` or ``a: b``, and can be repeated."""
-
-INITIALIZATION: dict[str, tuple[Any, Any, str]] = {
-    "init_from": (
-        str | None,
-        None,
-        "Checkpoint whose weights start a new experiment, with a fresh optimizer and schedule, at epoch 0. "
-        "Parameter tokens and depth are the checkpoint's.",
-    ),
-    "init_ema": (bool, False, "Take the moving average of the weights from init_from instead of the trained weights."),
-    "init_resize_vocab": (
-        bool,
-        False,
-        "Accept another vocabulary than that of init_from: common tokens keep their embeddings, others are fresh.",
-    ),
-}
-"""Options that say what a new experiment starts from: type, default and help."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -169,8 +153,7 @@ class TokenformerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        for option, (kind, default, told) in INITIALIZATION.items():
-            parser.add_argument(f"--{option}", type=kind, default=default, help=told)
+        add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)

@@ -6,6 +6,7 @@ growth changes (parameter tokens, depth) are those of the checkpoint; heads, pos
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -90,12 +92,14 @@ def initialize_from(
     unused = [name for name in weights if name not in own and is_open(name)]
     if not fits:
         raise UserError(f"init_from: {path} has no weights of a {type(module).__name__}{_origin(module, checkpoint)}")
-    loaded = {name: tensor for name, tensor in weights.items() if name not in unused} | {
-        name: own[name] for name in new
-    }
-    for problem in (*state_dict_problems(module, loaded), *_untied(module, loaded)):
+    loaded = {name: tensor for name, tensor in weights.items() if name not in unused}
+    loaded.update({name: own[name] for name in new})
+    for problem in itertools.chain(state_dict_problems(module, loaded), _untied(module, loaded)):
         raise UserError(f"init_from: {path} is of another architecture: {problem}{_origin(module, checkpoint)}")
-    module.load_state_dict(loaded)
+    try:
+        module.load_state_dict(loaded)
+    except RuntimeError as error:  # rows of keys and values that differ in number, say
+        raise UserError(f"init_from: {path} is damaged: {' '.join(str(error).split())}") from None
     if getattr(datamodule, "tokenizer", None) is None and not resize_vocab:
         for task in module.modules():
             if isinstance(task, LitLanguageTask):
@@ -105,6 +109,25 @@ def initialize_from(
     told = "".join(f"; {title}: {', '.join(names)}" for title, names in parts.items() if names)
     kind = "moving average" if ema else "trained weights"
     rank_zero_info(f"Initialized from {path}: {len(own) - len(new)} of {len(own)} tensors of the {kind}{told}")
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Add the options that name the weights of a new experiment."""
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="Checkpoint whose weights start a new experiment at epoch 0, with a fresh optimizer and schedule. "
+        "Parameter tokens and depth are the checkpoint's.",
+    )
+    parser.add_argument(
+        "--init_ema", type=bool, default=False, help="Take the moving average of init_from, not the trained weights."
+    )
+    parser.add_argument(
+        "--init_resize_vocab",
+        type=bool,
+        default=False,
+        help="Accept another vocabulary than that of init_from: common tokens keep their embeddings.",
+    )
 
 
 def check_settings(settings: Mapping[str, Any], resumes: bool) -> None:
@@ -151,7 +174,7 @@ def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:
     if not isinstance(task, str) or task == type(module).__name__:
         return ""
     several = ", which `lit-tokenformer split` takes apart" if task == "LitMultiTask" else ""
-    return f" (it is of a {task}{several}, the model is a {type(module).__name__})"
+    return f" (it is of a {task!r}{several}, the model is a {type(module).__name__})"
 
 
 def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) -> tuple[str, str] | None:
@@ -209,9 +232,7 @@ def _map_vocabulary(
         UserError: For another vocabulary, unless it is accepted.
     """
     names = [f"{prefix}{name}" for name in ("stem.embedding.weight", "head.weight", "head.bias")]
-    names = [
-        name for name in names if name in own and name in weights and own[name].shape[1:] == weights[name].shape[1:]
-    ]
+    names = [name for name in names if _is_alike(name, own, weights)]
     if model.config.stem != "token" or not names or not (vocabularies or _resizes(names[0], own, weights)):
         return
     before, now = len(weights[names[0]]), len(own[names[0]])
@@ -222,19 +243,22 @@ def _map_vocabulary(
             f"and model.overrides.vocab_size to {before}, or init_resize_vocab: true"
         )
     places = _common_tokens(vocabularies, before, now, path)
-    for name in names:
+    for name in (name for name in names if len(weights[name]) == before):
         weights[name] = _moved_rows(own[name], weights[name], places)
     yield f"vocabulary {before} -> {now}, {now - len(places)} newly initialized"
 
 
 def _resizes(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
     """Whether a tensor differs from the checkpoint's in the size of one dimension, and in nothing else."""
-    if name not in own or name not in weights:
+    return _is_alike(name, own, weights, dim) and own[name].shape != weights[name].shape
+
+
+def _is_alike(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
+    """Whether a tensor has the checkpoint's shape, up to the size of one dimension."""
+    if name not in own or name not in weights or own[name].ndim != weights[name].ndim:
         return False
-    ours, theirs = list(own[name].shape), list(weights[name].shape)
-    return (
-        len(ours) == len(theirs) and ours != theirs and ours[:dim] + ours[dim + 1 :] == theirs[:dim] + theirs[dim + 1 :]
-    )
+    pairs = zip(own[name].shape, weights[name].shape, strict=True)
+    return all(ours == theirs for place, (ours, theirs) in enumerate(pairs) if place != dim)
 
 
 def _moved_rows(own: Tensor, saved: Tensor, places: Mapping[int, int]) -> Tensor:

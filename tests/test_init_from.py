@@ -3,14 +3,17 @@
 import copy
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
+from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import ParameterGrowthCallback
 from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
@@ -220,7 +223,7 @@ def test_a_language_model_starts_from_weights_on_another_corpus(fox, tmp_path, t
         (["--init_from", "missing.ckpt"], "init_from: missing.ckpt is not a file"),
         (["--init_from", "{digits}", "--ckpt_path", "{digits}"], "starts a new experiment, ckpt_path: "),
         (["--init_ema", "true"], "init_ema: it needs init_from"),
-        (["--init_from", "{fox}"], "is of another architecture: stem token (this model: patch), head language "),
+        (["--init_from", "{fox}"], "is of another architecture: stem 'token' (this model: 'patch'), head 'language' "),
         (["--init_from", "{digits}", "--model.overrides.dim", 64], "dim 32 (this model: 64); set model.preset and "),
         (["--init_from", "{digits}", "--model.overrides.num_heads", 4], "num_heads 2 (this model: 4)"),
         (["--init_from", "{digits}", "--model.overrides.patch_size", 2], "patch_size 4 (this model: 2)"),
@@ -401,7 +404,7 @@ def test_several_tasks_start_from_several_tasks_only(tmp_path):
     fresh = {"image.backbone.head.fc.weight", "image.backbone.head.fc.bias"}
     theirs = {name: tensor for name, tensor in old.state_dict().items() if not name.startswith("log_variances")}
     assert_equal_weights(task, theirs, but=fresh)
-    with pytest.raises(UserError, match="init_from: .*LitMultiTask, which `lit-tokenformer split` takes apart"):
+    with pytest.raises(UserError, match="init_from: .*LitMultiTask', which `lit-tokenformer split` takes apart"):
         initialize_from(classifier(), path)
 
 
@@ -417,6 +420,14 @@ def test_another_architecture_is_found_by_its_weights_too(tmp_path):
     torch.save({"state_dict": state}, path)
     with pytest.raises(UserError, match="init_from: .*has 3 positions, expected a square"):
         initialize_from(classifier(), path)
+    for name, tensor in (("query.key_tokens", torch.zeros(5, 32)), ("query.key_tokens", torch.zeros(()))):
+        torch.save({"state_dict": {**classifier().state_dict(), f"backbone.blocks.0.attn.{name}": tensor}}, path)
+        with pytest.raises(UserError, match=rf"init_from: .*{name}"):
+            initialize_from(classifier(), path)
+    for name in ("stem.embedding.weight", "blocks.0.attn.query.tau"):
+        torch.save({"state_dict": {**language_model().state_dict(), f"backbone.{name}": torch.zeros(3, 2)}}, path)
+        with pytest.raises(UserError, match=rf"init_from: .*{name}"):
+            initialize_from(language_model(), path, resize_vocab=True)
 
 
 class Payload:
@@ -467,6 +478,29 @@ def test_a_schedule_that_shrinks_the_model_is_still_refused(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, max_epochs=2, callbacks=[ParameterGrowthCallback({1: 8})])
     with pytest.raises(UserError, match="schedule: epoch 1: qkv would shrink from 16 to 8"):
         trainer.fit(task, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))])
+
+
+def test_a_task_whose_head_was_reset_is_trained_and_saved(digits, tmp_path):
+    task = LitImageClassifier.load_from_checkpoint(digits, weights_only=True)
+    task.backbone.reset_classifier(3)
+    samples = DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])), batch_size=4)
+    growth = ParameterGrowthCallback({0: 12, 1: 32})  # the first stage is behind the model already
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(max_epochs=2, callbacks=[growth], **settings)
+    trainer.fit(task, samples, samples)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    loaded = LitImageClassifier.load_from_checkpoint(tmp_path / "new.ckpt", weights_only=True)
+    assert loaded.backbone.num_classes == 3 and model_size(loaded) == {"qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
+    assert len(growth.events) == 1
+
+
+def test_another_depth_than_the_config_is_refused_where_it_could_not_be_resumed(digits):
+    task = classifier()
+    initialize_from(task, digits)
+    task._device_mesh = object()  # as under ModelParallelStrategy
+    task._trainer = SimpleNamespace(callbacks=[], state=SimpleNamespace(fn=TrainerFn.FITTING))
+    with pytest.raises(UserError, match="model.overrides.depth: expected 3, .* got 2; under ModelParallelStrategy"):
+        task.configure_model()
 
 
 def test_data_of_text_are_compared_as_the_command_line_gives_them(tmp_path):

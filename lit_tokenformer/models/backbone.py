@@ -188,6 +188,7 @@ class Tokenformer(nn.Module):
         reference = self.stem.pos_embed  # the final norm may have been pruned
         self.head = ImageHead(self.num_features, num_classes, pool, self.num_prefix_tokens)
         self.head.to(device=reference.device, dtype=reference.dtype)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.num_classes = num_classes
 
     def new_state(self, length: int, padding: Tensor | None = None) -> DecodingState:

@@ -140,9 +140,9 @@ class LitTask(pl.LightningModule):
         for name, model in self.backbones.items():
             for field, (before, now) in config_changes(saved[name], model.config).items() if name in saved else ():
                 if field not in MAY_CHANGE:
-                    wrong.append(f"{field} {before} (this model: {now})")
+                    wrong.append(f"{field} {before!r} (this model: {now!r})")
                 elif field not in ("param_tokens", "depth"):  # the weights have their own
-                    changed.append(f"{field} {before} -> {now}")
+                    changed.append(f"{field} {before!r} -> {now!r}")
         return wrong, changed
 
     def remember_arguments(self, overrides: Sequence[str] = ("overrides",)) -> None:
@@ -176,6 +176,12 @@ class LitTask(pl.LightningModule):
                 f"trainer.callbacks: {type(averages[0]).__name__} averages whole models, and under "
                 "ModelParallelStrategy no process holds one; leave it out, or use 'ddp'"
             )
+        for model in self.backbones.values():
+            if len(model.blocks) != model.config.depth and self.trainer.state.fn == TrainerFn.FITTING:
+                raise UserError(
+                    f"model.overrides.depth: expected {len(model.blocks)}, the blocks of the initial weights, got "
+                    f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
+                )
         divide(self, self.device_mesh, COMPUTING_METHODS)
         strategy: Any = self.trainer.strategy
         save = partial(type(strategy).save_checkpoint, strategy)
@@ -339,7 +345,8 @@ class LitTask(pl.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if "lr_schedulers" not in checkpoint:
                 raise UserError("ckpt_path: the checkpoint has weights only; start a new experiment with --init_from")
-            self._resumed = checkpoint.get("fit_settings", {})
+            saved = checkpoint.get("fit_settings")
+            self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
         if "grown_depth" in checkpoint:
@@ -399,8 +406,8 @@ def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Ite
             yield f"{name} is not part of this model"
         elif name not in free and tensor.shape != own[name].shape:
             yield f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        elif name in free and tensor.shape[-1] != own[name].shape[-1]:
-            yield f"{name} has width {tensor.shape[-1]}, expected {own[name].shape[-1]}"
+        elif name in free and tensor.shape[-1:] != own[name].shape[-1:]:
+            yield f"{name} has shape {tuple(tensor.shape)}, expected width {own[name].shape[-1]}"
 
 
 def resizable_names(module: nn.Module) -> set[str]:

@@ -60,13 +60,14 @@ def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str,
     Raises:
         UserError: If the optimizer is of another class, whose state is another one.
     """
-    fixed, then = present["fixed"], dict(saved.get("fixed", {}))
+    given = {name: saved[name] for name in present if isinstance(saved.get(name), Mapping)}
+    fixed, then = present["fixed"], dict(given.get("fixed", {}))
     for optimizer in trainer.optimizers[:1]:
         now = fixed["model.optimizer"]
         before = then.get("model.optimizer", now)
         restored = optimizer.param_groups[0]  # with the checkpoint's settings only
         if before != now or any(name not in restored for name in optimizer.defaults):
-            state = f"state of {before}" if before != now else "state of another optimizer"
+            state = f"state of {before!r}" if before != now else "state of another optimizer"
             raise UserError(
                 f"model.optimizer: the checkpoint has the {state}, expected that of {now}; {NEW_EXPERIMENT}"
             )
@@ -75,7 +76,7 @@ def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str,
             f"ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: {', '.join(ineffective)}"
             f"; {NEW_EXPERIMENT}"
         )
-    if other_data := [*_differences(present["data"], saved.get("data", {}))]:
+    if other_data := [*_differences(present["data"], given.get("data", {}))]:
         rank_zero_warn(
             f"ckpt_path: the fit is resumed with other data settings: {', '.join(other_data)}; optimizer, schedule, "
             f"epoch and best scores are those of the checkpoint's data; {NEW_EXPERIMENT}"
