@@ -153,7 +153,7 @@ class ParameterGrowthCallback(Callback):
 
         Args:
             tokens: The model's totals at birth.
-            grown: Whether they are not those of its config; stages that they reach already are left out then.
+            grown: Whether the model grew before the fit; the first stages that its totals reach are skipped then.
 
         Returns:
             Pairs (key, totals) in order.
@@ -198,8 +198,8 @@ class ParameterGrowthCallback(Callback):
             return
         stages = self.remaining_stages(pl_module)
         if skipped := [key for key in self.schedule if key not in dict(stages)]:
-            told = ", ".join(f"{self.unit} {key}" for key in skipped)
-            rank_zero_info(f"schedule: skipped stages ({told}): the initial model has reached their totals")
+            keys = ", ".join(f"{self.unit} {key}" for key in skipped)
+            rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
         self._check_depth(trainer, pl_module, birth, stages)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:

@@ -106,9 +106,9 @@ def initialize_from(
                 task.tokenizer_json = checkpoint.get("tokenizer")
     sizes = [f"{name} {total}" for name, total in model_size(module).items()]
     parts = {"sizes": sizes, "changed": changed, "adapted": notes, "newly initialized": new, "unused": unused}
-    told = "".join(f"; {title}: {', '.join(names)}" for title, names in parts.items() if names)
+    summary = "".join(f"; {title}: {', '.join(names)}" for title, names in parts.items() if names)
     kind = "moving average" if ema else "trained weights"
-    rank_zero_info(f"Initialized from {path}: {len(own) - len(new)} of {len(own)} tensors of the {kind}{told}")
+    rank_zero_info(f"Initialized from {path}: {len(own) - len(new)} of {len(own)} tensors of the {kind}{summary}")
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -192,7 +192,7 @@ def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) 
 def _resample_positions(
     prefix: str, model: Tokenformer, own: Mapping[str, Tensor], weights: dict[str, Tensor], path: object
 ) -> Iterator[str]:
-    """Fit learned positions to a model, in place; tells what was done."""
+    """Fit learned positions to a model, in place, and report the changes."""
     name = f"{prefix}stem.pos_embed"
     if _resizes(name, own, weights, dim=1):
         before, now = weights[name].shape[1], own[name].shape[1]
@@ -217,7 +217,7 @@ def _map_vocabulary(
     resize: bool,
     path: object,
 ) -> Iterator[str]:
-    """Fit embedding and head of a language model to its vocabulary, in place; tells what was done.
+    """Fit embedding and head of a language model to its vocabulary, in place, and report the changes.
 
     Args:
         prefix: Of the model's names.
@@ -237,9 +237,9 @@ def _map_vocabulary(
         return
     before, now = len(weights[names[0]]), len(own[names[0]])
     if not resize:
-        told = f"{before} tokens, this model {now}" if before != now else f"{before} other tokens"
+        sizes = f"{before} tokens, this model {now}" if before != now else f"{before} other tokens"
         raise UserError(
-            f"init_from: {path} has another vocabulary ({told}); set data.tokenizer to the checkpoint's tokenizer.json "
+            f"init_from: {path} has another vocabulary ({sizes}); set data.tokenizer to the checkpoint's tokenizer.json "
             f"and model.overrides.vocab_size to {before}, or init_resize_vocab: true"
         )
     places = _common_tokens(vocabularies, before, now, path)

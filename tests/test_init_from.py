@@ -61,7 +61,7 @@ def error_line(capsys):
 
 
 @pytest.fixture
-def told(caplog):
+def logged(caplog):
     """What is logged."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(caplog.handler)
@@ -117,7 +117,7 @@ def folder_of_images(tmp_path_factory):
     return {"dataset": "imagefolder", "root": str(root), "image_size": 16, "batch_size": 8}
 
 
-def test_a_fit_starts_from_weights_on_another_data_set(digits, folder_of_images, tmp_path, told):
+def test_a_fit_starts_from_weights_on_another_data_set(digits, folder_of_images, tmp_path, logged):
     config = image_config(tmp_path, **folder_of_images)
     args = ["--model.optimizer", "SGD", "--model.optimizer.lr", 0.0, "--trainer.max_epochs", 1]
     assert run("fit", *config, *args, "--init_from", digits) == 0
@@ -136,7 +136,7 @@ def test_a_fit_starts_from_weights_on_another_data_set(digits, folder_of_images,
         "newly initialized: backbone.head.fc.weight, backbone.head.fc.bias",
         "qkv 16, proj 16, ffn 64, depth 3",
     ):
-        assert part in told()
+        assert part in logged()
     assert LitImageClassifier.load_from_checkpoint(last(tmp_path), weights_only=True).backbone.num_classes == 3
 
 
@@ -151,13 +151,13 @@ def test_a_requeued_job_resumes_its_own_checkpoint(digits, folder_of_images, tmp
     assert (first["global_step"], second["global_step"]) == (3, 6)
 
 
-def test_the_schedule_continues_from_the_size_of_the_checkpoint(digits, tmp_path, told, capsys):
+def test_the_schedule_continues_from_the_size_of_the_checkpoint(digits, tmp_path, logged, capsys):
     config = image_config(tmp_path, {0: {"qkv": 12, "depth": 3}, 1: 32})
     assert run("plan", *config, "--init_from", digits) == 0
     shown = capsys.readouterr().out
     assert "qkv 16, proj 16, ffn 64" in shown and "qkv 32, proj 32, ffn 128" in shown and "qkv 12" not in shown
     assert run("fit", *config, "--init_from", digits) == 0
-    assert "skipped stages (epoch 0)" in told()
+    assert "skipped stages (epoch 0)" in logged()
     (event,) = torch.load(last(tmp_path), weights_only=True)["callbacks"]["ParameterGrowthCallback"]["events"]
     assert event["before"]["qkv"] == 16 and event["after"]["qkv"] == 32
 
@@ -204,14 +204,14 @@ def fox(text_cache, tmp_path_factory):
     return last(folder)
 
 
-def test_a_language_model_starts_from_weights_on_another_corpus(fox, tmp_path, told, capsys):
+def test_a_language_model_starts_from_weights_on_another_corpus(fox, tmp_path, logged, capsys):
     args = ["--model.optimizer", "SGD", "--model.optimizer.lr", 0.0, "--init_from", fox]
     assert run("fit", *text_config(tmp_path, SECOND), *args) == 0
     old, new = (torch.load(path, weights_only=True) for path in (fox, last(tmp_path)))
     assert new["global_step"] == 2 and str(tmp_path) in str(new["callbacks"])
     assert str(fox.parent) not in str(new["callbacks"])  # the best of the other corpus is not this one's
     assert all(torch.equal(tensor, old["state_dict"][name]) for name, tensor in new["state_dict"].items())
-    assert "newly initialized" not in told()
+    assert "newly initialized" not in logged()
     capsys.readouterr()
     assert run("generate", "--ckpt_path", last(tmp_path), "--max_new_tokens", 2, "--prompt", "A") == 0
     assert capsys.readouterr().out.startswith("A")
@@ -378,7 +378,7 @@ def test_a_padded_vocabulary_is_resized_by_rows(tmp_path):
 
 
 @pytest.mark.parametrize("length", [16, 48])
-def test_learned_positions_of_text_take_another_length(length, tmp_path, told):
+def test_learned_positions_of_text_take_another_length(length, tmp_path, logged):
     preset = "gpt2_tiny"
     old, task = language_model(preset=preset), language_model(context_length=length, preset=preset)
     fresh = task.backbone.stem.positions.detach().clone()
@@ -386,7 +386,7 @@ def test_learned_positions_of_text_take_another_length(length, tmp_path, told):
     positions, common = task.backbone.stem.positions, min(length, 32)
     assert torch.equal(positions[:common], old.backbone.stem.positions[:common])
     assert torch.equal(positions[common:], fresh[common:])
-    assert f"backbone.stem.positions 32 -> {length}" in told()
+    assert f"backbone.stem.positions 32 -> {length}" in logged()
 
 
 def test_tied_and_untied_embeddings_are_not_mixed_up(tmp_path):

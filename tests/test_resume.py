@@ -212,8 +212,8 @@ def one_cycle(optimizer):
 @pytest.mark.parametrize("step", [11, 16])  # in the middle and at the end of an epoch
 def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, step, tmp_path):
     again(tmp_path, lr_scheduler=lr_scheduler, save_at=step)
-    fit, told = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=lr_scheduler)
-    assert fit.global_step == 32 and told == []
+    fit, warned = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=lr_scheduler)
+    assert fit.global_step == 32 and warned == []
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, step, tm
     ],
 )
 def test_a_setting_without_effect_on_a_resumed_fit_is_named(changed, message, halfway, tmp_path):
-    fit, (told,) = again(tmp_path, halfway, **changed)
-    assert told.startswith("ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: ")
-    assert message in told and "--init_from" in told and fit.global_step == 32
+    fit, (warned,) = again(tmp_path, halfway, **changed)
+    assert warned.startswith("ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: ")
+    assert message in warned and "--init_from" in warned and fit.global_step == 32
     assert fit.optimizers[0].param_groups[0]["initial_lr"] == 3e-4
     fit.save_checkpoint(tmp_path / "last.ckpt")  # what is in effect is in the next checkpoint
     assert len(again(tmp_path, tmp_path / "last.ckpt", max_epochs=5, **changed)[1]) == 2  # and the schedule's length
@@ -238,34 +238,34 @@ def test_settings_of_a_scheduler_that_are_restored_are_named(tmp_path):
         return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=size)
 
     again(tmp_path, save_at=16, lr_scheduler=step(1))
-    _, (told,) = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=step(3))
-    assert "model.lr_scheduler.step_size 3 (checkpoint: 1)" in told
+    _, (warned,) = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=step(3))
+    assert "model.lr_scheduler.step_size 3 (checkpoint: 1)" in warned
 
 
 def test_other_data_are_named(halfway, tmp_path):
     data = ImageDataModule("digits", batch_size=24, seed=4, num_workers=0)
-    _, told = again(tmp_path, halfway, data=data)
-    assert told[0].startswith(
+    _, warned = again(tmp_path, halfway, data=data)
+    assert warned[0].startswith(
         "ckpt_path: the fit is resumed with other data settings: data.batch_size 24 (checkpoint: 16)"
     )
-    assert "data.seed 4 (checkpoint: 3)" in told[0]
-    assert "the learning-rate schedule changed" in told[1]  # fewer steps in an epoch
+    assert "data.seed 4 (checkpoint: 3)" in warned[0]
+    assert "the learning-rate schedule changed" in warned[1]  # fewer steps in an epoch
 
 
-def test_a_stretched_schedule_is_told_with_both_rates(halfway, tmp_path):
-    fit, (told,) = again(tmp_path, halfway, max_epochs=8)
+def test_a_stretched_schedule_is_reported_with_both_rates(halfway, tmp_path):
+    fit, (warned,) = again(tmp_path, halfway, max_epochs=8)
     assert fit.global_step == 64
     schedule = LRSchedule("cosine", warmup=1, min_factor=0.1)
     old, new = (f"{3e-4 * schedule.factor(16, total, 8):.3g}" for total in (32, 64))
-    assert old != new and f"at step 16 the rate was {old} in the checkpoint's fit and is {new} now" in told
+    assert old != new and f"at step 16 the rate was {old} in the checkpoint's fit and is {new} now" in warned
 
 
-def test_nothing_left_to_train_is_told_with_what_to_raise(tmp_path):
+def test_nothing_left_to_train_is_reported_with_what_to_raise(tmp_path):
     fit, _ = again(tmp_path, max_epochs=1)
     fit.save_checkpoint(tmp_path / "last.ckpt")
-    fit, (told,) = again(tmp_path, tmp_path / "last.ckpt", max_epochs=1)
+    fit, (warned,) = again(tmp_path, tmp_path / "last.ckpt", max_epochs=1)
     assert fit.global_step == 8
-    assert "nothing left to train" in told and "raise trainer.max_epochs" in told and "--init_from" in told
+    assert "nothing left to train" in warned and "raise trainer.max_epochs" in warned and "--init_from" in warned
 
 
 def test_another_optimizer_is_refused_in_one_line(halfway, tmp_path):

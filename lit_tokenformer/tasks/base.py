@@ -139,10 +139,11 @@ class LitTask(pl.LightningModule):
         wrong, changed = [], []
         for name, model in self.backbones.items():
             for field, (before, now) in config_changes(saved[name], model.config).items() if name in saved else ():
+                setting = f"{name}.{field}".lstrip(".")
                 if field not in MAY_CHANGE:
-                    wrong.append(f"{field} {before!r} (this model: {now!r})")
+                    wrong.append(f"{setting} {before!r} (this model: {now!r})")
                 elif field not in ("param_tokens", "depth"):  # the weights have their own
-                    changed.append(f"{field} {before!r} -> {now!r}")
+                    changed.append(f"{setting} {before!r} -> {now!r}")
         return wrong, changed
 
     def remember_arguments(self, overrides: Sequence[str] = ("overrides",)) -> None:
