@@ -239,8 +239,8 @@ def _map_vocabulary(
     if not resize:
         sizes = f"{before} tokens, this model {now}" if before != now else f"{before} other tokens"
         raise UserError(
-            f"init_from: {path} has another vocabulary ({sizes}); set data.tokenizer to the checkpoint's tokenizer.json "
-            f"and model.overrides.vocab_size to {before}, or init_resize_vocab: true"
+            f"init_from: {path} has another vocabulary ({sizes}); set data.tokenizer to the checkpoint's "
+            f"tokenizer.json and model.overrides.vocab_size to {before}, or init_resize_vocab: true"
         )
     places = _common_tokens(vocabularies, before, now, path)
     for name in (name for name in names if len(weights[name]) == before):
