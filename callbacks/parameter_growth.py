@@ -148,11 +148,12 @@ class ParameterGrowthCallback(Callback):
         self._next = 0
         self._step_hooks: list[Any] = []
 
-    def stages(self, tokens: Mapping[str, int]) -> list[tuple[int, dict[str, int]]]:
+    def stages(self, tokens: Mapping[str, int], grown: bool = False) -> list[tuple[int, dict[str, int]]]:
         """The schedule as totals for each kind that a model has.
 
         Args:
             tokens: The model's totals at birth.
+            grown: Whether the model grew before the fit; the first stages that its totals reach are skipped then.
 
         Returns:
             Pairs (key, totals) in order.
@@ -160,13 +161,27 @@ class ParameterGrowthCallback(Callback):
         Raises:
             ValueError: If a stage does not fit the model or would shrink it.
         """
-        found, current = [], dict(tokens)
+        found: list[tuple[int, dict[str, int]]] = []
+        current = dict(tokens)
         if not current:
             return []  # nothing can grow
         for key, wanted in self.schedule.items():
-            current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
+            setting = f"schedule: {self.unit} {key}"
+            if grown and not found and _is_reached(wanted, current, setting):
+                continue
+            current = target_tokens(wanted, current, setting=setting)
             found.append((key, current))
         return found
+
+    def remaining_stages(self, module: nn.Module) -> list[tuple[int, dict[str, int]]]:
+        """The stages of the schedule, without the first ones that a model reached before the fit."""
+        grown = any(model.grown for model in module.modules() if isinstance(model, Tokenformer))
+        return self.stages(self._birth(module), grown)
+
+    def _birth(self, module: nn.Module) -> dict[str, int]:
+        """The size at which the first fit of a model began."""
+        before = self.events[0]["before"] if self.events else {}  # `lit-tokenformer grow` notes no depth
+        return {**self.size(module), **before}
 
     def size(self, module: nn.Module) -> dict[str, int]:
         """What the schedule is about in a model: parameter tokens of each kind, and the depth if it names one."""
@@ -177,24 +192,25 @@ class ParameterGrowthCallback(Callback):
         if stage != "fit":
             return
         growth_context(trainer)
-        birth = self.size(pl_module)
-        if self.events:  # fitted before; `lit-tokenformer grow` notes no depth
-            birth |= self.events[0]["before"]
+        birth = self._birth(pl_module)
         if not birth:  # the same config serves architectures that grow and those that do not
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
-        stages = self.stages(birth)
+        stages = self.remaining_stages(pl_module)
+        if skipped := [key for key in self.schedule if key not in dict(stages)]:
+            keys = ", ".join(f"{self.unit} {key}" for key in skipped)
+            rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
         self._check_depth(trainer, pl_module, birth, stages)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:
                 totals = [birth[layer.kind], *(tokens[layer.kind] for _, tokens in stages)]
                 for before, after in itertools.pairwise(totals):
                     plan_rows(before, after, self.method, layer.score_norm, name)
-        check_end(self.schedule, self.unit, trainer)
+        check_end(dict(stages), self.unit, trainer)
 
     @staticmethod
     def _check_depth(trainer: Any, pl_module: nn.Module, birth: dict[str, int], stages: list[Any]) -> None:
-        final = stages[-1][1].get("depth", 0) if stages else 0
+        final = stages[-1][1].get("depth", 0) if stages else birth.get("depth", 0)
         if final == birth.get("depth", 0):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -204,7 +220,7 @@ class ParameterGrowthCallback(Callback):
                 check_depth(model, final, setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        check_last_step(self.schedule, self.unit, trainer)
+        check_last_step(dict(self.remaining_stages(pl_module)), self.unit, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)
@@ -369,9 +385,9 @@ def _checked_schedule(schedule: Mapping[int, Tokens], unit: str) -> dict[int, To
     return dict(schedule)
 
 
-def _is_reached(tokens: Tokens, current: Mapping[str, int]) -> bool:
+def _is_reached(tokens: Tokens, current: Mapping[str, int], setting: str = "tokens") -> bool:
     """Whether a model holds at least these totals of every kind already."""
-    wanted = target_tokens(tokens, dict.fromkeys(current, 1))
+    wanted = target_tokens(tokens, dict.fromkeys(current, 1), setting)
     named = tokens if isinstance(tokens, Mapping) else wanted
     return all(current[kind] >= wanted[kind] for kind in named)
 

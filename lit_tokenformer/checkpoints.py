@@ -17,17 +17,21 @@ from lit_tokenformer.safety import check_class_paths, trusted_optimizer
 from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", optimizers: bool = True) -> dict[str, Any]:
     """A checkpoint of a fit; nothing in the file is executed.
 
     Args:
         path: The file, or the folder that several processes have written.
         map_location: Device of the tensors; ``meta`` reads their shapes only.
+        optimizers: Whether optimizer state is read into memory too.
 
     Raises:
         ValueError: If the file is not there, is not whole, holds pickled code or is no checkpoint of a fit.
     """
-    checkpoint = read_folder(path, map_location) if is_sharded(path) else load_pickle(path, "ckpt_path", map_location)
+    if is_sharded(path):
+        checkpoint = read_folder(path, map_location, optimizers)
+    else:
+        checkpoint = load_pickle(path, "ckpt_path", map_location, mmap=not optimizers)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
     state = checkpoint["state_dict"]
@@ -102,10 +106,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     if "optimizer" in made:
         given["optimizer"] = trusted_optimizer(made["optimizer"], path)
     place = "meta" if device == "meta" else "cpu"
-    if is_sharded(path):
-        saved = read_folder(path, place, optimizers=False)
-    else:
-        saved = load_pickle(path, "ckpt_path", place, mmap=True)
+    saved = read_checkpoint(path, place, optimizers=False)
     try:
         with torch.device(device):
             task = known[name](**given)

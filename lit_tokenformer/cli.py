@@ -49,6 +49,7 @@ from lit_tokenformer.beginning import (
     check_trainer_settings,
     trainer_error,
 )
+from lit_tokenformer.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.parsing import Parser, check_config, one_line
 from lit_tokenformer.planning import PlanningTrainer
 
@@ -152,6 +153,7 @@ class TokenformerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -192,6 +194,7 @@ class TokenformerCLI(LightningCLI):
         if name in COMMANDS:
             COMMANDS[name](**self.config[name].as_dict())
             sys.exit(0)
+        check_settings(self.config[name], resumes=name == "fit")
 
     def _parse_ckpt_path(self) -> None:
         """The config decides what the model is; a checkpoint only has to be whole and safe."""
@@ -215,6 +218,10 @@ class TokenformerCLI(LightningCLI):
             if isinstance(callback, Beginning):
                 callback.remember_folders(self.trainer)
         check_data_fit(self.model, self.datamodule)
+        start = self.config[self.subcommand]
+        if start["init_from"] and start.get("ckpt_path") in (None, "last"):  # else a checkpoint of this run was found
+            options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
+            initialize_from(self.model, start["init_from"], self.datamodule, **options)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
         if self.subcommand in ("fit", "predict"):

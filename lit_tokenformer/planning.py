@@ -196,7 +196,7 @@ class PlanningTrainer(CheckpointingTrainer):
             None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
         )
         born = models.param_tokens(model)
-        configs = {name: backbone.config for name, backbone in model.backbones.items()}
+        configs = {name: _present_config(backbone) for name, backbone in model.backbones.items()}
         growths: list[tuple[int, int, dict[str, int]]] = []
         rates = self._patch_drop_rates(per_epoch)
         proposal: Proposal | None = None
@@ -316,8 +316,14 @@ class PlanningTrainer(CheckpointingTrainer):
                 if callback.unit == "epoch" and per_epoch is None:
                     raise UserError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                growths += [(k, k * scale, tokens) for k, tokens in callback.stages(callback.size(model))]
+                growths += [(k, k * scale, tokens) for k, tokens in callback.remaining_stages(model)]
         return total, growths
+
+
+def _present_config(model: models.Tokenformer) -> models.TokenformerConfig:
+    """The architecture of a model at its present size, which ``init_from`` may have set."""
+    tokens = {**dict(model.config.tokens.items()), **model.param_tokens}
+    return dataclasses.replace(model.config, param_tokens=tokens, depth=len(model.blocks))
 
 
 def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
@@ -328,7 +334,7 @@ def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
         parts: The stage, for each task.
     """
     born = sum(parameter.numel() for parameter in model.parameters())
-    grown = parts[0].cost.parameters - model_cost(next(iter(model.backbones.values())).config).parameters
+    grown = parts[0].cost.parameters - model_cost(_present_config(next(iter(model.backbones.values())))).parameters
     cost = joint_cost((part.cost for part in parts), born + grown)
     return dataclasses.replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
 

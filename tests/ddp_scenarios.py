@@ -34,6 +34,7 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.data import ImageDataModule, TextDataModule
 from lit_tokenformer.data.loading import StreamImages
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
+from lit_tokenformer.initialization import initialize_from
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
 from lit_tokenformer.tasks.base import LitTask
 
@@ -281,6 +282,38 @@ def run(name: str, folder: Path, devices: int, ckpt_path: Path | None = None) ->
     }
 
 
+class FirstWeights(Callback):
+    """Keeps the weights with which a fit starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+
+
+def initialized(path: Path, devices: int) -> dict[str, torch.Tensor]:
+    """The first weights of a fit that starts from a grown checkpoint and has another number of classes.
+
+    Args:
+        path: The checkpoint.
+        devices: Number of processes; this is one of them.
+    """
+    seed_everything(int(os.environ.get("LOCAL_RANK", 0)))  # each process draws another head
+    task, first = image_task(num_classes=12), FirstWeights()
+    initialize_from(task, path)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[first],
+    )
+    trainer.fit(task, DataLoader(Samples(joint=False), BATCH))
+    return first.weights
+
+
 def scores(folder: Path, devices: int) -> dict[str, float]:
     """Scores of text and images that two processes do not share evenly.
 
@@ -346,6 +379,7 @@ def main(folder: Path) -> None:
     found = {name: run(name, folder, devices) for name in sys.argv[2:] or SCENARIOS}
     for name in [name for name in found if SCENARIOS[name].resumed]:
         found[f"{name}_resumed"] = run(name, folder / "again", devices, folder / name / "end1.ckpt")
+    found["initialized"] = initialized(folder / "deepened" / "end1.ckpt", devices)
     found |= {"scores": scores(folder / rank, devices), "stream": stream(int(rank), devices)}
     torch.save(found, folder / f"{rank}.pt")
 

@@ -128,3 +128,12 @@ def test_two_processes_score_as_one_does(two: list[dict[str, Any]], tmp_path: Pa
 def test_processes_end_a_stream_of_images_together(two: list[dict[str, Any]]):
     """One process has three batches in its shards, the other one seven."""
     assert [found["stream"] for found in two] == [{"batches": 3, "resumed": True}] * 2
+
+
+def test_processes_start_from_equal_weights_of_a_checkpoint(two: list[dict[str, Any]], folder: Path):
+    first, second = (found["initialized"] for found in two)
+    saved = torch.load(folder / "deepened" / "end1.ckpt", weights_only=True)["current_model_state"]
+    assert len(first["backbone.head.fc.bias"]) == 12 and first.keys() == second.keys() == saved.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+        assert ".head." in name or torch.equal(tensor, saved[name].to(tensor.dtype)), name

@@ -1,12 +1,15 @@
 """A run that is stopped anywhere and resumed ends with the weights of one that was not, bit for bit."""
 
+import warnings
+
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, ParameterGrowthCallback
 from lit_tokenformer.data import Augmentation, ImageDataModule
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
@@ -135,7 +138,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(fitted):
         Trainer(accelerator="cpu", logger=False).validate(
             other, make_data(), ckpt_path=fitted / "end0.ckpt", weights_only=True
         )
-    with pytest.raises(ValueError, match=r"another architecture: .* expected .*48"):
+    with pytest.raises(ValueError, match=r"another architecture: dim 32 \(this model: 48\)"):
         Trainer(accelerator="cpu", logger=False).validate(
             make_task(dim=48), make_data(), ckpt_path=fitted / "end0.ckpt", weights_only=True
         )
@@ -150,3 +153,142 @@ def test_optimizer_state_of_a_wrong_shape_is_found_at_load(fitted, tmp_path):
     with pytest.raises(ValueError, match=r"optimizer state: exp_avg of parameter .* has shape \(8, 32\)"):
         run(tmp_path / "again", BY_EPOCH, ckpt_path=tmp_path / "broken.ckpt")
     check_optimizer_state(make_task().build_optimizer())
+
+
+# --- Settings that changed --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halfway(few_digits, tmp_path_factory):
+    """A checkpoint of the last batch of the second of four epochs."""
+    folder = tmp_path_factory.mktemp("halfway")
+    again(folder, save_at=16)
+    return folder / "last.ckpt"
+
+
+def again(folder, ckpt_path=None, max_epochs=4, save_at=-1, data=None, overrides=TINY, **task):
+    """A fit that is or is not resumed; returns it and all that it warned of."""
+    seed_everything(7)
+    task = {"schedule": LRSchedule("cosine", warmup=1, min_factor=0.1), "overrides": overrides, **task}
+    model = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, **task)
+    fit = Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        callbacks=[SaveAndStop(folder / "last.ckpt", save_at)],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(model, data or make_data(), ckpt_path=ckpt_path, weights_only=True)
+    return fit, [str(one.message) for one in caught if "ckpt_path: " in str(one.message)]
+
+
+class SaveAndStop(Callback):
+    """Saves a checkpoint and ends the fit early; the schedule does not know."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def adamw(lr=3e-4, **settings):
+    return lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.05, **settings)
+
+
+def one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=32)
+
+
+@pytest.mark.parametrize("lr_scheduler", [None, one_cycle])
+@pytest.mark.parametrize("step", [11, 16])  # in the middle and at the end of an epoch
+def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, step, tmp_path):
+    again(tmp_path, lr_scheduler=lr_scheduler, save_at=step)
+    fit, warned = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=lr_scheduler)
+    assert fit.global_step == 32 and warned == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": adamw(lr=0.01)}, "model.optimizer.lr 0.01 (checkpoint: 0.0003)"),
+        ({"optimizer": adamw(betas=(0.8, 0.9))}, "model.optimizer.betas (0.8, 0.9) (checkpoint: (0.9, 0.999))"),
+        ({"overrides": {**TINY, "param_tokens": 12}}, "model.overrides.ffn 48 (checkpoint: 32)"),
+    ],
+)
+def test_a_setting_without_effect_on_a_resumed_fit_is_named(changed, message, halfway, tmp_path):
+    fit, (warned,) = again(tmp_path, halfway, **changed)
+    assert warned.startswith("ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: ")
+    assert message in warned and "--init_from" in warned and fit.global_step == 32
+    assert fit.optimizers[0].param_groups[0]["initial_lr"] == 3e-4
+    fit.save_checkpoint(tmp_path / "last.ckpt")  # what is in effect is in the next checkpoint
+    assert len(again(tmp_path, tmp_path / "last.ckpt", max_epochs=5, **changed)[1]) == 2  # and the schedule's length
+
+
+def test_settings_of_a_scheduler_that_are_restored_are_named(tmp_path):
+    def step(size):
+        return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=size)
+
+    again(tmp_path, save_at=16, lr_scheduler=step(1))
+    _, (warned,) = again(tmp_path, tmp_path / "last.ckpt", lr_scheduler=step(3))
+    assert "model.lr_scheduler.step_size 3 (checkpoint: 1)" in warned
+
+
+def test_other_data_are_named(halfway, tmp_path):
+    data = ImageDataModule("digits", batch_size=24, seed=4, num_workers=0)
+    _, warned = again(tmp_path, halfway, data=data)
+    assert warned[0].startswith(
+        "ckpt_path: the fit is resumed with other data settings: data.batch_size 24 (checkpoint: 16)"
+    )
+    assert "data.seed 4 (checkpoint: 3)" in warned[0]
+    assert "the learning-rate schedule changed" in warned[1]  # fewer steps in an epoch
+
+
+def test_a_stretched_schedule_is_reported_with_both_rates(halfway, tmp_path):
+    fit, (warned,) = again(tmp_path, halfway, max_epochs=8)
+    assert fit.global_step == 64
+    schedule = LRSchedule("cosine", warmup=1, min_factor=0.1)
+    old, new = (f"{3e-4 * schedule.factor(16, total, 8):.3g}" for total in (32, 64))
+    assert old != new and f"at step 16 the rate was {old} in the checkpoint's fit and is {new} now" in warned
+
+
+def test_nothing_left_to_train_is_reported_with_what_to_raise(tmp_path):
+    fit, _ = again(tmp_path, max_epochs=1)
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    fit, (warned,) = again(tmp_path, tmp_path / "last.ckpt", max_epochs=1)
+    assert fit.global_step == 8
+    assert "nothing left to train" in warned and "raise trainer.max_epochs" in warned and "--init_from" in warned
+
+
+def test_another_optimizer_is_refused_in_one_line(halfway, tmp_path):
+    with pytest.raises(UserError, match=r"model.optimizer: .* of 'torch.optim.adamw.AdamW', expected that of .*\.SGD"):
+        again(tmp_path, halfway, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    checkpoint = torch.load(halfway, weights_only=True)
+    assert checkpoint.pop("fit_settings")  # as in checkpoints that were written before
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match=r"model.optimizer: .* of another optimizer, expected that of .*Adadelta"):
+        again(tmp_path, tmp_path / "old.ckpt", optimizer=lambda params: torch.optim.Adadelta(params))
+    assert again(tmp_path, tmp_path / "old.ckpt")[1] == []
+
+
+def test_weights_alone_are_refused_where_a_fit_is_to_be_resumed(halfway, tmp_path):
+    checkpoint = torch.load(halfway, weights_only=True)
+    for part in ("optimizer_states", "lr_schedulers", "callbacks"):
+        del checkpoint[part]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match="ckpt_path: the checkpoint has weights only; .* --init_from"):
+        again(tmp_path, tmp_path / "weights.ckpt")
+
+
+def test_an_architecture_whose_weights_only_fit_in_shape_is_refused(halfway):
+    plain = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(UserError, match=r"ckpt_path: .*another architecture: num_heads 2 \(this model: 4\)"):
+        plain.validate(make_task(num_heads=4), make_data(), ckpt_path=halfway, weights_only=True)

@@ -7,6 +7,7 @@ Transforms, mixup and CutMix are timm's; the way a run is resumed bit for bit is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
@@ -149,6 +150,7 @@ class ImageDataModule(ResumableDataModule):
         super().__init__(seed, num_workers)
         if dataset not in SOURCES:
             raise unknown_name("data.dataset", dataset, SOURCES)
+        self.dataset = dataset
         self.source = SOURCES[dataset]
         self.settings = SourceSettings(
             root=root,
@@ -191,6 +193,11 @@ class ImageDataModule(ResumableDataModule):
             )
         look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
         self._train_transform, self._eval_transform = train_transform(*look), eval_transform(*look)
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        own = {"dataset": self.dataset, "image_size": self.image_size, **asdict(self.settings)}
+        return {**super().data_settings, **own}
 
     @cached_property
     def splits(self) -> Splits:

@@ -79,6 +79,13 @@ class MultiTaskDataModule(LightningDataModule):
         return self.ends.batch_size
 
     @property
+    def data_settings(self) -> dict[str, Any]:
+        """Settings of both data modules, by ``image.NAME`` and ``text.NAME``."""
+        return {
+            f"{kind}.{name}": value for kind, part in self.parts.items() for name, value in part.data_settings.items()
+        }
+
+    @property
     def num_classes(self) -> int:
         """Number of classes C."""
         return self.image.num_classes

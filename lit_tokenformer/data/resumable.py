@@ -19,6 +19,8 @@ class ResumableDataModule(LightningDataModule):
         num_workers: Loading processes for each training process.
     """
 
+    batch_size: int
+
     def __init__(self, seed: int | None, num_workers: int | None) -> None:
         super().__init__()
         self.seed = seed
@@ -52,6 +54,11 @@ class ResumableDataModule(LightningDataModule):
         """
         loader = self._train_loader
         return loader.samples(batch) if isinstance(loader, ResumableLoader) else None
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """Settings that decide which samples a fit sees and in what order, as plain values by name."""
+        return {"batch_size": self.batch_size, "seed": self._seed}
 
     @property
     def _seed(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,12 @@ class TextDataModule(ResumableDataModule):
             )
         if streaming and dataset != "huggingface":
             raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        corpus = self.corpus
+        own = {"dataset": corpus.dataset, "tokenizer": corpus.tokenizer_name, "block_size": self.block_size}
+        return {**super().data_settings, **own, **asdict(corpus.settings)}
 
     # --- What is known of the text -----------------------------------------------------------------------------------
 

@@ -108,6 +108,12 @@ class Tokenformer(nn.Module):
         """What growth changes: parameter tokens of each kind, and ``depth``, the number of blocks."""
         return {**self.param_tokens, "depth": len(self.blocks)}
 
+    @property
+    def grown(self) -> bool:
+        """Whether the size is not that of the config: after a growth, or with weights of another size."""
+        born = {**dict(self.config.tokens.items()), "depth": self.config.depth}
+        return any(total != born[name] for name, total in self.size.items())
+
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""
         return Block(self.config, min(number, self.config.depth - 1))
@@ -182,6 +188,7 @@ class Tokenformer(nn.Module):
         reference = self.stem.pos_embed  # the final norm may have been pruned
         self.head = ImageHead(self.num_features, num_classes, pool, self.num_prefix_tokens)
         self.head.to(device=reference.device, dtype=reference.dtype)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.num_classes = num_classes
 
     def new_state(self, length: int, padding: Tensor | None = None) -> DecodingState:

@@ -128,6 +128,14 @@ COMBINATIONS: list[dict[str, tuple[Any, ...]]] = [
 """The ways in which input, output, interaction and positions go together."""
 
 
+MAY_CHANGE = {
+    *("param_tokens", "depth", "image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
+    *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "rotary_base"),
+    *("tie_embeddings", "unpad", "low_precision_norm"),
+}
+"""Fields that a model may change when it loads weights; all others decide what the same weights compute."""
+
+
 @dataclass(frozen=True)
 class TokenformerConfig:
     """One architecture: sizes and names of parts.
@@ -334,6 +342,13 @@ class TokenformerConfig:
     def shortcut_dim(self) -> int:
         """Width of the augmented shortcut; 0 for none."""
         return self.dim // self.shortcut_reduction if self.shortcut_reduction else 0
+
+
+def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two architectures differ, with both values; stem and head come first."""
+    names = sorted((field.name for field in fields(saved)), key=lambda name: name not in ("stem", "head"))
+    pairs = {name: (getattr(saved, name), getattr(present, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _told(parts: Mapping[str, Any]) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -23,10 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
 from lit_tokenformer.depth_growth import set_depth
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.models import Pattention, Tokenformer, model_size, param_tokens, preset_config
+from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
+from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import load_into, save_folder
+from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _SIZES = {
@@ -76,6 +76,8 @@ class LitTask(pl.LightningModule):
             if compile:
                 backbone.compile(dynamic=self.dynamic_shapes)
         self._rng_states: list[dict[str, Any]] | None = None
+        self._settings: dict[str, Any] | None = None  # of the fit
+        self._resumed: dict[str, Any] | None = None  # settings of the fit that is resumed
         self._within: tuple[LitTask, str] | None = None
 
     @staticmethod
@@ -116,6 +118,34 @@ class LitTask(pl.LightningModule):
         given = overrides if isinstance(overrides, dict) else dataclasses.asdict(overrides)
         return {key: value for key, value in given.items() if value is not None}
 
+    @classmethod
+    def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
+        """The architectures that a task's arguments describe, by name as in :attr:`backbones`."""
+        sizes = ("num_classes", "image_size", "vocab_size", "context_length")
+        given = {name: arguments[name] for name in sizes if name in arguments}
+        return {"": preset_config(arguments["preset"], **{**given, **arguments["overrides"]})}
+
+    def architecture_changes(self, checkpoint: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Compare the architecture with that of a checkpoint, whose weights may fit in shape and mean something else.
+
+        Returns:
+            Fields that must not differ and do, and those that may differ and do; none where the checkpoint has no
+            arguments of such a task.
+        """
+        try:
+            saved = self.architectures(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return [], []
+        wrong, changed = [], []
+        for name, model in self.backbones.items():
+            for field, (before, now) in config_changes(saved[name], model.config).items() if name in saved else ():
+                setting = f"{name}.{field}".lstrip(".")
+                if field not in MAY_CHANGE:
+                    wrong.append(f"{setting} {before!r} (this model: {now!r})")
+                elif field not in ("param_tokens", "depth"):  # the weights have their own
+                    changed.append(f"{setting} {before!r} -> {now!r}")
+        return wrong, changed
+
     def remember_arguments(self, overrides: Sequence[str] = ("overrides",)) -> None:
         """Keeps the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
 
@@ -147,6 +177,12 @@ class LitTask(pl.LightningModule):
                 f"trainer.callbacks: {type(averages[0]).__name__} averages whole models, and under "
                 "ModelParallelStrategy no process holds one; leave it out, or use 'ddp'"
             )
+        for model in self.backbones.values():
+            if len(model.blocks) != model.config.depth and self.trainer.state.fn == TrainerFn.FITTING:
+                raise UserError(
+                    f"model.overrides.depth: expected {len(model.blocks)}, the blocks of the initial weights, got "
+                    f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
+                )
         divide(self, self.device_mesh, COMPUTING_METHODS)
         strategy: Any = self.trainer.strategy
         save = partial(type(strategy).save_checkpoint, strategy)
@@ -300,18 +336,28 @@ class LitTask(pl.LightningModule):
         born = {model.config.depth for model in self.modules() if isinstance(model, Tokenformer)}
         if (depth := model_size(self).get("depth")) not in {*born, None}:
             checkpoint["grown_depth"] = depth
-        states: list[Any] = [_rng_state()]
+        states: list[Any] = [rng_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, _rng_state())
+            torch.distributed.all_gather_object(states, rng_state())
         checkpoint["rng_states"] = states
+        if self._settings is not None:
+            checkpoint["fit_settings"] = self._settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            if "lr_schedulers" not in checkpoint:
+                raise UserError("ckpt_path: the checkpoint has weights only; start a new experiment with --init_from")
+            saved = checkpoint.get("fit_settings")
+            self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
         if "grown_depth" in checkpoint:
             set_depth(self, checkpoint["grown_depth"])
+        wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
+        if wrong:
+            raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
             self._check_architecture(checkpoint["state_dict"])
         self._rng_states = checkpoint.get("rng_states")
@@ -333,22 +379,29 @@ class LitTask(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         ShardedParameters(self)  # refuses a torch under which they cannot grow now, not at the first growth
+        self._settings = fit_settings(self.trainer)
+
+    def on_fit_end(self) -> None:
+        if self._resumed is not None:
+            report_nothing_left(self.trainer)
+        self._resumed = None
 
     def on_train_start(self) -> None:
+        if self._resumed is not None and self._settings is not None:
+            self._settings = report_changes(self.trainer, self._settings, self._resumed)
+            self._resumed = None
         loop = self.trainer.fit_loop
         epochs = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.completed == epochs.ready:
             loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
-            _set_rng_state(self._rng_states[self.global_rank])
+            set_rng_state(self._rng_states[self.global_rank])
         self._rng_states = None
 
 
 def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
-    own = module.state_dict()
-    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
-    free = {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
+    own, free = module.state_dict(), resizable_names(module)
     for name in own:
         if name not in state_dict:
             yield f"{name} is missing"
@@ -357,8 +410,14 @@ def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Ite
             yield f"{name} is not part of this model"
         elif name not in free and tensor.shape != own[name].shape:
             yield f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        elif name in free and tensor.shape[-1] != own[name].shape[-1]:
-            yield f"{name} has width {tensor.shape[-1]}, expected {own[name].shape[-1]}"
+        elif name in free and tensor.shape[-1:] != own[name].shape[-1:]:
+            yield f"{name} has shape {tuple(tensor.shape)}, expected width {own[name].shape[-1]}"
+
+
+def resizable_names(module: nn.Module) -> set[str]:
+    """Names of the tensors in ``module`` that take the size of what is loaded."""
+    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
+    return {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
 
 
 def _free_parts(layer: nn.Module) -> tuple[str, ...]:
@@ -366,25 +425,3 @@ def _free_parts(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, Pattention):
         return Pattention.PARTS
     return ("pos_embed",) if isinstance(getattr(layer, "pos_embed", None), Tensor) else ()
-
-
-def _rng_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, in types that load with ``weights_only=True``."""
-    version, internal, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(internal), gauss],
-        "numpy": [numpy_state[1].tolist(), *numpy_state[2:]],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))

@@ -63,7 +63,10 @@ class LitImageClassifier(LitTask):
         backbone = self.make_backbone(preset, given, match, match_to)
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
         self.remember_arguments()
-        classes = backbone.num_classes
+        self._make_metrics()
+
+    def _make_metrics(self) -> None:
+        classes = self.backbone.num_classes
         self.val_acc1 = MulticlassAccuracy(classes, top_k=1, average="micro")
         self.val_acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
         self.test_acc1, self.test_acc5 = self.val_acc1.clone(), self.val_acc5.clone()
@@ -81,6 +84,11 @@ class LitImageClassifier(LitTask):
             theirs = getattr(data, name, own)
             if theirs != own:
                 raise UserError(f"model.{name}: the model was built for {own}, the data have {theirs}")
+        classes = self.backbone.num_classes
+        if classes != self.val_acc1.num_classes:  # ``backbone.reset_classifier`` was called
+            self._make_metrics()
+            self.hparams["overrides"].pop("num_classes", None)
+            self.hparams["num_classes"] = classes
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, label = batch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.compute import ModelCost, model_cost
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.models import BackboneOverrides, Tokenformer, preset_config
+from lit_tokenformer.models import BackboneOverrides, Tokenformer, TokenformerConfig, preset_config
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
@@ -149,6 +149,17 @@ class LitMultiTask(LitTask):
     def backbone(self) -> Tokenformer:  # type: ignore[override]
         """Refused with a ``ValueError``, for there is one for each task."""
         raise UserError("several tasks have several backbones; take them apart with `lit-tokenformer split`")
+
+    @classmethod
+    def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
+        sizes = {"image": ("num_classes", "image_size"), "text": ("vocab_size", "context_length")}
+        found = {}
+        for name in PARTS:
+            fields = cls._fields(arguments["preset"], name, arguments["overrides"], arguments[name])
+            found[name] = preset_config(
+                arguments["preset"], **{**{size: arguments[size] for size in sizes[name]}, **fields}
+            )
+        return found
 
     def weights(self) -> dict[str, float | Tensor]:
         """The present weight of each task's loss."""

@@ -1,0 +1,145 @@
+"""Resume of a fit: random states, and what differs between the settings of a checkpoint's fit and of this one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import Tokenformer
+
+NEW_EXPERIMENT = "--init_from starts a new experiment from a checkpoint's weights"
+
+
+def fit_settings(trainer: Any) -> dict[str, dict[str, Any]]:
+    """Settings of a fit that a resume cannot change, or that change what it means.
+
+    Args:
+        trainer: The trainer, with optimizers and schedulers as they are configured, before any state is restored.
+
+    Returns:
+        Plain values by the name of the setting, in the groups ``fixed`` (restored from the checkpoint) and ``data``.
+    """
+    fixed: dict[str, Any] = {}
+    for optimizer in trainer.optimizers[:1]:
+        fixed["model.optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        fixed |= {f"model.optimizer.{name}": value for name, value in optimizer.defaults.items()}
+    for config in trainer.lr_scheduler_configs[:1]:
+        if not isinstance(config.scheduler, LambdaLR):  # a function of the step is not restored
+            named = inspect.signature(type(config.scheduler)).parameters
+            state = config.scheduler.state_dict()
+            fixed |= {f"model.lr_scheduler.{name}": state[name] for name in state if name in named}
+    for model in trainer.lightning_module.modules():
+        if isinstance(model, Tokenformer):  # tasks that share their blocks have the same sizes
+            sizes = {**dict(model.config.tokens.items()), "depth": model.config.depth}
+            fixed |= {f"model.overrides.{name}": value for name, value in sizes.items()}
+    data = getattr(trainer.datamodule, "data_settings", {})
+    groups = {"fixed": fixed, "data": {f"data.{name}": value for name, value in data.items()}}
+    return {name: {key: value for key, value in group.items() if _is_plain(value)} for name, group in groups.items()}
+
+
+def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Warn of settings that differ from those of the fit that is resumed, and of another learning-rate schedule.
+
+    Args:
+        trainer: The trainer, with all state restored.
+        present: The settings of this fit, from :func:`fit_settings`.
+        saved: Those of the checkpoint; empty where it has none.
+
+    Returns:
+        The settings that are in effect from now on.
+
+    Raises:
+        UserError: If the optimizer is of another class, whose state is another one.
+    """
+    given = {name: saved[name] for name in present if isinstance(saved.get(name), Mapping)}
+    fixed, then = present["fixed"], dict(given.get("fixed", {}))
+    for optimizer in trainer.optimizers[:1]:
+        now = fixed["model.optimizer"]
+        before = then.get("model.optimizer", now)
+        restored = optimizer.param_groups[0]  # with the checkpoint's settings only
+        if before != now or any(name not in restored for name in optimizer.defaults):
+            state = f"state of {before!r}" if before != now else "state of another optimizer"
+            raise UserError(
+                f"model.optimizer: the checkpoint has the {state}, expected that of {now}; {NEW_EXPERIMENT}"
+            )
+    if ineffective := [*_differences(fixed, then)]:
+        rank_zero_warn(
+            f"ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: {', '.join(ineffective)}"
+            f"; {NEW_EXPERIMENT}"
+        )
+    if other_data := [*_differences(present["data"], given.get("data", {}))]:
+        rank_zero_warn(
+            f"ckpt_path: the fit is resumed with other data settings: {', '.join(other_data)}; optimizer, schedule, "
+            f"epoch and best scores are those of the checkpoint's data; {NEW_EXPERIMENT}"
+        )
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if isinstance(scheduler, LambdaLR):
+            step, old = scheduler.last_epoch, scheduler.get_last_lr()[0]
+            new = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
+            if not math.isclose(old, new, rel_tol=1e-6, abs_tol=1e-12):
+                rank_zero_warn(
+                    f"ckpt_path: the learning-rate schedule changed: at step {step} the rate was {old:.3g} in the "
+                    f"checkpoint's fit and is {new:.3g} now (trainer.max_epochs, trainer.max_steps, batch size or "
+                    "model.schedule)"
+                )
+    return {"fixed": {**fixed, **then}, "data": dict(present["data"])}
+
+
+def report_nothing_left(trainer: Any) -> None:
+    """Warn that a resumed fit was at its end already, and name the setting that would continue it."""
+    limits = {
+        "max_steps": (trainer.max_steps, trainer.global_step),
+        "max_epochs": (trainer.max_epochs, trainer.current_epoch),
+    }
+    for name, (limit, reached) in limits.items():
+        if limit is not None and 0 <= limit <= reached:
+            rank_zero_warn(
+                f"ckpt_path: nothing left to train, the checkpoint is at the end of the fit (trainer.{name}={limit}); "
+                f"raise trainer.{name} to continue it; {NEW_EXPERIMENT}"
+            )
+            return
+
+
+def _differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in present.items():
+        if name in saved and saved[name] != value:
+            yield f"{name} {value!r} (checkpoint: {saved[name]!r})"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a scalar, or a list or tuple of scalars, which any checkpoint can hold."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from, in types that load with ``weights_only=True``."""
+    version, internal, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [numpy_state[1].tolist(), *numpy_state[2:]],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
