@@ -9,6 +9,7 @@ fit do not define it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -30,12 +31,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks import LossGuard, RunSummary, TrainingMonitor
 from lit_tokenformer.checkpoint_io import SavedCheckpoint, resumable_checkpoints
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks.base import state_dict_problems
+
+log = logging.getLogger(__name__)
 
 RUN = "run"
 """Key of the identity in a checkpoint."""
@@ -193,9 +196,11 @@ class RunIdentity(Callback):
                 self._ended += _restore_early_stopping(callback, state, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed_at is not None and self._ended and trainer.global_step == self._resumed_at[1]:
-            path, step = self._resumed_at
-            rank_zero_warn(f"nothing left to train after step {step} of {path}: {'; '.join(self._ended)}")
+        if self._resumed_at is None or not self._ended or trainer.global_step != self._resumed_at[1]:
+            return
+        path, step = self._resumed_at
+        if trainer.is_global_zero:
+            log.warning(f"Nothing left to train after step {step} of {path}: {'; '.join(self._ended)}")
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """The checkpoint to resume from, for all processes."""
@@ -207,13 +212,11 @@ class RunIdentity(Callback):
             self._find(trainer, pl_module) if trainer.is_global_zero else (None, "")
         )
         if path is None and not fits:
-            raise UserError(f"ckpt_path: no last checkpoint: {report}; name a file")
+            raise UserError(f"ckpt_path: no last checkpoint ({report})")
         if path is not None:
             rank_zero_info(f"Resuming from {path} ({report})" if fits else f"Loading {path} ({report})")
-        elif report.startswith("no checkpoint"):
-            rank_zero_info(f"Starting fresh: {report}")
-        else:
-            rank_zero_warn(f"Starting fresh: {report}; name a file in ckpt_path to resume from it")
+        elif trainer.is_global_zero:
+            log.warning(f"Starting fresh: {report}")
         return path
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
@@ -234,12 +237,13 @@ class RunIdentity(Callback):
             return one.path, report
         others = [(one, differences) for one, differences in unlike if differences]
         if not others:
-            return None, f"no checkpoint of a run in {', '.join(roots + folders)}"
+            places = [one for one in roots + folders if not any(one.startswith(f"{root}/") for root in roots)]
+            return None, f"no checkpoint in {', '.join(dict.fromkeys(places))}"
         nearest, differences = min(others, key=lambda pair: len(pair[1]))  # of equal ones the newest
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         return None, (
             f"none of {len(others)} checkpoints is of this experiment; the nearest, {nearest.path}, differs in "
-            f"{', '.join(differences[:3])}{more}"
+            f"{', '.join(differences[:3])}{more}; set ckpt_path to a file to resume from it"
         )
 
 
