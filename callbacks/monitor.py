@@ -5,6 +5,7 @@ A growth changes what an optimizer step costs, so runs are compared over ``compu
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,8 +111,8 @@ class TrainingMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # asks all processes
-        file = max(files, key=lambda path: path.stat().st_mtime, default=None)  # a folder may have several runs
-        for add_text in _writers(trainer, "add_text") if file else []:
+        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may have those of several runs
+        for add_text, file in itertools.product(_writers(trainer, "add_text"), files[-1:]):
             add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

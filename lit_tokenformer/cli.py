@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO, read_shapes
-from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.commands import (
     evaluate_checkpoint,
     export_weights,

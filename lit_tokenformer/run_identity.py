@@ -17,7 +17,6 @@ from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,

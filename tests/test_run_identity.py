@@ -301,7 +301,9 @@ def test_runs_in_one_folder_keep_each_others_config_and_summary(tmp_path):
     for seed in (0, 1):
         assert run(tmp_path, "--seed_everything", seed, last=False, **settings) == 0
     folder = tmp_path / "version_0"
-    seeds = [yaml.safe_load((folder / name).read_text())["seed_everything"] for name in ("config.yaml", "config-v1.yaml")]
+    seeds = [
+        yaml.safe_load((folder / name).read_text())["seed_everything"] for name in ("config.yaml", "config-v1.yaml")
+    ]
     assert seeds == [0, 1]
     found = [json.loads((folder / name).read_text()) for name in ("summary.json", "summary-v1.json")]
     assert found[0]["run"] != found[1]["run"]
