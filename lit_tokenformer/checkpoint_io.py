@@ -30,6 +30,9 @@ except ImportError:  # not on Windows: what a killed process left there stays
 LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt", "hpc_ckpt_*.ckpt")
 """Where runs have their checkpoints, below ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""
 
+_LARGE = {"callbacks", "loops", "lr_schedulers", "optimizer_states", "rng_states"}
+"""Parts of a checkpoint that are not kept while the checkpoint to resume from is chosen."""
+
 _UNFINISHED = ".lit-tokenformer-{}.part"
 """Name of a file that is being written: hidden, and without the checkpoint's name in it, since Lightning counts
 ``hpc_ckpt_N`` by what file names contain. Processes of several machines may write into one folder."""
@@ -128,7 +131,7 @@ class SavedCheckpoint(NamedTuple):
 
     Args:
         path: The file, the folder or the fsspec URL.
-        content: Its content; tensors have shapes only.
+        content: Its content without the state of training; tensors have shapes only.
         modified: When it was written, in seconds.
     """
 
@@ -167,7 +170,8 @@ def resumable_checkpoints(
                 continue
             step = content.get("global_step") if isinstance(content, dict) else None
             if isinstance(step, int) and step > 0 and {"state_dict", "optimizer_states"} <= content.keys():
-                found[path] = SavedCheckpoint(path, content, modified)
+                kept = {key: content[key] for key in content.keys() - _LARGE}
+                found[path] = SavedCheckpoint(path, kept, modified)
     return sorted(found.values(), key=lambda one: (one.step, one.modified), reverse=True)
 
 

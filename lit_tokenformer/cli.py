@@ -127,8 +127,7 @@ class _SaveConfig(SaveConfigCallback):
             return
         folder = run_folder(trainer)  # asks all processes
         if trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_new(folder, self.config_filename, text, replaces=text.__eq__)
+            write_new(folder, self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
 class TokenformerCLI(LightningCLI):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def run_folder(trainer: Trainer) -> str:
 
 
 def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool] = lambda _: False) -> str:
-    """Write a file under the first free name: ``config.yaml``, ``config-v1.yaml``, ...
+    """Write a file under the first free name: ``config.yaml``, ``config-v1.yaml``, ...; one with this content is kept.
 
     Args:
         folder: A path or an fsspec URL; it is created.
@@ -58,10 +59,12 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
                 file.write(text.encode())
             return path
         except FileExistsError:
-            if fs.isfile(path) and replaces(fs.cat_file(path).decode(errors="replace")):
-                unfinished = write_new(root, f"{name}.part", text)
-                fs.mv(unfinished, path)
-                return path
+            found = fs.cat_file(path).decode(errors="replace") if fs.isfile(path) else ""
+        if found == text:
+            return path
+        if replaces(found):
+            fs.mv(write_new(folder, f"{uuid.uuid4().hex}.part", text), path)
+            return path
     raise AssertionError  # names do not end
 
 

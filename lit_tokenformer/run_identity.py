@@ -145,8 +145,11 @@ class RunIdentity(Callback):
         Returns:
             A text for each setting that differs. Settings that only one of both knows are of another version.
         """
-        if self.name is not None or saved.get("name") is not None:
-            return [] if saved.get("name") == self.name else [_differs("run_name", saved.get("name"), self.name)]
+        if saved.get("name") != self.name:
+            return [_differs("run_name", saved.get("name"), self.name)]
+        return [] if self.name is not None else self._changed(saved)
+
+    def _changed(self, saved: Mapping[str, Any]) -> list[str]:
         theirs = saved.get("settings")
         if not isinstance(theirs, Mapping):
             return ["its settings are damaged"]
@@ -162,7 +165,7 @@ class RunIdentity(Callback):
 
         def resume_from_own(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
             # without a path, Lightning takes whatever checkpoint SLURM or an OnExceptionCheckpoint left there
-            if self.ckpt_path == "last" or (self.ckpt_path is None and checkpoint_path is not None):
+            if self.ckpt_path == "last" or (self.ckpt_path in (None, "hpc") and checkpoint_path is not None):
                 checkpoint_path = self._choose(trainer, pl_module)
             resume_start(checkpoint_path, weights_only)
 
@@ -231,6 +234,8 @@ class RunIdentity(Callback):
             if differences:
                 continue
             report = f"epoch {one.content.get('epoch')}, step {one.step}"
+            if self.name is not None and known and (changed := self._changed(one.content[RUN])):
+                report += f", changed since: {_listed(changed)}"
             if not known:
                 report += ", saved without a run identity: hyper-parameters and tensor shapes agree"
             return one.path, report
@@ -239,15 +244,19 @@ class RunIdentity(Callback):
             places = [one for one in roots + folders if not any(one.startswith(f"{root}/") for root in roots)]
             return None, f"no checkpoint in {', '.join(dict.fromkeys(places))}"
         nearest, differences = min(others, key=lambda pair: len(pair[1]))  # of equal ones the newest
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         return None, (
             f"none of {len(others)} checkpoints is of this experiment; the nearest, {nearest.path}, differs in "
-            f"{', '.join(differences[:3])}{more}; set ckpt_path to a file to resume from it"
+            f"{_listed(differences)}; set ckpt_path to a file to resume from it"
         )
 
 
 def _differs(name: str, theirs: Any, ours: Any) -> str:
     return f"{name} ({theirs!r:.60} there, {ours!r:.60} here)"
+
+
+def _listed(differences: list[str]) -> str:
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(differences[:3]) + more
 
 
 def _model_differences(saved: SavedCheckpoint, pl_module: LightningModule) -> list[str]:

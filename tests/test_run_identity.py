@@ -1,4 +1,4 @@
-"""A run knows its own checkpoints: ``--ckpt_path last`` resumes this experiment, wherever it was saved, and no other."""
+"""``--ckpt_path last`` resumes this experiment wherever it was saved, and no other; runs in one folder stay apart."""
 
 import json
 import os
@@ -152,6 +152,7 @@ def test_what_a_requeue_changes_is_the_same_experiment(runs, caplog):
 
 
 def test_a_run_name_takes_the_place_of_the_settings(tmp_path, caplog):
+    caplog.set_level("INFO")
     assert run(tmp_path, "--run_name", "a") == 0
     assert run(tmp_path, "--run_name", "b", max_epochs=2) == 0
     assert trained == [0, 1, 2, 3]
@@ -160,6 +161,7 @@ def test_a_run_name_takes_the_place_of_the_settings(tmp_path, caplog):
     assert trained[0] == 0  # without a name it is another run
     assert run(tmp_path, "--run_name", "a", "--seed_everything", 5, max_epochs=4) == 0
     assert trained == [2, 3, 4, 5, 6, 7]
+    assert "changed since: seed_everything (0 there, 5 here)" in caplog.text
 
 
 PLACES = {
@@ -341,5 +343,6 @@ def test_runs_that_start_at_once_take_different_folders(kind, tmp_path):
 
 def test_a_new_file_never_takes_the_place_of_another(tmp_path):
     for text in ("a", "b", "b"):
-        write_new(str(tmp_path), "x.yaml", text, replaces=text.__eq__)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.yaml": "a", "x-v1.yaml": "b"}
+        write_new(str(tmp_path), "x.yaml", text)
+    write_new(str(tmp_path), "x.yaml", "c", replaces="b".__eq__)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.yaml": "a", "x-v1.yaml": "c"}
