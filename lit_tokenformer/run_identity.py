@@ -54,6 +54,9 @@ _NO_RESULT = {
 }
 """Settings of model and data that change speed, memory or evaluation only."""
 
+_PER_PROCESS = {"accumulate_grad_batches", "batch_size"}
+"""Settings that keep the samples of an optimizer step when the number of processes changes."""
+
 _OBSERVERS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, LossGuard),
     *(ModelSummary, ProgressBar, RunSummary, Timer, TrainingMonitor),
@@ -133,6 +136,7 @@ class RunIdentity(Callback):
         self.settings = settings
         self.name = name
         self.ckpt_path = ckpt_path
+        self._world_size = 1
         self._ended: list[str] = []
         self._resumed_at: tuple[str, int] | None = None
 
@@ -153,13 +157,15 @@ class RunIdentity(Callback):
         theirs = saved.get("settings")
         if not isinstance(theirs, Mapping):
             return ["its settings are damaged"]
+        free = set() if saved.get("world_size") == self._world_size else _PER_PROCESS
         return [
             _differs(name, theirs[name], value)
             for name, value in self.settings.items()
-            if name in theirs and theirs[name] != value
+            if name in theirs and theirs[name] != value and _last(name) not in free
         ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._world_size = trainer.world_size
         connector = trainer._checkpoint_connector
         resume_start = connector.resume_start
 
@@ -172,7 +178,7 @@ class RunIdentity(Callback):
         connector.resume_start = resume_from_own  # type: ignore[method-assign]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RUN] = {"name": self.name, "settings": self.settings}
+        checkpoint[RUN] = {"name": self.name, "settings": self.settings, "world_size": self._world_size}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:

@@ -246,6 +246,14 @@ def test_the_first_process_chooses_for_all():
     assert Identity({})._choose(trainer, None) == "chosen.ckpt"
 
 
+def test_other_processes_may_share_the_batch_of_a_step_differently():
+    identity = RunIdentity({"trainer.accumulate_grad_batches": 2, "data.image.batch_size": 4, "data.seed": 0})
+    saved = {"trainer.accumulate_grad_batches": 1, "data.image.batch_size": 2, "data.seed": 0}
+    assert identity.differences({"settings": saved, "world_size": 4}) == []
+    assert len(identity.differences({"settings": saved, "world_size": 1})) == 2
+    assert len(identity.differences({"settings": {**saved, "data.seed": 1}, "world_size": 4})) == 1
+
+
 def test_settings_of_another_version_do_not_make_another_experiment():
     identity = RunIdentity({"model": "A", "model.new": 1, "model.dim": 8})
     assert identity.differences({"settings": {"model": "A", "model.dim": 8, "model.old": 2}}) == []
