@@ -5,6 +5,7 @@ A growth changes what an optimizer step costs, so runs are compared over ``compu
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.parallel import gather
+from lit_tokenformer.run_folder import run_folder
 
 
 class TrainingMonitor(Callback):
@@ -108,9 +110,9 @@ class TrainingMonitor(Callback):
                 logger._default_hp_metric = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # asks all processes
-        file = Path(folder or "") / "config.yaml"
-        for add_text in _writers(trainer, "add_text") if file.is_file() else []:
+        files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # asks all processes
+        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may have those of several runs
+        for add_text, file in itertools.product(_writers(trainer, "add_text"), files[-1:]):
             add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

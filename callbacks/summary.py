@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.monitor import TrainingMonitor
 from lit_tokenformer.models import model_size, param_tokens
+from lit_tokenformer.run_folder import run_folder, write_new
 
 
 class RunSummary(Callback):
-    """Prints a table at the end of a fit, and writes it to ``summary.json`` in the log folder.
+    """Prints a table at the end of a fit, and writes it to ``summary.json`` in the folder of the run.
 
     Each stage of growth has a line: its parameter tokens, optimizer steps, seconds (with validation), operations of
     training, and the best checkpoint that was saved at that size, with its score. A fit that is resumed counts on; what
-    was done after the checkpoint it resumes from is not counted twice.
+    was done after the checkpoint it resumes from is not counted twice. The summary of another run in the same folder is
+    kept; the new one is ``summary-v1.json`` then.
 
     Note:
         Operations are those of :class:`~callbacks.TrainingMonitor`, and left out without it; best checkpoints are those
@@ -37,17 +41,23 @@ class RunSummary(Callback):
         self.stages: list[dict[str, Any]] = []
         """One entry for each size so far; the last one is under way."""
         self._since = 0.0
+        self._run = uuid.uuid4().hex
+        self._resumed_at = -1
+        self._best_before: tuple[str, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stages": [dict(stage) for stage in self.stages]}
+        return {"run": self._run, "stages": [dict(stage) for stage in self.stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run = state_dict.get("run", self._run)
         self.stages = state_dict["stages"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
-        if not self.stages:
-            self._begin(trainer, pl_module)
+        self._resumed_at = trainer.global_step
+        size = self._size(pl_module)
+        if not self.stages or any(self.stages[-1].get(name, now) != now for name, now in size.items()):
+            self._begin(trainer, pl_module)  # also where the model was grown between two fits
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Ends a stage and begins the next.
@@ -67,24 +77,37 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count(trainer)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
-        if not trainer.is_global_zero:
+        folder = run_folder(trainer)  # asks all processes
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for stage in self.stages:
-            if stage["best"] and not Path(stage["best"]["path"]).exists():  # a full disk, or someone removed it
+            if stage["best"] and not _exists(stage["best"]["path"]):  # a full disk, or someone removed it
                 stage["best"] = None
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "summary.json.part"
-        unfinished.write_text(json.dumps({"stages": self.stages}, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / "summary.json")
+        try:
+            write_new(folder, "summary.json", json.dumps(self.state_dict(), indent=2) + "\n", self._continues)
+        except OSError as error:
+            rank_zero_warn(f"cannot write summary.json in {folder}: {error.strerror or error}")
         self._print()
+
+    def _continues(self, summary: str) -> bool:
+        """Whether this fit continues the one that wrote a summary; a second fit from its checkpoint does not."""
+        try:
+            found = json.loads(summary)
+            last = found["stages"][-1]
+            return found["run"] == self._run and last["begins_at_step"] + last["steps"] <= self._resumed_at
+        except (ValueError, KeyError, IndexError, TypeError):
+            return False
+
+    @staticmethod
+    def _size(pl_module: LightningModule) -> dict[str, Any]:
+        return {"tokens": param_tokens(pl_module), "depth": model_size(pl_module).get("depth")}
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         flops = _training_flops(trainer)
+        self._best_before = next(((one.best_model_path, float(one.best_model_score)) for one in _best(trainer)), None)
         self.stages.append(
             {
-                "tokens": param_tokens(pl_module),
-                "depth": model_size(pl_module).get("depth"),
+                **self._size(pl_module),
                 "begins_at_step": trainer.global_step,
                 "steps": 0,
                 "seconds": 0.0,
@@ -105,13 +128,12 @@ class RunSummary(Callback):
         flops = _training_flops(trainer)
         if flops is not None and stage["flops_before"] is not None:
             stage["training_flops"] = flops - stage["flops_before"]
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-                score, best = float(callback.best_model_score), stage["best"]
-                # a resumed fit saves in another folder, and its first checkpoint is not the best of all so far
-                if best is None or (score > best["score"] if callback.mode == "max" else score < best["score"]):
-                    stage["best"] = {"path": callback.best_model_path, "monitor": callback.monitor, "score": score}
-                break
+        for callback in _best(trainer):
+            path, score, best = callback.best_model_path, float(callback.best_model_score), stage["best"]
+            # a resumed fit saves in another folder, and its first checkpoint is not the best of all so far
+            better = best is None or (score > best["score"] if callback.mode == "max" else score < best["score"])
+            if better and (path, score) != self._best_before:
+                stage["best"] = {"path": path, "monitor": callback.monitor, "score": score}
 
     def _print(self) -> None:
         from rich.console import Console
@@ -139,3 +161,14 @@ class RunSummary(Callback):
 def _training_flops(trainer: Trainer) -> int | None:
     """Operations of all training steps so far, if a monitor counts them."""
     return next((one.training_flops for one in trainer.callbacks if isinstance(one, TrainingMonitor)), None)  # type: ignore
+
+
+def _best(trainer: Trainer) -> list[Any]:
+    """The first ``ModelCheckpoint`` that has a best score, if there is one."""
+    callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor]
+    return [one for one in callbacks if one.best_model_score is not None][:1]
+
+
+def _exists(path: str) -> bool:
+    fs, plain = url_to_fs(path)
+    return fs.exists(plain)

@@ -6,19 +6,20 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from fsspec.core import url_to_fs
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.checkpoints import read_checkpoint
-from lit_tokenformer.errors import unknown_name
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.sharded_checkpoints import mend_folders
 
 try:
@@ -26,8 +27,11 @@ try:
 except ImportError:  # not on Windows: what a killed process left there stays
     fcntl = None  # type: ignore[assignment]
 
-LAST = ("*/version_*/checkpoints/last*.ckpt", "checkpoints/last*.ckpt", "hpc_ckpt_*.ckpt")
-"""Where checkpoints to go on from are, below ``trainer.default_root_dir``."""
+LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt", "hpc_ckpt_*.ckpt")
+"""Where runs have their checkpoints, below ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""
+
+_LARGE = {"callbacks", "loops", "lr_schedulers", "optimizer_states", "rng_states"}
+"""Parts of a checkpoint that are not kept while the checkpoint to resume from is chosen."""
 
 _UNFINISHED = ".lit-tokenformer-{}.part"
 """Name of a file that is being written: hidden, and without the checkpoint's name in it, since Lightning counts
@@ -122,26 +126,100 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
-def last_checkpoint(folder: str | os.PathLike[str] | None) -> Path | None:
-    """The newest whole checkpoint to go on from, of all runs below a folder; damaged ones are told and passed over.
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint on disk.
 
-    Lightning itself looks only in the run that begins.
+    Args:
+        path: The file, the folder or the fsspec URL.
+        content: Its content without the state of training; tensors have shapes only.
+        modified: When it was written, in seconds.
+    """
+
+    path: str
+    content: dict[str, Any]
+    modified: float
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it has taken."""
+        return self.content["global_step"]
+
+
+def resumable_checkpoints(
+    roots: Iterable[str | os.PathLike[str]], folders: Iterable[str | os.PathLike[str]] = ()
+) -> list[SavedCheckpoint]:
+    """Find the checkpoints of all runs from which a fit can resume; the newest by optimizer steps is the first.
+
+    Damaged ones are reported and skipped, those without an optimizer state or without a step are ignored.
+
+    Args:
+        roots: Folders below which runs have theirs, as in ``LAYOUTS``; paths or fsspec URLs.
+        folders: Folders of checkpoints.
+    """
+    patterns = [(os.fspath(root), layout) for root in roots for layout in LAYOUTS]
+    patterns += [(os.fspath(folder), "*.ckpt") for folder in folders]
+    found: dict[str, SavedCheckpoint] = {}
+    for folder, pattern in patterns:
+        for path, modified in _matches(folder, pattern):
+            if path in found:
+                continue
+            try:
+                content = read_shapes(path)
+            except ValueError as error:
+                rank_zero_warn(f"{error}; skipped")
+                continue
+            step = content.get("global_step") if isinstance(content, dict) else None
+            if isinstance(step, int) and step > 0 and {"state_dict", "optimizer_states"} <= content.keys():
+                kept = {key: content[key] for key in content.keys() - _LARGE}
+                found[path] = SavedCheckpoint(path, kept, modified)
+    return sorted(found.values(), key=lambda one: (one.step, one.modified), reverse=True)
+
+
+def last_checkpoint(folder: str | os.PathLike[str] | None) -> Path | None:
+    """The newest intact checkpoint of all runs below a folder, whatever their experiment.
 
     Args:
         folder: The setting ``trainer.default_root_dir``.
     """
-    root = Path(folder or ".")
-    for place in {path.parent for pattern in LAST for path in root.glob(f"{pattern}.before")}:
+    found = resumable_checkpoints([os.path.expanduser(folder or ".")])
+    return Path(found[0].path) if found else None
+
+
+def _matches(folder: str, pattern: str) -> Iterator[tuple[str, float]]:
+    """Paths that exist, and when each was written."""
+    if not _is_local_file_protocol(folder):
+        fs, root = url_to_fs(folder)
+        for path in fs.glob(f"{root}/{pattern}"):
+            with suppress(NotImplementedError, FileNotFoundError):
+                yield fs.unstrip_protocol(path), fs.modified(path).timestamp()
+        return
+    root = Path(folder)
+    for place in {path.parent for path in root.glob(f"{pattern}.before")}:
         mend_folders(place)
-    found = [path for pattern in LAST for path in root.glob(pattern) if path.exists()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            read_checkpoint(path, map_location="meta")
-        except ValueError as error:
-            rank_zero_warn(f"{error}; looking for the one before it")
-        else:
-            return path
-    return None
+    for match in root.glob(pattern):
+        with suppress(OSError):  # a dangling link, or removed by its run in this moment
+            yield str(match), match.stat().st_mtime
+
+
+def read_shapes(path: str) -> Any:
+    """A checkpoint without the numbers in its tensors; nothing in it is executed.
+
+    Args:
+        path: The file, the folder or the fsspec URL.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    if _is_local_file_protocol(path):
+        return read_checkpoint(path, map_location="meta")
+    fs, plain = url_to_fs(path)
+    if not fs.exists(plain):
+        raise UserError(f"ckpt_path: {path} is not a file")
+    try:
+        with fs.open(plain, "rb") as file:
+            return torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:  # a reader of pickles raises errors of no common class
+        raise UserError(f"ckpt_path: {path} is damaged or holds pickled code ({type(error).__name__})") from None
 
 
 @contextmanager

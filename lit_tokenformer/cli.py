@@ -20,8 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
-from lit_tokenformer.checkpoints import read_checkpoint
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO, read_shapes
 from lit_tokenformer.commands import (
     evaluate_checkpoint,
     export_weights,
@@ -50,8 +49,11 @@ from lit_tokenformer.beginning import (
     trainer_error,
 )
 from lit_tokenformer.initialization import add_arguments, check_settings, initialize_from
+from lit_tokenformer.monitored_metrics import check_monitors
 from lit_tokenformer.parsing import Parser, check_config, one_line
 from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
+from lit_tokenformer.run_identity import RunIdentity, defining_settings
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
@@ -119,11 +121,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into a run's log folder; without a logger there is none, and nothing is written."""
+    """Write ``config.yaml`` into the folder of a run; without a logger there is none, and nothing is written."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        if not trainer.loggers:
+            return
+        folder = run_folder(trainer)  # asks all processes
+        if trainer.is_global_zero:
+            write_new(folder, self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
 class TokenformerCLI(LightningCLI):
@@ -162,6 +167,13 @@ class TokenformerCLI(LightningCLI):
             type=str | None,
             help="CSV file for the predictions; by default predictions.csv in the log folder.",
         )
+        for name in ("fit", "validate", "test", "predict"):
+            self._subcommand_parsers[name].add_argument(
+                "--run_name",
+                type=str | None,
+                help="Name of the run for 'ckpt_path: last', which resumes the newest checkpoint of that name. "
+                "Without one, a run is known by the settings that change its result.",
+            )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = TEXTS.keys() & inspect.signature(function).parameters
@@ -181,6 +193,8 @@ class TokenformerCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         check_trainer_settings(config)
+        if self._identity is not None:
+            callbacks = [*callbacks, self._identity]
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
@@ -200,13 +214,14 @@ class TokenformerCLI(LightningCLI):
         """The config decides what the model is; a checkpoint only has to be whole and safe."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
-        if path == "last" and (found := last_checkpoint(config["trainer"].get("default_root_dir"))):
-            config["ckpt_path"] = path = str(found)
-        if path == "best" or (path == "last" and self.config["subcommand"] != "fit"):
+        self._identity: RunIdentity | None = None
+        if "ckpt_path" in config:
+            self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
+        if path == "best":
             folder = config["trainer"].get("default_root_dir") or "."
             raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
-        if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
-            read_checkpoint(path, map_location="meta")
+        if path and path not in ("last", "hpc") and not Path(path).is_dir():
+            read_shapes(path)
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
@@ -214,18 +229,25 @@ class TokenformerCLI(LightningCLI):
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
 
     def after_instantiate_classes(self) -> None:
+        unversioned = unversioned_loggers(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Beginning):
                 callback.remember_folders(self.trainer)
         check_data_fit(self.model, self.datamodule)
         start = self.config[self.subcommand]
-        if start["init_from"] and start.get("ckpt_path") in (None, "last"):  # else a checkpoint of this run was found
+        base, resumes = start["init_from"], start.get("ckpt_path") == "last"
+        if base and resumes and self._identity is not None and not os.path.exists(base):
+            self._identity.needed = f"init_from: {base} does not exist"  # to start fresh, and not to resume
+        elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
-            initialize_from(self.model, start["init_from"], self.datamodule, **options)
+            initialize_from(self.model, base, self.datamodule, **options)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
+        if self.subcommand == "fit":
+            check_monitors(self.trainer, self.model)
         if self.subcommand in ("fit", "predict"):
             _check_writable(self.trainer.default_root_dir)
+            claim_log_folder(self.trainer, unversioned)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -240,6 +262,8 @@ class TokenformerCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand != "plan":
             kwargs["weights_only"] = True
+        if kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = None  # RunIdentity chooses it when all processes are there
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs

@@ -42,6 +42,8 @@ class CheckpointingTrainer(Trainer):
             weights_only: Whether optimizer, schedule and callbacks are left out.
             storage_options: As Lightning's.
         """
+        if self.fast_dev_run:  # type: ignore[attr-defined]
+            return  # Lightning suppresses all checkpoints of it but the one at the end
         super().save_checkpoint(filepath, weights_only, storage_options)
         io = self.strategy.checkpoint_io
         if not isinstance(io, WholeCheckpointIO) or io.on_full_disk != "warn":

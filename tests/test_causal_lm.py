@@ -75,6 +75,11 @@ def fit(folder, callbacks=(), epochs=2, ckpt_path=None, **settings):
 # -- the backbone
 
 
+def test_metrics_that_can_be_monitored_are_those_that_are_logged(tmp_path):
+    task, trainer = fit(tmp_path, epochs=1)
+    assert {name for name in trainer.callback_metrics if not name.startswith("size/")} == task.logged_metrics()
+
+
 def test_a_token_sees_none_after_it():
     model = make_backbone()
     tokens = torch.randint(20, (2, 12))

@@ -107,23 +107,25 @@ def test_pickled_code_is_never_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_newest_whole_checkpoint_of_all_runs_is_found(tmp_path):
+def test_the_newest_checkpoint_by_step_of_all_runs_is_found(tmp_path):
     assert last_checkpoint(tmp_path) is None
     places = [
         "lightning_logs/version_0/checkpoints/last.ckpt",
-        "lightning_logs/version_1/checkpoints/last.ckpt",
         "hpc_ckpt_1.ckpt",
+        "version_1/checkpoints/epoch=3-step=12.ckpt",
         "lightning_logs/version_2/checkpoints/last-v1.ckpt",
     ]
-    for age, place in enumerate(places):
-        WholeCheckpointIO().save_checkpoint(STATE, tmp_path / place)
-        os.utime(tmp_path / place, (1000 + age, 1000 + age))
+    for step, place in enumerate(places, start=1):
+        WholeCheckpointIO().save_checkpoint({**STATE, "global_step": step, "optimizer_states": []}, tmp_path / place)
+        os.utime(tmp_path / place, (1000 - step, 1000 - step))
         assert last_checkpoint(tmp_path) == tmp_path / place
+    WholeCheckpointIO().save_checkpoint({**STATE, "global_step": 9}, tmp_path / "checkpoints" / "weights.ckpt")
+    os.symlink("removed.ckpt", tmp_path / "checkpoints" / "last.ckpt")
+    assert last_checkpoint(tmp_path) == tmp_path / places[3]
     for place in (places[3], places[2]):
         data = (tmp_path / place).read_bytes()
         (tmp_path / place).write_bytes(data[: len(data) // 2])
-        os.utime(tmp_path / place, (2000, 2000))
-    with pytest.warns(UserWarning, match=r"last-v1\.ckpt is truncated or damaged .*; looking for the one before it"):
+    with pytest.warns(UserWarning, match=r"last-v1\.ckpt is truncated or damaged .*; skipped"):
         assert last_checkpoint(tmp_path) == tmp_path / places[1]
 
 

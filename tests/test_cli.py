@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import pickle
 import re
@@ -271,6 +272,45 @@ def test_bad_input_is_told_in_one_line_before_any_work(args, message, tmp_path, 
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(told) == 1 and message in told[0]
     assert not list(tmp_path.glob("lightning_logs/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("name", "monitor", "nearest"),
+    [
+        ("EarlyStopping", "val_loss", "val/loss"),
+        ("ModelCheckpoint", "val_acc1", "val/acc1"),
+        ("ModelCheckpoint", "vall/loss", "val/loss"),
+    ],
+)
+def test_a_monitor_that_no_task_logs_is_found_before_the_first_epoch(name, monitor, nearest, tmp_path, capsys):
+    callbacks = [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": {"monitor": monitor}}]
+    config = tmp_path / "monitor.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    assert run("fit", tmp_path / "runs", "--config", config) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    expected = f"error: trainer.callbacks: {name}.monitor: unknown value {monitor!r}, did you mean {nearest!r}?"
+    assert told.startswith(expected)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_summary_books_steps_to_the_size_that_took_them_where_a_checkpoint_was_grown(tmp_path):
+    best = {"monitor": "val/acc1", "mode": "max", "save_last": True, "dirpath": str(tmp_path / "kept")}
+    callbacks = [
+        {"class_path": "callbacks.RunSummary"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
+    ]
+    config = tmp_path / "summary.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    small = ["--config", config, "--data.batch_size", 64]
+    assert run("fit", tmp_path, *small, "--trainer.max_epochs", 1) == 0
+    grown = tmp_path / "kept" / "grown.ckpt"
+    assert run("grow", tmp_path, "--ckpt_path", tmp_path / "kept" / "last.ckpt", "--tokens", 16, "--output", grown) == 0
+    assert run("fit", tmp_path, *small, "--trainer.max_epochs", 2, "--ckpt_path", grown) == 0
+    (path,) = tmp_path.glob("lightning_logs/version_1/summary.json")
+    stages = json.loads(path.read_text())["stages"]
+    assert [(stage["tokens"]["qkv"], stage["steps"]) for stage in stages] == [(8, 2), (16, 2)]
+    assert stages[0]["best"]["path"].endswith("epoch=0-step=2.ckpt")
+    assert (stages[1]["best"] or {}).get("path") != stages[0]["best"]["path"]
 
 
 def test_environment_variables_and_interpolation_set_options(tmp_path, monkeypatch, capsys):

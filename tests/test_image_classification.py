@@ -40,6 +40,12 @@ def test_soft_targets_of_one_class_equal_hard_ones():
     torch.testing.assert_close(hard, soft)
 
 
+def test_metrics_that_can_be_monitored_are_those_that_are_logged():
+    task = make_task()
+    trainer = fit(task, max_epochs=1)
+    assert {name for name in trainer.callback_metrics if not name.startswith("size/")} == task.logged_metrics()
+
+
 def test_metrics_are_shares_over_the_whole_validation_set():
     task = make_task()
     trainer = fit(task)

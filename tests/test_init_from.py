@@ -149,6 +149,9 @@ def test_a_requeued_job_resumes_its_own_checkpoint(digits, folder_of_images, tmp
     assert run("fit", *config, "--init_from", base, "--trainer.max_epochs", 2) == 0
     first, second = (torch.load(last(tmp_path, version), weights_only=True) for version in (0, 1))
     assert (first["global_step"], second["global_step"]) == (3, 6)
+    assert (
+        run("fit", *config, "--init_from", base, "--seed_everything", 5) == 2
+    )  # nothing to resume, nothing to start from
 
 
 def test_the_schedule_continues_from_the_size_of_the_checkpoint(digits, tmp_path, logged, capsys):

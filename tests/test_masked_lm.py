@@ -67,6 +67,12 @@ def fit(folder, task, steps=4, callbacks=(), ckpt_path=None):
     return trainer
 
 
+def test_metrics_that_can_be_monitored_are_those_that_are_logged(tmp_path):
+    task = make_task("bert_tiny")
+    trainer = fit(tmp_path, task, steps=8)
+    assert {name for name in trainer.callback_metrics if not name.startswith("size/")} == task.logged_metrics()
+
+
 @pytest.mark.parametrize("preset", ["mosaic_bert_tiny", "bert_tiny", "tokenformer_mlm_tiny"])
 def test_the_loss_is_the_cross_entropy_of_all_logits_at_the_hidden_tokens(preset):
     task = make_task(preset).double()

@@ -64,6 +64,13 @@ def assert_equal_weights(task, other):
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_metrics_that_can_be_monitored_are_those_that_are_logged(tmp_path):
+    task = make_task(loss_weights="uncertainty")
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(task, make_data(tmp_path))
+    assert {name for name in trainer.callback_metrics if not name.startswith("size/")} == task.logged_metrics()
+
+
 # -- one set of parameter tokens
 
 

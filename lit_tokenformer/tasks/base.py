@@ -56,6 +56,8 @@ class LitTask(pl.LightningModule):
     """What ``torch.compile`` is told of the shapes of batches."""
     layerwise_lr = False
     """Whether parameters get the multiples of the learning rate that their architecture declares."""
+    scores: tuple[str, ...] = ("loss",)
+    """Names of the scores of an evaluation."""
 
     def __init__(
         self,
@@ -226,6 +228,10 @@ class LitTask(pl.LightningModule):
             super().log(name, value, **settings)
         else:
             self._within[0].log(self.metric(name), value, **{**settings, "add_dataloader_idx": False})
+
+    def logged_metrics(self) -> set[str]:
+        """Names of the training and validation metrics that a callback can monitor."""
+        return {self.metric(name) for name in ("train/loss", *(f"val/{score}" for score in self.scores))}
 
     def log_scores(self, stage: str) -> None:
         """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.

@@ -60,6 +60,8 @@ class LitCausalLM(LitLanguageTask):
         torch.Size([1, 32, 257])
     """
 
+    scores = ("loss", "perplexity", "bits_per_byte")
+
     def __init__(
         self,
         preset: str = "tokenformer_lm_small",

@@ -45,6 +45,8 @@ class LitImageClassifier(LitTask):
         torch.Size([1, 10])
     """
 
+    scores = ("loss", "acc1", "acc5")
+
     def __init__(
         self,
         preset: str = "tokenformer_vit_small_patch16_224",

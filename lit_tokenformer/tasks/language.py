@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.run_folder import write_new
 from lit_tokenformer.tasks.base import LitTask
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,13 +55,12 @@ class LitLanguageTask(LitTask):
     def on_train_start(self) -> None:
         super().on_train_start()
         text = self._tokenizer_of_data()
-        if text is None or not self.trainer.is_global_zero:
+        if text is None or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
             if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+                write_new(str(folder), TOKENIZER_FILE, text)
 
     def _tokenizer_of_data(self) -> str | None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)

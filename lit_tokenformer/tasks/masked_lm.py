@@ -60,6 +60,7 @@ class LitMaskedLM(LitLanguageTask):
 
     masked = True
     dynamic_shapes = None  # the number of masked tokens is another one in each batch
+    scores = ("loss", "perplexity", "accuracy")
 
     def __init__(
         self,

@@ -214,6 +214,10 @@ class LitMultiTask(LitTask):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         list(self.tasks.values())[dataloader_idx].test_step(batch, batch_idx)
 
+    def logged_metrics(self) -> set[str]:
+        weights = {f"train/{name}/weight" for name in self.log_variances}
+        return super().logged_metrics().union(weights, *(task.logged_metrics() for task in self.tasks.values()))
+
     def log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:
             return  # Lightning keeps no scores of it

@@ -1,0 +1,97 @@
+"""Folder of a run: where its checkpoints and logs are, and files in it that no other run overwrites."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fsspec.core import url_to_fs
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+
+def run_folder(trainer: Trainer) -> str:
+    """The folder that belongs to one run alone, as far as its first logger has such a folder.
+
+    Lightning's ``log_dir`` of W&B and MLflow is shared by all runs; their checkpoints are in ``save_dir/name/version``.
+    All processes must call this.
+
+    Args:
+        trainer: A trainer whose loggers are initialized.
+
+    Returns:
+        A path or an fsspec URL; ``default_root_dir`` without a logger.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return str(trainer.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return trainer.strategy.broadcast(folder)
+
+
+def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool] = lambda _: False) -> str:
+    """Write a file under the first free name: ``config.yaml``, ``config-v1.yaml``, ...; one with this content is kept.
+
+    Args:
+        folder: A path or an fsspec URL; it is created.
+        name: The name of the file.
+        text: Its content.
+        replaces: Whether an existing file with this content may be replaced.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    fs, root = url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    stem, suffix = os.path.splitext(name)
+    for number in itertools.count():
+        path = f"{root}/{stem}{f'-v{number}' if number else ''}{suffix}"
+        try:
+            with fs.open(path, "xb") as file:
+                file.write(text.encode())
+            return path
+        except FileExistsError:
+            found = fs.cat_file(path).decode(errors="replace") if fs.isfile(path) else ""
+        if found == text:
+            return path
+        if replaces(found):
+            fs.mv(write_new(folder, f"{uuid.uuid4().hex}.part", text), path)
+            return path
+    raise AssertionError  # names do not end
+
+
+def unversioned_loggers(trainer: Trainer) -> list[Any]:
+    """Loggers that choose their version by the folders that exist; asked before anything reads their ``log_dir``."""
+    return [
+        logger
+        for logger in trainer.loggers
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None
+    ]
+
+
+def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
+    """Create the log folder of a run, so that a run that starts at the same moment takes the next version.
+
+    Args:
+        trainer: A trainer before its loggers are initialized; only its first process creates the folder.
+        loggers: Its loggers whose version may change.
+    """
+    folder = loggers[0].log_dir if loggers else ""
+    if not folder or not trainer.is_global_zero or not _is_local_file_protocol(folder):
+        return
+    shared = [logger for logger in loggers if logger.log_dir == folder]
+    while True:
+        try:
+            os.makedirs(loggers[0].log_dir)
+            return
+        except FileExistsError:
+            for logger in shared:
+                logger._version += 1
