@@ -67,13 +67,8 @@ def seeded(*entropy: int) -> Iterator[None]:
             torch.default_generator.set_state(states[2])
 
 
-class TooManyCorruptImages(ValueError):
+class TooManyCorruptImages(UserError):
     """More images are unreadable than the setting ``data.max_corrupt_share`` allows."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker hands its error over with the whole traceback as the message: only the last line is for the
-        # user.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 def _check_share(corrupt: int, size: int, max_share: float, names: list[str]) -> None:

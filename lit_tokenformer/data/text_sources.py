@@ -92,13 +92,8 @@ class TextSplits:
     """What else determines the text, such as a version."""
 
 
-class BadText(ValueError):
+class BadText(UserError):
     """A text that cannot be read."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker hands its error over with the whole traceback as the message: only the last line is for the
-        # user.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class TextList:
