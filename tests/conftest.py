@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from docstring_parser.attrdoc import AttributeDocstrings
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from lit_tokenformer.data.image_sources import SOURCES, SubsetSamples
 
@@ -35,9 +36,21 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_environment():
-    """Lightning writes MASTER_PORT and ranks into it; processes of a later test would meet on a port taken since."""
-    before = dict(os.environ)
+def own_environment(monkeypatch):
+    """Lightning writes MASTER_PORT and ranks into it; processes of a later test would meet on a port taken since.
+
+    It also asks for a free port and gives it back before its processes bind it, so that another test can take it. Here
+    they are clients of a store of this process, as under torchrun.
+    """
+    before, stores, main_port = dict(os.environ), [], LightningEnvironment.main_port
+
+    def port_of_a_store(environment: LightningEnvironment) -> int:
+        if environment._main_port == -1 and "LOCAL_RANK" not in os.environ:
+            stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            os.environ |= {"MASTER_PORT": str(stores[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return main_port.fget(environment)
+
+    monkeypatch.setattr(LightningEnvironment, "main_port", property(port_of_a_store))
     yield
     os.environ.clear()
     os.environ.update(before)
