@@ -177,6 +177,9 @@ class TextDataModule(ResumableDataModule):
         if streaming and dataset != "huggingface":
             raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_eval_streams": {}}
+
     # --- What is known of the text -----------------------------------------------------------------------------------
 
     @property
