@@ -68,16 +68,18 @@ def text_cache(tmp_path_factory):
         yield folder / "lit_tokenformer"
 
 
+_DIGITS = SOURCES["digits"]
+
+
+def _open_few(settings):
+    splits = _DIGITS.open(settings)
+    train, val = SubsetSamples(splits.train, np.arange(143)), SubsetSamples(splits.val, np.arange(36))
+    return replace(splits, train=train, val=val, test=val, num_train=143)
+
+
 @pytest.fixture(scope="module")
 def few_digits():
     """A tenth of the digits: reading images is most of what a fit of a tiny model costs."""
-    whole = SOURCES["digits"]
-
-    def open_few(settings):
-        splits = whole.open(settings)
-        train, val = SubsetSamples(splits.train, np.arange(143)), SubsetSamples(splits.val, np.arange(36))
-        return replace(splits, train=train, val=val, test=val, num_train=143)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SOURCES, "digits", replace(whole, open=open_few))
+        patch.setitem(SOURCES, "digits", replace(_DIGITS, open=_open_few))
         yield

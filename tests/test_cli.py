@@ -76,7 +76,8 @@ def test_fit_writes_checkpoints_logs_and_the_config(fitted):
 def test_fit_in_processes_that_lightning_starts_ends_well_and_keeps_its_files(strategy, tmp_path):
     steps = ["--trainer.max_epochs", 2, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1]
     processes = ["--trainer.strategy", strategy, "--trainer.devices", 2, "--data.batch_size", 16]
-    assert run("fit", tmp_path, *growth(tmp_path, {1: 16}), *steps, *processes) == 0
+    grows = growth(tmp_path, {2: 16}, unit="step", trigger="plateau", window=1, patience=1, cooldown=0, min_delta=9.0)
+    assert run("fit", tmp_path, *grows, *steps, *processes) == 0
     checkpoint = torch.load(last(tmp_path), weights_only=True)
     assert checkpoint["global_step"] == 4 and checkpoint["param_tokens"]["qkv"] == 16
     assert (tmp_path / "lightning_logs" / "version_0" / "config.yaml").is_file()

@@ -84,20 +84,17 @@ class HubStream:
     """Share of the rows that may have no readable text."""
 
     def __iter__(self) -> Iterator[str]:
-        number, corrupt = 0, []
+        corrupt: list[str] = []
         for number, row in enumerate(self.rows, start=1):
             try:
                 text = row_text(row, self.column, self.encoding_errors, f"row {number} read from the stream")
             except BadText as error:
                 warnings.warn(f"unreadable row left out: {error}", stacklevel=2)
-                corrupt.append(error)
-                names = [str(one) for one in corrupt[:3]]
-                check_share(len(corrupt), number, self.max_corrupt_share, names, unit="rows of the stream")
+                corrupt.append(str(error))
+                check_share(len(corrupt), number, self.max_corrupt_share, corrupt[:3], unit="rows of the stream")
                 continue
             if text:
                 yield text
-        if corrupt and len(corrupt) == number:
-            raise corrupt[0]
 
 
 @dataclass
