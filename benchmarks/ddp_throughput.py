@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -81,9 +80,7 @@ class StepTimes(Callback):
 
 def run(case: str, config: str, tokens: int, steps: int, folder: Path) -> list[dict[str, float]]:
     """What each process of a case measured."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the processes meet
     cores = sorted(os.sched_getaffinity(0))
     processes, files = [], []
     for rank in range(CASES[case]):
@@ -103,7 +100,8 @@ def run(case: str, config: str, tokens: int, steps: int, folder: Path) -> list[d
         if case == "ddp":
             settings |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
             environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # as torchrun: they are all clients of it
         options = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "lit_tokenformer", "fit", "--config", config, *options]
         with (folder / f"{case}-{rank}.log").open("w") as log:

@@ -1,7 +1,8 @@
 """Lightning callbacks: when a model grows, what a run reports of it, and what happens when something goes wrong."""
 
 from callbacks.ema import GrowingEMA
-from callbacks.interruptions import ErrorLog, PreemptionCheckpoint
+from callbacks.error_log import ErrorLog
+from callbacks.interruptions import PreemptionCheckpoint
 from callbacks.monitor import TrainingMonitor
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.patch_dropping import PatchDropSchedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class GrowingEMA(EMAWeightAveraging):
         self.decay = decay
         self.warmup = warmup
         # Lightning's average of two equal numbers is not always that number; tau would drift
-        self._kwargs = {"multi_avg_fn": _moving_average(decay, warmup)}
+        self._kwargs = {"multi_avg_fn": partial(_moving_average, decay, warmup)}
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,16 +128,14 @@ class GrowingEMA(EMAWeightAveraging):
         self._swapped = not self._swapped
 
 
-def _moving_average(decay: float, warmup: bool) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """The function that ``AveragedModel`` calls with averaged and current tensors of one dtype."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        if not average[0].is_floating_point():
-            torch._foreach_copy_(average, current)
-            return
-        updates = int(num_averaged)
-        kept = min(decay, (1 + updates) / (10 + updates)) if warmup else decay
-        torch._foreach_lerp_(average, current, 1 - kept)  # exact where both are equal
-
-    return update
+@torch.no_grad()
+def _moving_average(
+    decay: float, warmup: bool, average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int
+) -> None:
+    """What ``AveragedModel`` calls with averaged and current tensors of one dtype."""
+    if not average[0].is_floating_point():
+        torch._foreach_copy_(average, current)
+        return
+    updates = int(num_averaged)
+    kept = min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+    torch._foreach_lerp_(average, current, 1 - kept)  # exact where both are equal

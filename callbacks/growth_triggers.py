@@ -113,10 +113,15 @@ class Slope:
         self._steepest = state_dict["steepest"]
 
 
-TRIGGERS: dict[str, Callable[[int, float, float], Trigger]] = {
-    "slope": lambda patience, min_delta, threshold: Slope(patience, threshold),
-    "plateau": lambda patience, min_delta, threshold: Plateau(patience, min_delta),
-}
+def _slope(patience: int, min_delta: float, threshold: float) -> Trigger:
+    return Slope(patience, threshold)
+
+
+def _plateau(patience: int, min_delta: float, threshold: float) -> Trigger:
+    return Plateau(patience, min_delta)
+
+
+TRIGGERS: dict[str, Callable[[int, float, float], Trigger]] = {"slope": _slope, "plateau": _plateau}
 """How each trigger is made from ``patience``, ``min_delta`` and ``threshold``."""
 
 

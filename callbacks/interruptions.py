@@ -1,16 +1,9 @@
-"""What happens when a fit is interrupted: by a signal that asks it to make room, or by an error in one process."""
+"""Checkpoint of a fit that a signal interrupts."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import datetime
-import platform
 import signal
-import subprocess
 import threading
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,6 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -151,55 +143,3 @@ class PreemptionCheckpoint(Callback):
 
 def _validates_in_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
-class ErrorLog(Callback):
-    """Writes the error that ends a process to ``errors/rank_N.log`` below the log folder, with time, epoch and step.
-
-    Where Lightning started the other processes of this machine, the first one waits for their errors for some seconds
-    when it ends with one itself, and ends those that are still there: they would wait for it until their timeout.
-
-    Args:
-        seconds: How long the other processes are waited for.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[ErrorLog()], logger=False)
-    """
-
-    def __init__(self, seconds: float = 5.0) -> None:
-        self.seconds = seconds
-        self._folder: Path | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "errors"  # asks all processes
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
-            return
-        if self._folder is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which may be the error that is to be told
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with (self._folder / f"rank_{trainer.global_rank}.log").open("a", encoding="utf-8") as file:
-                    file.write(_report(trainer, exception))
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            atexit.register(_end, trainer.strategy.launcher.procs, self.seconds)  # when the error is on the screen
-
-
-def _end(processes: list[subprocess.Popen], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _report(trainer: Trainer, exception: BaseException) -> str:
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    place = f"process {trainer.global_rank} of {trainer.world_size} on {platform.node()}"
-    return (
-        f"{now}, {place}, epoch {trainer.current_epoch}, step {trainer.global_step}\n"
-        + "".join(traceback.format_exception(exception))
-        + "\n"
-    )

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ class ParameterGrowthCallback(Callback):
         """One entry for each growth: epoch, step, totals before and after, what it did."""
         self._signal: LossSignal | None = None
         if trigger in TRIGGERS:
-            self._signal = LossSignal(lambda: TRIGGERS[trigger](patience, min_delta, threshold), window, cooldown)
+            make_trigger = partial(TRIGGERS[trigger], patience, min_delta, threshold)
+            self._signal = LossSignal(make_trigger, window, cooldown)
         self._next = 0
         self._step_hooks: list[Any] = []
 

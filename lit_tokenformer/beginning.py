@@ -1,19 +1,11 @@
-"""What comes before the work of a run: settings are checked, messages wait, and a run that is refused leaves nothing.
-
-Lightning opens a run's log folder before it looks at data, schedules and checkpoints.
-"""
+"""Checks of settings before the work of a run: Lightning opens the log folder before it looks at data and schedules."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 import math
-import os
 import re
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -23,11 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
 from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, raised_by_library
 from lit_tokenformer.tasks import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
-
-_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun sets in the processes that it starts."""
@@ -35,109 +25,14 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 """Settings of the trainer that Lightning does not check, and their least values."""
 
-_LONGEST_WAIT = 10.0
-"""Seconds for which messages are held back while data are prepared."""
 
-
-class Beginning(Callback):
-    """Knows whether a run has begun to train, and holds Lightning's messages back until it works.
-
-    Warnings and errors are never held back, and nothing is where several processes begin to wait for each other.
-    """
-
-    def __init__(self) -> None:
-        self.over = False
-        """Whether the model has been trained, so that an error is no longer one in what was given."""
-        self._messages: list[tuple[logging.Handler, logging.LogRecord]] = []
-        handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
-        self._filters = [(handler, _Holding(handler, self._messages)) for handler in handlers]
-        for handler, holding in self._filters:
-            handler.addFilter(holding)
-        self._timer: threading.Timer | None = None
-        self._new: list[Path] = []
-        self._rank = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        # what shows messages cannot be copied
-        return {**self.__dict__, "_messages": [], "_filters": [], "_timer": None}
+class WarmupCheck(Callback):
+    """Warns of a warm-up that is longer than the fit."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         short: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if isinstance(pl_module, LitTask) and pl_module.make_lr_scheduler is None and not short:
             check_warmup(pl_module.schedule, trainer)
-
-    def on_train_start(self, *_: Any) -> None:
-        self.show_messages()
-
-    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
-        if not trainer.sanity_checking:
-            self.show_messages()
-
-    def on_test_start(self, *_: Any) -> None:
-        self.show_messages()
-
-    def on_predict_start(self, *_: Any) -> None:
-        self.show_messages()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.over = True
-
-    def show_messages(self) -> None:
-        """Shows what was held back; from now on messages are shown as they come."""
-        if self._timer is not None:
-            self._timer.cancel()
-        for handler, holding in self._filters:
-            handler.removeFilter(holding)
-        self._filters = []
-        while self._messages:
-            handler, record = self._messages.pop(0)
-            handler.handle(record)
-
-    def show_messages_soon(self, trainer: Trainer) -> None:
-        """Shows messages at once where there are several processes, which are connected next, or else in some seconds.
-
-        Args:
-            trainer: The trainer, before it does anything.
-        """
-        if trainer.world_size > 1:
-            self.show_messages()
-            return
-        self._timer = threading.Timer(_LONGEST_WAIT, self.show_messages)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def remember_folders(self, trainer: Trainer) -> None:
-        """Notes which of the folders that a run writes to are not there yet."""
-        self._rank = trainer.global_rank
-        root = Path(trainer.default_root_dir)
-        logs = [Path(folder) for logger in trainer.loggers if (folder := getattr(logger, "log_dir", None))]
-        found = {place for folder in (root, *logs) for place in (folder / "errors", folder, *folder.parents)}
-        self._new = sorted((place for place in found if not place.exists()), key=lambda place: -len(place.parts))
-
-    def take_back(self) -> None:
-        """Drops the messages, and removes what this process has written into folders that are new."""
-        self._messages.clear()
-        own = [f"events.out.tfevents.*.{os.getpid()}.*", f"rank_{self._rank}.log"]
-        own += ["config.yaml", "hparams.yaml"] if self._rank == 0 else []
-        for folder in self._new:
-            for path in [path for pattern in own for path in folder.glob(pattern)]:
-                path.unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                folder.rmdir()
-
-
-class _Holding(logging.Filter):
-    """Takes the messages that a handler is to show."""
-
-    def __init__(self, handler: logging.Handler, messages: list[tuple[logging.Handler, logging.LogRecord]]) -> None:
-        super().__init__()
-        self.handler = handler
-        self.messages = messages
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            self.messages.append((self.handler, record))
-        return record.levelno >= logging.WARNING
 
 
 def check_trainer_settings(settings: Mapping[str, Any]) -> None:
@@ -154,24 +49,27 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
         if value is not None and not value >= least:
             raise UserError(f"trainer.{name}: expected at least {least}, got {value}")
     strategy = settings.get("strategy")
-    grows = any(isinstance(callback, ParameterGrowthCallback) for callback in settings.get("callbacks") or [])
+    callbacks = settings.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    grows = any(isinstance(callback, ParameterGrowthCallback) for callback in callbacks)
     if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are refused when the fit starts
         refuse_strategy(StrategyRegistry[strategy]["strategy"])
 
 
 def trainer_error(error: Exception, settings: Mapping[str, Any]) -> UserError:
-    """Lightning's error with the name of the setting that it is about.
+    """Name the setting that an error of Lightning's trainer is about.
 
     Args:
         error: What the trainer raised.
         settings: Its arguments.
+
+    Returns:
+        An exception to raise; its message is one line.
     """
     message = " ".join(str(error).split())
-    places = {name: message.lower().find(name) for name in inspect.signature(Trainer).parameters}
-    named = sorted((place, -len(name), name) for name, place in places.items() if place >= 0)
-    valued = [name for name, value in settings.items() if isinstance(value, str) and value in message]
-    found = [name for *_, name in named] + valued
-    return UserError(f"trainer{'.' + found[0] if found else ''}: {message}")
+    named = [name for name in re.findall(r"[a-z_]+", message.lower()) if name in settings]
+    named += [name for name, value in settings.items() if isinstance(value, str) and value in message]
+    return UserError(f"trainer{'.' + named[0] if named else ''}: {message}")
 
 
 def check_optimizer(task: LitTask) -> None:
@@ -190,8 +88,10 @@ def check_optimizer(task: LitTask) -> None:
         setting = "model.lr_scheduler"
         if task.make_lr_scheduler is not None:
             task.make_lr_scheduler(optimizer)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{setting}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        if isinstance(error, UserError) or raised_by_library(error):
+            raise UserError(f"{setting}: {' '.join(str(error).split())}") from None
+        raise
 
 
 def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:

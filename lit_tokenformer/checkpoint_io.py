@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.sharded_checkpoints import mend_folders
 
 try:
@@ -114,6 +115,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if not _is_local_file_protocol(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
+        if Path(path).name == ".temp.ckpt":  # weights alone, which Lightning's launcher takes back from its processes
+            return load_pickle(path, "ckpt_path", map_location)
         return read_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:

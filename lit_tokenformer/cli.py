@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import select
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,10 +31,10 @@ from lit_tokenformer.commands import (
     import_weights,
     split_checkpoint,
 )
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError, raised_by_library, unknown_name, unwrap
 
 try:
-    from callbacks import ErrorLog, PredictionWriter, PreemptionCheckpoint
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
 except ImportError as error:
     raise ImportError(
         f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
@@ -40,7 +42,7 @@ except ImportError as error:
     ) from error
 
 from lit_tokenformer.beginning import (
-    Beginning,
+    WarmupCheck,
     check_data_fit,
     check_environment,
     check_optimizer,
@@ -50,10 +52,11 @@ from lit_tokenformer.beginning import (
 )
 from lit_tokenformer.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.monitored_metrics import check_monitors
-from lit_tokenformer.parsing import Parser, check_config, one_line
+from lit_tokenformer.parsing import MODE, Parser, check_config, shipped_configs
 from lit_tokenformer.planning import PlanningTrainer
 from lit_tokenformer.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
 from lit_tokenformer.run_identity import RunIdentity, defining_settings
+from lit_tokenformer.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
@@ -79,45 +82,66 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        0, 2 after an error in what the user gave, which is told in one line, or 143 after SIGTERM or SIGUSR1.
+        0, 2 after an error in what the user gave, which is told in one line, 1 after any other error, which keeps its
+        traceback, 143 after SIGTERM or SIGUSR1, or 141 if nobody reads the output any more.
     """
     # torch warns Lightning, not whoever uses it
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    beginning = Beginning()
+    log = ErrorLog()
     try:
-        arguments = [*_with_shipped_configs(sys.argv[1:] if args is None else list(args))]
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        TokenformerCLI(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=PlanningTrainer,
-            trainer_defaults={"callbacks": [beginning, PreemptionCheckpoint(), ErrorLog()]},
-            seed_everything_default=0,
-            save_config_callback=_SaveConfig,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "lit-tokenformer",
-                "description": "Trains models that grow while they train.",
-                "parser_mode": "omegaconf",
-                "default_env": True,
-                "env_prefix": "LIT_TOKENFORMER",
-            },
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=arguments,
-        )
+        _run(sys.argv[1:] if args is None else list(args), log)
+        sys.stdout.flush()
     except SIGTERMException:
         return 128 + signal.SIGTERM  # as of a process that the signal ended; the checkpoint is written
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if beginning.over or os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
-        beginning.take_back()
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    finally:
-        beginning.show_messages()
+        status = 1
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+            status = 128 + signal.SIGPIPE
+        elif isinstance(error, UserError) or (isinstance(error, MisconfigurationException) and not log.trained):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 2
+        else:
+            traceback.print_exc()
+        if log.path is not None:
+            print(f"error log: {log.path}", file=sys.stderr)
+        return status
     return 0
+
+
+def _run(args: list[str], log: ErrorLog) -> None:
+    """Runs a command, with an error log in fits."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    TokenformerCLI(
+        LightningModule,
+        LightningDataModule,
+        trainer_class=PlanningTrainer,
+        trainer_defaults={"callbacks": [WarmupCheck(), PreemptionCheckpoint(), log]},
+        seed_everything_default=0,
+        save_config_callback=_SaveConfig,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "lit-tokenformer",
+            "description": "Trains models that grow while they train.",
+            "version": __version__,
+            "parser_mode": MODE,
+            "default_env": True,
+            "env_prefix": "LIT_TOKENFORMER",
+        },
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        args=_with_texts(_with_shipped_configs(args)),
+    )
+
+
+def _output_is_closed() -> bool:
+    """Whether what reads the output, such as ``head``, has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -136,7 +160,7 @@ class TokenformerCLI(LightningCLI):
 
     def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
         named = args[0] if args else None
-        self._asked = named if named in {*self.subcommands(), *COMMANDS, "-h", "--help"} else None
+        self._asked = named if named in {*self.subcommands(), *COMMANDS, "-h", "--help", "--version"} else None
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -191,14 +215,26 @@ class TokenformerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         check_environment(os.environ)
 
+    def instantiate_classes(self) -> None:
+        """Reports a value that a library refuses in one line; an error in the user's own code stays as it is."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            cause = unwrap(error)
+            if isinstance(cause, MisconfigurationException) or raised_by_library(cause):
+                raise UserError(" ".join(str(cause).split())) from None
+            raise cause from cause.__cause__
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         check_trainer_settings(config)
         if self._identity is not None:
             callbacks = [*callbacks, self._identity]
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
-        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-            raise trainer_error(error, config) from None
+        except Exception as error:
+            if isinstance(error, MisconfigurationException) or raised_by_library(error):
+                raise trainer_error(error, config) from None
+            raise
         check_processes(os.environ, trainer)
         return trainer
 
@@ -207,6 +243,7 @@ class TokenformerCLI(LightningCLI):
         name = self.config["subcommand"]
         if name in COMMANDS:
             COMMANDS[name](**self.config[name].as_dict())
+            sys.stdout.flush()
             sys.exit(0)
         check_settings(self.config[name], resumes=name == "fit")
 
@@ -230,9 +267,6 @@ class TokenformerCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         unversioned = unversioned_loggers(self.trainer)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Beginning):
-                callback.remember_folders(self.trainer)
         check_data_fit(self.model, self.datamodule)
         start = self.config[self.subcommand]
         base, resumes = start["init_from"], start.get("ckpt_path") == "last"
@@ -245,14 +279,21 @@ class TokenformerCLI(LightningCLI):
             check_optimizer(self.model)
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ParameterGrowthCallback):
+                    callback.setup(self.trainer, self.model, "fit")  # checks its schedule, and does nothing else
+        if self.subcommand == "predict":
+            self._check_output()
         if self.subcommand in ("fit", "predict"):
             _check_writable(self.trainer.default_root_dir)
             claim_log_folder(self.trainer, unversioned)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Beginning):
-                callback.show_messages_soon(self.trainer)
+
+    def _check_output(self) -> None:
+        output = self.config[self.subcommand].get("output")
+        if output and Path(output).exists():
+            raise UserError(f"output: {output} exists already; nothing is overwritten")
 
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")
@@ -272,13 +313,6 @@ class TokenformerCLI(LightningCLI):
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
     with torch.device("meta"):
         return kind(*args, **kwargs)
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
-    package = Path(__file__).parent
-    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:
@@ -303,6 +337,24 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
             raise unknown_name("--config", value, shipped_configs())
         path = str(shipped_configs()[name])
         found[at] = f"{option}={path}" if at == i else path
+    return found
+
+
+def _with_texts(args: list[str]) -> list[str]:
+    """The arguments, with texts that begin with dashes and are no option written behind the name of theirs.
+
+    Example:
+        >>> _with_texts(["generate", "--stop", "---", "--seed", "1"])
+        ['generate', '--stop=---', '--seed', '1']
+    """
+    found: list[str] = []
+    options = inspect.signature(COMMANDS[args[0]]).parameters if args and args[0] in COMMANDS else {}
+    for arg in args:
+        is_text = bool(found) and found[-1] in {f"--{name}" for name in TEXTS.keys() & options}
+        if is_text and arg.startswith("-") and arg.partition("=")[0] not in {f"--{name}" for name in options}:
+            found[-1] += f"={arg}"
+        else:
+            found.append(arg)
     return found
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import io
 import re
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 import callbacks
 from lit_tokenformer import data, models, tasks
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, nearest_name, raised_by_user_code, unwrap
 
+MODE = "interpolated"
+"""Name of the parser mode that reads settings with :func:`load_settings`."""
+
+_INTERPOLATES = ContextVar("interpolates", default=True)
 _ROOMS = (tasks, data, models, callbacks)
 _NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not validate", "Expected a path")
 
@@ -23,15 +31,28 @@ _NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not va
 class Parser(LightningArgumentParser):
     """Tells errors in one line, with the nearest right name for a misspelt one."""
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Dumps settings, whose text is text: interpolations in it are resolved already."""
+        token = _INTERPOLATES.set(False)
+        try:
+            return super().dump(*args, **kwargs)
+        finally:
+            _INTERPOLATES.reset(token)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if ex is not None and raised_by_user_code(cause := unwrap(ex)):
+            raise cause from cause.__cause__
         told = one_line(message)
+        if re.match(r"the following arguments are required: .*model", told):
+            shipped = ", ".join(shipped_configs())
+            told = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
         if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
             told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
         for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
             for key in re.findall(pattern, told):
                 name = key.split(".")[-1]
-                near = difflib.get_close_matches(name, self._names() - {name}, n=1)
-                told += f" (did you mean {near[0]!r}?)" if near else ""
+                near = nearest_name(name, self._names() - {name})
+                told += f" (did you mean {near!r}?)" if near else ""
         print(f"error: {told}", file=sys.stderr)
         self.exit(2)
 
@@ -45,6 +66,62 @@ class Parser(LightningArgumentParser):
             for part in (getattr(room, name) for name in room.__all__):
                 names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
         return names
+
+
+def load_settings(text: str) -> Any:
+    """Read YAML with OmegaConf's interpolations.
+
+    Text with ``${`` that is no interpolation stays as it is.
+
+    Args:
+        text: YAML.
+
+    Returns:
+        A value, or a dict or list in which all interpolations are resolved.
+
+    Raises:
+        UserError: For an interpolation that cannot be resolved, and for ``???``, which marks a missing value.
+
+    Example:
+        >>> load_settings("{size: 8, width: '${size}', prompt: 'costs ${ 5'}")
+        {'size': 8, 'width': 8, 'prompt': 'costs ${ 5'}
+    """
+    found = get_loader("yaml")(text)
+    if not isinstance(found, (dict, list)) or not _INTERPOLATES.get():
+        return found
+    try:
+        settings = OmegaConf.load(io.StringIO(text))
+    except GrammarParseError:
+        settings = OmegaConf.create(_escaped(found))
+    try:
+        resolved = OmegaConf.to_object(settings)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: expected a value, got ???, which marks a missing one") from None
+    except OmegaConfBaseException as error:
+        cause = str(error.msg).splitlines()[0]
+        raise UserError(f"{error.full_key}: {cause} (write \\${{...}} for text that is no interpolation)") from None
+    return found if resolved == {text: None} else resolved
+
+
+def _escaped(value: Any) -> Any:
+    """The settings, with an escape where ``${`` begins no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    if isinstance(value, str):
+        try:
+            OmegaConf.create([value])
+        except GrammarParseError:
+            return value.replace("${", r"\${")
+    return value
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parent
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def check_config(path: str) -> None:
@@ -96,6 +173,9 @@ def one_line(message: str) -> str:
         return f"{setting}expected {' or '.join(kinds)}, got {(value[1] or value[2] or '')!r}"
     for name in re.findall(r"Expected a dot import path string: (.+)", message):
         classes = [name for room in _ROOMS for name in room.__all__]
-        near = difflib.get_close_matches(name, classes, n=1)
-        return f"{setting}unknown class {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+        near = nearest_name(name, classes)
+        return f"{setting}unknown class {name!r}" + (f", did you mean {near!r}?" if near else "")
     return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+
+
+set_loader(MODE, load_settings, exceptions=(yaml.YAMLError,))

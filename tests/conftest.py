@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from docstring_parser.attrdoc import AttributeDocstrings
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from lit_tokenformer.data.image_sources import SOURCES, SubsetSamples
 
@@ -41,9 +42,21 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_environment():
-    """Lightning writes MASTER_PORT and ranks into it; processes of a later test would meet on a port taken since."""
-    before = dict(os.environ)
+def own_environment(monkeypatch):
+    """Lightning writes MASTER_PORT and ranks into it; processes of a later test would meet on a port taken since.
+
+    It also asks for a free port and gives it back before its processes bind it, so that another test can take it. Here
+    they are clients of a store of this process, as under torchrun.
+    """
+    before, stores, main_port = dict(os.environ), [], LightningEnvironment.main_port
+
+    def port_of_a_store(environment: LightningEnvironment) -> int:
+        if environment._main_port == -1 and "LOCAL_RANK" not in os.environ:
+            stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            os.environ |= {"MASTER_PORT": str(stores[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return main_port.fget(environment)
+
+    monkeypatch.setattr(LightningEnvironment, "main_port", property(port_of_a_store))
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -61,16 +74,18 @@ def text_cache(tmp_path_factory):
         yield folder / "lit_tokenformer"
 
 
+_DIGITS = SOURCES["digits"]
+
+
+def _open_few(settings):
+    splits = _DIGITS.open(settings)
+    train, val = SubsetSamples(splits.train, np.arange(143)), SubsetSamples(splits.val, np.arange(36))
+    return replace(splits, train=train, val=val, test=val, num_train=143)
+
+
 @pytest.fixture(scope="module")
 def few_digits():
     """A tenth of the digits: reading images is most of what a fit of a tiny model costs."""
-    whole = SOURCES["digits"]
-
-    def open_few(settings):
-        splits = whole.open(settings)
-        train, val = SubsetSamples(splits.train, np.arange(143)), SubsetSamples(splits.val, np.arange(36))
-        return replace(splits, train=train, val=val, test=val, num_train=143)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SOURCES, "digits", replace(whole, open=open_few))
+        patch.setitem(SOURCES, "digits", replace(_DIGITS, open=_open_few))
         yield

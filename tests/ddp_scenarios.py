@@ -1,6 +1,6 @@
 """Fits with two growths, for one process or several; ``test_ddp.py`` runs it, since starting processes costs seconds.
 
-    LOCAL_RANK=R WORLD_SIZE=W MASTER_ADDR=127.0.0.1 MASTER_PORT=PORT python ddp_scenarios.py FOLDER
+    torchrun --standalone --nproc_per_node 2 ddp_scenarios.py FOLDER
 
 runs every scenario and saves what it found as ``FOLDER/RANK.pt``.
 """

@@ -72,6 +72,35 @@ def test_fit_writes_checkpoints_logs_and_the_config(fitted):
     assert saved["model"]["init_args"]["overrides"]["dim"] == 32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
+def test_fit_in_processes_that_lightning_starts_ends_well_and_keeps_its_files(strategy, tmp_path):
+    steps = ["--trainer.max_epochs", 2, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1]
+    processes = ["--trainer.strategy", strategy, "--trainer.devices", 2, "--data.batch_size", 16]
+    grows = growth(tmp_path, {2: 16}, unit="step", trigger="plateau", window=1, patience=1, cooldown=0, min_delta=9.0)
+    assert run("fit", tmp_path, *grows, *steps, *processes) == 0
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    assert checkpoint["global_step"] == 4 and checkpoint["param_tokens"]["qkv"] == 16
+    assert (tmp_path / "lightning_logs" / "version_0" / "config.yaml").is_file()
+
+
+def test_single_callback_needs_no_list(few_digits, tmp_path):
+    config = tmp_path / "one.yaml"
+    config.write_text("trainer: {callbacks: {class_path: callbacks.TrainingMonitor}}\n")
+    assert run("fit", tmp_path, "--config", config, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1) == 0
+
+
+def test_text_with_the_marks_of_interpolations_is_text(tmp_path, capsys):
+    config = tmp_path / "text.yaml"
+    names = ["costs ${ 5", "??? what", r"\${data}", "${data.init_args.hf_name}"]
+    config.write_text(yaml.safe_dump({"data": {"init_args": {"hf_name": "x", "root": ", ".join(names[:2])}}}))
+    shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
+    assert shown["data"]["init_args"]["root"] == "costs ${ 5, ??? what"
+    config.write_text(yaml.safe_dump({"data": {"init_args": {"hf_name": "x", "root": ", ".join(names[2:])}}}))
+    shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
+    assert shown["data"]["init_args"]["root"] == "${data}, x"
+
+
 def test_a_saved_config_can_be_run_again(fitted, tmp_path):
     config = fitted / "lightning_logs" / "version_0" / "config.yaml"
     args = ["--config", config, "--trainer.default_root_dir", tmp_path, "--trainer.limit_train_batches", 1]

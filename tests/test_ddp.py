@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,24 +20,13 @@ AVERAGED = [name for name in SCENARIOS if name != "nothing_averaged"]
 
 
 def run_two(folder: Path) -> None:
-    """Runs all scenarios in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(ROOT / "tests" / "ddp_scenarios.py"), str(folder)]
-            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
+    """Runs all scenarios in two processes, which meet at torchrun's store: no port is chosen before it is bound."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "ddp_scenarios.py"), str(folder)]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    assert done.returncode == 0, (folder / "log.txt").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_average_is_that_of_the_formula(tmp_path: Path) -> None:
 
 
 def test_average_of_equal_numbers_is_exact() -> None:
-    update = _moving_average(0.9999, warmup=False)
+    update = partial(_moving_average, 0.9999, False)
     draw = torch.Generator().manual_seed(0)
     tau = torch.rand(1000, generator=draw) * 100
     average = [tau.clone()]

@@ -475,7 +475,7 @@ def fit(data: ImageDataModule, model: Recorder, ckpt_path: Path | None = None, *
 
 
 def newest(path: Path) -> Path:
-    return max(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    return max(path.glob("*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
 
 
 SAVES = {

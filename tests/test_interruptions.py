@@ -241,8 +241,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(scenarios):
 def test_a_process_does_not_wait_for_a_dead_one_longer_than_its_timeout(scenarios, name, statuses):
     found, folder = scenarios
     assert found[name]["statuses"] == statuses
-    alone = max(found["whole"]["seconds"])
-    assert max(found[name]["seconds"]) < 6 + 2 * alone + 5
+    assert max(found[name]["seconds"]) < 300  # 600, or half an hour, without it
     for rank, status in enumerate(statuses):
         log = folder / name / "errors" / f"rank_{rank}.log"
         assert log.exists() == (status == 1)

@@ -4,7 +4,6 @@ import csv
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,31 +27,25 @@ from lit_tokenformer.sharded_checkpoints import INDEX, REST, is_sharded, mend_fo
 ROOT = Path(__file__).parents[1]
 
 
-def start(folder, rank=None, port=None):
+def run(folder, processes):
+    """Runs the scenarios in processes that meet at the store of torchrun: no port is chosen before it is bound."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {
         "MALLOC_MMAP_THRESHOLD_": "65536"
     }  # freed memory goes back, so that what is resident is what is used
-    if rank is not None:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        environment |= {name: str(value) for name, value in places.items()}
-    command = [sys.executable, str(ROOT / "tests" / "sharded_scenarios.py"), str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    script = [str(ROOT / "tests" / "sharded_scenarios.py"), str(folder)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both processes, and then one alone, have found; and the folder with their checkpoints."""
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = [start(folder, rank, port) for rank in (0, 1)]
-    for processes in (both, [start(folder)] if all(one.wait(600) == 0 for one in both) else []):
-        for process in processes:
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors[-3000:]
+    for processes in (2, 1):
+        run(folder, processes)
     ranks = [torch.load(folder / f"found-2-{rank}", weights_only=True) for rank in (0, 1)]
     return ranks, torch.load(folder / "found-1-0", weights_only=True), folder
 

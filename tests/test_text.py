@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported
 
@@ -44,7 +46,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf_cache"))
 
 
-def write_lines(path: Path, texts: list[str], column: str = "text") -> Path:
+def write_lines(path: Path, texts: list[Any], column: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({column: text, "n": i}) + "\n" for i, text in enumerate(texts)))
     return path
@@ -515,7 +517,7 @@ def check_resume(make, path: Path, every: int, stop_at: int, **settings: object)
     saver = ModelCheckpoint(path, save_top_k=-1, every_n_train_steps=every, save_on_train_epoch_end=False)
     with pytest.raises(SystemExit):  # what Lightning makes of KeyboardInterrupt
         fit(make(), first, callbacks=[saver, Stop(path, stop_at)], **{**settings, "enable_checkpointing": True})
-    newest = max(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    newest = max(path.glob("*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
     fit(make(), second, ckpt_path=newest, **settings)
     assert first.seen == straight.seen[: len(first.seen)] and len(set(straight.seen)) == len(straight.seen)
     done = len(straight.seen) - len(second.seen)
@@ -909,11 +911,36 @@ def test_place_in_a_stream_is_refused_under_other_settings(corpus: Path):
 
 
 def test_stream_of_something_else_than_text_is_refused(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text('{"text": 7}\n')
+    write_lines(tmp_path / "a.jsonl", [7] * 4)
     data = hub(tmp_path / "a.jsonl", streaming=True, num_workers=1, val_files=[str(tmp_path / "a.jsonl")])
     for use in (lambda: data.setup("fit"), lambda: list(data.train_dataloader())):  # here, and in a worker
-        with refused("data.text_column: a row of the stream: expected text in 'text', got int"):
+        told = "data.text_column: row 1 read from the stream: expected text in 'text', got int"
+        with refused(f"data.max_corrupt_share: 4 of 4 rows of the stream cannot be read, .*; the first: {told}"):
             use()
+
+
+def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
+    texts: list[Any] = [f"document {number} " * 9 for number in range(40)]
+    found = []
+    for name, lines in (("whole", texts), ("bad", [*texts[:30], 5, *texts[30:]])):
+        path = write_lines(tmp_path / f"{name}.jsonl", lines)
+        data = hub(path, streaming=True, val_files=[str(path)])
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found.append([batch.tolist() for batch in data.train_dataloader()])
+    assert found[0] == found[1]
+    told = [str(one.message) for one in warned if "row" in str(one.message)]
+    assert len(told) == 1 and "row 31 read from the stream: expected text in 'text', got int" in told[0]
+
+
+def test_too_many_bad_rows_of_a_stream_are_refused(tmp_path: Path):
+    path = write_lines(tmp_path / "a.jsonl", ["words " * 9] * 20 + [5] * 9)
+    for share, told in ((0.001, "4 of 24 rows"), (0.0, "1 of 21 rows")):
+        data = hub(path, streaming=True, num_workers=1, val_files=[str(path)], max_corrupt_share=share)
+        with refused(f"data.max_corrupt_share: {told} .*; the first: data.text_column: row 21 "):
+            list(data.train_dataloader())
+    with refused("data.max_corrupt_share: expected a share from 0 to 1, got 2"):
+        hub(path, streaming=True, max_corrupt_share=2)
 
 
 def test_damaged_hugging_face_files_are_refused(tmp_path: Path):

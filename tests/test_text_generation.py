@@ -1,7 +1,11 @@
 """Text from a checkpoint, in Python and on the command line."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers as hf
@@ -403,6 +407,25 @@ def test_command_takes_prompts_and_stop_texts_as_they_are_written(monkeypatch):
     args = [f"--{option}={text}" for text in VERBATIM for option in ("prompt", "stop")]
     assert generate("--ckpt_path", "x.ckpt", *args) == 0
     assert given == {"ckpt_path": "x.ckpt", "prompt": VERBATIM, "stop": VERBATIM}
+
+
+def test_command_takes_texts_that_begin_with_dashes_behind_their_option(monkeypatch):
+    given = {}
+    monkeypatch.setitem(sys.modules["lit_tokenformer.cli"].COMMANDS, "generate", wraps_generate(given))
+    assert generate("--stop", "---", "--prompt", "--x", "--prompt", "- a", "--ckpt_path", "x.ckpt") == 0
+    assert given == {"ckpt_path": "x.ckpt", "prompt": ["--x", "- a"], "stop": ["---"]}
+    assert generate("--ckpt_path", "x.ckpt", "--stop", "--prompt", "a") == 2  # no text between two options
+
+
+@pytest.mark.slow
+def test_command_ends_quietly_when_nobody_reads_on(checkpoint):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lit_tokenformer", "generate", "--ckpt_path", checkpoint, "--max_new_tokens", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def wraps_generate(given):

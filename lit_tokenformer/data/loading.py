@@ -67,20 +67,27 @@ def seeded(*entropy: int) -> Iterator[None]:
             torch.default_generator.set_state(states[2])
 
 
-class TooManyCorruptImages(ValueError):
-    """More images are unreadable than the setting ``data.max_corrupt_share`` allows."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker hands its error over with the whole traceback as the message: only the last line is for the
-        # user.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+class TooManyCorruptSamples(UserError):
+    """More samples are unreadable than the setting ``data.max_corrupt_share`` allows."""
 
 
-def _check_share(corrupt: int, size: int, max_share: float, names: list[str]) -> None:
+def check_share(corrupt: int, size: int, max_share: float, names: list[str], unit: str = "images") -> None:
+    """Refuses too many unreadable samples.
+
+    Args:
+        corrupt: Unreadable samples.
+        size: Samples they are a share of.
+        max_share: The setting ``data.max_corrupt_share``.
+        names: The first of them.
+        unit: What the samples are.
+
+    Raises:
+        TooManyCorruptSamples: If they are more than that share, and more than ``ALLOWED_CORRUPT``.
+    """
     allowed = max(ALLOWED_CORRUPT, max_share * size) if max_share > 0 else 0
     if corrupt > allowed:
-        raise TooManyCorruptImages(
-            f"data.max_corrupt_share: {corrupt} of {size} images cannot be read, a share of {max_share:g} is allowed; "
+        raise TooManyCorruptSamples(
+            f"data.max_corrupt_share: {corrupt} of {size} {unit} cannot be read, a share of {max_share:g} is allowed; "
             f"the first: {', '.join(names)}"
         )
 
@@ -121,9 +128,9 @@ class ImageReader:
             self._corrupt[index] = True
             warnings.warn(f"unreadable image left out: {self.samples.name(index)} ({error})", stacklevel=2)
         bad = self.corrupt_indices
-        _check_share(len(bad), len(self), self.max_corrupt_share, [self.samples.name(i) for i in bad[:3]])
+        check_share(len(bad), len(self), self.max_corrupt_share, [self.samples.name(i) for i in bad[:3]])
         if len(bad) == len(self):
-            raise TooManyCorruptImages(
+            raise TooManyCorruptSamples(
                 f"data.max_corrupt_share: none of {len(self)} images can be read; the first: {self.samples.name(0)}"
             )
         return None
@@ -197,7 +204,7 @@ def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[to
     """
     readable = [sample for sample in samples if sample is not None]
     if not readable:
-        raise TooManyCorruptImages(
+        raise TooManyCorruptSamples(
             f"data.eval_batch_size: all {len(samples)} images of an evaluation batch are unreadable; "
             "remove them, or take larger batches"
         )
@@ -263,7 +270,7 @@ class StreamImages(IterableDataset):
                 name = value.get("path") or f"sample {read} of the stream"
                 warnings.warn(f"unreadable image left out: {name} ({error})", stacklevel=2)
                 corrupt.append(name)
-                _check_share(len(corrupt), read, self.max_corrupt_share, corrupt[:3])
+                check_share(len(corrupt), read, self.max_corrupt_share, corrupt[:3])
                 missing += 1
                 continue
             if self.seed is None:

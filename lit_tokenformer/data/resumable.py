@@ -28,6 +28,9 @@ class ResumableDataModule(LightningDataModule):
         self._train_loader: ResumableLoader | ResumableStreamLoader | None = None
         self._resume_from: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_train_loader": None}  # a process that gets a copy makes a loader of its own
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training loader stands. Lightning restores this before it asks for loaders; what it restores of the
         loaders themselves is lost where a schedule has asked for the number of steps before."""

@@ -81,6 +81,8 @@ class TextDataModule(ResumableDataModule):
             held out by their hash; for a stream that means that validation reads all of it (limit_val_batches).
         streaming: Whether the Hugging Face data set is tokenised while it is read, without being stored.
         shuffle_buffer: Documents of a stream that are shuffled among each other, in each worker.
+        max_corrupt_share: Share of the rows of a stream that may have no readable text; each is named in a warning and
+            left out. Up to three never stop a run, unless it is 0.
 
     Raises:
         ValueError: If a setting is wrong (when created) or the text is not there (at the first use of a property or
@@ -122,6 +124,7 @@ class TextDataModule(ResumableDataModule):
         hf_val_split: str | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        max_corrupt_share: float = 0.001,
     ) -> None:
         super().__init__(seed, num_workers)
         if dataset not in SOURCES:
@@ -147,6 +150,7 @@ class TextDataModule(ResumableDataModule):
             hf_train_split=hf_train_split,
             hf_val_split=hf_val_split,
             streaming=streaming,
+            max_corrupt_share=max_corrupt_share,
             cache_dir=Path(cache_dir).expanduser() if cache_dir else _default_cache_dir(),
         )
         self.corpus = TextCorpus(dataset, settings, tokenizer, separator)
@@ -165,12 +169,17 @@ class TextDataModule(ResumableDataModule):
         for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 <= share < 1:
                 raise UserError(f"data.{name}: expected a share from 0 to below 1, got {share}")
+        if not 0 <= max_corrupt_share <= 1:
+            raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
         if val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
         if streaming and dataset != "huggingface":
             raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_eval_streams": {}}
 
     @property
     def data_settings(self) -> dict[str, Any]:

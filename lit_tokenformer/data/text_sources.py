@@ -13,6 +13,7 @@ import os
 import platform
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
+from lit_tokenformer.data.loading import check_share
 from lit_tokenformer.errors import UserError
 
 EncodingErrors = Literal["strict", "replace"]
@@ -49,6 +51,7 @@ class TextSettings:
     hf_train_split: str = "train"
     hf_val_split: str | None = None
     streaming: bool = False
+    max_corrupt_share: float = 0.001
     cache_dir: Path = Path()
 
 
@@ -68,16 +71,29 @@ class Documents(Protocol):
 
 @dataclass
 class HubStream:
-    """A split of a Hugging Face data set that is read from its start to its end."""
+    """A split of a Hugging Face data set that is read from its start to its end.
+
+    A row without readable text is left out and named in a warning; each process and worker counts those it has read.
+    """
 
     rows: Any
     """A ``datasets.IterableDataset``."""
     column: str
     encoding_errors: EncodingErrors = "strict"
+    max_corrupt_share: float = 0.001
+    """Share of the rows that may have no readable text."""
 
     def __iter__(self) -> Iterator[str]:
-        for row in self.rows:
-            if text := row_text(row, self.column, self.encoding_errors):
+        corrupt: list[str] = []
+        for number, row in enumerate(self.rows, start=1):
+            try:
+                text = row_text(row, self.column, self.encoding_errors, f"row {number} read from the stream")
+            except BadText as error:
+                warnings.warn(f"unreadable row left out: {error}", stacklevel=2)
+                corrupt.append(str(error))
+                check_share(len(corrupt), number, self.max_corrupt_share, corrupt[:3], unit="rows of the stream")
+                continue
+            if text:
                 yield text
 
 
@@ -92,13 +108,8 @@ class TextSplits:
     """What else determines the text, such as a version."""
 
 
-class BadText(ValueError):
+class BadText(UserError):
     """A text that cannot be read."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker hands its error over with the whole traceback as the message: only the last line is for the
-        # user.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class TextList:
@@ -212,7 +223,7 @@ class HubTexts:
                 yield text
 
 
-def row_text(row: Any, column: str, encoding_errors: str = "strict", where: str = "a row of the stream") -> str:
+def row_text(row: Any, column: str, encoding_errors: str, where: str) -> str:
     """The text of a line or row; empty where it is null.
 
     Args:
@@ -394,7 +405,8 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
         if column not in columns:
             raise UserError(f"data.text_column: no column {column!r}; {settings.hf_name} has {', '.join(columns)}")
         if settings.streaming:
-            return HubStream(rows.select_columns([column]), column, settings.encoding_errors)
+            rows = rows.select_columns([column])
+            return HubStream(rows, column, settings.encoding_errors, settings.max_corrupt_share)
         return HubTexts(rows, column, settings.encoding_errors)
 
     usual = next((name for name in ("validation", "valid", "val", "dev") if name in loaded), None)

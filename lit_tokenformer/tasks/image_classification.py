@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -117,3 +119,8 @@ class LitImageClassifier(LitTask):
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=self.log_weight(len(image)))
         self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=len(image))
         self.log(f"{stage}/acc5", acc5, batch_size=len(image))
+
+
+# a lambda, so that the command line shows what is in it, with a name, so that it can be pickled for `ddp_spawn`
+default_adamw = inspect.signature(LitImageClassifier).parameters["optimizer"].default
+default_adamw.__qualname__ = "default_adamw"
