@@ -11,8 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.monitor import TrainingMonitor
+from lit_tokenformer.checkpoint_io import is_disk_full
 from lit_tokenformer.models import model_size, param_tokens
 
 
@@ -73,10 +75,16 @@ class RunSummary(Callback):
         for stage in self.stages:
             if stage["best"] and not Path(stage["best"]["path"]).exists():  # a full disk, or someone removed it
                 stage["best"] = None
-        folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / "summary.json.part"
-        unfinished.write_text(json.dumps({"stages": self.stages}, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / "summary.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"stages": self.stages}, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, folder / "summary.json")
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            unfinished.unlink(missing_ok=True)
+            rank_zero_warn(f"no space left for {folder / 'summary.json'}")
         self._print()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

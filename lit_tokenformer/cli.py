@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO, clear_unfinished, last_checkpoint
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.commands import (
     evaluate_checkpoint,
@@ -51,6 +52,7 @@ from lit_tokenformer.beginning import (
 )
 from lit_tokenformer.parsing import Parser, check_config, one_line
 from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.trainer import keep_logging
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
@@ -76,11 +78,12 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        0, 2 after an error in what the user gave, which is told in one line, or 143 after SIGTERM or SIGUSR1.
+        0, 2 after an error in what the user gave, which is told in one line, or where a signal ended a fit, 143 (130
+        after Ctrl-C, 129 after SIGHUP).
     """
     # torch warns Lightning, not whoever uses it
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    beginning = Beginning()
+    beginning, preemption = Beginning(), PreemptionCheckpoint()
     try:
         arguments = [*_with_shipped_configs(sys.argv[1:] if args is None else list(args))]
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -88,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
             LightningModule,
             LightningDataModule,
             trainer_class=PlanningTrainer,
-            trainer_defaults={"callbacks": [beginning, PreemptionCheckpoint(), ErrorLog()]},
+            trainer_defaults={"callbacks": [beginning, preemption, ErrorLog()]},
             seed_everything_default=0,
             save_config_callback=_SaveConfig,
             parser_class=Parser,
@@ -105,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
             args=arguments,
         )
     except SIGTERMException:
-        return 128 + signal.SIGTERM  # as of a process that the signal ended; the checkpoint is written
+        return preemption.status  # as of a process that the signal ended; the checkpoint is written
     except (ValueError, OSError, MisconfigurationException) as error:
         if beginning.over or os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
@@ -218,9 +221,17 @@ class TokenformerCLI(LightningCLI):
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
         if self.subcommand in ("fit", "predict"):
-            _check_writable(self.trainer.default_root_dir)
+            logs = {one.save_dir for one in self.trainer.loggers if isinstance(one, (CSVLogger, TensorBoardLogger))}
+            _check_writable("trainer.default_root_dir", self.trainer.default_root_dir)
+            for folder in filter(None, logs):
+                _check_writable("trainer.logger: save_dir", folder)
+            if self.subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
+                clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":
+            keep_logging(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Beginning):
                 callback.show_messages_soon(self.trainer)
@@ -275,10 +286,12 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
     return found
 
 
-def _check_writable(folder: str) -> None:
+def _check_writable(setting: str, folder: str) -> None:
+    if not _is_local_file_protocol(folder):
+        return
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes an empty file
     except OSError as error:
-        raise UserError(f"trainer.default_root_dir: cannot write to {folder} ({error.strerror})") from None
+        raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

@@ -74,12 +74,21 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes ``.safetensors``, or a pickled state dict under any other name."""
+    """Writes ``.safetensors``, or a pickled state dict under any other name.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if Path(path).suffix == ".safetensors":
-        safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
-    else:
-        torch.save(whole, path)
+    try:
+        if Path(path).suffix == ".safetensors":
+            safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
+        else:
+            with open(path, "wb") as file:
+                torch.save(whole, file)
+    except (SafetensorError, RuntimeError) as error:  # as both libraries report a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"output: cannot write {path} ({_first_line(reason)})") from None
 
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
@@ -97,5 +106,5 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
