@@ -147,8 +147,14 @@ class PreemptionCheckpoint(Callback):
         rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: {result}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.fit_loop._should_accumulate():
             checkpoint[_PENDING] = _gradients(trainer, pl_module)
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # max_steps, say; Lightning counts the epoch
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                over = max(0, counts["ready"] - 1)
+                counts |= {name: min(counts[name], over) for name in ("processed", "completed")}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

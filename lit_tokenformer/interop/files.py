@@ -86,9 +86,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         else:
             with open(path, "wb") as file:
                 torch.save(whole, file)
-    except (SafetensorError, RuntimeError) as error:  # as both libraries report a full disk
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"output: cannot write {path} ({_first_line(reason)})") from None
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two, as libraries report a full disk
+        raise UserError(f"output: cannot write {path} ({_first_line(error)})") from None
 
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
@@ -106,5 +105,5 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
