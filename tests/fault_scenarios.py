@@ -48,6 +48,14 @@ class At(Callback):
             self.act()
 
 
+class SavesWithin(Callback):
+    """Saves between the two micro-batches of a step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate() and trainer.global_step == STEP // 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
+
 class NotANumber(Callback):
     """Makes the loss of one process no number."""
 
@@ -68,10 +76,14 @@ def wait() -> None:
     time.sleep(600)
 
 
+RESUMES = {"goes on": "sigterm to one", "goes on within a step": "saves within a step"}
+"""Scenarios that resume from the checkpoint of another one."""
 SCENARIOS: dict[str, list[Callback]] = {
     "whole": [],
     "sigterm to one": [At(1, send(signal.SIGTERM))],
     "goes on": [],
+    "saves within a step": [SavesWithin()],
+    "goes on within a step": [],
     "sigusr1 to the first": [At(0, send(signal.SIGUSR1))],
     "not a number": [NotANumber()],
     "killed": [At(1, send(signal.SIGKILL))],
@@ -91,10 +103,11 @@ def fit(folder: Path, name: str) -> None:
         overrides=TINY,
         schedule=LRSchedule("constant"),
     )
-    place = folder / ("sigterm to one" if name == "goes on" else name)
+    place = folder / RESUMES.get(name, name)
     trainer = Trainer(
         max_epochs=2,
         limit_train_batches=4,
+        accumulate_grad_batches=2 if name.endswith("within a step") else 1,
         limit_val_batches=1,
         num_sanity_val_steps=0,
         accelerator="cpu",
@@ -111,7 +124,7 @@ def fit(folder: Path, name: str) -> None:
         ],
     )
     data = ImageDataModule("digits", batch_size=8, seed=3, num_workers=0)
-    trainer.fit(task, data, ckpt_path=last_checkpoint(place) if name == "goes on" else None, weights_only=True)
+    trainer.fit(task, data, ckpt_path=last_checkpoint(place) if name in RESUMES else None, weights_only=True)
     torch.save(task.state_dict(), folder / f"{name}-{trainer.global_rank}.pt")
 
 

@@ -366,6 +366,19 @@ def test_a_signal_to_one_process_ends_both_and_they_go_on_bit_for_bit(scenarios)
 
 
 @pytest.mark.slow
+def test_processes_that_share_a_pending_gradient_go_on_bit_for_bit(scenarios):
+    found, folder = scenarios
+    assert found["saves within a step"]["statuses"] == found["goes on within a step"]["statuses"] == [0, 0]
+    saved = torch.load(folder / "saves within a step" / "checkpoints" / "last.ckpt", weights_only=True)
+    first, second = saved["pending_gradients"]
+    assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)
+    for rank in range(2):
+        names = ("goes on within a step", "saves within a step")
+        weights, expected = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in names)
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_stops_both(scenarios):
     found, folder = scenarios
     assert found["not a number"]["statuses"] == [1, 1]
