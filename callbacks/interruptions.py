@@ -151,10 +151,14 @@ class PreemptionCheckpoint(Callback):
             return
         if trainer.fit_loop._should_accumulate():
             checkpoint[_PENDING] = _gradients(trainer, pl_module)
-        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # max_steps, say; Lightning counts the epoch
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-                over = max(0, counts["ready"] - 1)
-                counts |= {name: min(counts[name], over) for name in ("processed", "completed")}
+        # Lightning counts the last epoch of a fit as complete, also one that max_steps or early stopping cut short
+        within = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        for counts in progress.values():
+            before = max(0, counts["ready"] - 1)
+            counts["completed"] = min(counts["completed"], before)  # as in the checkpoint at the end of any epoch
+            counts["processed"] = min(counts["processed"], before) if within else counts["processed"]
+        checkpoint["epoch"] = progress["current"]["completed"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

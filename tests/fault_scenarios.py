@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import ErrorLog, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint
 from lit_tokenformer.checkpoint_io import last_checkpoint
 from lit_tokenformer.data import ImageDataModule
+from lit_tokenformer.parallel import gather
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 TIMEOUT = 6
@@ -77,6 +78,7 @@ def wait() -> None:
 
 
 RESUMES = {"goes on": "sigterm to one", "goes on within a step": "saves within a step"}
+RESUMES["sharded, goes on within a step"] = "sharded, saves within a step"
 """Scenarios that resume from the checkpoint of another one."""
 SCENARIOS: dict[str, list[Callback]] = {
     "whole": [],
@@ -84,6 +86,8 @@ SCENARIOS: dict[str, list[Callback]] = {
     "goes on": [],
     "saves within a step": [SavesWithin()],
     "goes on within a step": [],
+    "sharded, saves within a step": [SavesWithin()],
+    "sharded, goes on within a step": [],
     "sigusr1 to the first": [At(0, send(signal.SIGUSR1))],
     "not a number": [NotANumber()],
     "killed": [At(1, send(signal.SIGKILL))],
@@ -103,6 +107,9 @@ def fit(folder: Path, name: str) -> None:
         overrides=TINY,
         schedule=LRSchedule("constant"),
     )
+    strategy: Strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT))
+    if name.startswith("sharded"):
+        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT))
     place = folder / RESUMES.get(name, name)
     trainer = Trainer(
         max_epochs=2,
@@ -112,7 +119,7 @@ def fit(folder: Path, name: str) -> None:
         num_sanity_val_steps=0,
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT)),
+        strategy=strategy,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -125,7 +132,9 @@ def fit(folder: Path, name: str) -> None:
     )
     data = ImageDataModule("digits", batch_size=8, seed=3, num_workers=0)
     trainer.fit(task, data, ckpt_path=last_checkpoint(place) if name in RESUMES else None, weights_only=True)
-    torch.save(task.state_dict(), folder / f"{name}-{trainer.global_rank}.pt")
+    torch.save(
+        {key: gather(tensor) for key, tensor in task.state_dict().items()}, folder / f"{name}-{trainer.global_rank}.pt"
+    )
 
 
 def start(folder: Path, name: str, rank: int, port: int) -> int:

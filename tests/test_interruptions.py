@@ -366,15 +366,16 @@ def test_a_signal_to_one_process_ends_both_and_they_go_on_bit_for_bit(scenarios)
 
 
 @pytest.mark.slow
-def test_processes_that_share_a_pending_gradient_go_on_bit_for_bit(scenarios):
+@pytest.mark.parametrize("kind", ["", "sharded, "])
+def test_processes_with_a_gradient_pending_go_on_bit_for_bit(scenarios, kind):
     found, folder = scenarios
-    assert found["saves within a step"]["statuses"] == found["goes on within a step"]["statuses"] == [0, 0]
-    saved = torch.load(folder / "saves within a step" / "checkpoints" / "last.ckpt", weights_only=True)
-    first, second = saved["pending_gradients"]
-    assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)
+    saves, goes_on = f"{kind}saves within a step", f"{kind}goes on within a step"
+    assert found[saves]["statuses"] == found[goes_on]["statuses"] == [0, 0]
+    checkpoint = folder / saves / "checkpoints" / "last.ckpt"
+    saved = torch.load(checkpoint / "meta.pt" if kind else checkpoint, weights_only=True)
+    assert [len(gradients) for gradients in saved["pending_gradients"]] == [len(saved["pending_gradients"][0])] * 2
     for rank in range(2):
-        names = ("goes on within a step", "saves within a step")
-        weights, expected = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in names)
+        weights, expected = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in (goes_on, saves))
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
