@@ -77,9 +77,8 @@ class PreemptionCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._asked, self._gradients = NOTHING, []
-            self._folder = os.path.join(
-                trainer.log_dir or trainer.default_root_dir, "checkpoints"
-            )  # asks all processes
+            root = trainer.log_dir or trainer.default_root_dir  # asks all processes
+            self._folder = os.path.join(root, "checkpoints")
             _warn_if_only_best(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
