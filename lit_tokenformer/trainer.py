@@ -63,7 +63,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             FloatingPointError: For a state that is not finite, with a ``CheckpointIO`` of the user's.
         """
-        io = self.strategy.checkpoint_io
+        io: Any = self.strategy.checkpoint_io
         ours = isinstance(io, WholeCheckpointIO)
         name = _not_finite(self)
         if self.strategy.reduce_boolean_decision(name is None):
@@ -141,7 +141,7 @@ def write_if_room(logger: Any, write: Callable[..., None], *args: Any, **kwargs:
         args: Its arguments.
         kwargs: Its arguments by name.
     """
-    folder = logger.log_dir if isinstance(logger, tuple(_WRITING)) else None
+    folder = logger.log_dir if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
     if folder is None or not Path(folder).is_dir() or shutil.disk_usage(folder).free >= _LOG_ROOM:
         try:
             return write(*args, **kwargs)
