@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.parallel import gather
 from lit_tokenformer.run_folder import run_folder
+from lit_tokenformer.trainer import write_if_room
 
 
 class TrainingMonitor(Callback):
@@ -292,8 +294,8 @@ def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
 
 def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
     """This method of the experiment of each logger that has it."""
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [getattr(experiment, method) for experiment in experiments if hasattr(experiment, method)]
+    found = [(logger, getattr(logger, "experiment", None)) for logger in trainer.loggers]
+    return [partial(write_if_room, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
 
 
 def num_samples(batch: Any) -> int:

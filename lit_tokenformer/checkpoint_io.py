@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import load_pickle
-from lit_tokenformer.sharded_checkpoints import mend_folders
+from lit_tokenformer.sharded_checkpoints import clear_folders, mend_folders
 
 try:
     import fcntl
@@ -33,6 +33,9 @@ LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt
 
 _LARGE = {"callbacks", "loops", "lr_schedulers", "optimizer_states", "rng_states"}
 """Parts of a checkpoint that are not kept while the checkpoint to resume from is chosen."""
+
+_PLACES = ("checkpoints", "*/checkpoints", "*/*/checkpoints")
+"""Where loggers put checkpoints, below their folder."""
 
 _UNFINISHED = ".lit-tokenformer-{}.part"
 """Name of a file that is being written: hidden, and without the checkpoint's name in it, since Lightning counts
@@ -89,7 +92,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with _whole(target) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as raised:
-            error = _disk_error(raised)
+            error = _os_error(raised)
+            if error is None:
+                raise
             message = f"cannot save {target}: {error.strerror or error}"
             if error.errno not in _FULL:
                 raise OSError(message) from error
@@ -255,6 +260,18 @@ def _whole(target: Path) -> Iterator[Any]:
         part.unlink(missing_ok=True)
 
 
+def clear_unfinished(*roots: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left of checkpoints; what is being written is not touched.
+
+    Args:
+        roots: Folders of checkpoints, or of runs.
+    """
+    for root in map(Path, roots):
+        for folder in {root, *(place for pattern in _PLACES for place in root.glob(pattern))}:
+            _remove_unfinished(folder)
+            clear_folders(folder)
+
+
 def _remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left; a process that writes holds a lock on its file."""
     for part in folder.glob(_UNFINISHED.format("*")) if fcntl is not None else ():
@@ -263,13 +280,17 @@ def _remove_unfinished(folder: Path) -> None:
             part.unlink()
 
 
-def _disk_error(raised: BaseException) -> OSError:
+def is_disk_full(raised: BaseException) -> bool:
+    """Whether an error, or one that led to it, is that of a full disk, a quota or a file that may not grow."""
+    error = _os_error(raised)
+    return error is not None and error.errno in _FULL
+
+
+def _os_error(raised: BaseException) -> OSError | None:
     """What the disk said; torch stumbles over the end of a file that was not written, and raises a RuntimeError."""
     found: BaseException | None = raised
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
-    if found is None:
-        raise raised
     return found
 
 

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, read_shapes
+from lit_tokenformer.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
 from lit_tokenformer.commands import (
     evaluate_checkpoint,
     export_weights,
@@ -56,6 +58,7 @@ from lit_tokenformer.parsing import MODE, Parser, check_config, shipped_configs
 from lit_tokenformer.planning import PlanningTrainer
 from lit_tokenformer.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
 from lit_tokenformer.run_identity import RunIdentity, defining_settings
+from lit_tokenformer.trainer import keep_logging
 from lit_tokenformer.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -83,16 +86,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         0, 2 after an error in what the user gave, which is told in one line, 1 after any other error, which keeps its
-        traceback, 143 after SIGTERM or SIGUSR1, or 141 if nobody reads the output any more.
+        traceback, 130, 129 or 143 where Ctrl-C, SIGHUP or another signal ended a fit, 141 if nobody reads the output.
     """
     # torch warns Lightning, not whoever uses it
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    log = ErrorLog()
+    log, preemption = ErrorLog(), PreemptionCheckpoint()
     try:
-        _run(sys.argv[1:] if args is None else list(args), log)
+        _run(sys.argv[1:] if args is None else list(args), log, preemption)
         sys.stdout.flush()
     except SIGTERMException:
-        return 128 + signal.SIGTERM  # as of a process that the signal ended; the checkpoint is written
+        return preemption.status  # as of a process that the signal ended; the checkpoint is written
     except Exception as error:
         if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
@@ -111,14 +114,14 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(args: list[str], log: ErrorLog) -> None:
-    """Runs a command, with an error log in fits."""
+def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
+    """Run a command, with an error log and a checkpoint at the end of fits."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     TokenformerCLI(
         LightningModule,
         LightningDataModule,
         trainer_class=PlanningTrainer,
-        trainer_defaults={"callbacks": [WarmupCheck(), PreemptionCheckpoint(), log]},
+        trainer_defaults={"callbacks": [WarmupCheck(), preemption, log]},
         seed_everything_default=0,
         save_config_callback=_SaveConfig,
         parser_class=Parser,
@@ -285,10 +288,18 @@ class TokenformerCLI(LightningCLI):
         if self.subcommand == "predict":
             self._check_output()
         if self.subcommand in ("fit", "predict"):
-            _check_writable(self.trainer.default_root_dir)
+            logs = {one.save_dir for one in self.trainer.loggers if isinstance(one, (CSVLogger, TensorBoardLogger))}
+            _check_writable("trainer.default_root_dir", self.trainer.default_root_dir)
+            for folder in filter(None, logs):
+                _check_writable("trainer.logger: save_dir", folder)
+            if self.subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
+                clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
             claim_log_folder(self.trainer, unversioned)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":
+            keep_logging(self.trainer)
 
     def _check_output(self) -> None:
         output = self.config[self.subcommand].get("output")
@@ -358,10 +369,12 @@ def _with_texts(args: list[str]) -> list[str]:
     return found
 
 
-def _check_writable(folder: str) -> None:
+def _check_writable(setting: str, folder: str) -> None:
+    if not _is_local_file_protocol(folder):
+        return
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes an empty file
     except OSError as error:
-        raise UserError(f"trainer.default_root_dir: cannot write to {folder} ({error.strerror})") from None
+        raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

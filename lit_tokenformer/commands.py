@@ -221,6 +221,8 @@ def _new_folder(output: str) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, target)
+    except OSError as error:
+        raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")

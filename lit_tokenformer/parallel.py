@@ -114,6 +114,11 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(reference: Tensor, local: Tensor) -> Tensor:
     """A tensor of the shape of ``reference``, divided as it is.
 

@@ -13,8 +13,8 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,12 @@ from torch.distributed.tensor import DTensor
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.parallel import ShardedParameters, like, owned_rows, reshard
+from lit_tokenformer.parallel import ShardedParameters, like, local, owned_rows, reshard
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: what a killed process left there stays
+    fcntl = None  # type: ignore[assignment]
 
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a folder: torch's index of tensors, and what Lightning keeps beside them."""
@@ -143,7 +148,7 @@ def load_into(
     _resize(task, optimizers, weights)
     with torch.no_grad():
         for name, target in _own_tensors(task).items():
-            _local(target).copy_(_own_part(target, weights[name]))
+            local(target).copy_(_own_part(target, weights[name]))
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
         _take_state(task, optimizer, state)
     return checkpoint
@@ -165,8 +170,8 @@ def save_folder(
     io = strategy.checkpoint_io
 
     def make_room() -> None:
-        for left in target.parent.glob("*.ckpt.part"):
-            _remove(left)
+        clear_folders(target.parent)
+        _remove(unfinished)
         if target.exists():
             _remove(before)
 
@@ -179,8 +184,9 @@ def save_folder(
         _remove(before)
 
     failed = _failure(strategy, make_room, everywhere=False)
-    failed = failed or _failure(strategy, lambda: save(checkpoint, unfinished))
-    failed = failed or _failure(strategy, put_in_place, everywhere=False)
+    with _lock(target.parent) if strategy.is_global_zero else nullcontext():
+        failed = failed or _failure(strategy, lambda: save(checkpoint, unfinished))
+        failed = failed or _failure(strategy, put_in_place, everywhere=False)
     warns = getattr(io, "on_full_disk", "stop") == "warn"
     if hasattr(io, "unsaved"):
         io.unsaved = str(path) if failed and warns else None
@@ -217,6 +223,33 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether no other process writes a sharded checkpoint in a folder; none begins to until this one is done."""
+    if fcntl is None or not folder.is_dir():
+        yield False
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError:  # some network file systems have no locks
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(opened)
+
+
+def clear_folders(folder: Path) -> None:
+    """Removes sharded checkpoints that killed processes left unfinished."""
+    left = [path for path in folder.glob("*.ckpt.part") if path.is_dir() and not path.is_symlink()]
+    if left:
+        with _lock(folder) as alone, suppress(OSError):
+            for path in left if alone else ():
+                shutil.rmtree(path)
 
 
 def mend_folders(folder: Path) -> None:
@@ -347,7 +380,7 @@ def _empty_state(task: nn.Module, optimizer: torch.optim.Optimizer, index: Mappi
             for key, saved in _below(state, f"{name}.").items():
                 value = saved if saved is None else torch.empty_like(saved, device="cpu")
                 if saved is not None and saved.ndim and saved.shape == parameter.shape:
-                    value = like(parameter.detach(), torch.empty_like(_local(parameter), dtype=saved.dtype))
+                    value = like(parameter.detach(), torch.empty_like(local(parameter), dtype=saved.dtype))
                 found[f"state.{name}.{key}"] = value
     return found
 
@@ -391,10 +424,6 @@ def _own_part(target: Tensor, whole: Tensor) -> Tensor:
     return whole[own.start : own.stop]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def _resize(task: nn.Module, optimizers: list[torch.optim.Optimizer], weights: Mapping[str, Any]) -> None:
     """Gives every Pattention layer the number of tokens that a checkpoint has; what is in them means nothing."""
@@ -407,7 +436,7 @@ def _resize(task: nn.Module, optimizers: list[torch.optim.Optimizer], weights: M
             if old is None or len(old) == total:
                 continue
             rows = len(owned_rows(old, total)) if isinstance(old, DTensor) else total
-            new = sharded.replace(layer, part, _local(old).new_empty(rows, *old.shape[1:]), total)
+            new = sharded.replace(layer, part, local(old).new_empty(rows, *old.shape[1:]), total)
             for optimizer in optimizers:
                 optimizer.state.pop(old, None)
                 for group in optimizer.param_groups:

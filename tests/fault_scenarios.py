@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import ErrorLog, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint
 from lit_tokenformer.checkpoint_io import last_checkpoint
 from lit_tokenformer.data import ImageDataModule
+from lit_tokenformer.parallel import gather
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 TIMEOUT = 6
@@ -46,6 +47,14 @@ class At(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if trainer.global_step == STEP and trainer.global_rank == self.rank:
             self.act()
+
+
+class SavesWithin(Callback):
+    """Saves between the two micro-batches of a step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate() and trainer.global_step == STEP // 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
 
 class NotANumber(Callback):
@@ -68,10 +77,17 @@ def wait() -> None:
     time.sleep(600)
 
 
+RESUMES = {"goes on": "sigterm to one", "goes on within a step": "saves within a step"}
+RESUMES["sharded, goes on within a step"] = "sharded, saves within a step"
+"""Scenarios that resume from the checkpoint of another one."""
 SCENARIOS: dict[str, list[Callback]] = {
     "whole": [],
     "sigterm to one": [At(1, send(signal.SIGTERM))],
     "goes on": [],
+    "saves within a step": [SavesWithin()],
+    "goes on within a step": [],
+    "sharded, saves within a step": [SavesWithin()],
+    "sharded, goes on within a step": [],
     "sigusr1 to the first": [At(0, send(signal.SIGUSR1))],
     "not a number": [NotANumber()],
     "killed": [At(1, send(signal.SIGKILL))],
@@ -91,15 +107,19 @@ def fit(folder: Path, name: str) -> None:
         overrides=TINY,
         schedule=LRSchedule("constant"),
     )
-    place = folder / ("sigterm to one" if name == "goes on" else name)
+    strategy: Strategy = DDPStrategy(process_group_backend="gloo")
+    if name.startswith("sharded"):
+        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    place = folder / RESUMES.get(name, name)
     trainer = Trainer(
         max_epochs=2,
         limit_train_batches=4,
+        accumulate_grad_batches=2 if name.endswith("within a step") else 1,
         limit_val_batches=1,
         num_sanity_val_steps=0,
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -111,8 +131,10 @@ def fit(folder: Path, name: str) -> None:
         ],
     )
     data = ImageDataModule("digits", batch_size=8, seed=3, num_workers=0)
-    trainer.fit(task, data, ckpt_path=last_checkpoint(place) if name == "goes on" else None, weights_only=True)
-    torch.save(task.state_dict(), folder / f"{name}-{trainer.global_rank}.pt")
+    trainer.fit(task, data, ckpt_path=last_checkpoint(place) if name in RESUMES else None, weights_only=True)
+    torch.save(
+        {key: gather(tensor) for key, tensor in task.state_dict().items()}, folder / f"{name}-{trainer.global_rank}.pt"
+    )
 
 
 def start(folder: Path, name: str, rank: int) -> int:

@@ -1,20 +1,32 @@
 """A checkpoint is there whole or not at all; a full disk stops a fit or is told; the newest whole one is found."""
 
+import contextlib
+import csv
 import errno
 import fcntl
+import json
+import math
 import os
 import pickle
 import resource
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+import yaml
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import ParameterGrowthCallback, RunSummary
+from callbacks import ParameterGrowthCallback, PreemptionCheckpoint, RunSummary
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
 from lit_tokenformer.cli import main
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.interop.files import write_tensors
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.trainer import CheckpointingTrainer
 
@@ -39,6 +51,39 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of four megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder):
+    """Leaves no byte free on a disk."""
+    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert shutil.disk_usage(folder).free == 0
+
+
+class Fills(Callback):
+    """Fills a disk behind a step, and makes room again behind a later one."""
+
+    def __init__(self, folder: str, at: int, until: int | None) -> None:
+        self.folder, self.at, self.until = Path(folder), at, until
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            fill(self.folder)
+        elif trainer.global_step == self.until:
+            (self.folder / "filler").unlink()
 
 
 def same(path):
@@ -148,7 +193,7 @@ class Scored(LightningModule):
         self.log("score", float(self.current_epoch), batch_size=1)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class FullAt(WholeCheckpointIO):
@@ -166,7 +211,7 @@ class FullAt(WholeCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def fit(folder, io, **growth):
+def fit(folder, io, *callbacks, **growth):
     data = DataLoader(TensorDataset(torch.randn(4, 2, 4)), batch_size=2)
     best = ModelCheckpoint(folder, "{epoch}", monitor="score", mode="max", save_last=True)
     summary = RunSummary()
@@ -178,7 +223,7 @@ def fit(folder, io, **growth):
         enable_model_summary=False,
         default_root_dir=folder,
         plugins=[io],
-        callbacks=[best, summary, *([ParameterGrowthCallback(**growth)] if growth else [])],
+        callbacks=[best, summary, *callbacks, *([ParameterGrowthCallback(**growth)] if growth else [])],
     )
     trainer.fit(Scored(), data, data)
     return best, summary
@@ -201,6 +246,139 @@ def test_full_disk_after_a_growth_does_not_bring_back_scores_of_the_size_before(
     assert float(best.best_model_score) == 3
     assert [os.path.basename(stage["best"]["path"]) for stage in summary.stages] == ["epoch=1.ckpt", "epoch=3.ckpt"]
     assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "epoch=3.ckpt", "last.ckpt", "summary.json"]
+
+
+TINY = [
+    *("fit", "--config", "vit_small", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--model.overrides.dim", "16", "--model.overrides.depth", "1", "--model.overrides.num_heads", "2"),
+    *("--model.overrides.param_tokens", "4", "--data.num_workers", "0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "5"),
+]
+
+
+def fit_that_fills(tmp_path, disk, until, logger):
+    fills = {"class_path": "test_checkpoint_io.Fills", "init_args": {"folder": str(disk), "at": 6, "until": until}}
+    grows = {"class_path": "callbacks.ParameterGrowthCallback", "init_args": {"schedule": {1: 8}}}
+    saved = ("callbacks.TrainingMonitor", "callbacks.RunSummary")
+    last = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
+    saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": last}
+    callbacks = [grows, *({"class_path": name} for name in saved), fills, saves]
+    logs = {"class_path": f"lightning.pytorch.loggers.{logger}", "init_args": {"save_dir": str(disk)}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "logger": logs}}))
+    return main([*TINY, "--config", str(path), "--trainer.default_root_dir", str(disk)])
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_a_disk_without_a_byte_free_does_not_end_a_fit(tmp_path, disk, logger):
+    with pytest.warns(UserWarning, match="no space left for the log in .*; the fit continues"):
+        assert fit_that_fills(tmp_path, disk, 15, logger) == 0
+    run = disk / "lightning_logs" / "version_0"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 20
+    assert json.loads((run / "summary.json").read_text())["stages"][-1]["steps"] == 16
+    if logger == "CSVLogger":
+        logged = {int(row["step"]) for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]}
+        assert logged == {*range(20)}  # nothing is lost
+    else:
+        events = EventAccumulator(str(run)).Reload().Scalars("train/loss")
+        assert {event.step for event in events} >= {0, 1, 2, 3, 18, 19}
+
+
+def test_a_disk_that_stays_full_leaves_the_checkpoint_before_and_prints_the_summary(tmp_path, disk, capsys):
+    with pytest.warns(UserWarning, match=r"cannot write summary\.json"):
+        assert fit_that_fills(tmp_path, disk, None, "CSVLogger") == 0
+    assert "What this fit came to" in capsys.readouterr().out
+    run = disk / "lightning_logs" / "version_0"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert not list(run.glob("**/*.part"))
+
+
+def test_a_start_on_a_full_disk_is_refused_in_one_line(tmp_path, disk, capsys):
+    fill(disk)
+    start = [*TINY, "--trainer.max_epochs", "30"]  # its schedule ends before
+    assert main([*start, "--trainer.default_root_dir", str(disk)]) == 2
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(disk))
+    assert main([*start, "--trainer.default_root_dir", str(tmp_path), *logger]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: trainer.default_root_dir: cannot write to {disk} (No space left on device)"
+    assert second == f"error: trainer.logger: save_dir: cannot write to {disk} (No space left on device)"
+    assert os.listdir(disk) == ["filler"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_find_no_place_are_told_in_one_line(disk, name):
+    fill(disk)
+    with pytest.raises(UserError, match=r"output: cannot write .* \(.*No space left on device"):
+        write_tensors(STATE["state_dict"], disk / name)
+
+
+class NotFinite(Callback):
+    """Makes a weight, or a number in the optimizer's state, not finite at an epoch."""
+
+    def __init__(self, epoch, of):
+        self.epoch, self.of = epoch, of
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            weight = pl_module.layer.key_tokens
+            tensor = weight if self.of == "weights" else trainer.optimizers[0].state[weight]["momentum_buffer"]
+            tensor.data[0, 0] = math.inf if self.of == "weights" else math.nan
+
+
+@pytest.mark.parametrize("of", ["weights", "optimizer"])
+def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tmp_path, of):
+    last = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+    with pytest.warns(
+        UserWarning, match=r"non-finite layer\.key_tokens at step 6: .*last\.ckpt is not saved, and the check"
+    ):
+        best, _ = fit(tmp_path, WholeCheckpointIO(), NotFinite(2, of), last, PreemptionCheckpoint())
+    assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "last.ckpt", "summary.json"]
+    assert best.best_model_path == str(tmp_path / "epoch=1.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_buffer_may_be_infinite(tmp_path):
+    class Masked(Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.register_buffer("mask", torch.full((2,), -math.inf))
+
+    fit(tmp_path, WholeCheckpointIO(), Masked())
+    assert "epoch=3.ckpt" in os.listdir(tmp_path)
+
+
+def test_a_state_that_is_not_finite_ends_the_fit_with_another_checkpoint_io(tmp_path):
+    with pytest.raises(FloatingPointError, match="non-finite layer.key_tokens at step 6"):
+        fit(tmp_path, TorchCheckpointIO(), NotFinite(2, "weights"))
+
+
+def test_a_start_clears_what_killed_processes_left(tmp_path, few_digits):
+    places = [tmp_path, tmp_path / "checkpoints", tmp_path / "lightning_logs" / "version_0" / "checkpoints"]
+    for place in places:
+        (place / "last.ckpt.part").mkdir(parents=True)
+        (place / "last.ckpt.part" / "__0_0.distcp").write_bytes(b"x")
+        (place / ".lit-tokenformer-7.part").write_bytes(b"x")
+        (place / ".video.mp4.part").write_bytes(b"x")  # of another program
+    with (places[2] / ".lit-tokenformer-8.part").open("wb") as other:  # of a run that is saving
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert (
+            main(
+                [
+                    *TINY,
+                    "--trainer.default_root_dir",
+                    str(tmp_path),
+                    "--trainer.max_steps",
+                    "1",
+                    "--trainer.callbacks",
+                    "null",
+                ]
+            )
+            == 0
+        )
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.part")}
+    assert left == {
+        *(f"{place.relative_to(tmp_path).as_posix()}/.video.mp4.part".removeprefix("./") for place in places),
+        "lightning_logs/version_0/checkpoints/.lit-tokenformer-8.part",
+    }
 
 
 def test_the_command_line_writes_whole_checkpoints_and_takes_the_setting(tmp_path, monkeypatch):

@@ -6,11 +6,13 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from lit_tokenformer.cli import main, shipped_configs
 from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
@@ -99,6 +101,28 @@ def test_text_with_the_marks_of_interpolations_is_text(tmp_path, capsys):
     config.write_text(yaml.safe_dump({"data": {"init_args": {"hf_name": "x", "root": ", ".join(names[2:])}}}))
     shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
     assert shown["data"]["init_args"]["root"] == "${data}, x"
+
+
+class Interrupts(Callback):
+    """Sends a signal to this process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_the_exit_status_names_the_signal_that_ended_a_fit(tmp_path, number, status):
+    path = tmp_path / "config.yaml"
+    callback = {"class_path": "test_cli.Interrupts", "init_args": {"number": int(number)}}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    before = signal.getsignal(number)
+    assert run("fit", tmp_path, "--config", path, "--trainer.max_epochs", 1) == status
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 2
+    assert signal.getsignal(number) == before
 
 
 def test_a_saved_config_can_be_run_again(fitted, tmp_path):

@@ -3,11 +3,14 @@
 import gzip
 import os
 import struct
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
+from lightning.pytorch import Callback
 from PIL import Image as PillowImage
 
 from lit_tokenformer.cli import main, shipped_configs
@@ -89,6 +92,44 @@ def test_every_config_is_parsed_built_and_planned(name, text_cache, tmp_path, ca
     stages = yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks"][0]["init_args"].get("schedule", {})
     shown = capsys.readouterr().out
     assert all(f"qkv {tokens}," in shown for tokens in stages.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_saves_the_newest_state_at_an_interval(name):
+    callbacks = yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks"]
+    best, last = (one["init_args"] for one in callbacks if one["class_path"].endswith(".ModelCheckpoint"))
+    assert "monitor" in best and "save_last" not in best  # which saves only when the score improves
+    interval = {key: value for key, value in last.items() if key.startswith("every_n_")}
+    assert last == {"filename": "last", "enable_version_counter": False, **interval}
+    assert interval or "max_epochs" in yaml.safe_load(CONFIGS[name].read_text())["trainer"]  # else each epoch
+
+
+class Reads(Callback):
+    """The step of last.ckpt after each epoch."""
+
+    steps: ClassVar[list[tuple[int, int]]] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.global_step:
+            path = os.path.join(trainer.log_dir, "checkpoints", "last.ckpt")
+            self.steps.append((trainer.global_step, torch.load(path, weights_only=True)["global_step"]))
+
+
+def test_last_is_the_newest_state_where_the_score_does_not_improve(tmp_path):
+    Reads.steps.clear()
+    config = yaml.safe_load(CONFIGS["vit_small"].read_text())
+    trainer, model = config["trainer"], config["model"]["init_args"]
+    trainer["callbacks"] = [*trainer["callbacks"][1:], {"class_path": "test_configs.Reads"}]  # without growth
+    trainer |= {"max_epochs": 4, "limit_train_batches": 2, "limit_val_batches": 1, "default_root_dir": str(tmp_path)}
+    trainer |= {"accelerator": "cpu", "enable_progress_bar": False}
+    model["overrides"] |= {"dim": 16, "depth": 1, "num_heads": 2, "param_tokens": 4}
+    model["optimizer"]["init_args"]["lr"] = 0.0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert Reads.steps == [(2, 2), (4, 4), (6, 6)]
+    (folder,) = tmp_path.glob("lightning_logs/version_0/checkpoints")
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 8
+    assert len(os.listdir(folder)) == 2  # and the best
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
 """A fit that is asked to make room saves a checkpoint, ends, and goes on bit for bit; errors are written down."""
 
+import contextlib
 import errno
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,26 @@ class Signals(Callback):
             self.validated.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
 
 
+class Waits(Callback):
+    """In step 4, lets the test know, and waits for what it sends."""
+
+    def __init__(self, folder, until):
+        self.folder, self.until = folder, until
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == 4:
+            (self.folder / "waiting").touch()
+            while not self.until():
+                time.sleep(0.01)
+
+
+class Ends(Callback):
+    """Ends the fit after five steps, as early stopping does."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == 5
+
+
 class Breaks(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 3:
@@ -62,16 +86,10 @@ def fit(folder, *callbacks, ckpt_path=None, **trainer):
         overrides={**TINY, "drop_path": 0.1},
         schedule=LRSchedule("cosine", warmup=1),
     )
-    fit = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ParameterGrowthCallback({1: 8}), GrowingEMA(decay=0.9), *callbacks],
-        **trainer,
-    )
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "default_root_dir": folder}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    growing = [ParameterGrowthCallback({1: 8}), GrowingEMA(decay=0.9)]
+    fit = Trainer(**{**settings, **trainer}, callbacks=[*growing, *callbacks])
     data = ImageDataModule("digits", batch_size=16, eval_batch_size=12, seed=3, num_workers=0)
     try:
         fit.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
@@ -123,6 +141,130 @@ def test_sigusr1_without_slurm_does_the_same_beside_other_checkpoints(tmp_path, 
     assert sorted(os.listdir(tmp_path / "kept")) == ["last.ckpt", "step=4.ckpt"]
     resumed = fit(tmp_path, PreemptionCheckpoint(), saves(), ckpt_path=path)
     assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+def test_a_normal_end_saves_the_last_steps(tmp_path, whole):
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_last=True)
+    fit(tmp_path, PreemptionCheckpoint(), every)
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=12.ckpt"]
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 16
+    expected = whole[0].lightning_module.state_dict()
+    assert all(torch.equal(last["state_dict"][name], tensor) for name, tensor in expected.items())
+    assert fit(tmp_path, PreemptionCheckpoint(), ckpt_path=tmp_path / "last.ckpt").global_step == 16
+
+
+def test_a_fit_that_ends_before_its_first_validation_saves_and_goes_on_bit_for_bit(tmp_path, whole):
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    fit(tmp_path, Ends(), PreemptionCheckpoint(), best, limit_val_batches=0)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5
+    resumed = fit(tmp_path, PreemptionCheckpoint(), ckpt_path=tmp_path / "last.ckpt", enable_checkpointing=False)
+    assert resumed.global_step == 16
+    assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": 3}, {"enable_checkpointing": False, "max_steps": 3}])
+def test_a_fit_that_is_to_save_nothing_writes_nothing(tmp_path, settings):
+    fit(tmp_path, PreemptionCheckpoint(), **settings)
+    assert os.listdir(tmp_path) == []
+    fit(tmp_path, Signals(signal.SIGTERM, step=1), PreemptionCheckpoint(), fast_dev_run=3)
+    assert os.listdir(tmp_path) == []
+
+
+def test_checkpoints_of_improved_scores_alone_are_warned_of(tmp_path):
+    best = {"dirpath": tmp_path, "monitor": "val/loss", "save_last": True}
+    with pytest.warns(UserWarning, match="trainer.callbacks: checkpoints are saved only when 'val/loss' improves"):
+        fit(tmp_path, PreemptionCheckpoint(), ModelCheckpoint(**best), max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "trainer.callbacks")
+        last = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        fit(tmp_path, PreemptionCheckpoint(), ModelCheckpoint(**best), last, max_steps=1)
+
+
+def in_child(work, *args, fork=os.fork):
+    """Starts some work in another process, which ends with the status that it returns."""
+    child = fork()
+    pid, terminal = child if isinstance(child, tuple) else (child, None)
+    if not pid:
+        status = 1
+        try:
+            status = work(*args)
+        finally:
+            os._exit(status)
+    return pid if terminal is None else (pid, terminal)
+
+
+def status_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_until(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def fit_that_waits(folder, **settings):
+    preemption = PreemptionCheckpoint()
+    waits = Waits(folder, lambda: preemption._asked)
+    stopped = fit(folder, waits, preemption, enable_checkpointing=False, **settings)
+    return preemption.status if stopped.interrupted_at == 5 else 1
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143), ("SIGUSR1", 143)])
+def test_a_signal_from_outside_saves_once_and_the_fit_goes_on_bit_for_bit(tmp_path, whole, name, status):
+    pid = in_child(fit_that_waits, tmp_path)
+    wait_until((tmp_path / "waiting").exists)
+    os.kill(pid, getattr(signal, name))
+    assert status_of(pid) == status
+    assert os.listdir(tmp_path / "checkpoints") == ["last.ckpt"]
+    resumed = fit(tmp_path, ckpt_path=last_checkpoint(tmp_path), enable_checkpointing=False)
+    assert all(map(torch.equal, resumed.found, whole[0].found))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    def catches(number):
+        (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+        return int(line.split()[1], 16) >> (number - 1) & 1
+
+    pid = in_child(lambda: fit(tmp_path, Waits(tmp_path, lambda: False), PreemptionCheckpoint()) and 0)
+    wait_until((tmp_path / "waiting").exists)
+    assert catches(signal.SIGINT)
+    os.kill(pid, signal.SIGINT)
+    wait_until(lambda: not catches(signal.SIGINT))  # the first one is taken, and the step waits for something
+    os.kill(pid, signal.SIGINT)
+    assert status_of(pid) == -signal.SIGINT
+
+
+def test_a_terminal_that_is_closed_ends_with_a_checkpoint(tmp_path):
+    pid, terminal = in_child(lambda: fit_that_waits(tmp_path, enable_progress_bar=True), fork=pty.fork)
+    os.set_blocking(terminal, False)
+
+    def waits():
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 2**16)  # else the process waits for a reader
+        return (tmp_path / "waiting").exists()
+
+    wait_until(waits)
+    os.close(terminal)
+    assert status_of(pid) == 129
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_what_is_ignored_or_handled_by_the_user_stays_so(tmp_path):
+    seen = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+        for number in before:
+            assert fit(tmp_path, Signals(number, step=2), PreemptionCheckpoint()).global_step == 16
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [1]
 
 
 def test_a_checkpoint_that_found_no_place_is_not_said_to_be_saved(tmp_path, monkeypatch, caplog):
@@ -220,6 +362,20 @@ def test_a_signal_to_one_process_ends_both_and_they_go_on_bit_for_bit(scenarios)
         weights, expected = (
             torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in ("goes on", "whole")
         )
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "sharded, "])
+def test_processes_with_a_gradient_pending_go_on_bit_for_bit(scenarios, kind):
+    found, folder = scenarios
+    saves, goes_on = f"{kind}saves within a step", f"{kind}goes on within a step"
+    assert found[saves]["statuses"] == found[goes_on]["statuses"] == [0, 0]
+    checkpoint = folder / saves / "checkpoints" / "last.ckpt"
+    saved = torch.load(checkpoint / "meta.pt" if kind else checkpoint, weights_only=True)
+    assert [len(gradients) for gradients in saved["pending_gradients"]] == [len(saved["pending_gradients"][0])] * 2
+    for rank in range(2):
+        weights, expected = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for name in (goes_on, saves))
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 

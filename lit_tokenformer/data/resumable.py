@@ -39,6 +39,8 @@ class ResumableDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lets the next training loader go on where another one stood."""
         self._resume_from = state_dict
+        if self._train_loader is not None and self.trainer is not None:
+            self.trainer.fit_loop._combined_loader = None  # of a strategy that restores late: it is asked for again
 
     def _resumed(self, loader: ResumableLoader | ResumableStreamLoader) -> ResumableLoader | ResumableStreamLoader:
         """The training loader, which goes on where the checkpoint's stood."""

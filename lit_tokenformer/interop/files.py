@@ -74,12 +74,20 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes ``.safetensors``, or a pickled state dict under any other name."""
+    """Writes ``.safetensors``, or a pickled state dict under any other name.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if Path(path).suffix == ".safetensors":
-        safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
-    else:
-        torch.save(whole, path)
+    try:
+        if Path(path).suffix == ".safetensors":
+            safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
+        else:
+            with open(path, "wb") as file:
+                torch.save(whole, file)
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two, as libraries report a full disk
+        raise UserError(f"output: cannot write {path} ({_first_line(error)})") from None
 
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
