@@ -47,9 +47,10 @@ from lit_tokenformer.beginning import (
     check_optimizer,
     check_processes,
     check_trainer_settings,
+    replace_repeated,
     trainer_error,
 )
-from lit_tokenformer.parsing import Parser, check_config, one_line
+from lit_tokenformer.parsing import Parser, check_config, one_line, with_environment
 from lit_tokenformer.planning import PlanningTrainer
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -61,6 +62,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export_weights,
 }
 """Commands that take neither model nor data from a config."""
+
+_ENV_PREFIX = "LIT_TOKENFORMER"
+"""What the names of environment variables that set options begin with."""
 
 TEXTS = {
     "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
@@ -82,7 +86,9 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     beginning = Beginning()
     try:
-        arguments = [*_with_shipped_configs(sys.argv[1:] if args is None else list(args))]
+        arguments = _with_shipped_configs(sys.argv[1:] if args is None else list(args))
+        if arguments and arguments[0] in TokenformerCLI.subcommands():
+            arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         TokenformerCLI(
             LightningModule,
@@ -97,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "description": "Trains models that grow while they train.",
                 "parser_mode": "omegaconf",
                 "default_env": True,
-                "env_prefix": "LIT_TOKENFORMER",
+                "env_prefix": _ENV_PREFIX,
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -178,6 +184,7 @@ class TokenformerCLI(LightningCLI):
         check_environment(os.environ)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        config["callbacks"] = replace_repeated(config.get("callbacks"))
         check_trainer_settings(config)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
+import operator
 import re
 import sys
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,6 +26,18 @@ _NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not va
 
 class Parser(LightningArgumentParser):
     """Tells errors in one line, with the nearest right name for a misspelt one."""
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Lightning's, with whole numbers for arguments that may be either kind: 1 batch is not 100 % of them.
+
+        ``typing`` caches unions whatever their order, so ``int | float`` is ``float | int`` after some other imports.
+        """
+        added = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                action._typehint = reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         told = one_line(message)
@@ -45,6 +61,35 @@ class Parser(LightningArgumentParser):
             for part in (getattr(room, name) for name in room.__all__):
                 names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
         return names
+
+
+def with_environment(args: list[str], environment: Mapping[str, str], prefix: str) -> list[str]:
+    """Insert options from environment variables: after configs, which they override, and before all other options.
+
+    The parser by itself reads them before configs.
+
+    Args:
+        args: A command with its options.
+        environment: The variables; ``PREFIX_FIT__TRAINER__MAX_EPOCHS`` is ``--trainer.max_epochs`` of ``fit``.
+        prefix: What their names begin with.
+
+    Example:
+        >>> given = ["fit", "--trainer.max_epochs", "3", "--config", "a.yaml"]
+        >>> with_environment(given, {"X_FIT__TRAINER__DEVICES": "2"}, "X")
+        ['fit', '--config', 'a.yaml', '--trainer.devices=2', '--trainer.max_epochs', '3']
+    """
+    start = f"{prefix}_{args[0].upper()}__" if args else prefix
+    names = sorted(name for name in environment if name.startswith(start) and name != f"{start}CONFIG")
+    if not names:
+        return args
+    given, configs, rest = iter(args[1:]), [], []
+    for arg in given:
+        if arg in ("--config", "-c"):
+            configs += [arg, *itertools.islice(given, 1)]
+        else:
+            (configs if arg.startswith(("--config=", "-c=")) else rest).append(arg)
+    options = {name: name.removeprefix(start).lower().replace("__", ".") for name in names}
+    return [args[0], *configs, *(f"--{options[name]}={environment[name]}" for name in names), *rest]
 
 
 def check_config(path: str) -> None:

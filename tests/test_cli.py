@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 from lit_tokenformer.cli import main, shipped_configs
 from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
@@ -282,6 +283,34 @@ def test_environment_variables_and_interpolation_set_options(tmp_path, monkeypat
     shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
     assert shown["model"]["init_args"]["overrides"]["image_size"] == 16
     assert shown["trainer"]["max_steps"] == 77
+
+
+def test_the_environment_overrides_configs_and_the_command_line_overrides_both(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "more.yaml"
+    given = {"trainer": {"max_epochs": 3, "max_steps": 3, "min_steps": 3}, "model": {"init_args": {"compile": False}}}
+    config.write_text(yaml.safe_dump(given))
+    for name, value in {"TRAINER__MAX_EPOCHS": 5, "TRAINER__MAX_STEPS": 5, "MODEL__INIT_ARGS__COMPILE": True}.items():
+        monkeypatch.setenv(f"LIT_TOKENFORMER_FIT__{name}", str(value).lower())
+    args = ("--trainer.max_steps", "7", *TINY, "--config", str(config), "--print_config")
+    shown = yaml.safe_load(shown_help(capsys, "fit", *args))
+    assert [shown["trainer"][name] for name in ("min_steps", "max_epochs", "max_steps")] == [3, 5, 7]
+    assert shown["model"]["init_args"]["compile"] is True
+
+
+def test_a_growth_schedule_of_the_command_line_replaces_that_of_the_config(tmp_path, few_digits):
+    schedule = growth(tmp_path, {1: 16})
+    args = ["--trainer.callbacks+=ParameterGrowthCallback", "--trainer.callbacks.schedule", "{1: 24}"]
+    assert run("fit", tmp_path, *schedule, *args, "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 1) == 0
+    assert torch.load(last(tmp_path), weights_only=True)["param_tokens"] == {"qkv": 24, "proj": 24, "ffn": 96}
+
+
+def test_a_whole_number_stays_one_whatever_was_imported_first(tmp_path, capsys, monkeypatch):
+    hints = dict(Trainer.__init__.__annotations__)
+    swapped = dict.fromkeys(("limit_train_batches", "val_check_interval"), float | int | None)
+    monkeypatch.setattr(Trainer.__init__, "__annotations__", {**hints, **swapped})
+    args = ("--trainer.limit_train_batches", "1", "--trainer.val_check_interval", "0.5", "--print_config")
+    shown = shown_help(capsys, "fit", *TINY, *args)
+    assert "limit_train_batches: 1\n" in shown and "val_check_interval: 0.5\n" in shown
 
 
 def test_another_callbacks_package_is_named(tmp_path, monkeypatch):
