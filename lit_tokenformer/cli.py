@@ -166,6 +166,9 @@ class TokenformerCLI(LightningCLI):
             type=str | None,
             help="CSV file for the predictions; by default predictions.csv in the log folder.",
         )
+        self._subcommand_parsers["plan"].add_argument(
+            "--ckpt_path", type=str | None, help="Ignored, so that the config.yaml of a run can be planned."
+        )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = TEXTS.keys() & inspect.signature(function).parameters
