@@ -235,6 +235,10 @@ class TokenformerCLI(LightningCLI):
             if isinstance(callback, Beginning):
                 callback.show_messages_soon(self.trainer)
 
+    def before_test(self) -> None:
+        if not getattr(self.datamodule, "has_test_split", True):
+            raise UserError("test: the data have no test split, so scores would be those of `validate`; use that")
+
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")
         self.trainer.callbacks.append(PredictionWriter(path=output))  # type: ignore[attr-defined]

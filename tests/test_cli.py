@@ -86,10 +86,14 @@ def test_sizes_reach_the_model_from_the_data(fitted):
     assert param_tokens(task)["qkv"] == 32
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_grown_checkpoint_is_evaluated_with_the_ungrown_config(command, fitted, capsys):
-    assert run(command, fitted, "--ckpt_path", last(fitted)) == 0
+def test_a_grown_checkpoint_is_evaluated_with_the_ungrown_config(fitted, capsys):
+    assert run("validate", fitted, "--ckpt_path", last(fitted)) == 0
     assert "acc1" in capsys.readouterr().out
+
+
+def test_data_without_a_test_split_are_not_tested(fitted, capsys):
+    assert run("test", fitted, "--ckpt_path", last(fitted)) == 2
+    assert "error: test: the data have no test split" in capsys.readouterr().err
 
 
 def test_predict_writes_a_row_for_each_image(fitted, tmp_path):
@@ -145,6 +149,12 @@ def test_a_checkpoint_grown_offline_gives_the_same_outputs_and_goes_on(fitted, t
     more = ["--trainer.max_epochs", 5, "--data.batch_size", 28, "--ckpt_path", output]
     assert run("fit", tmp_path, *schedule, *more) == 0
     assert run("grow", tmp_path, "--ckpt_path", last(fitted), "--tokens", 64, "--output", output) == 2
+
+
+def test_plan_takes_the_config_of_a_run(fitted, tmp_path, capsys):
+    (saved,) = fitted.glob("lightning_logs/version_0/config.yaml")
+    assert main(["plan", "--config", str(saved)]) == 0
+    assert "optimizer steps of 28 samples" in capsys.readouterr().out
 
 
 def test_plan_shows_what_each_stage_costs(tmp_path, capsys):
