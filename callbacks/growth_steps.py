@@ -34,7 +34,11 @@ def add_step_hooks(
     rates: list[Any] = []
     held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
+    shown = ShownRates(growth, trainer, optimizer) if growth.rewarm_steps else None
+
     def before_step(*_: Any) -> None:
+        if shown is not None:
+            shown.restore()
         rates.clear()
         held.clear()
         if not growth.events:
@@ -68,7 +72,7 @@ def add_step_hooks(
                         layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
 
     hooks: list[Any] = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
-    return [*hooks, ShownRates(growth, trainer, optimizer)] if growth.rewarm_steps else hooks
+    return hooks if shown is None else [*hooks, shown]
 
 
 class ShownRates(Callback):
@@ -95,15 +99,16 @@ class ShownRates(Callback):
             group["lr"] = group["lr"] * _rewarm_factor(self.growth, self.trainer)
 
     def on_before_zero_grad(self, *_: Any) -> None:
-        self._restore()
+        self.restore()
 
     def on_before_backward(self, *_: Any) -> None:
-        self._restore()
+        self.restore()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._restore()  # after a training_step that returned None
+        self.restore()  # after a training_step that returned None
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Give parameter groups the rates of their scheduler; nothing, where they have them."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
             group["lr"] = rate
         self.rates = []

@@ -33,7 +33,8 @@ class Parser(LightningArgumentParser):
         ``typing`` caches unions whatever their order, so ``int | float`` is ``float | int`` after some other imports.
         """
         added = super().add_lightning_class_args(*args, **kwargs)
-        for action in self._actions:
+        actions: list[Any] = self._actions
+        for action in actions:
             kinds = get_args(getattr(action, "_typehint", None))
             if int in kinds and float in kinds:
                 action._typehint = reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
@@ -82,7 +83,9 @@ def with_environment(args: list[str], environment: Mapping[str, str], prefix: st
     names = sorted(name for name in environment if name.startswith(start) and name != f"{start}CONFIG")
     if not names:
         return args
-    given, configs, rest = iter(args[1:]), [], []
+    given = iter(args[1:])
+    configs: list[str] = []
+    rest: list[str] = []
     for arg in given:
         if arg in ("--config", "-c"):
             configs += [arg, *itertools.islice(given, 1)]

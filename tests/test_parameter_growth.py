@@ -279,9 +279,9 @@ def test_callbacks_that_report_the_learning_rate_see_it_warmed_up_again():
     def halving(optimizer):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # from the rate before, not from the first
 
-    task = make_task(optimizer=lambda params: torch.optim.SGD(params, lr=0.1), lr_scheduler=halving)
-    monitor, callbacks = Monitor(), [ParameterGrowthCallback({1: 16}, rewarm_steps=4)]
-    trainer = fit(task, *callbacks, monitor, max_epochs=3)
+    task = make_task(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    task.make_lr_scheduler, monitor = halving, Monitor()
+    trainer = fit(task, ParameterGrowthCallback({1: 16}, rewarm_steps=4), monitor, max_epochs=3)
     assert monitor.seen == pytest.approx([0.1] * 6 + [0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05] + [0.025] * 6)
     assert [type(callback) for callback in trainer.callbacks[:2]] == [ParameterGrowthCallback, Monitor]
 
