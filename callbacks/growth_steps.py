@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_step_hooks(
     growth: ParameterGrowthCallback, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-) -> list[RemovableHandle]:
+) -> list[Any]:
     """Lets an optimizer do what a growth callback says of the steps after its latest growth.
 
     Args:
@@ -35,16 +34,19 @@ def add_step_hooks(
     rates: list[Any] = []
     held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
+    shown = ShownRates(growth, trainer, optimizer) if growth.rewarm_steps else None
+
     def before_step(*_: Any) -> None:
+        if shown is not None:
+            shown.restore()
         rates.clear()
         held.clear()
         if not growth.events:
             return
         done = trainer.global_step - growth.events[-1]["step"]
         rates.extend(group["lr"] for group in optimizer.param_groups)
-        if done < growth.rewarm_steps:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * ((done + 1) / growth.rewarm_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * _rewarm_factor(growth, trainer)
         new = min(1.0, (done + 1) / growth.ramp_steps) if growth.ramp_steps else 1.0
         frozen = done < growth.freeze_old_steps or growth.freeze_old_steps < 0
         if new < 1 or frozen:
@@ -69,7 +71,53 @@ def add_step_hooks(
                     if isinstance(layer, Pattention):
                         layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
 
-    return [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    hooks: list[Any] = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    return hooks if shown is None else [*hooks, shown]
+
+
+class ShownRates(Callback):
+    """Show callbacks such as LearningRateMonitor the learning rates of the coming step, which ``rewarm_steps`` lowers.
+
+    Parameter groups have them from the growth callback's ``on_train_batch_start`` to the backward pass alone, so that
+    neither a scheduler nor a checkpoint sees them.
+    """
+
+    def __init__(self, growth: ParameterGrowthCallback, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        self.growth, self.trainer, self.optimizer = growth, trainer, optimizer
+        self.rates: list[Any] = []
+        place = trainer.callbacks.index(growth) + 1  # type: ignore[attr-defined]
+        trainer.callbacks = [*trainer.callbacks[:place], self, *trainer.callbacks[place:]]  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Leave the trainer's callbacks."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.trainer.callbacks = [one for one in callbacks if one is not self]  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * _rewarm_factor(self.growth, self.trainer)
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.restore()
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.restore()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.restore()  # after a training_step that returned None
+
+    def restore(self) -> None:
+        """Give parameter groups the rates of their scheduler; nothing, where they have them."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
+            group["lr"] = rate
+        self.rates = []
+
+
+def _rewarm_factor(growth: ParameterGrowthCallback, trainer: Trainer) -> float:
+    """Factor on the learning rate of the coming optimizer step."""
+    done = trainer.global_step - growth.events[-1]["step"] if growth.events else growth.rewarm_steps
+    return (done + 1) / growth.rewarm_steps if done < growth.rewarm_steps else 1.0
 
 
 def _latest_rows(pl_module: LightningModule, event: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, Rows]]:

@@ -219,11 +219,17 @@ def _warn_if_only_best(trainer: Trainer) -> None:
         )
 
 
+def _pending(module: LightningModule) -> dict[str, Tensor | None]:
+    """Gradients by parameter name, and what a task keeps besides them until an optimizer step is complete."""
+    own = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return own | (module.pending_state() if hasattr(module, "pending_state") else {})
+
+
 def _gradients(trainer: Trainer, module: LightningModule) -> list[dict[str, Tensor]]:
-    """The gradients of each process by parameter name, in the first process; one parameter at a time."""
+    """The pending state of each process by name, in the first process; one tensor at a time."""
     found: list[dict[str, Tensor]] = [{} for _ in range(trainer.world_size)]
-    for name, parameter in module.named_parameters():
-        own = None if parameter.grad is None else local(parameter.grad).to("cpu", copy=True)
+    for name, tensor in _pending(module).items():
+        own = None if tensor is None else local(tensor).to("cpu", copy=True)
         everyone: list[Tensor | None] = [own]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
@@ -236,14 +242,20 @@ def _gradients(trainer: Trainer, module: LightningModule) -> list[dict[str, Tens
 
 def _restore(gradients: list[dict[str, Tensor]], trainer: Trainer, module: LightningModule) -> None:
     """Puts pending gradients back; drops them where processes or sizes are others than when they were saved."""
-    parameters = dict(module.named_parameters())
+    parameters, known = dict(module.named_parameters()), _pending(module)
     own = gradients[trainer.global_rank] if len(gradients) == trainer.world_size else {"": torch.empty(0)}
-    if any(name not in parameters or gradient.shape != local(parameters[name]).shape for name, gradient in own.items()):
+
+    def fits(name: str, tensor: Tensor) -> bool:
+        parameter = parameters.get(name.rpartition(".gradients.")[2])  # of a task's own gradients too
+        return name in known and (parameter is None or tensor.shape == local(parameter).shape)
+
+    if not all(fits(name, tensor) for name, tensor in own.items()):
         rank_zero_warn(
             "ckpt_path: the checkpoint was saved within an optimizer step, by another number of processes or at other "
             "sizes; the gradient of its first micro-batches is dropped"
         )
         return
-    for name, gradient in own.items():
-        parameter = parameters[name]
-        parameter.grad = like(parameter.detach(), gradient.to(parameter.device))
+    for name in own.keys() & parameters.keys():
+        parameters[name].grad = like(parameters[name].detach(), own[name].to(parameters[name].device))
+    if others := {name: tensor for name, tensor in own.items() if name not in parameters}:
+        module.load_pending_state(others)  # type: ignore[operator]

@@ -199,9 +199,6 @@ class ParameterGrowthCallback(Callback):
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
         stages = self.remaining_stages(pl_module)
-        if skipped := [key for key in self.schedule if key not in dict(stages)]:
-            keys = ", ".join(f"{self.unit} {key}" for key in skipped)
-            rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
         self._check_depth(trainer, pl_module, birth, stages)
         for name, layer in pl_module.named_modules():
             if isinstance(layer, Pattention) and layer.kind is not None:
@@ -222,7 +219,11 @@ class ParameterGrowthCallback(Callback):
                 check_depth(model, final, setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        check_last_step(dict(self.remaining_stages(pl_module)), self.unit, trainer)
+        stages = dict(self.remaining_stages(pl_module))
+        if self.size(pl_module) and (skipped := [key for key in self.schedule if key not in stages]):
+            keys = ", ".join(f"{self.unit} {key}" for key in skipped)
+            rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
+        check_last_step(stages, self.unit, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)

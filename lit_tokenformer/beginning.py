@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
@@ -33,6 +34,26 @@ class WarmupCheck(Callback):
         short: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if isinstance(pl_module, LitTask) and pl_module.make_lr_scheduler is None and not short:
             check_warmup(pl_module.schedule, trainer)
+
+
+def replace_repeated(callbacks: Any) -> Any:
+    """Let a callback take the place of an earlier one of the same state, which a trainer cannot hold twice.
+
+    So ``--trainer.callbacks+=ParameterGrowthCallback`` with its options replaces the one of a config.
+
+    Args:
+        callbacks: The trainer's callbacks, if they are a list.
+    """
+    kept: list[Any] = []
+    for callback in callbacks if isinstance(callbacks, list) else ():
+        stateful = is_overridden("state_dict", instance=callback, parent=Callback)
+        keys = [one.state_key if stateful else None for one in kept]
+        if stateful and callback.state_key in keys:
+            kept[keys.index(callback.state_key)] = callback
+            rank_zero_info(f"trainer.callbacks: the last of several {type(callback).__name__} is used")
+        else:
+            kept.append(callback)
+    return kept if isinstance(callbacks, list) else callbacks
 
 
 def check_trainer_settings(settings: Mapping[str, Any]) -> None:

@@ -50,11 +50,12 @@ from lit_tokenformer.beginning import (
     check_optimizer,
     check_processes,
     check_trainer_settings,
+    replace_repeated,
     trainer_error,
 )
 from lit_tokenformer.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.monitored_metrics import check_monitors
-from lit_tokenformer.parsing import MODE, Parser, check_config, shipped_configs
+from lit_tokenformer.parsing import MODE, Parser, check_config, shipped_configs, with_environment
 from lit_tokenformer.planning import PlanningTrainer
 from lit_tokenformer.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
 from lit_tokenformer.run_identity import RunIdentity, defining_settings
@@ -70,6 +71,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export_weights,
 }
 """Commands that take neither model nor data from a config."""
+
+_ENV_PREFIX = "LIT_TOKENFORMER"
+"""What the names of environment variables that set options begin with."""
 
 TEXTS = {
     "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
@@ -116,6 +120,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
     """Run a command, with an error log and a checkpoint at the end of fits."""
+    arguments = _with_texts(_with_shipped_configs(args))
+    if arguments and arguments[0] in TokenformerCLI.subcommands():
+        arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     TokenformerCLI(
         LightningModule,
@@ -131,12 +138,12 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
             "version": __version__,
             "parser_mode": MODE,
             "default_env": True,
-            "env_prefix": "LIT_TOKENFORMER",
+            "env_prefix": _ENV_PREFIX,
         },
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        args=_with_texts(_with_shipped_configs(args)),
+        args=arguments,
     )
 
 
@@ -201,6 +208,10 @@ class TokenformerCLI(LightningCLI):
                 help="Name of the run for 'ckpt_path: last', which resumes the newest checkpoint of that name. "
                 "Without one, a run is known by the settings that change its result.",
             )
+        for name in ("ckpt_path", "run_name"):
+            self._subcommand_parsers["plan"].add_argument(
+                f"--{name}", type=str | None, help="Ignored, so that the config.yaml of a run can be planned."
+            )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = TEXTS.keys() & inspect.signature(function).parameters
@@ -229,6 +240,7 @@ class TokenformerCLI(LightningCLI):
             raise cause from cause.__cause__
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        config["callbacks"] = replace_repeated(config.get("callbacks"))
         check_trainer_settings(config)
         if self._identity is not None:
             callbacks = [*callbacks, self._identity]
@@ -305,6 +317,10 @@ class TokenformerCLI(LightningCLI):
         output = self.config[self.subcommand].get("output")
         if output and Path(output).exists():
             raise UserError(f"output: {output} exists already; nothing is overwritten")
+
+    def before_test(self) -> None:
+        if not getattr(self.datamodule, "has_test_split", True):
+            raise UserError("test: the data have no test split, so scores would be those of `validate`; use that")
 
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")

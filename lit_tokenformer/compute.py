@@ -328,6 +328,7 @@ def plan_stages(
     total_steps: int,
     samples_per_step: int,
     patch_drop_rates: Mapping[int, float] | None = None,
+    checkpointing: bool = False,
 ) -> list[Stage]:
     """The stages of a run.
 
@@ -337,6 +338,7 @@ def plan_stages(
         total_steps: Optimizer steps of the whole run.
         samples_per_step: Samples in one optimizer step, over all processes.
         patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
+        checkpointing: Whether blocks are computed again in the backward pass.
 
     Returns:
         One stage more than there are growths; the last one's size is the final one.
@@ -350,7 +352,7 @@ def plan_stages(
 
         def cost(step: int, tokens: dict[str, int] = tokens) -> ModelCost:
             rate = next(rate for begin, rate in reversed(rates.items()) if begin <= step)
-            return model_cost(replace(config, patch_drop_rate=rate), tokens)
+            return model_cost(replace(config, patch_drop_rate=rate), tokens, checkpointing)
 
         marks = [first, *(step for step in rates if first < step < end), end]
         flops = sum(cost(begin).training_flops * (until - begin) for begin, until in itertools.pairwise(marks))

@@ -92,21 +92,25 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to one of the task's stop texts."""
-        written = []
-        for request in requests:
+        written = [""] * len(requests)
+        groups: dict[Any, list[tuple[list[int], int]]] = {}
+        for number, request in enumerate(requests):
             context, settings = request.args
-            settings = dict(settings)
-            until = settings.get("until") or []
             length = min(int(settings.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
-            kept = self.tok_encode(context)[length - self.max_length :]
+            until = settings.get("until") or []
             temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-            *_, (completion,) = self.generator.run(
-                [self.generator.tokenizer.decode(kept)],
-                max_new_tokens=length,
-                sampling=Sampling(temperature, settings.get("top_k"), settings.get("top_p")),
-                stop=[until] if isinstance(until, str) else list(until),
-            )
-            written.append(completion.text)
+            sampling = Sampling(temperature, settings.get("top_k"), settings.get("top_p"))
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            kept = self.tok_encode(context)[length - self.max_length :]
+            groups.setdefault((length, sampling, stop), []).append((kept, number))
+        for (length, sampling, stop), group in groups.items():
+            group.sort(key=lambda one: -len(one[0]))  # rows of similar length need little padding
+            size = self.batch_size if sampling.greedy else 1  # what a row draws depends on its place
+            for start in range(0, len(group), size):
+                prompts, numbers = zip(*group[start : start + size], strict=True)
+                *_, completions = self.generator.run(prompts, length, sampling, stop)
+                for number, completion in zip(numbers, completions, strict=True):
+                    written[number] = completion.text
         return written
 
     def _loglikelihood_tokens(
@@ -158,7 +162,7 @@ def evaluate(
 
     Args:
         generator: The model with its tokenizer.
-        tasks: Names of the harness's tasks.
+        tasks: Names of the harness's tasks, or patterns such as ``blimp_*``.
         num_fewshot: Solved examples before each question; ``None`` for what the task says.
         limit: Only so many questions of each task, or this share of them if below 1.
         batch_size: Texts that are scored at once.
@@ -176,7 +180,7 @@ def evaluate(
         raise UserError(f"tasks: the harness knows no task named {', '.join(unknown) or '(none given)'}")
     found = simple_evaluate(
         model=HarnessModel(generator, batch_size=batch_size),
-        tasks=list(tasks),
+        tasks=manager.match_tasks(list(tasks)),
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,

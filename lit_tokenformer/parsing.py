@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
+import operator
 import re
 import sys
+from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import reduce
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -38,6 +42,19 @@ class Parser(LightningArgumentParser):
             return super().dump(*args, **kwargs)
         finally:
             _INTERPOLATES.reset(token)
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Lightning's, with whole numbers for arguments that may be either kind: 1 batch is not 100 % of them.
+
+        ``typing`` caches unions whatever their order, so ``int | float`` is ``float | int`` after some other imports.
+        """
+        added = super().add_lightning_class_args(*args, **kwargs)
+        actions: list[Any] = self._actions
+        for action in actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                action._typehint = reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if ex is not None and raised_by_user_code(cause := unwrap(ex)):
@@ -122,6 +139,37 @@ def shipped_configs() -> dict[str, Path]:
     package = Path(__file__).parent
     folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def with_environment(args: list[str], environment: Mapping[str, str], prefix: str) -> list[str]:
+    """Insert options from environment variables: after configs, which they override, and before all other options.
+
+    The parser by itself reads them before configs.
+
+    Args:
+        args: A command with its options.
+        environment: The variables; ``PREFIX_FIT__TRAINER__MAX_EPOCHS`` is ``--trainer.max_epochs`` of ``fit``.
+        prefix: What their names begin with.
+
+    Example:
+        >>> given = ["fit", "--trainer.max_epochs", "3", "--config", "a.yaml"]
+        >>> with_environment(given, {"X_FIT__TRAINER__DEVICES": "2"}, "X")
+        ['fit', '--config', 'a.yaml', '--trainer.devices=2', '--trainer.max_epochs', '3']
+    """
+    start = f"{prefix}_{args[0].upper()}__" if args else prefix
+    names = sorted(name for name in environment if name.startswith(start) and name != f"{start}CONFIG")
+    if not names:
+        return args
+    given = iter(args[1:])
+    configs: list[str] = []
+    rest: list[str] = []
+    for arg in given:
+        if arg in ("--config", "-c"):
+            configs += [arg, *itertools.islice(given, 1)]
+        else:
+            (configs if arg.startswith(("--config=", "-c=")) else rest).append(arg)
+    options = {name: name.removeprefix(start).lower().replace("__", ".") for name in names}
+    return [args[0], *configs, *(f"--{options[name]}={environment[name]}" for name in names), *rest]
 
 
 def check_config(path: str) -> None:

@@ -36,6 +36,8 @@ class GrowthRule:
         data_tokens_per_parameter: Data tokens that a fit should see for each parameter of the final size, embedding and
             head not counted; with fewer, a smaller size from scratch was better.
         decay: Share of the steps over which the learning rate falls at the end.
+        epochs: Most passes over text; more are worth less and less (arXiv 2305.16264, section 6).
+        image_epochs: Most passes over images, which are augmented; those of the published ImageNet recipe.
     """
 
     depth: float = 1 / 3
@@ -44,6 +46,8 @@ class GrowthRule:
     tokens_at: tuple[float, ...] = (0.1, 0.25)
     data_tokens_per_parameter: float = 60.0
     decay: float = 0.4
+    epochs: float = 4.0
+    image_epochs: float = 300.0
 
 
 Size = dict[str, int]
@@ -91,6 +95,7 @@ def propose(
     step_data_tokens: int,
     parameters: Callable[[Size], int],
     rule: GrowthRule = GrowthRule(),
+    max_steps: float = math.inf,
 ) -> Proposal:
     """The most parameter tokens that a budget is enough for at a given depth, and the way to them.
 
@@ -102,6 +107,7 @@ def propose(
         step_data_tokens: Data tokens in an optimizer step.
         parameters: Parameters at a size, embedding and head not counted.
         rule: What was measured.
+        max_steps: Most optimizer steps, by how often the data may be read.
 
     Raises:
         ValueError: If the model cannot grow, or if the budget is too small.
@@ -132,6 +138,7 @@ def propose(
         ]
         lengths = [end - start for start, end in zip((0.0, *at), (*at, 1.0), strict=True)]
         steps = int(budget / sum(length * step_flops(one) for length, one in zip(lengths, sizes, strict=True)))
+        steps = int(min(steps, max_steps))
         return Proposal(sizes, [round(share * steps) for share in at], steps)
 
     def is_enough(size: int) -> bool:
@@ -150,8 +157,10 @@ def propose(
         found = at_size(whole)
         told = ", ".join(f"{kind} {total}" for kind, total in found.sizes[-1].items())
         raise UserError(
-            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule (at its end {told}), "
-            f"less than {rule.data_tokens_per_parameter:g} data tokens a parameter; give more, or a smaller model"
+            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule (at its end {told}"
+            f"{', at most so many by the data' if found.steps == max_steps else ''}), less than "
+            f"{rule.data_tokens_per_parameter:g} data tokens a parameter; give "
+            f"{'more data' if found.steps == max_steps else 'more'}, or a smaller model"
         )
     rounded = low - low % 8 if low > 32 else low  # multiples of 8 are faster
     return at_size(rounded * whole)
@@ -180,8 +189,13 @@ class PlanningTrainer(CheckpointingTrainer):
             The stages, which are printed too.
 
         Raises:
-            ValueError: If the number of steps cannot be told, or if the budget is too small.
+            ValueError: If the number of steps cannot be told, the budget is too small, or a fit would refuse the
+                schedule.
         """
+        if not isinstance(model, tasks.LitTask):
+            raise UserError(
+                f"model: plan knows no cost of a {type(model).__name__} (expected a task of lit_tokenformer)"
+            )
         from rich.console import Console
         from rich.table import Table
 
@@ -192,13 +206,12 @@ class PlanningTrainer(CheckpointingTrainer):
             for name in model.backbones
         }
         per_step = {name: size * self.accumulate_grad_batches * self.world_size for name, size in batches.items()}
-        per_epoch = (
-            None if samples is None else -(-(samples // (batch * self.world_size)) // self.accumulate_grad_batches)
-        )
+        per_epoch = None if samples is None else self._steps_per_epoch(samples // (batch * self.world_size))
+        checkpointing = any(backbone.grad_checkpointing for backbone in model.backbones.values())
         born = models.param_tokens(model)
         configs = {name: _present_config(backbone) for name, backbone in model.backbones.items()}
         growths: list[tuple[int, int, dict[str, int]]] = []
-        rates = self._patch_drop_rates(per_epoch)
+        rates = self._patch_drop_rates(per_epoch, model)
         proposal: Proposal | None = None
         if budget is not None and rates:
             raise UserError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
@@ -218,7 +231,11 @@ class PlanningTrainer(CheckpointingTrainer):
 
             data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
             deepens = all(config.norm_position != "post" for config in configs.values())
-            proposal = propose(models.model_size(model), deepens, budget, flops, data_tokens, parameters)
+            size = models.model_size(model)
+            images = all(config.stem == "patch" for config in configs.values())
+            epochs = GrowthRule.image_epochs if images else GrowthRule.epochs
+            most = math.inf if per_epoch is None else epochs * per_epoch
+            proposal = propose(size, deepens, budget, flops, data_tokens, parameters, max_steps=most)
             first = proposal.sizes[0]
             tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
             configs = {
@@ -230,7 +247,9 @@ class PlanningTrainer(CheckpointingTrainer):
         else:
             total, growths = self._length_and_growths(per_epoch, model)
         planned = [
-            plan_stages(config, growths, total, per_step[name], rates if config.stem == "patch" else None)
+            plan_stages(
+                config, growths, total, per_step[name], rates if config.stem == "patch" else None, checkpointing
+            )
             for name, config in configs.items()
         ]
         by_stage = [list(parts) for parts in zip(*planned, strict=True)]
@@ -243,7 +262,7 @@ class PlanningTrainer(CheckpointingTrainer):
         scratch = 0
         for name, config in configs.items():
             rate = [config.patch_drop_rate, *(rates.values() if config.stem == "patch" else ())][-1]
-            whole = model_cost(dataclasses.replace(config, patch_drop_rate=rate), stages[-1].tokens)
+            whole = model_cost(dataclasses.replace(config, patch_drop_rate=rate), stages[-1].tokens, checkpointing)
             scratch += whole.training_flops * per_step[name] * total
 
         told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
@@ -279,21 +298,28 @@ class PlanningTrainer(CheckpointingTrainer):
             "",
         )
         Console(width=None if sys.stdout.isatty() else 150).print(table)
-        if proposal is not None:
+        if proposal is not None and budget is not None:
             print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
             if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
                 print(
-                    f"note: the data would be read {total / per_epoch:.0f} times; the rule was measured on data that "
-                    f"are read at most {FEW_EPOCHS} time",
+                    f"note: {total / per_epoch:.2g} epochs (at most {epochs:g} are proposed; the rule was measured on "
+                    f"{FEW_EPOCHS}) use {sum_flops / budget:.2g} of the budget",
                     file=sys.stderr,
                 )
         return stages
 
-    def _patch_drop_rates(self, per_epoch: int | None) -> dict[int, float]:
+    def _steps_per_epoch(self, batches: int) -> int:
+        """Optimizer steps of an epoch of so many batches for each process."""
+        limit: float = self.limit_train_batches  # type: ignore[attr-defined]
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return -(-batches // self.accumulate_grad_batches)
+
+    def _patch_drop_rates(self, per_epoch: int | None, model: tasks.LitTask) -> dict[int, float]:
         """The steps from which another share of the patches is left out."""
         rates: dict[int, float] = {}
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PatchDropSchedule):
+                callback.setup(self, model, "fit")  # refuses what a fit would
                 if callback.unit == "epoch" and per_epoch is None:
                     raise UserError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
@@ -316,7 +342,13 @@ class PlanningTrainer(CheckpointingTrainer):
                 if callback.unit == "epoch" and per_epoch is None:
                     raise UserError("schedule: epochs of a stream have no known length; use unit: step")
                 scale = per_epoch or 1 if callback.unit == "epoch" else 1
+                callback.setup(self, model, "fit")  # refuses what a fit would
                 growths += [(k, k * scale, tokens) for k, tokens in callback.remaining_stages(model)]
+                beyond = [key for key in callback.schedule if callback.unit == "step" and key >= total]
+                if beyond:
+                    raise UserError(
+                        f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)"
+                    )
         return total, growths
 
 

@@ -196,7 +196,7 @@ class TextGenerator:
 
     def run(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008  (frozen)
         stop: str | Sequence[str] | None = None,
@@ -205,7 +205,7 @@ class TextGenerator:
         """What :meth:`generate` and :meth:`stream` are made of: all completions, as far as they are.
 
         Args:
-            prompts: The texts to go on from, at least one; or a single text.
+            prompts: The texts to go on from, at least one, each as it is or as token ids; or a single text.
             max_new_tokens: Tokens that are written for each at most.
             sampling: How the next token is chosen.
             stop: Texts that end a text.
@@ -255,17 +255,18 @@ class _Row:
 
     Args:
         tokenizer: Makes tokens of text, and text of tokens.
-        prompt: What the text goes on from.
+        prompt: What the text goes on from, or its token ids.
         stops: Texts that end it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, stops: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: str | Sequence[int], stops: list[str]) -> None:
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt))
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"prompt: {prompt!r} is not valid Unicode") from None
-        self.completion = Completion(prompt)
-        self.ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
+            raise UserError(f"prompt: {text!r} is not valid Unicode") from None
+        self.completion = Completion(text)
+        self.ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.separator_id]
         self.separator_id = tokenizer.separator_id
         self.stops = stops
         self.held = ""  # the beginning of a stop text, perhaps

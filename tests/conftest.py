@@ -6,7 +6,6 @@ from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import lightning.pytorch  # noqa: F401  first: after some libraries its `int | float` is `float | int`, and 1 batch 100 %
 import numpy as np
 import pytest
 import torch

@@ -69,8 +69,8 @@ def compiled_task() -> LitTask:
     return task
 
 
-def several_tasks() -> LitTask:
-    return OneTaskAStep(
+def several_tasks(kind: type[LitMultiTask] = OneTaskAStep) -> LitTask:
+    return kind(
         "tokenformer_lm_tiny",
         num_classes=10,
         image_size=8,
@@ -84,22 +84,31 @@ def several_tasks() -> LitTask:
     )
 
 
-class Samples(Dataset):
-    """Noise with labels, and random tokens."""
+def language_task() -> LitTask:
+    return LitCausalLM(
+        "tokenformer_lm_tiny", 17, 6, overrides=SIZES, schedule=LRSchedule("constant"), optimizer=optimizer
+    )
 
-    def __init__(self, joint: bool) -> None:
+
+class Samples(Dataset):
+    """Noise with labels, and random tokens, another number of them in each sample."""
+
+    def __init__(self, task: LitTask) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(SAMPLES, 3, 8, 8, generator=generator)
         self.labels = torch.randint(10, (SAMPLES,), generator=generator)
-        self.tokens = torch.randint(17, (SAMPLES, 7), generator=generator)
-        self.joint = joint
+        tokens = torch.randint(17, (SAMPLES, 7), generator=generator)
+        self.tokens = tokens.where(torch.arange(7) <= torch.randint(1, 7, (SAMPLES, 1), generator=generator), -100)
+        self.task = task
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> Any:
         image = self.images[index], self.labels[index]
-        return {"image": image, "text": self.tokens[index]} if self.joint else image
+        if isinstance(self.task, LitMultiTask):
+            return {"image": image, "text": self.tokens[index]}
+        return self.tokens[index] if isinstance(self.task, LitCausalLM) else image
 
 
 class HookedDDP(DDPStrategy):
@@ -162,6 +171,16 @@ SCENARIOS = {
     "static_graph": Scenario(ddp={"static_graph": True, "gradient_as_bucket_view": True}, like="split"),
     "unused": Scenario(
         task=several_tasks, ddp={"find_unused_parameters": True, "gradient_as_bucket_view": True}, like="unused"
+    ),
+    "ragged": Scenario(task=language_task, like="ragged", resumed=True),
+    "ragged_accumulated": Scenario(
+        task=language_task, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, like="ragged_accumulated"
+    ),
+    "several_tasks_accumulated": Scenario(
+        task=partial(several_tasks, LitMultiTask),
+        ddp={"gradient_as_bucket_view": True},
+        trainer={"accumulate_grad_batches": 2},
+        like="several_tasks_accumulated",
     ),
     "compiled": Scenario(task=compiled_task, like="split"),
     "power_sgd": Scenario(hook=powerSGD_hook.powerSGD_hook, state=partial(POWER_SGD, 64), like="split"),
@@ -268,7 +287,7 @@ def run(name: str, folder: Path, devices: int, ckpt_path: Path | None = None) ->
     task = scenario.task()
     if settings["precision"] == "64-true":
         task.double()  # Lightning does it later, and an average would stay as it was
-    data = Samples(joint=isinstance(task, LitMultiTask))
+    data = Samples(task)
     sampler: DistributedSampler = DistributedSampler(data, devices, rank if devices > 1 else 0, shuffle=False)
     trainer.fit(task, DataLoader(data, BATCH // devices, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
     return {

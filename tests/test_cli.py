@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from lit_tokenformer.cli import main, shipped_configs
 from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
@@ -139,10 +139,14 @@ def test_sizes_reach_the_model_from_the_data(fitted):
     assert param_tokens(task)["qkv"] == 32
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_grown_checkpoint_is_evaluated_with_the_ungrown_config(command, fitted, capsys):
-    assert run(command, fitted, "--ckpt_path", last(fitted)) == 0
+def test_a_grown_checkpoint_is_evaluated_with_the_ungrown_config(fitted, capsys):
+    assert run("validate", fitted, "--ckpt_path", last(fitted)) == 0
     assert "acc1" in capsys.readouterr().out
+
+
+def test_data_without_a_test_split_are_not_tested(fitted, capsys):
+    assert run("test", fitted, "--ckpt_path", last(fitted)) == 2
+    assert "error: test: the data have no test split" in capsys.readouterr().err
 
 
 def test_predict_writes_a_row_for_each_image(fitted, tmp_path):
@@ -198,6 +202,12 @@ def test_a_checkpoint_grown_offline_gives_the_same_outputs_and_goes_on(fitted, t
     more = ["--trainer.max_epochs", 5, "--data.batch_size", 28, "--ckpt_path", output]
     assert run("fit", tmp_path, *schedule, *more) == 0
     assert run("grow", tmp_path, "--ckpt_path", last(fitted), "--tokens", 64, "--output", output) == 2
+
+
+def test_plan_takes_the_config_of_a_run(fitted, tmp_path, capsys):
+    (saved,) = fitted.glob("lightning_logs/version_0/config.yaml")
+    assert main(["plan", "--config", str(saved)]) == 0
+    assert "optimizer steps of 28 samples" in capsys.readouterr().out
 
 
 def test_plan_shows_what_each_stage_costs(tmp_path, capsys):
@@ -375,6 +385,34 @@ def test_environment_variables_and_interpolation_set_options(tmp_path, monkeypat
     shown = yaml.safe_load(shown_help(capsys, "fit", *TINY, "--config", str(config), "--print_config"))
     assert shown["model"]["init_args"]["overrides"]["image_size"] == 16
     assert shown["trainer"]["max_steps"] == 77
+
+
+def test_the_environment_overrides_configs_and_the_command_line_overrides_both(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "more.yaml"
+    given = {"trainer": {"max_epochs": 3, "max_steps": 3, "min_steps": 3}, "model": {"init_args": {"compile": False}}}
+    config.write_text(yaml.safe_dump(given))
+    for name, value in {"TRAINER__MAX_EPOCHS": 5, "TRAINER__MAX_STEPS": 5, "MODEL__INIT_ARGS__COMPILE": True}.items():
+        monkeypatch.setenv(f"LIT_TOKENFORMER_FIT__{name}", str(value).lower())
+    args = ("--trainer.max_steps", "7", *TINY, "--config", str(config), "--print_config")
+    shown = yaml.safe_load(shown_help(capsys, "fit", *args))
+    assert [shown["trainer"][name] for name in ("min_steps", "max_epochs", "max_steps")] == [3, 5, 7]
+    assert shown["model"]["init_args"]["compile"] is True
+
+
+def test_a_growth_schedule_of_the_command_line_replaces_that_of_the_config(tmp_path, few_digits):
+    schedule = growth(tmp_path, {1: 16})
+    args = ["--trainer.callbacks+=ParameterGrowthCallback", "--trainer.callbacks.schedule", "{1: 24}"]
+    assert run("fit", tmp_path, *schedule, *args, "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 1) == 0
+    assert torch.load(last(tmp_path), weights_only=True)["param_tokens"] == {"qkv": 24, "proj": 24, "ffn": 96}
+
+
+def test_a_whole_number_stays_one_whatever_was_imported_first(tmp_path, capsys, monkeypatch):
+    hints = dict(Trainer.__init__.__annotations__)
+    swapped = dict.fromkeys(("limit_train_batches", "val_check_interval"), float | int | None)
+    monkeypatch.setattr(Trainer.__init__, "__annotations__", {**hints, **swapped})
+    args = ("--trainer.limit_train_batches", "1", "--trainer.val_check_interval", "0.5", "--print_config")
+    shown = shown_help(capsys, "fit", *TINY, *args)
+    assert "limit_train_batches: 1\n" in shown and "val_check_interval: 0.5\n" in shown
 
 
 def test_another_callbacks_package_is_named(tmp_path, monkeypatch):

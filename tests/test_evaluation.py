@@ -116,6 +116,21 @@ def test_text_is_written_up_to_a_stop(generator):
     assert text == generator.generate("Once upon", 6, temperature=0, stop="\n\n", return_full_text=False)
 
 
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_texts_of_a_batch_are_those_of_each_alone_and_contexts_are_read_as_they_are_encoded(generator, batch_size):
+    contexts = ["Once upon a time", "é" * 40, "A", "", "The sky is"]  # the second is cut within a character
+    settings = [{"until": ["\n\n"], "max_gen_toks": 6}] * 3 + [{"until": ["e"], "max_gen_toks": 4}] * 2
+    asked = list(zip(contexts, settings, strict=True))
+    calls, read = [], generator.run
+    generator.run = lambda prompts, *given: calls.append(prompts) or read(prompts, *given)
+    texts = HarnessModel(generator, batch_size=batch_size).generate_until(requests("generate_until", *asked))
+    assert sorted(len(prompts) for prompts in calls) == ([1, 2, 2] if batch_size == 2 else [2, 3])
+    ids = generator.tokenizer.encode(contexts[1])
+    assert any(ids[6 - 32 :] in [list(prompt) for prompt in prompts] for prompts in calls)
+    for one, text in zip(asked, texts, strict=True):
+        assert HarnessModel(generator, batch_size=1).generate_until(requests("generate_until", one)) == [text]
+
+
 @pytest.mark.slow
 def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, include_path):
     results = evaluate(generator, ["tiny_choice"], include_path=include_path, batch_size=2)["results"]["tiny_choice"]
@@ -126,6 +141,8 @@ def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, incl
         right += max(range(len(scores)), key=scores.__getitem__) == question["label"]
         normed += max(range(len(scores)), key=lambda i: scores[i] / lengths[i]) == question["label"]
     assert results["acc,none"] == right / len(QUESTIONS)
+    by_pattern = evaluate(generator, ["tiny_ch*"], include_path=include_path, batch_size=2)["results"]
+    assert by_pattern["tiny_choice"]["acc,none"] == results["acc,none"]
     assert results["acc_norm,none"] == normed / len(QUESTIONS)
     assert not math.isnan(results["acc_stderr,none"])
 

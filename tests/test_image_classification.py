@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+from lit_tokenformer.tasks import LitImageClassifier, LRSchedule, LRSchedulerConfig
 
 TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
 
@@ -125,6 +126,142 @@ def test_a_torch_scheduler_takes_the_place_of_the_schedule():
 
     trainer = fit(make_task(optimizer=lambda params: Rates(params, lr=1.0), lr_scheduler=halve))
     assert trainer.optimizers[0].rates == pytest.approx([1.0] * 6 + [0.5] * 6)
+
+
+def stepped_rates(scheduler, config=None, **settings):
+    task = make_task(
+        optimizer=lambda params: Rates(params, lr=1.0),
+        lr_scheduler=scheduler,
+        lr_scheduler_config=config or LRSchedulerConfig(),
+    )
+    return fit(task, **settings).optimizers[0].rates
+
+
+def halve(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test_a_torch_scheduler_steps_with_the_optimizer_where_steps_limit_the_fit():
+    assert stepped_rates(halve, max_epochs=-1, max_steps=3) == pytest.approx([1.0, 0.5, 0.25])
+    assert stepped_rates(halve, max_epochs=5, max_steps=3) == pytest.approx([1.0, 0.5, 0.25])  # within an epoch
+    assert stepped_rates(halve, max_epochs=5, max_steps=8) == pytest.approx([1.0] * 6 + [0.5] * 2)
+
+
+def test_a_scheduler_that_is_made_for_steps_steps_with_the_optimizer():
+    found = stepped_rates(lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=12))
+    assert len(set(found)) == 12 and max(found) == pytest.approx(1.0, abs=0.01) and found[-1] < 1e-4
+
+
+def test_interval_and_frequency_of_a_torch_scheduler_can_be_set():
+    found = stepped_rates(halve, LRSchedulerConfig("step", frequency=3))
+    assert found == pytest.approx([1.0] * 3 + [0.5] * 3 + [0.25] * 3 + [0.125] * 3)
+    assert stepped_rates(halve, LRSchedulerConfig("epoch"), max_epochs=-1, max_steps=7) == pytest.approx(
+        [1.0] * 6 + [0.5]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interval": "batch"}, "model.lr_scheduler_config.interval: unknown value 'batch'"),
+        ({"interval": "step", "frequency": 0}, "model.lr_scheduler_config.frequency: expected at least 1, got 0"),
+        ({"frequency": 2}, "model.lr_scheduler_config.frequency: needs interval"),
+    ],
+)
+def test_bad_intervals_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LRSchedulerConfig(**settings)
+
+
+def reduce(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": 6, "check_val_every_n_epoch": 2}, [1.0] * 24 + [0.5] * 12),
+        ({"max_epochs": 3}, [1.0] * 12 + [0.5] * 6),
+        ({"max_epochs": 2, "val_check_interval": 3}, [1.0] * 6 + [0.5] * 3 + [0.25] * 3),
+        (
+            {"max_epochs": -1, "max_steps": 10, "val_check_interval": 4, "check_val_every_n_epoch": None},
+            [1.0] * 8 + [0.5] * 2,
+        ),
+    ],
+)
+def test_a_scheduler_on_a_plateau_steps_after_each_validation(settings, expected):
+    assert stepped_rates(reduce, LRSchedulerConfig(monitor="val/loss"), **settings) == pytest.approx(expected)
+
+
+def test_a_scheduler_on_a_plateau_of_the_training_loss_steps_after_each_epoch():
+    config = LRSchedulerConfig(monitor="train/loss")
+    assert stepped_rates(reduce, config, max_epochs=3, check_val_every_n_epoch=2) == pytest.approx(
+        [1.0] * 12 + [0.5] * 6
+    )
+
+
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        (None, "lr_scheduler_config.monitor: ReduceLROnPlateau needs a metric"),
+        ("val/los", "no metric 'val/los' .logged: .*val/loss"),
+    ],
+)
+def test_a_scheduler_on_a_plateau_needs_a_metric(monitor, message):
+    with pytest.raises(ValueError, match=message):
+        stepped_rates(reduce, LRSchedulerConfig(monitor=monitor))
+
+
+class ScaledData(LightningDataModule):
+    batch_size = 2
+
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
+
+def fit_with(callback, task, folder, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        enable_model_summary=False,
+        callbacks=[callback],
+        default_root_dir=folder,
+        **quiet,
+        **settings,
+    )
+    trainer.fit(task, datamodule=ScaledData())
+    return trainer
+
+
+def test_the_schedule_ends_with_the_fit_after_a_search_for_the_batch_size(tmp_path):
+    task = make_task(optimizer=lambda params: Rates(params, lr=1.0), schedule=LRSchedule("cosine", warmup=1))
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    fit_with(finder, task, tmp_path, max_epochs=3, limit_val_batches=0)
+    assert finder.optimal_batch_size == 4
+    expected = [step / 6 for step in range(6)] + [(1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    assert task.trainer.optimizers[0].rates[-18:] == pytest.approx(expected)
+
+
+def test_the_rate_that_a_search_finds_is_the_schedules_highest(tmp_path):
+    task = make_task(
+        optimizer=lambda params: Rates(params, lr=123.0), schedule=LRSchedule("constant", warmup=2, unit="step")
+    )
+    finder = LearningRateFinder(min_lr=1e-5, max_lr=1e-2, num_training_steps=20)
+    trainer = fit_with(finder, task, tmp_path, max_epochs=2, limit_val_batches=0)
+    found = finder.optimal_lr.suggestion()
+    assert 1e-5 <= found <= 1e-2
+    assert trainer.optimizers[0].rates[-24:] == pytest.approx([0, found / 2] + [found] * 22)
+
+
+def test_a_learning_rate_of_the_task_replaces_the_optimizers():
+    task = make_task(optimizer=lambda params: Rates(params, lr=1.0), schedule=LRSchedule("constant"))
+    task.learning_rate = 0.25
+    assert fit(task).optimizers[0].rates == pytest.approx([0.25] * 12)
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,26 @@ def test_learning_rate_is_warmed_up_again_without_a_trace_in_the_schedule():
     assert shown.seen == pytest.approx([0.1] * 12)
 
 
+def test_callbacks_that_report_the_learning_rate_see_it_warmed_up_again():
+    class Monitor(Callback):
+        """Looks when LearningRateMonitor does."""
+
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # from the rate before, not from the first
+
+    task = make_task(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    task.make_lr_scheduler, monitor = halving, Monitor()
+    trainer = fit(task, ParameterGrowthCallback({1: 16}, rewarm_steps=4), monitor, max_epochs=3)
+    assert monitor.seen == pytest.approx([0.1] * 6 + [0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05] + [0.025] * 6)
+    assert [type(callback) for callback in trainer.callbacks[:2]] == [ParameterGrowthCallback, Monitor]
+
+
 def test_tau_moves_to_the_root_of_the_number_of_tokens():
     taus = Watch(lambda trainer, task: task.backbone.blocks[0].attn.query.tau.item())
     fit(make_task(), ParameterGrowthCallback({1: 18}, method="zero_keys", tau_steps=4), taus, max_epochs=2)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lit_tokenformer.cli import main
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.compute import model_cost, plan_stages
 from lit_tokenformer.models import preset_config
 from lit_tokenformer.planning import GrowthRule, propose
 
@@ -60,6 +60,51 @@ def test_a_budget_that_is_none_or_too_small_is_refused_in_one_line(budget):
     with pytest.raises(ValueError, match=r"^budget: .*") as refused:
         proposal(budget)
     assert "\n" not in str(refused.value)
+
+
+def test_a_proposal_reads_the_data_only_so_often():
+    free = proposal(1e15)
+    size = {"qkv": 128, "proj": 128, "ffn": 512, "depth": CONFIG.depth}
+    data_tokens = CONFIG.num_data_tokens * BATCH
+    bound = propose(size, True, 1e15, flops, data_tokens, parameters, max_steps=free.steps // 4)
+    assert bound.steps == free.steps // 4 and bound.sizes[-1]["qkv"] < free.sizes[-1]["qkv"]
+    with pytest.raises(ValueError, match="at most so many by the data.*give more data"):
+        propose(size, True, 1e15, flops, data_tokens, parameters, max_steps=10)
+
+
+def test_activation_checkpointing_counts_in_every_stage():
+    growths = [(1, 10, {"qkv": 64, "proj": 64, "ffn": 256})]
+    plain, again = (plan_stages(CONFIG, growths, 20, 4, checkpointing=on) for on in (False, True))
+    for stage, other in zip(plain, again, strict=True):
+        assert other.cost == model_cost(CONFIG, stage.tokens, checkpointing=True)
+        assert other.training_flops > 1.2 * stage.training_flops and other.cost.kept < stage.cost.kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"callbacks": [{"schedule": {9: 64}, "unit": "step"}]}, "schedule: step 9 is beyond the end of the fit"),
+        ({"callbacks": [{"schedule": {3: 64}}]}, "schedule: epoch 3 is beyond the end of the fit"),
+        ({"strategy": "fsdp", "callbacks": [{"schedule": {1: 64}}]}, "trainer.strategy: a model cannot grow under"),
+        ({"model": "lightning.pytorch.demos.boring_classes.BoringModel"}, "model: plan knows no cost of a BoringModel"),
+    ],
+)
+def test_plan_refuses_what_a_fit_refuses_and_modules_without_a_cost(change, message, tmp_path, capsys):
+    growth = [
+        {"class_path": "callbacks.ParameterGrowthCallback", "init_args": given} for given in change.get("callbacks", ())
+    ]
+    trainer = {"accelerator": "cpu", "max_epochs": 3, "limit_train_batches": 3, "callbacks": growth}
+    model = {"class_path": "LitImageClassifier", "init_args": {"overrides": {"patch_size": 4, "param_tokens": 8}}}
+    if "model" in change:
+        model = {"class_path": change["model"]}
+    config = {
+        "trainer": {**trainer, "strategy": change.get("strategy", "auto"), "default_root_dir": str(tmp_path)},
+        "model": model,
+        "data": {"class_path": "ImageDataModule", "init_args": {"dataset": "digits", "batch_size": 128}},
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
+    assert main(["plan", "--config", str(tmp_path / "one.yaml")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 
 
 def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):

@@ -208,6 +208,11 @@ class ImageDataModule(ResumableDataModule):
         return splits
 
     @property
+    def has_test_split(self) -> bool:
+        """Whether ``test_dataloader`` reads other images than ``val_dataloader``."""
+        return self.splits.test is not self.splits.val
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes; a label is an index into it."""
         return self.splits.class_names

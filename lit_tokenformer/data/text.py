@@ -310,6 +310,11 @@ class TextDataModule(ResumableDataModule):
         """Validation blocks, in order."""
         return self._eval_loader("val")
 
+    @property
+    def has_test_split(self) -> bool:
+        """Whether ``test_dataloader`` reads other documents than ``val_dataloader``."""
+        return self.corpus.split_of("test") == "test"
+
     def test_dataloader(self) -> DataLoader:
         """Test blocks, in order; the validation blocks where there is no test split."""
         return self._eval_loader("test")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -26,8 +23,9 @@ from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import load_into, save_folder
+from lit_tokenformer.tasks.optimization import OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 _SIZES = {
     *("dim", "depth", "num_heads", "vocab_size", "context_length"),
@@ -39,16 +37,17 @@ COMPUTING_METHODS = ("training_step", "validation_step", "test_step", "predict_s
 """Methods that compute with a task's parameters, beside ``forward``."""
 
 
-class LitTask(pl.LightningModule):
+class LitTask(OptimizedTask):
     """A backbone under training.
 
     Args:
         backbone: The model; ``None`` for a task that is made of others, which hold theirs.
         optimizer: Makes the optimizer from parameter groups.
         schedule: Learning rate over the fit.
-        lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``.
         compile: Whether the backbone is compiled with ``torch.compile``; it is compiled once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        lr_scheduler_config: When ``lr_scheduler`` steps.
     """
 
     backbone: Tokenformer
@@ -67,11 +66,9 @@ class LitTask(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         compile: bool,
         grad_checkpointing: bool,
+        lr_scheduler_config: LRSchedulerConfig | dict[str, Any] = LRSchedulerConfig(),  # noqa: B008  (frozen)
     ) -> None:
-        super().__init__()
-        self.make_optimizer = optimizer
-        self.schedule = LRSchedule(**schedule) if isinstance(schedule, dict) else schedule
-        self.make_lr_scheduler = lr_scheduler
+        super().__init__(optimizer, schedule, lr_scheduler, lr_scheduler_config)
         if backbone is not None:
             self.backbone = backbone
             backbone.set_grad_checkpointing(grad_checkpointing)
@@ -162,6 +159,7 @@ class LitTask(pl.LightningModule):
         plain = {key: value for key, value in self.hparams.items() if key not in made or isinstance(value, Mapping)}
         plain |= {key: self.plain(plain[key]) for key in overrides}
         plain |= {"schedule": dataclasses.asdict(self.schedule)}
+        plain |= {"lr_scheduler_config": dataclasses.asdict(self.lr_scheduler_config)}
         self.hparams.clear()
         self.save_hyperparameters(plain)
 
@@ -282,45 +280,18 @@ class LitTask(pl.LightningModule):
         """The optimizer over the present parameters; it refuses state of a wrong shape when it is loaded."""
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+            rate = group["lr"] if self.learning_rate is None else self.learning_rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         optimizer.register_load_state_dict_post_hook(check_optimizer_state)
         return optimizer
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.build_optimizer()
-        if self.trainer.gradient_clip_val:
-            # a fused optimizer would unscale gradients by itself, after they were clipped, and Lightning refuses it
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        if self.make_lr_scheduler is not None:
-            scheduler = self.make_lr_scheduler(optimizer)
-            if isinstance(scheduler, ReduceLROnPlateau):
-                return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": scheduler.monitor}
-            return {"optimizer": optimizer, "lr_scheduler": scheduler}
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total) and (self.schedule.name != "constant" or self.schedule.unit == "share"):
-            raise UserError(
-                f"schedule.name: {self.schedule.name!r} needs an end; set trainer.max_epochs or trainer.max_steps"
-            )
-        per_epoch = self._steps_per_epoch() if self.schedule.unit == "epoch" else 1
-
-        def factor(step: int) -> float:
-            return self.schedule.factor(step, total, per_epoch)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _steps_per_epoch(self) -> int:
-        self.trainer.fit_loop.setup_data()  # a fit that is limited by steps has not done so yet
-        batches = self.trainer.num_training_batches
-        if math.isinf(batches):
-            raise UserError("schedule.unit: epochs of a stream have no known length; use 'step'")
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_validation_epoch_end(self) -> None:
         """Tells callbacks the model's size, so that a checkpoint can have it in its name."""
         sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self).items()}
         self.log_dict(sizes, logger=False, sync_dist=True)
         self.log_scores("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._step_after_validation()
 
     def on_test_epoch_end(self) -> None:
         self.log_scores("test")
@@ -397,9 +368,11 @@ class LitTask(pl.LightningModule):
             self._settings = report_changes(self.trainer, self._settings, self._resumed)
             self._resumed = None
         loop = self.trainer.fit_loop
+        loop._load_combined_loader_states()  # not yet, where the schedule asked for the data before they were restored
         epochs = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.completed == epochs.ready:
             loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
+        self.update_schedule()
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
             set_rng_state(self._rng_states[self.global_rank])
         self._rng_states = None

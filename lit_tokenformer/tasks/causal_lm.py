@@ -13,7 +13,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 
 def published_adamw(params: Any) -> torch.optim.Optimizer:
@@ -39,7 +39,7 @@ class LitCausalLM(LitLanguageTask):
         overrides: Fields of the architecture that replace the preset's.
         optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
         z_loss: Weight of the squared log-partition in the training loss; ``val/loss`` is without it.
         cross_documents: Whether a token attends to documents before its own in the same block; without it
             ``separator_id`` must be known.
@@ -50,6 +50,7 @@ class LitCausalLM(LitLanguageTask):
             (RWKV: 2 for decays, 3 for bonuses).
         compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
         ValueError: For an unknown preset, sizes that do not fit each other, or an architecture that is not causal.
@@ -79,6 +80,7 @@ class LitCausalLM(LitLanguageTask):
         layerwise_lr: bool = False,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lr_scheduler_config: LRSchedulerConfig = LRSchedulerConfig(),  # noqa: B008  (frozen)
     ) -> None:
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
@@ -90,7 +92,7 @@ class LitCausalLM(LitLanguageTask):
             raise UserError("model.cross_documents: false needs separator_id, the token that ends a document")
         if not cross_documents and not backbone.keeps_documents_apart:
             raise UserError("model.cross_documents: false needs a model whose data tokens meet in attention alone")
-        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
         self.layerwise_lr = layerwise_lr
         self.separator_id = separator_id
@@ -106,10 +108,11 @@ class LitCausalLM(LitLanguageTask):
         first = batch[:1, :257]
         return self.backbone(first[:, :-1].clamp_min(0), self._documents(first))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss, count = self._loss(batch, self.z_loss)
-        self.log("train/loss", loss / count, prog_bar=True, batch_size=len(batch))
-        return loss / count
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        total, count = self._loss(batch, self.z_loss)
+        loss = total / count.clamp_min(1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss, count
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.base import LitTask
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 
 class LitImageClassifier(LitTask):
@@ -31,12 +31,13 @@ class LitImageClassifier(LitTask):
         optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters, class token and
             positions.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
         match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
             ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
         match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
         compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
         ValueError: For an unknown preset or sizes that do not fit each other.
@@ -62,10 +63,11 @@ class LitImageClassifier(LitTask):
         match_to: str | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lr_scheduler_config: LRSchedulerConfig = LRSchedulerConfig(),  # noqa: B008  (frozen)
     ) -> None:
         given = {"num_classes": num_classes, "image_size": image_size, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
-        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
         self._make_metrics()
 
@@ -94,11 +96,11 @@ class LitImageClassifier(LitTask):
             self.hparams["overrides"].pop("num_classes", None)
             self.hparams["num_classes"] = classes
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         image, label = batch
         loss = F.cross_entropy(self(image), label)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
-        return loss
+        return loss, len(image)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_acc1, self.val_acc5)

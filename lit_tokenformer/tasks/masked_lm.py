@@ -13,7 +13,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +32,8 @@ class LitMaskedLM(LitLanguageTask):
     to be told; what stands after ``lengths`` is padding. It logs ``train/loss``, ``val/loss``, ``val/perplexity`` and
     ``val/accuracy`` (``test/...`` likewise): means over the masked tokens, losses in nats. The head is computed for
     those tokens alone; ``cost()`` counts it for all, and padding as if it were text. Losses under different shares of
-    masked tokens are not comparable. Each process and each accumulated batch has a mean of its own in training.
+    masked tokens are not comparable. The gradient is that of the mean over all masked tokens of an optimizer step,
+    whatever batches and processes they are in.
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
@@ -41,13 +42,14 @@ class LitMaskedLM(LitLanguageTask):
         overrides: Fields of the architecture that replace the preset's.
         optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
         match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
             ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
         match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
         compile: Whether the backbone is compiled with ``torch.compile``, for each size with shapes that may change;
             without padding (``unpad``) in several graphs.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
         ValueError: For an unknown preset, sizes that do not fit each other, or an architecture without the right head.
@@ -75,6 +77,7 @@ class LitMaskedLM(LitLanguageTask):
         match_to: str | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lr_scheduler_config: LRSchedulerConfig = LRSchedulerConfig(),  # noqa: B008  (frozen)
     ) -> None:
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
@@ -82,7 +85,7 @@ class LitMaskedLM(LitLanguageTask):
             raise UserError(
                 f"model.preset: {preset!r} does not tell masked tokens; its head is {backbone.config.head!r}"
             )
-        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -94,11 +97,11 @@ class LitMaskedLM(LitLanguageTask):
         tokens, _, lengths = batch
         return self(tokens[:1], lengths[:1])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_loss(self, batch: Batch) -> tuple[Tensor, int]:
         features, labels = self._masked(batch)
         loss = self._loss(features, labels) / max(len(labels), 1)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
-        return loss
+        return loss, len(labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from lit_tokenformer.compute import ModelCost, model_cost
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import BackboneOverrides, Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.parallel import like
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.optimization import scale_
+from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 PARTS: dict[str, dict[str, Any]] = {
     "image": {"stem": "patch", "head": "image", "positions": "learned", "causal": False},
@@ -65,11 +67,12 @@ class LitMultiTask(LitTask):
             here a weight comes to rest where weight times loss is 1). ``train/NAME/weight`` tells them.
         optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``; it steps once an epoch.
+        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
         z_loss: As of :class:`LitCausalLM`.
         cross_documents: As of :class:`LitCausalLM`.
         compile: Whether the backbones are compiled with ``torch.compile``, once for each size.
         grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
         ValueError: For an unknown preset, sizes that do not fit each other, blocks that could not be shared, or weights
@@ -103,12 +106,14 @@ class LitMultiTask(LitTask):
         cross_documents: bool = True,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lr_scheduler_config: LRSchedulerConfig = LRSchedulerConfig(),  # noqa: B008  (frozen)
     ) -> None:
         fixed = _checked_weights(loss_weights)
-        super().__init__(None, optimizer, schedule, lr_scheduler, compile, grad_checkpointing)
+        super().__init__(None, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         shared = {
             "preset": preset,
             "schedule": dataclasses.asdict(self.schedule),
+            "lr_scheduler_config": dataclasses.asdict(self.lr_scheduler_config),
             "compile": compile,
             "grad_checkpointing": grad_checkpointing,
         }
@@ -128,6 +133,10 @@ class LitMultiTask(LitTask):
         self.fixed_weights = fixed
         self.log_variances = nn.ParameterDict({} if fixed else {name: nn.Parameter(torch.zeros(1)) for name in PARTS})
         """s of each task, (1,), where weights are learned."""
+
+        self._terms: dict[str, Sequence[Tensor]] = {}
+        self._gradients: dict[str, dict[nn.Parameter, Tensor]] = {}
+        self._completes_step = False
 
         self.remember_arguments(("overrides", "image", "text"))
         made = {key: self.hparams[key] for key in ("optimizer", "lr_scheduler", "_instantiator") if key in self.hparams}
@@ -167,8 +176,12 @@ class LitMultiTask(LitTask):
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the tasks' losses, ()."""
-        parts = [weight * losses[name] for name, weight in self.weights().items()]
-        return torch.stack([*parts, *(s.squeeze() for s in self.log_variances.values())]).sum()
+        return _sum_of({name: self.terms(name, losses[name]) for name in self.tasks})
+
+    def terms(self, name: str, loss: Tensor) -> list[Tensor]:
+        """What a task adds to the total, (): its weighted loss, and s where weights are learned."""
+        weighted = [self.weights()[name] * loss]
+        return [*weighted, self.log_variances[name].squeeze()] if self.log_variances else weighted
 
     def forward(self, x: Tensor, task: str = "image") -> Tensor:
         """Logits of one of the tasks: for images (B, C, H, W), or for token ids (B, T)."""
@@ -201,12 +214,76 @@ class LitMultiTask(LitTask):
             task.on_train_start()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        losses: dict[str, Any] = {name: task.training_step(batch[name], batch_idx) for name, task in self.tasks.items()}
-        loss = self.total(losses)
-        self.log("train/loss", loss, prog_bar=True)
+        terms: dict[str, Sequence[Tensor]] = {}
+        losses: dict[str, Tensor] = {}
+        for name, task in self.tasks.items():
+            losses[name], count = task.training_loss(batch[name])
+            share = task.share_of_step(count, batch_idx, losses[name])
+            terms[name] = [term if share is None else term * share for term in self.terms(name, losses[name])]
+        loss = _sum_of(terms)
+        self.log("train/loss", self.total(losses).detach(), prog_bar=True)
         if self.log_variances:
             self.log_dict({f"train/{name}/weight": weight for name, weight in self.weights().items()})
+        self._terms = terms if self._trainer and self.trainer.accumulate_grad_batches > 1 else {}
+        if self._terms and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._gradients = {}
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Keep the gradients of accumulated micro-batches apart by task, until each task's items are counted."""
+        if not self._terms:
+            super().backward(loss, *args, **kwargs)
+            return
+        terms, self._terms = self._terms, {}
+        roots = [term for own in terms.values() for term in own]
+        weights = dict(zip(roots, torch.autograd.grad(loss, roots, retain_graph=True), strict=True))
+        if self._completes_step:
+            factors = {name: task.step_factor() for name, task in self.tasks.items()}
+            self._merge_gradients(factors)
+            scaled = [weights[term] * factors[name] for name, own in terms.items() for term in own]
+            torch.autograd.backward(roots, scaled)
+            return
+        for name, own in terms.items():
+            kept = self._gradients.setdefault(name, {})
+            for parameter in self.parameters():
+                parameter.grad = kept.pop(parameter, None)
+            torch.autograd.backward(own, [weights[term] for term in own])
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    kept[parameter], parameter.grad = parameter.grad, None
+
+    def _merge_gradients(self, factors: Mapping[str, Tensor | float]) -> None:
+        """Give each parameter the sum of its tasks' gradients so far, each times the task's factor."""
+        for name, kept in self._gradients.items():
+            for parameter, gradient in kept.items():
+                scale_(gradient, factors[name])
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._gradients = {}
+
+    def pending_state(self) -> dict[str, Tensor | None]:
+        found: dict[str, Tensor | None] = {}
+        for name, task in self.tasks.items():
+            kept = self._gradients.get(name, {})
+            found |= {f"{name}.{key}": value for key, value in task.pending_state().items()}
+            found |= {f"{name}.gradients.{key}": kept.get(parameter) for key, parameter in self.named_parameters()}
+        return found
+
+    def load_pending_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, task in self.tasks.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            task.load_pending_state(own)
+            self._gradients[name] = {
+                parameter: like(parameter.detach(), own[f"gradients.{key}"].to(parameter.device))
+                for key, parameter in self.named_parameters()
+                if f"gradients.{key}" in own
+            }
+
+    def run_last_micro_batch(self, closure: Callable[[], Any]) -> Any:
+        self._completes_step = True
+        try:
+            return closure()
+        finally:
+            self._completes_step = False
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         list(self.tasks.values())[dataloader_idx].validation_step(batch, batch_idx)
@@ -249,6 +326,11 @@ class LitMultiTask(LitTask):
             for task in (whole, *self.tasks.values()):
                 stack.enter_context(task._prevent_trainer_and_dataloaders_deepcopy())
             yield
+
+
+def _sum_of(terms: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """The sum of all terms, (); losses before s."""
+    return torch.stack([own[place] for place in range(2) for own in terms.values() if place < len(own)]).sum()
 
 
 def joint_cost(costs: Iterable[ModelCost], parameters: int) -> ModelCost:

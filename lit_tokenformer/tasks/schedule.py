@@ -1,12 +1,20 @@
-"""Learning rate schedules in closed form: the rate of any step follows from its number alone."""
+"""Learning rate schedules in closed form: the rate of any step follows from its number alone; and when torch's step."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from lit_tokenformer.errors import UserError, unknown_name
+
+NEVER = sys.maxsize
+"""Frequency under which Lightning never steps a scheduler, because the task does, after each validation."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +82,57 @@ class LRSchedule:
         progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
         falling = (1 + math.cos(math.pi * progress)) / 2 if self.name == "cosine" else 1 - progress
         return self.min_factor + (1 - self.min_factor) * falling
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """When a torch scheduler steps, as in Lightning's ``lr_scheduler_config``.
+
+    Args:
+        interval: ``step`` (optimizer steps) or ``epoch``. ``None`` is ``step`` for ``OneCycleLR``, ``CyclicLR`` and
+            where only steps limit the fit, else ``epoch``; a ``ReduceLROnPlateau`` on a validation metric steps after
+            each validation.
+        frequency: Intervals between two steps of the scheduler.
+        monitor: Metric of a ``ReduceLROnPlateau``; ``None`` takes the scheduler's own ``monitor``.
+    """
+
+    interval: str | None = None
+    frequency: int = 1
+    monitor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval not in (None, "step", "epoch"):
+            raise unknown_name("model.lr_scheduler_config.interval", self.interval, ("step", "epoch"))
+        if self.frequency < 1:
+            raise UserError(f"model.lr_scheduler_config.frequency: expected at least 1, got {self.frequency}")
+        if self.frequency > 1 and self.interval is None:
+            raise UserError("model.lr_scheduler_config.frequency: needs interval, step or epoch")
+
+    def resolve(self, scheduler: Any, trainer: Trainer) -> dict[str, Any]:
+        """Interval, frequency and monitor for a scheduler.
+
+        Args:
+            scheduler: A torch scheduler.
+            trainer: The trainer, which knows what limits the fit.
+
+        Raises:
+            ValueError: For a ``ReduceLROnPlateau`` without a metric.
+        """
+        monitor = self.monitor or getattr(scheduler, "monitor", None)
+        frequency, by_step = self.frequency, isinstance(scheduler, (OneCycleLR, CyclicLR)) or _ends_by_steps(trainer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if monitor is None:
+                raise UserError("model.lr_scheduler_config.monitor: ReduceLROnPlateau needs a metric, such as val/loss")
+            by_step = False
+            if self.interval is None and not monitor.startswith("train/"):
+                frequency = NEVER
+        interval = self.interval or ("step" if by_step else "epoch")
+        return {"interval": interval, "frequency": frequency, "monitor": monitor}
+
+
+def _ends_by_steps(trainer: Trainer) -> bool:
+    """Whether a fit has no limit in epochs, or ends before its first epoch does."""
+    if trainer.max_steps < 0 or trainer.max_epochs == -1:
+        return trainer.max_steps >= 0
+    total = trainer.estimated_stepping_batches
+    return total * trainer.accumulate_grad_batches < trainer.num_training_batches

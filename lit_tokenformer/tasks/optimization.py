@@ -1,0 +1,203 @@
+"""How a task trains: steps of its schedulers, and gradients that are normalized over a whole global step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.tasks.schedule import NEVER, LRSchedule, LRSchedulerConfig
+
+
+class OptimizedTask(pl.LightningModule):
+    """A LightningModule that optimizes the mean of a loss over all items of a global step.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups.
+        schedule: Learning rate over the fit.
+        lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``.
+        lr_scheduler_config: When ``lr_scheduler`` steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        schedule: LRSchedule | dict[str, Any],
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_config: LRSchedulerConfig | dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.make_optimizer = optimizer
+        self.schedule = LRSchedule(**schedule) if isinstance(schedule, dict) else schedule
+        self.make_lr_scheduler = lr_scheduler
+        given = lr_scheduler_config
+        self.lr_scheduler_config = LRSchedulerConfig(**given) if isinstance(given, dict) else given
+        self._learning_rate: float | None = None
+        self._lengths: tuple[float, float] | None = None
+        """Optimizer steps of the fit and of an epoch; ``None`` where ``schedule`` is not used."""
+        self._counts: tuple[Tensor, Tensor] | None = None
+        """Items of all processes in the first micro-batch of the global step, and in all of them so far."""
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over the present parameters."""
+        raise NotImplementedError  # each task knows its parameter groups
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Learning rate in place of the optimizer's own, set by LearningRateFinder; ``None`` keeps that."""
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float | None) -> None:
+        self._learning_rate = rate
+        if rate is None or self._trainer is None:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            for group in scheduler.optimizer.param_groups:
+                wanted = rate * group.get("lr_scale", 1.0)
+                group["lr"] *= wanted / group.get("initial_lr", group["lr"])
+                group["initial_lr"] = wanted
+            for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+                one.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+                one._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.build_optimizer()
+        if self.trainer.gradient_clip_val:
+            # a fused optimizer would unscale gradients by itself, after they were clipped, and Lightning refuses it
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        if self.make_lr_scheduler is not None:
+            scheduler = self.make_lr_scheduler(optimizer)
+            config: Any = {"scheduler": scheduler, **self.lr_scheduler_config.resolve(scheduler, self.trainer)}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        total, per_epoch = self.measure_schedule()
+        if math.isinf(total) and (self.schedule.name != "constant" or self.schedule.unit == "share"):
+            raise UserError(
+                f"schedule.name: {self.schedule.name!r} needs an end; set trainer.max_epochs or trainer.max_steps"
+            )
+
+        def factor(step: int) -> float:
+            return self.schedule.factor(step, *(self._lengths or (total, per_epoch)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def update_schedule(self) -> None:
+        """Take over what callbacks such as BatchSizeFinder and LearningRateFinder changed before the first step."""
+        if self._lengths is not None:
+            self.measure_schedule()
+        for config in self.trainer.lr_scheduler_configs if self.learning_rate is not None else ():
+            scheduler: Any = config.scheduler
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    def measure_schedule(self) -> tuple[float, float]:
+        """Optimizer steps of the fit and of an epoch, with which the schedule goes on."""
+        per_epoch = self._steps_per_epoch() if self.schedule.unit == "epoch" else 1
+        self._lengths = self.trainer.estimated_stepping_batches, per_epoch
+        return self._lengths
+
+    def _steps_per_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()  # a fit that is limited by steps has not done so yet
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            raise UserError("schedule.unit: epochs of a stream have no known length; use 'step'")
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def training_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Mean loss of a training batch, (), which is logged, and the number of items that it is the mean of."""
+        raise NotImplementedError  # each task knows its batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, count = self.training_loss(batch)
+        share = self.share_of_step(count, batch_idx, loss)
+        return loss if share is None else loss * share
+
+    def share_of_step(self, count: Tensor | int, batch_idx: int, like: Tensor) -> Tensor | None:
+        """Weight of a micro-batch among those of its global step, all that come before one optimizer step.
+
+        Lightning and DDP average over micro-batches and processes, however many items each has. With these weights and
+        :meth:`step_factor` the gradient is that of the mean over all items.
+
+        Args:
+            count: Items of the micro-batch.
+            batch_idx: Zero-based number of the micro-batch in the epoch.
+            like: A tensor of the weight's device and type.
+
+        Returns:
+            Items, as a multiple of the mean over all processes in the first micro-batch, (): 1 where all have the same
+            number. ``None`` where a step has one micro-batch.
+        """
+        trainer = self._trainer
+        if trainer is None or trainer.world_size * trainer.accumulate_grad_batches == 1:
+            return None
+        own = count if isinstance(count, Tensor) else torch.full((), count, device=like.device)
+        every = own.clone()
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(every)
+        if self._counts is None or batch_idx % trainer.accumulate_grad_batches == 0:
+            self._counts = every.to(like.dtype).clamp_min(1), torch.zeros_like(every)
+        first, before = self._counts
+        self._counts = first, before + every
+        return own * trainer.world_size / first
+
+    def step_factor(self) -> Tensor | float:
+        """Factor on the gradient of a global step, for its number of items instead of micro-batches."""
+        if self._counts is None:
+            return 1.0
+        first, total = self._counts
+        return first * self.trainer.accumulate_grad_batches / total.clamp_min(1)
+
+    def pending_state(self) -> dict[str, Tensor | None]:
+        """State of an optimizer step that is not complete, besides the gradients; equal names in all processes."""
+        first, total = self._counts or (None, None)
+        return {"counts.first": first, "counts.total": total}
+
+    def load_pending_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`pending_state` gave, on any device."""
+        if "counts.first" in state:
+            self._counts = state["counts.first"].to(self.device), state["counts.total"].to(self.device)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Lightning's, with a gradient that is normalized over the global step before anything reads it."""
+        assert optimizer_closure is not None  # always given under automatic optimization
+        super().optimizer_step(epoch, batch_idx, optimizer, partial(self.run_last_micro_batch, optimizer_closure))
+
+    def run_last_micro_batch(self, closure: Callable[[], Any]) -> Any:
+        """Run the forward and backward pass that completes a global step, and normalize the gradient."""
+        result = closure()
+        if self._counts is not None and self.trainer.accumulate_grad_batches > 1:
+            factor = self.step_factor()
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    scale_(parameter.grad, factor)
+        return result
+
+    def _step_after_validation(self) -> None:
+        """Step the schedulers that wait for a validation metric; before the checkpoint is saved, which holds them."""
+        for config in self.trainer.lr_scheduler_configs:
+            if config.frequency != NEVER:
+                continue
+            scores = self.trainer.callback_metrics
+            if config.monitor not in scores:
+                raise UserError(
+                    f"model.lr_scheduler_config.monitor: no metric {config.monitor!r} (logged: {', '.join(scores)})"
+                )
+            self.lr_scheduler_step(config.scheduler, scores[config.monitor])
+
+
+def scale_(gradient: Tensor, factor: Tensor | float) -> None:
+    """Multiply a gradient in place; of a sharded one, each process its own part."""
+    (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
