@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.monitor import TrainingMonitor
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.models import model_size, param_tokens
 
 
@@ -74,9 +74,8 @@ class RunSummary(Callback):
             if stage["best"] and not Path(stage["best"]["path"]).exists():  # a full disk, or someone removed it
                 stage["best"] = None
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "summary.json.part"
-        unfinished.write_text(json.dumps({"stages": self.stages}, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / "summary.json")
+        with atomic_write(folder / "summary.json") as file:
+            file.write((json.dumps({"stages": self.stages}, indent=2) + "\n").encode())
         self._print()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ import lightning
 import torch
 
 from lit_tokenformer import tasks
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.safety import check_class_paths, trusted_optimizer
@@ -37,20 +38,17 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint so that it is there whole or not at all; its folder is made.
+    """Write a checkpoint atomically; its folder is created.
 
     Raises:
         ValueError: If it cannot be written.
     """
-    target = Path(path)
-    unfinished = target.with_name(target.name + ".part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, unfinished)
-        os.replace(unfinished, target)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        raise UserError(f"output: cannot write {path} ({str(error).splitlines()[0]})") from None
 
 
 def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
+from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow
@@ -139,7 +138,8 @@ def import_weights(
     task.tokenizer_json = text
     write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
     if text is not None and not copy.exists():
-        copy.write_text(text, encoding="utf-8")
+        with atomic_write(copy) as file:
+            file.write(text.encode())
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())
     print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))
@@ -204,25 +204,19 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
 
 @contextmanager
 def _new_folder(output: str) -> Iterator[Path]:
-    """A folder to write to that gets its name when all is written, and is told then.
+    """Create a folder that gets its name when the block ends, and report its files.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or the folder cannot be written.
     """
     target = Path(output)
     if target.exists():
         raise UserError(f"output: {target} exists already")
-    unfinished = target.with_name(target.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
+        with atomic_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise UserError(f"output: cannot write {target} ({error.strerror})") from None
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 
@@ -353,7 +347,8 @@ def evaluate_checkpoint(
         raise UserError(f"tasks: {error}") from None
     print(as_table(results))
     if output is not None:
-        Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        with atomic_write(output) as file:
+            file.write((json.dumps(results, indent=2, default=str) + "\n").encode())
     return results
 
 

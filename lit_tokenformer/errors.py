@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(ValueError):
@@ -12,12 +15,19 @@ class UserError(ValueError):
     The command line reports it in one line and exits with status 2. Any other exception is a fault in somebody's
     code and keeps its traceback.
 
+    Args:
+        message: One line. Control characters, which a terminal would obey, are escaped: names in the message may come
+            from a file.
+
     Example:
         >>> raise UserError("param_tokens: expected at least 1, got 0")
         Traceback (most recent call last):
         ...
         lit_tokenformer.errors.UserError: param_tokens: expected at least 1, got 0
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 def unknown_name(setting: str, name: object, choices: Iterable[str]) -> UserError:

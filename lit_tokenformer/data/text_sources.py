@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError
 
 EncodingErrors = Literal["strict", "replace"]
@@ -279,10 +280,8 @@ def _file_hashes(paths: list[Path], memory: Path | None) -> list[str]:
     if fresh and memory is not None:
         with suppress(OSError):  # only time is lost
             memory.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{memory}.lock"):
-                partial = memory.with_name(f"{memory.name}.{os.getpid()}")
-                partial.write_text(json.dumps({**known, **fresh}))
-                partial.replace(memory)
+            with FileLock(f"{memory}.lock"), atomic_write(memory) as file:
+                file.write(json.dumps({**known, **fresh}).encode())
     return hashes
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 
 SEPARATOR = "<|endoftext|>"
@@ -209,12 +210,13 @@ class Tokenizer:
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a ``tokenizer.json``.
+        """Write a ``tokenizer.json``.
 
         Args:
             path: The file.
         """
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(self.to_json().encode())
 
     def special_id(self, *names: str) -> int | None:
         """The id of the first of these special tokens that the vocabulary has, None without.

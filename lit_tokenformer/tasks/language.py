@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks.base import LitTask
 
@@ -61,7 +62,8 @@ class LitLanguageTask(LitTask):
             folder = getattr(callback, "dirpath", None)
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+                with atomic_write(Path(folder) / TOKENIZER_FILE) as file:
+                    file.write(text.encode())
 
     def _tokenizer_of_data(self) -> str | None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
