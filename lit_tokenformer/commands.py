@@ -71,25 +71,40 @@ def grow_checkpoint(
         task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
-        optimizer.load_state_dict(state)
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
+            optimizer.load_state_dict(state)
     grown = grow(task, tokens, **settings)
-    for optimizer in optimizers:
-        grow_optimizer(optimizer, grown, new_state)
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer in optimizers:
+            grow_optimizer(optimizer, grown, new_state)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
-    checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    if "optimizer_states" in checkpoint:  # else it is of weights only, and stays so
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint["param_tokens"] = param_tokens(task)
-    event = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "before": before, **settings}
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith("ParameterGrowthCallback"):
-            state["events"].append({**event, "after": param_tokens(task)})
-        elif key.startswith("TrainingMonitor"):
-            state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
+    event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
+    with _state_errors(ckpt_path, "callbacks"):
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith("ParameterGrowthCallback"):
+                state["events"].append({**event, **settings, "after": param_tokens(task)})
+            elif key.startswith("TrainingMonitor"):
+                state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
 
     write_checkpoint(checkpoint, target)
     sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
     print(f"{target}: {sizes} tokens")
     return target
+
+
+@contextmanager
+def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
+    """Turn whatever values of other types raise into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
 
 
 def import_weights(
