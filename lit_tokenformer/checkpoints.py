@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("task", "pytorch-lightning_version"), (str,)),
     "tokenizer": (str, type(None)),
 }
-"""Types of what a checkpoint may hold; the state of data and callbacks is known to those that wrote it."""
+"""Types of what a checkpoint may hold."""
+
+_COUNTS = {"ready", "started", "processed", "completed"}
+_PROGRESS = {"total", "current", "batch_progress", "epoch_progress", "optimizer", "step", "zero_grad"}
+"""Names in the progress of Lightning's loops, which it reads without a look at their types."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
@@ -45,10 +49,26 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
         if not isinstance(checkpoint.get(key, kinds[0]()), kinds):
             found = type(checkpoint[key]).__name__
             raise UserError(f"ckpt_path: {path}: {key}: expected type {kinds[0].__name__}, got {found}")
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if not isinstance(state, dict):
+            raise UserError(f"ckpt_path: {path}: callbacks: {key}: expected type dict, got {type(state).__name__}")
+    if problem := next(_loop_problems(checkpoint.get("loops", {}), "loops"), None):
+        raise UserError(f"ckpt_path: {path}: {problem}")
     for key in ("state_dict", "current_model_state"):
         if not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.get(key, {}).values()):
             raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its {key} is tensors")
     return checkpoint
+
+
+def _loop_problems(state: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Values in the progress of loops whose type is another than Lightning's."""
+    for key, value in state.items():
+        inner = f"{place}.{key}"
+        kind = int if key in _COUNTS else dict if key in _PROGRESS else object
+        if not isinstance(value, kind):
+            yield f"{inner}: expected type {kind.__name__}, got {type(value).__name__}"
+        if isinstance(value, dict):
+            yield from _loop_problems(value, inner)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
+from lit_tokenformer.data.tokenizers import checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop import read_published, write_published
@@ -141,7 +141,7 @@ def import_weights(
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
         raise UserError(f"output: {copy} exists already, and is another tokenizer")
     config, state = read_published(weights, config_json)
-    size = 0 if text is None else max(Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values()) + 1
+    size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
             f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
@@ -243,8 +243,8 @@ def _write_tokenizer(folder: Path, text: str | None) -> None:
 def _read_tokenizer(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-    except Exception as error:  # all that the library raises
+        checked_backend(text)
+    except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
     return text
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from filelock import FileLock
 
 from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.data.hub import load_hub_data
 from lit_tokenformer.errors import UserError
 
 EncodingErrors = Literal["strict", "replace"]
@@ -375,7 +376,7 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
         if settings.val_files:
             data_files[settings.hf_val_split or "validation"] = list(settings.val_files)
     try:
-        loaded = datasets.load_dataset(
+        loaded = load_hub_data(
             settings.hf_name, settings.hf_config, data_files=data_files, streaming=settings.streaming
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

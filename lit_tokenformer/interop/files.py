@@ -46,7 +46,7 @@ ALLOWED = {
 _EXTENDED = ("torch", "builtins", "traceback")
 """Packages of the types that torch itself adds to its safe globals; a user's own additions count."""
 
-MAX_VALUES, MAX_NESTING = 10_000_000, 100
+MAX_VALUES, MAX_NESTING = 4_000_000, 100
 """Values that a file may hold, counted as often as they are referred to, and how deeply they may be nested."""
 
 
@@ -160,16 +160,16 @@ def check_size(value: Any) -> None:
         value: Anything that a pickle gave.
 
     Raises:
-        pickle.UnpicklingError: If there are more than ``MAX_VALUES``, or nested deeper than ``MAX_NESTING``.
+        ValueError: If there are more than ``MAX_VALUES``, or nested deeper than ``MAX_NESTING``.
     """
     count, depth, level = 0, 0, [value]
     while level:
         count, depth = count + len(level), depth + 1
         if count > MAX_VALUES or depth > MAX_NESTING:
-            raise pickle.UnpicklingError("Unsupported nesting of its values")
+            raise ValueError(f"more than {MAX_VALUES} values, or nested deeper than {MAX_NESTING}")
         inner: list[Any] = []
         for one in level:
-            if isinstance(one, Mapping):
+            if isinstance(one, dict):
                 inner += one.values()
             elif isinstance(one, (list, tuple, set)):
                 inner += one
