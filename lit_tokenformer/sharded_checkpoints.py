@@ -142,6 +142,8 @@ def load_into(
             _take_state(task, optimizer, state)
         return load_pickle(Path(path) / REST, "ckpt_path")
     checkpoint = load_pickle(path, "ckpt_path", mmap=True)
+    if optimizers:
+        check_has_optimizers(checkpoint)
     trained_weights(checkpoint)
     weights = checkpoint["state_dict"]
     problems(weights)
@@ -152,6 +154,19 @@ def load_into(
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
         _take_state(task, optimizer, state)
     return checkpoint
+
+
+def check_has_optimizers(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of weights only, from which a fit cannot resume.
+
+    Raises:
+        ValueError: If there is no optimizer state; of a fresh fit it is an empty list.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            "ckpt_path: the checkpoint has weights only, and a fit resumes with an optimizer state "
+            "(expected ModelCheckpoint with save_weights_only: false)"
+        )
 
 
 def save_folder(

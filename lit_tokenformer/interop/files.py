@@ -34,7 +34,7 @@ _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torc
 ALLOWED = {
     "torch": {*_DTYPES, "Size", "device", *(name for name in dir(torch) if name.endswith("Storage"))},
     "torch.storage": {"TypedStorage", "UntypedStorage"},
-    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"},
+    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"},
     "torch.nn.parameter": {"Parameter"},
     "collections": {"Counter", "OrderedDict"},
     "_codecs": {"encode"},  # bytes

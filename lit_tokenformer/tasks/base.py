@@ -26,7 +26,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Pattention, Tokenformer, model_size, param_tokens, preset_config
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
-from lit_tokenformer.sharded_checkpoints import load_into, save_folder
+from lit_tokenformer.sharded_checkpoints import check_has_optimizers, load_into, save_folder
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _SIZES = {
@@ -305,6 +305,10 @@ class LitTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
+        trainer: Any = self._trainer
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if fits and trainer.strategy.lightning_restore_optimizer:  # else the strategy has looked
+            check_has_optimizers(checkpoint)
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
         if "grown_depth" in checkpoint:
