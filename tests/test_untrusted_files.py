@@ -304,10 +304,12 @@ class TestStrangers:
             "parameter": parameters[0],
             "others": [{1}, b"bytes", torch.Size([2]), torch.device("cpu"), torch.bfloat16, 1 << 70],
         }
-        values["half"] = [torch.zeros(2, dtype=kind) for kind in (torch.bfloat16, torch.bool, torch.uint16)]
+        values["tensors"] = [torch.zeros(2, dtype=kind) for kind in (torch.bfloat16, torch.bool)]
         for zipped in (True, False):
             torch.save(values, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
             assert load_pickle(tmp_path / "a.pt", "path")["others"] == values["others"]
+        torch.save(torch.zeros(2, dtype=torch.uint16), tmp_path / "new.pt")  # which torch writes in another way
+        assert load_pickle(tmp_path / "new.pt", "path").dtype == torch.uint16
 
     def test_values_that_grow_without_bound_are_refused(self, changed):
         doubled, deep, own = [0], [], []
