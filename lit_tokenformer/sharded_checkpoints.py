@@ -326,7 +326,8 @@ def _is_whole(name: str, entry: Any, stored: Mapping[Any, Any]) -> bool:
     """
     if not isinstance(entry, TensorStorageMetadata):
         return stored[MetadataIndex(name)].length > 0
-    size, axes = tuple(entry.size), []
+    size: Any = tuple(entry.size)
+    axes: list[int] = []
     boxes = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks if math.prod(chunk.sizes)}
     for axis, length in enumerate(size):
         spans = sorted({(offsets[axis], offsets[axis] + sizes[axis]) for offsets, sizes in boxes})

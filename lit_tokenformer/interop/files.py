@@ -133,7 +133,7 @@ def check_archive(file: BinaryIO) -> bool:
     if torch.serialization.get_crc32_options() and (bad := archive.testzip()) is not None:
         raise zipfile.BadZipFile(f"record {bad} does not match its checksum")
     file.seek(0)
-    reader = torch._C.PyTorchFileReader(file)  # as torch.load: another parser might find another record
+    reader: Any = torch._C.PyTorchFileReader(file)  # as torch.load: another parser might find another record
     if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
         raise zipfile.BadZipFile(f"its byte order is not {sys.byteorder} as on this machine")
     _check_types(io.BytesIO(reader.get_record("data.pkl")))
