@@ -20,12 +20,14 @@ from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state_dict", "current_model_state", "hyper_parameters", "callbacks", "loops"), (dict,)),
-    **dict.fromkeys(("optimizer_states", "lr_schedulers", "rng_states"), (list,)),
-    **dict.fromkeys(("epoch", "global_step", "grown_depth"), (int,)),
-    **dict.fromkeys(("task", "pytorch-lightning_version"), (str,)),
-    "tokenizer": (str, type(None)),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), (list,)),
+    **dict.fromkeys(("epoch", "global_step"), (int,)),
+    "pytorch-lightning_version": (str,),
 }
-"""Types of what a checkpoint may hold."""
+"""Types of what Lightning puts into a checkpoint."""
+
+OWN_KINDS: dict[str, tuple[type, ...]] = {"tokenizer": (str, type(None)), "grown_depth": (int,), "rng_states": (list,)}
+"""Types of what the tasks of this project add to it; others may use the same names."""
 
 _COUNTS = {"ready", "started", "processed", "completed"}
 _PROGRESS = {"total", "current", "batch_progress", "epoch_progress", "optimizer", "step", "zero_grad"}
@@ -45,7 +47,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu") -> 
     checkpoint = read_folder(path, map_location) if is_sharded(path) else load_pickle(path, "ckpt_path", map_location)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
-    for key, kinds in KINDS.items():
+    for key, kinds in (KINDS | OWN_KINDS if checkpoint.get("task") in tasks.__all__ else KINDS).items():
         if not isinstance(checkpoint.get(key, kinds[0]()), kinds):
             found = type(checkpoint[key]).__name__
             raise UserError(f"ckpt_path: {path}: {key}: expected type {kinds[0].__name__}, got {found}")

@@ -231,7 +231,7 @@ def _new_folder(output: str) -> Iterator[Path]:
         with atomic_folder(target) as folder:
             yield folder
     except OSError as error:
-        raise UserError(f"output: cannot write {target} ({error.strerror})") from None
+        raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ParameterGrowthCallback, PredictionWriter, TrainingMonitor
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
@@ -51,7 +51,7 @@ def language_model():
 
 
 def trainer(folder, **settings):
-    callbacks = [ParameterGrowthCallback({1: 16}), TrainingMonitor(), EarlyStopping("val/loss", patience=9)]
+    callbacks = [ParameterGrowthCallback({1: 16}), TrainingMonitor()]
     callbacks.append(ModelCheckpoint(folder, "good", every_n_epochs=2))
     return Trainer(
         accelerator="cpu",

@@ -205,12 +205,19 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes ``.safetensors``, or a pickled state dict under any other name."""
+    """Write ``.safetensors``, or a pickled state dict under any other name.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if Path(path).suffix == ".safetensors":
-        safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
-    else:
-        torch.save(whole, path)
+    try:
+        if Path(path).suffix == ".safetensors":
+            safetensors.torch.save_file(whole, path, metadata={"format": "pt"})
+        else:
+            torch.save(whole, path)
+    except (SafetensorError, RuntimeError) as error:  # of a full disk, say
+        raise OSError(_first_line(error)) from error
 
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
