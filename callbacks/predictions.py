@@ -6,6 +6,7 @@ import csv
 import heapq
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
 
     ``image`` and the class names come from the data module (``predict_name(index)``, ``class_names``) if it has them,
     else they are numbers. The row of an unreadable image (label -100) has empty cells. With fewer than five classes
-    there are fewer columns.
+    there are fewer columns. Names that a spreadsheet would compute as a formula get an apostrophe before them.
 
     The file appears under its name when it is complete. Each process writes a hidden part beside it; the first one
     joins them, so several machines need a folder that they share.
@@ -153,8 +154,17 @@ def _rows(
     names = getattr(datamodule, "class_names", None) or [str(number) for number in range(prediction.shape[1])]
     labels = labels or [None] * len(indices)
     for index, label, best, shares in zip(indices, labels, classes.tolist(), probs.tolist(), strict=True):
-        cells = [cell for one, share in zip(best, shares, strict=True) for cell in (names[one], f"{share:.6g}")]
-        yield [index, name(index), *([""] * len(cells) if label == UNREADABLE else cells)]
+        cells = [cell for one, share in zip(best, shares, strict=True) for cell in (_text(names[one]), f"{share:.6g}")]
+        yield [index, _text(name(index)), *([""] * len(cells) if label == UNREADABLE else cells)]
+
+
+def _text(name: object) -> str:
+    """A name as text for spreadsheets too, which run formulas; a number such as -1 is none."""
+    text = str(name)
+    with suppress(ValueError):
+        float(text)
+        return text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _join(parts: Iterable[Path], whole: Path) -> int:

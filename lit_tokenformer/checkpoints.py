@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,26 @@ import lightning
 import torch
 
 from lit_tokenformer import tasks
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import load_pickle
-from lit_tokenformer.safety import check_class_paths, trusted_optimizer
+from lit_tokenformer.safety import MADE, check_class_paths, trusted_optimizer
 from lit_tokenformer.sharded_checkpoints import is_sharded, read_folder
+
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("state_dict", "current_model_state", "hyper_parameters", "callbacks", "loops"), (dict,)),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), (list,)),
+    **dict.fromkeys(("epoch", "global_step"), (int,)),
+    "pytorch-lightning_version": (str,),
+}
+"""Types of what Lightning puts into a checkpoint."""
+
+OWN_KINDS: dict[str, tuple[type, ...]] = {"tokenizer": (str, type(None)), "grown_depth": (int,), "rng_states": (list,)}
+"""Types of what the tasks of this project add to it; others may use the same names."""
+
+_COUNTS = {"ready", "started", "processed", "completed"}
+_PROGRESS = {"total", "current", "batch_progress", "epoch_progress", "optimizer", "step", "zero_grad"}
+"""Names in the progress of Lightning's loops, which it reads without a look at their types."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", optimizers: bool = True) -> dict[str, Any]:
@@ -34,27 +51,44 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", opt
         checkpoint = load_pickle(path, "ckpt_path", map_location, mmap=not optimizers)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: it has no state_dict")
-    state = checkpoint["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its state_dict is tensors")
+    for key, kinds in (KINDS | OWN_KINDS if checkpoint.get("task") in tasks.__all__ else KINDS).items():
+        if not isinstance(checkpoint.get(key, kinds[0]()), kinds):
+            found = type(checkpoint[key]).__name__
+            raise UserError(f"ckpt_path: {path}: {key}: expected type {kinds[0].__name__}, got {found}")
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if not isinstance(state, dict):
+            raise UserError(f"ckpt_path: {path}: callbacks: {key}: expected type dict, got {type(state).__name__}")
+    if problem := next(_loop_problems(checkpoint.get("loops", {}), "loops"), None):
+        raise UserError(f"ckpt_path: {path}: {problem}")
+    for key in ("state_dict", "current_model_state"):
+        if not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.get(key, {}).values()):
+            raise UserError(f"ckpt_path: {path} is not a checkpoint of a fit: not all of its {key} is tensors")
     return checkpoint
 
 
+def _loop_problems(state: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Values in the progress of loops whose type is another than Lightning's."""
+    for key, value in state.items():
+        inner = f"{place}.{key}"
+        kind = int if key in _COUNTS else dict if key in _PROGRESS else object
+        if not isinstance(value, kind):
+            yield f"{inner}: expected type {kind.__name__}, got {type(value).__name__}"
+        if isinstance(value, dict):
+            yield from _loop_problems(value, inner)
+
+
 def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint so that it is there whole or not at all; its folder is made.
+    """Write a checkpoint atomically; its folder is created.
 
     Raises:
         ValueError: If it cannot be written.
     """
-    target = Path(path)
-    unfinished = target.with_name(target.name + ".part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, unfinished)
-        os.replace(unfinished, target)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"output: cannot write {target} ({str(error).splitlines()[0]})") from None
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        raise UserError(f"output: cannot write {path} ({str(error).splitlines()[0]})") from None
 
 
 def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -82,7 +116,9 @@ def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -
 def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
     """The task that a checkpoint belongs to, with its weights.
 
-    It is made here and not by Lightning, whose parser makes classes of texts that look like a config.
+    It is made here and not by Lightning, whose parser makes classes of texts that look like a config. It is first made
+    without memory, and its sizes are compared with the tensors in the checkpoint: a file of a few bytes may name any.
+    Its optimizer is made when it is built, and only then has to be of a trusted package.
 
     Args:
         path: The file or folder.
@@ -97,22 +133,39 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     if name not in known:
         raise unknown_name("ckpt_path: task", name, known)
     arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not isinstance(arguments, dict):
-        raise UserError(f"ckpt_path: {path}: expected the task's arguments by name, got a {type(arguments).__name__}")
-    check_class_paths(arguments, path)
-    wanted = inspect.signature(known[name]).parameters.keys() - {"optimizer", "lr_scheduler"}
-    given = {key: value for key, value in arguments.items() if key in wanted}
-    made = {key: arguments[key] for key in ("optimizer", "lr_scheduler") if isinstance(arguments.get(key), dict)}
+    made = {key: arguments[key] for key in MADE if arguments.get(key) is not None}
+    given = {key: value for key, value in arguments.items() if key not in MADE}
+    check_class_paths(given, path)
+    given = {key: given[key] for key in inspect.signature(known[name]).parameters if key in given}
     if "optimizer" in made:
         given["optimizer"] = trusted_optimizer(made["optimizer"], path)
     place = "meta" if device == "meta" else "cpu"
     saved = read_checkpoint(path, place, optimizers=False)
     try:
-        with torch.device(device):
-            task = known[name](**given)
-        task.on_load_checkpoint(saved)
+        _check_depth(given, checkpoint)
+        for where in dict.fromkeys(("meta", device)):
+            with torch.device(where):
+                task = known[name](**given)
+            if _numbers(task.state_dict()) > _numbers(saved["state_dict"]):
+                raise ValueError("its arguments are of a larger model than its tensors")
+            task.on_load_checkpoint(saved)
         task.load_state_dict(saved["state_dict"])
-    except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # arguments of other types, say
+    except UserError:
+        raise
+    except Exception as error:  # arguments of other types, say
         raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
     task.hparams.update(made)  # as plain as they came
     return task
+
+
+def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for more blocks than there are tensors; each would be made, even without memory."""
+    depths = [checkpoint.get("grown_depth", 0)]
+    depths += [fields["depth"] for fields in arguments.values() if isinstance(fields, dict) and "depth" in fields]
+    for depth in depths:
+        if isinstance(depth, int) and depth > len(checkpoint["state_dict"]):
+            raise ValueError(f"depth: {depth} blocks, with {len(checkpoint['state_dict'])} tensors in all")
+
+
+def _numbers(state: Mapping[str, Any]) -> int:
+    return sum(tensor.numel() for tensor in state.values())

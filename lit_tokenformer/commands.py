@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from lit_tokenformer import tasks
+from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
+from lit_tokenformer.data.tokenizers import checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop import read_published, write_published
@@ -72,25 +71,40 @@ def grow_checkpoint(
         task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
-        optimizer.load_state_dict(state)
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
+            optimizer.load_state_dict(state)
     grown = grow(task, tokens, **settings)
-    for optimizer in optimizers:
-        grow_optimizer(optimizer, grown, new_state)
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer in optimizers:
+            grow_optimizer(optimizer, grown, new_state)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
-    checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    if "optimizer_states" in checkpoint:  # else it is of weights only, and stays so
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint["param_tokens"] = param_tokens(task)
-    event = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "before": before, **settings}
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith("ParameterGrowthCallback"):
-            state["events"].append({**event, "after": param_tokens(task)})
-        elif key.startswith("TrainingMonitor"):
-            state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
+    event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
+    with _state_errors(ckpt_path, "callbacks"):
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith("ParameterGrowthCallback"):
+                state["events"].append({**event, **settings, "after": param_tokens(task)})
+            elif key.startswith("TrainingMonitor"):
+                state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
 
     write_checkpoint(checkpoint, target)
     sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
     print(f"{target}: {sizes} tokens")
     return target
+
+
+@contextmanager
+def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
+    """Turn whatever values of other types raise into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
 
 
 def import_weights(
@@ -127,7 +141,7 @@ def import_weights(
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
         raise UserError(f"output: {copy} exists already, and is another tokenizer")
     config, state = read_published(weights, config_json)
-    size = 0 if text is None else max(Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values()) + 1
+    size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
             f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
@@ -139,7 +153,8 @@ def import_weights(
     task.tokenizer_json = text
     write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
     if text is not None and not copy.exists():
-        copy.write_text(text, encoding="utf-8")
+        with atomic_write(copy) as file:
+            file.write(text.encode())
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())
     print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))
@@ -204,27 +219,19 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
 
 @contextmanager
 def _new_folder(output: str) -> Iterator[Path]:
-    """A folder to write to that gets its name when all is written, and is told then.
+    """Create a folder that gets its name when the block ends, and report its files.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or the folder cannot be written.
     """
     target = Path(output)
     if target.exists():
         raise UserError(f"output: {target} exists already")
-    unfinished = target.with_name(target.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output: cannot write {target} ({error.strerror})") from None
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
+        with atomic_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 
@@ -236,8 +243,8 @@ def _write_tokenizer(folder: Path, text: str | None) -> None:
 def _read_tokenizer(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-    except Exception as error:  # all that the library raises
+        checked_backend(text)
+    except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
     return text
 
@@ -355,7 +362,8 @@ def evaluate_checkpoint(
         raise UserError(f"tasks: {error}") from None
     print(as_table(results))
     if output is not None:
-        Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        with atomic_write(output) as file:
+            file.write((json.dumps(results, indent=2, default=str) + "\n").encode())
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ _CHECKED = frozenset(
     | {"jsonargparse", "lightning", "numpy", "omegaconf", "tensorboard", "timm", "torch", "torchmetrics", "yaml"}
 )
 """Packages whose constructors check what they are given; an error out of any other keeps its traceback."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(ValueError):
@@ -20,6 +22,10 @@ class UserError(ValueError):
 
     The command line reports it in one line and exits with status 2. Any other exception is a fault in somebody's
     code and keeps its traceback.
+
+    Args:
+        message: One line. Control characters, which a terminal would obey, are escaped: names in the message may come
+            from a file.
 
     Example:
         >>> raise UserError("param_tokens: expected at least 1, got 0")
@@ -30,7 +36,8 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A loader's worker hands its error over with the whole traceback as the message
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+        message = message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 def unknown_name(setting: str, name: object, choices: Iterable[str]) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import uuid
@@ -58,7 +59,11 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
             with fs.open(path, "xb") as file:
                 file.write(text.encode())
             return path
-        except FileExistsError:
+        except OSError as error:
+            if not isinstance(error, FileExistsError):  # a full disk, say
+                with contextlib.suppress(OSError):
+                    fs.rm_file(path)
+                raise
             found = fs.cat_file(path).decode(errors="replace") if fs.isfile(path) else ""
         if found == text:
             return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,10 @@ TRUSTED = ("lit_tokenformer", "callbacks", "torch.optim", "timm.optim")
 ALSO_TRUSTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "lightning.pytorch.cli.instantiate_module")
 """What Lightning itself writes into checkpoints, whose package holds other things too."""
 
-_MADE_BY_NAME = ("optimizer", "lr_scheduler", "class_path", "_class_path")
+MADE = ("optimizer", "lr_scheduler")
+"""Arguments of a task that are classes to make; they are looked at when one is made."""
+
+_MADE_BY_NAME = (*MADE, "class_path", "_class_path")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -43,24 +45,34 @@ def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
             )
 
 
-def trusted_optimizer(spec: Mapping[str, Any], path: object) -> Callable[[Any], torch.optim.Optimizer]:
-    """What makes the optimizer that a checkpoint names; its settings reach it as they are, and nothing is made of them.
+def trusted_optimizer(spec: Any, path: object) -> Callable[[Any], torch.optim.Optimizer]:
+    """A factory of the optimizer that a checkpoint names. Settings reach it as they are; no class is made of them.
 
     Args:
         spec: ``class_path`` and ``init_args``.
         path: The checkpoint, for the error.
 
-    Raises:
-        ValueError: If it is not an optimizer of a trusted package, or its settings are not by name.
+    Returns:
+        Parameter groups -> optimizer. It raises a ``ValueError`` if this is not an optimizer of a trusted package, or
+        does not take its settings.
     """
-    name, settings = spec.get("class_path"), spec.get("init_args", {})
-    if not isinstance(name, str) or not isinstance(settings, Mapping) or not is_trusted_class(name):
-        raise UserError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
-    module, _, kind = name.rpartition(".")
-    found = getattr(importlib.import_module(module), kind, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
-    return partial(found, **settings)
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        check_class_paths({"optimizer": spec}, path)
+        given = spec if isinstance(spec, Mapping) else {}
+        name, settings = given.get("class_path"), given.get("init_args", {})
+        if not isinstance(name, str) or not isinstance(settings, Mapping):
+            raise UserError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
+        module, _, kind = name.rpartition(".")
+        found = getattr(importlib.import_module(module), kind, None)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
+        try:
+            return found(params, **settings)
+        except Exception as error:  # settings of other types, say
+            raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+
+    return make
 
 
 def is_trusted_class(name: str) -> bool:

@@ -9,6 +9,8 @@ values without a look; the one here takes nothing but the types that torch puts 
 from __future__ import annotations
 
 import errno
+import io
+import math
 import os
 import pickle
 import shutil
@@ -23,11 +25,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.interop.files import load_pickle
+from lit_tokenformer.interop.files import check_archive, check_size, load_pickle, reading_errors
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.parallel import ShardedParameters, like, local, owned_rows, reshard
 
@@ -92,15 +94,18 @@ def read_folder(path: str | os.PathLike[str], map_location: str = "cpu", optimiz
     Raises:
         ValueError: If it is not whole, is damaged or holds pickled code.
     """
-    index = {name: entry for name, entry in read_index(path).items() if optimizers or name.startswith("state_dict.")}
-    targets = {
-        name: tensor if tensor is None else torch.empty_like(tensor, device="cpu") for name, tensor in index.items()
-    }
-    if map_location == "meta":
-        targets = {name: None for name, tensor in index.items() if tensor is None}
-    found: dict[str, Any] = {**index, **_read(path, targets)}
-    rest = load_pickle(Path(path) / REST, "ckpt_path", map_location)
-    return {**rest, "state_dict": _below(found, "state_dict."), "optimizer_states": _optimizers(found)}
+    with reading_errors("ckpt_path", path):
+        index = {
+            name: entry for name, entry in read_index(path).items() if optimizers or name.startswith("state_dict.")
+        }
+        targets = {
+            name: tensor if tensor is None else torch.empty_like(tensor, device="cpu") for name, tensor in index.items()
+        }
+        if map_location == "meta":
+            targets = {name: None for name, tensor in index.items() if tensor is None}
+        found: dict[str, Any] = {**index, **_read(path, targets)}
+        rest = load_pickle(Path(path) / REST, "ckpt_path", map_location)
+        return {**rest, "state_dict": _below(found, "state_dict."), "optimizer_states": _optimizers(found)}
 
 
 def load_into(
@@ -142,6 +147,8 @@ def load_into(
             _take_state(task, optimizer, state)
         return load_pickle(Path(path) / REST, "ckpt_path")
     checkpoint = load_pickle(path, "ckpt_path", mmap=True)
+    if optimizers:
+        check_has_optimizers(checkpoint)
     trained_weights(checkpoint)
     weights = checkpoint["state_dict"]
     problems(weights)
@@ -152,6 +159,19 @@ def load_into(
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
         _take_state(task, optimizer, state)
     return checkpoint
+
+
+def check_has_optimizers(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of weights only, from which a fit cannot resume.
+
+    Raises:
+        ValueError: If there is no optimizer state; of a fresh fit it is an empty list.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            "ckpt_path: the checkpoint has weights only, and a fit resumes with an optimizer state "
+            "(expected ModelCheckpoint with save_weights_only: false); a new experiment starts from them by --init_from"
+        )
 
 
 def save_folder(
@@ -292,9 +312,12 @@ class _Reader(FileSystemReader):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._folder = Path(path)
+        self._checked: set[tuple[str, int]] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         file = self._folder / INDEX
+        if not file.is_file():
+            raise UserError(f"ckpt_path: {file} is not a file")
         try:
             with open(file, "rb") as stream:
                 found = _Unpickler(stream).load()
@@ -308,7 +331,47 @@ class _Reader(FileSystemReader):
             ) from None
         if not all(isinstance(one, str) and os.path.basename(one) == one for one in files):
             raise UserError(f"ckpt_path: {file} names files that lie elsewhere")
+        for name in files:
+            if not (self._folder / name).is_file():
+                raise UserError(f"ckpt_path: {self._folder} is not whole: {name} is missing")
+        for name, entry in found.state_dict_metadata.items():
+            try:
+                whole = _is_whole(name, entry, found.storage_data)
+            except Exception:  # of a wrong kind, however deep in the entry
+                whole = False
+            if not whole:
+                raise UserError(f"ckpt_path: {file} does not have all of {name}")
         return found
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        found = io.BytesIO(super()._slice_file(file, sinfo).read())  # one chunk in memory
+        if (place := (sinfo.relative_path, sinfo.offset)) not in self._checked:
+            check_archive(found)
+            found.seek(0)
+            self._checked.add(place)
+        return found
+
+
+def _is_whole(name: str, entry: Any, stored: Mapping[Any, Any]) -> bool:
+    """Whether an entry of the index is there completely: its chunks are a grid, and as many bytes are stored of each.
+
+    torch leaves memory as it was where a chunk is missing.
+    """
+    if not isinstance(entry, TensorStorageMetadata):
+        return stored[MetadataIndex(name)].length > 0
+    size: Any = tuple(entry.size)
+    axes: list[int] = []
+    boxes = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks if math.prod(chunk.sizes)}
+    for axis, length in enumerate(size):
+        spans = sorted({(offsets[axis], offsets[axis] + sizes[axis]) for offsets, sizes in boxes})
+        if [0, *(end for _, end in spans)] != [*(start for start, _ in spans), length] and math.prod(size):
+            return False
+        axes.append(len(spans))
+    held = all(
+        stored[MetadataIndex(name, offsets)].length >= math.prod(sizes) * entry.properties.dtype.itemsize
+        for offsets, sizes in boxes
+    )
+    return held and len(boxes) == (math.prod(axes) if math.prod(size) else 0)
 
 
 class _Planner(DefaultLoadPlanner):
@@ -318,15 +381,13 @@ class _Planner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = found = torch.load(value, weights_only=True)
+        check_size(found)
 
 
 def _read(path: str | os.PathLike[str], targets: dict[str, Any]) -> dict[str, Any]:
     """Fills tensors in place, whole or divided; what is no tensor is put into the dictionary."""
     reader = _Reader(path)
-    for name in {one.relative_path for one in reader.read_metadata().storage_data.values()}:
-        if not (Path(path) / name).is_file():
-            raise UserError(f"ckpt_path: {path} is not whole: {name} is missing")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -330,7 +330,7 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
             raise UserError(f"ckpt_path: {ckpt_path} has no tokenizer, and there is no {TOKENIZER_FILE} beside it")
         text, source = beside.read_text(encoding="utf-8"), str(beside)
     try:
-        added = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}
+        added = [token["content"] for token in json.loads(text)["added_tokens"] if token["id"] == separator_id]
     except (ValueError, KeyError, TypeError):
-        added = {}  # damaged, or of another make: the tokenizer itself will tell
-    return Tokenizer.from_json(text, added.get(separator_id), source=source)
+        added = []  # damaged, or of another make: the tokenizer itself will tell
+    return Tokenizer.from_json(text, added[-1] if added else None, source=source)

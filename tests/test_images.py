@@ -287,7 +287,7 @@ def test_hugging_face_folder_gives_the_same_images_as_imagefolder(folder: Path):
 def test_hugging_face_files_may_lie_behind_a_link(folder: Path, tmp_path: Path):
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     assert len(list(hub(tmp_path / "link").val_dataloader())) == len(list(hub(folder).val_dataloader()))
-    assert {str(tmp_path / "link"), str(folder.resolve())} <= {*hub(tmp_path / "link").splits.val.folders}
+    assert str(folder.resolve()) in hub(tmp_path / "link").splits.val.folders
 
 
 def test_a_stream_is_not_evaluated_by_processes_that_share_a_model(folder: Path):

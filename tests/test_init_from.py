@@ -463,7 +463,6 @@ def test_a_strangers_checkpoint_is_refused_and_nothing_in_it_is_executed(change,
 @pytest.mark.parametrize(
     "arguments",
     [
-        None,
         {"preset": "no_such", "overrides": {}},
         {"preset": 3, "overrides": None},
         {"preset": VIT, "overrides": {"dim": [[]], "unheard": 1}},

@@ -375,7 +375,7 @@ def test_large_cache_is_checked_in_samples(corpus: Path, builds: list[Path], mon
     assert rows(text(corpus).train_dataloader()) == expected and len(builds) == 2
 
 
-@pytest.mark.parametrize("failing", ["_write", "write_whole"])
+@pytest.mark.parametrize("failing", ["_write", "atomic_write"])
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, corpus: Path, failing: str, monkeypatch: pytest.MonkeyPatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

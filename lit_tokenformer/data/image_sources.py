@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tokenformer.data.augmentation import Augmentation
+from lit_tokenformer.data.hub import is_within, load_hub_data, own_folders
 from lit_tokenformer.data.loading import Samples
 from lit_tokenformer.errors import UserError
 
@@ -139,9 +141,23 @@ class HubStream:
     """Where files that it names may lie."""
 
 
+@cache
+def raster_formats() -> tuple[str, ...]:
+    """Formats of Pillow that are opened. Others run programs (EPS starts Ghostscript, whatever the file's name is)."""
+    Image.init()
+    usual = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+    return tuple(name for name in usual if name in Image.OPEN)
+
+
 def decode_image(source: str | io.BytesIO) -> Image.Image:
-    """An image file as RGB; grey images get three equal channels."""
-    with Image.open(source) as image:
+    """An image file as RGB; grey images get three equal channels.
+
+    Raises:
+        ValueError: If it is not a file: reading a pipe would wait for ever.
+    """
+    if isinstance(source, str) and not os.path.isfile(source):
+        raise UserError(f"{source} is not a file")
+    with Image.open(source, formats=raster_formats()) as image:
         if image.mode != "RGB":
             return image.convert("RGB")
         image.load()  # convert would copy it
@@ -153,17 +169,16 @@ def decode_hub_image(value: dict[str, Any], folders: tuple[str, ...] = ()) -> Im
 
     Args:
         value: The value; without bytes its path is opened.
-        folders: Where the path may lie; a data set of a stranger could name any file.
+        folders: Where the path may lead, links followed; a data set of a stranger could name any file.
 
     Raises:
         ValueError: If it lies elsewhere.
     """
     if value["bytes"] is not None:
         return decode_image(io.BytesIO(value["bytes"]))
-    path = os.path.abspath(value["path"])
-    if not any(Path(path).is_relative_to(folder) for folder in folders):
+    if not is_within(value["path"], folders):
         raise UserError(f"data.hf_name: the data set names {value['path']}, which lies outside of its folders")
-    return decode_image(path)
+    return decode_image(value["path"])
 
 
 def find_images(root: str) -> FileSamples:
@@ -280,7 +295,6 @@ def _few(names: list[str]) -> str:
 
 def _open_hugging_face(settings: SourceSettings) -> Splits:
     import datasets  # takes a second, and only this row needs it
-    from huggingface_hub import constants
 
     if not settings.hf_name:
         raise UserError(
@@ -289,9 +303,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     if settings.root is not None:
         _folder("data.root", settings.root)
     try:
-        loaded = datasets.load_dataset(
-            settings.hf_name, settings.hf_config, data_dir=settings.root, streaming=settings.streaming
-        )
+        loaded = load_hub_data(settings.hf_name, settings.hf_config, settings.root, streaming=settings.streaming)
     except (
         OSError,
         ValueError,
@@ -315,12 +327,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     )
     class_names = list(features[columns[1]].names)
     wrap = HubStream if settings.streaming else HubSamples
-    caches = ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
-    places = [settings.root, settings.hf_name, constants.HF_HUB_CACHE]
-    places += [getattr(datasets.config, cache) for cache in caches]
-    found = {os.path.abspath(Path(place).expanduser()) for place in places if place}
-    # a data set names its files by a folder's own path, or by the one that a link to it leads to
-    folders = tuple(sorted({name for path in found if os.path.isdir(path) for name in (path, os.path.realpath(path))}))
+    folders = own_folders(settings.hf_name, settings.root)
 
     def samples(rows: Any) -> Any:
         return wrap(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, folders)

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from lit_tokenformer.data.text_sources import SOURCES, Documents, HubStream, Split, TextSettings, TextSplits
-from lit_tokenformer.data.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build, write_whole
+from lit_tokenformer.data.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
 from lit_tokenformer.data.tokenizers import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError
 
@@ -138,7 +138,7 @@ class TextCorpus:
             if (tokenizer := kept()) is None:  # else made by the process that held the lock
                 tokenizer = Tokenizer.train_bpe(self._bpe_texts(), size, self.separator)
                 with disk_errors(cache_dir):
-                    write_whole(path, tokenizer.to_json())
+                    tokenizer.save(path)
         return tokenizer
 
     @cached_property

@@ -22,6 +22,8 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
+from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.data.hub import load_hub_data
 from lit_tokenformer.data.loading import check_share
 from lit_tokenformer.errors import UserError
 
@@ -290,10 +292,8 @@ def _file_hashes(paths: list[Path], memory: Path | None) -> list[str]:
     if fresh and memory is not None:
         with suppress(OSError):  # only time is lost
             memory.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{memory}.lock"):
-                partial = memory.with_name(f"{memory.name}.{os.getpid()}")
-                partial.write_text(json.dumps({**known, **fresh}))
-                partial.replace(memory)
+            with FileLock(f"{memory}.lock"), atomic_write(memory) as file:
+                file.write(json.dumps({**known, **fresh}).encode())
     return hashes
 
 
@@ -387,7 +387,7 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
         if settings.val_files:
             data_files[settings.hf_val_split or "validation"] = list(settings.val_files)
     try:
-        loaded = datasets.load_dataset(
+        loaded = load_hub_data(
             settings.hf_name, settings.hf_config, data_files=data_files, streaming=settings.streaming
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

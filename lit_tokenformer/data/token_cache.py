@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.data.text_sources import Split
 from lit_tokenformer.data.tokenizers import Tokenizer
 from lit_tokenformer.errors import UserError
@@ -214,19 +214,6 @@ def disk_errors(cache_dir: Path) -> Iterator[None]:
         raise UserError(f"data.cache_dir: {problem} in {cache_dir}; name a folder on another disk") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _build(
     cache_dir: Path, folder: Path, documents: Iterable[tuple[Split, str]], tokenizer: Tokenizer, size: int | None
 ) -> None:
@@ -280,7 +267,8 @@ def _build(
             count.checksum = _checksum(folder / f"{split}.bin")
         splits = {split: asdict(count) for split, count in counts.items()}
         meta = {"format": FORMAT, "dtype": dtype.name, "sha256": digest.hexdigest(), "splits": splits}
-        write_whole(folder / "meta.json", json.dumps(meta, indent=1))
+        with atomic_write(folder / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
 
 
 def _write(file: Any, ids: np.ndarray) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 
 SEPARATOR = "<|endoftext|>"
@@ -199,9 +200,9 @@ class Tokenizer:
             ValueError: If the text is damaged.
         """
         try:
-            backend = hf.Tokenizer.from_str(text)
-        except Exception as error:  # all the library raises
-            raise UserError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
+            backend = checked_backend(text)
+        except ValueError as error:
+            raise UserError(f"data.tokenizer: {source} is damaged: {error}") from error
         return cls(backend, separator)
 
     def to_json(self) -> str:
@@ -209,12 +210,13 @@ class Tokenizer:
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a ``tokenizer.json``.
+        """Write a ``tokenizer.json``.
 
         Args:
             path: The file.
         """
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(self.to_json().encode())
 
     def special_id(self, *names: str) -> int | None:
         """The id of the first of these special tokens that the vocabulary has, None without.
@@ -430,6 +432,29 @@ def _allow_parallelism() -> None:
     if not _FORKS_ARE_SERIAL and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
         _FORKS_ARE_SERIAL = True
+
+
+def checked_backend(text: str) -> hf.Tokenizer:
+    """Build the library's tokenizer from the text of a ``tokenizer.json``, and try it.
+
+    Raises:
+        ValueError: If it is damaged: whatever the library raises, panics of Rust included.
+    """
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)  # to which Rust writes what it raises as an exception too
+        backend = hf.Tokenizer.from_str(text)
+        backend.no_padding()  # which may be to any length
+        backend.decode(backend.encode("a 1\n", add_special_tokens=False).ids)
+        return backend
+    except BaseException as error:  # a panic of Rust is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(_first_line(error)) from error
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _first_line(error: BaseException) -> str:

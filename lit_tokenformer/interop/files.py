@@ -1,14 +1,24 @@
-"""Files of tensors, whoever wrote them; nothing in them is executed."""
+"""Files of tensors, whoever wrote them; nothing in them is executed.
+
+torch's own ``weights_only`` accepts types that read files (``traceback.FrameSummary``) and records whose checksums are
+wrong. Here a file is checked before torch reads it: every record against its checksum, every type against
+``ALLOWED``.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import pickletools
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -19,6 +29,25 @@ from lit_tokenformer.errors import UserError
 
 NESTED = ("state_dict", "module", "model")
 """Keys under which trainers put the weights in a pickle."""
+
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+ALLOWED = {
+    "torch": {*_DTYPES, "Size", "device", *(name for name in dir(torch) if name.endswith("Storage"))},
+    "torch.storage": {"TypedStorage", "UntypedStorage"},
+    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"},
+    "torch.nn.parameter": {"Parameter"},
+    "collections": {"Counter", "OrderedDict"},
+    "_codecs": {"encode"},  # bytes
+    "builtins": {"set"},
+    "__builtin__": {"set"},
+}
+"""Types that a pickle may name, by module, a subset of those that ``torch.load(weights_only=True)`` accepts."""
+
+_EXTENDED = ("torch", "builtins", "traceback")
+"""Packages of the types that torch itself adds to its safe globals; a user's own additions count."""
+
+MAX_VALUES, MAX_NESTING = 4_000_000, 100
+"""Values that a file may hold, counted as often as they are referred to, and how deeply they may be nested."""
 
 
 def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = "cpu", mmap: bool = False) -> Any:
@@ -35,16 +64,118 @@ def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = 
     """
     if not Path(path).is_file():
         raise UserError(f"{setting}: {path} is not a file")
+    with reading_errors(setting, path):
+        facts = os.stat(path)
+        zipped = _check_once(os.path.abspath(path), facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        mapped = (mmap or map_location == "meta") and zipped
+        found = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        check_size(found)
+        return found
+
+
+@contextmanager
+def reading_errors(setting: str, path: object) -> Iterator[None]:
+    """Turn whatever a reader raises on a damaged or malicious file into one line.
+
+    Args:
+        setting: The setting that names the file, for the errors.
+        path: The file.
+
+    Raises:
+        ValueError: For every exception.
+    """
     try:
-        mapped = (mmap or map_location == "meta") and zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says more
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+            yield
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
-        raise UserError(f"{setting}: {path} holds pickled code or is damaged, and was not loaded {reason}") from None
-    except Exception as error:  # what a reader of pickles raises on a file that is none has no common class
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), error)
+        message = f"{setting}: {path} holds pickled code or is damaged, and was not loaded ({reason})"
+        raise UserError(message) from None
+    except Exception as error:  # readers of pickles have no common class of errors
         raise UserError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
+
+
+@lru_cache(maxsize=64)
+def _check_once(path: str, *identity: int) -> bool:
+    """Check a file that has not been checked since it changed; returns whether it is a zip archive."""
+    with open(path, "rb") as file:
+        return check_archive(file)
+
+
+def check_archive(file: BinaryIO) -> bool:
+    """Check what ``torch.save`` wrote, before torch reads it.
+
+    Args:
+        file: The file, from its start.
+
+    Returns:
+        Whether it is a zip archive; a pickle of torch before 1.6 has no checksums, so only its types are checked.
+
+    Raises:
+        pickle.UnpicklingError: If it names a type that is not allowed.
+        zipfile.BadZipFile: If a record is compressed, or differs from its checksum.
+    """
+    zipped = file.read(4) == b"PK\3\4"  # as torch decides
+    file.seek(0)
+    if not zipped:
+        for _ in range(5):  # magic number, version, system, objects, keys of the storages
+            _check_types(file)
+        return False
+    archive = zipfile.ZipFile(file)
+    records = [record.filename for record in archive.infolist()]
+    if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+        raise zipfile.BadZipFile("its records are compressed, and torch reads them as if they were not")
+    if len({name.lower() for name in records}) != len(records):
+        raise zipfile.BadZipFile("two records have one name")
+    if torch.serialization.get_crc32_options() and (bad := archive.testzip()) is not None:
+        raise zipfile.BadZipFile(f"record {bad} does not match its checksum")
+    file.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(file)  # as torch.load: another parser might find another record
+    if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
+        raise zipfile.BadZipFile(f"its byte order is not {sys.byteorder} as on this machine")
+    _check_types(io.BytesIO(reader.get_record("data.pkl")))
+    return True
+
+
+def _check_types(file: BinaryIO) -> None:
+    added = torch.serialization.get_safe_globals()
+    kinds = [kind[0] if isinstance(kind, tuple) else kind for kind in added]
+    own = {f"{kind.__module__} {kind.__qualname__}" for kind in kinds if kind.__module__.split(".")[0] not in _EXTENDED}
+    for opcode, name, _ in pickletools.genops(file):
+        if opcode.name == "STACK_GLOBAL":  # of newer protocols, which torch's reader has not
+            raise pickle.UnpicklingError("Unsupported pickle protocol")
+        if opcode.name == "GLOBAL" and name not in own:
+            module, _, kind = str(name).partition(" ")
+            if kind not in ALLOWED.get(module, ()):
+                raise pickle.UnpicklingError(f"Unsupported type {module}.{kind}")
+
+
+def check_size(value: Any) -> None:
+    """Refuse values that are nested without bound: 30 lists that each hold the one before twice are 2^30 values.
+
+    Args:
+        value: Anything that a pickle gave.
+
+    Raises:
+        ValueError: If there are more than ``MAX_VALUES``, or nested deeper than ``MAX_NESTING``.
+    """
+    count, depth, level = 0, 0, [value]
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MAX_VALUES or depth > MAX_NESTING:
+            raise ValueError(f"more than {MAX_VALUES} values, or nested deeper than {MAX_NESTING}")
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += one.values()
+            elif isinstance(one, (list, tuple, set)):
+                inner += one
+            if count + len(inner) > MAX_VALUES:
+                break
+        level = inner
 
 
 def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
@@ -74,10 +205,10 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes ``.safetensors``, or a pickled state dict under any other name.
+    """Write ``.safetensors``, or a pickled state dict under any other name.
 
     Raises:
-        ValueError: If it cannot be written.
+        OSError: If it cannot be written.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
@@ -86,8 +217,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         else:
             with open(path, "wb") as file:
                 torch.save(whole, file)
-    except (SafetensorError, RuntimeError, OSError) as error:  # the first two, as libraries report a full disk
-        raise UserError(f"output: cannot write {path} ({_first_line(error)})") from None
+    except (SafetensorError, RuntimeError) as error:  # of a full disk, which torch hides behind an error of its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(_first_line(cause)) from error
 
 
 def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:

@@ -261,6 +261,8 @@ def _problems(found: Mapping[str, Tensor], rows: Mapping[str, Row], settings: Ma
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """What a ``config.json`` says, all that is needed and in its range."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"config_json: {path} is not a file")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

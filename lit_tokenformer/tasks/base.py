@@ -22,7 +22,7 @@ from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, m
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
-from lit_tokenformer.sharded_checkpoints import load_into, save_folder
+from lit_tokenformer.sharded_checkpoints import check_has_optimizers, load_into, save_folder
 from lit_tokenformer.tasks.optimization import OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
@@ -323,9 +323,10 @@ class LitTask(OptimizedTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            if "lr_schedulers" not in checkpoint:
-                raise UserError("ckpt_path: the checkpoint has weights only; start a new experiment with --init_from")
+        trainer: Any = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            if trainer.strategy.lightning_restore_optimizer:  # else the strategy has looked
+                check_has_optimizers(checkpoint)
             saved = checkpoint.get("fit_settings")
             self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)

@@ -1,0 +1,100 @@
+"""Files and folders that appear under their name complete, or not at all.
+
+Each is created exclusively under an unpredictable name in the folder of its target, flushed to the disk and renamed. A
+symbolic link under the target's name is replaced, never followed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".lit-tokenformer-{}.part"
+"""Name of what is being written. A process that writes such a file holds a lock on it; what has none is left over from
+a killed process."""
+
+
+@contextmanager
+def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a new file that takes the place of ``target`` when the block ends, and is removed if it raises.
+
+    Args:
+        target: The file; its folder exists.
+
+    Yields:
+        The file, open for writing bytes.
+
+    Raises:
+        OSError: If it cannot be created, written or renamed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/note.txt") as file:
+        ...         _ = file.write(b"complete")
+        ...     os.listdir(folder)
+        ['note.txt']
+    """
+    part = _beside(target)
+    try:
+        with part.open("xb") as file:
+            if fcntl is not None:
+                with suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(part, target)
+        _sync(Path(target).parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Create a new folder that is renamed to ``target`` when the block ends, and is removed if it raises.
+
+    Args:
+        target: The folder, which does not exist yet; its parents are created.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        OSError: If it cannot be created or renamed.
+    """
+    part = _beside(target)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.mkdir()
+    try:
+        yield part
+        for inner in [*part.rglob("*"), part]:
+            _sync(inner)
+        os.replace(part, target)
+        _sync(part.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _beside(target: str | os.PathLike[str]) -> Path:
+    return Path(target).with_name(UNFINISHED.format(uuid.uuid4().hex))
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or the entries of a folder to the disk."""
+    with suppress(OSError):  # some systems cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

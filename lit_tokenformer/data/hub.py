@@ -1,0 +1,72 @@
+"""Data sets of the Hugging Face ``datasets`` library, which read no files of this machine but their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_tokenformer.errors import UserError
+
+
+def load_hub_data(
+    name: str,
+    config: str | None = None,
+    data_dir: str | None = None,
+    data_files: Mapping[str, Sequence[str]] | None = None,
+    streaming: bool = False,
+) -> Any:
+    """``datasets.load_dataset``, after a look at the files that it would read.
+
+    A data set says in its ``README.md`` where its files are, and the library takes any path from there.
+
+    Args:
+        name: Name on the hub, folder, or kind of file.
+        config: Name of the configuration.
+        data_dir: Folder of the data.
+        data_files: Files of each split, which may be anywhere.
+        streaming: Whether the data are read as they are used.
+
+    Raises:
+        ValueError: If the data set names a file outside of its folders, and not the user.
+    """
+    import datasets  # takes a second
+
+    if not data_files:
+        builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+        folders = own_folders(name, data_dir)
+        for path in _local_files(builder.config.data_files or {}):
+            if not is_within(path, folders):
+                raise UserError(f"it names {path}, which lies outside of its folders")
+    return datasets.load_dataset(name, config, data_dir=data_dir, data_files=data_files, streaming=streaming)
+
+
+def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
+    """Folders on this machine that a data set may read: its own, and the library's caches; links are resolved.
+
+    Args:
+        name: Name on the hub, or folder.
+        data_dir: Folder of the data.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    caches = ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    places = [data_dir, name, constants.HF_HUB_CACHE, *(getattr(datasets.config, cache) for cache in caches)]
+    found = {os.path.realpath(os.path.expanduser(place)) for place in places if place}
+    return tuple(sorted(place for place in found if os.path.isdir(place)))
+
+
+def is_within(path: str, folders: tuple[str, ...]) -> bool:
+    """Whether a path leads into one of these folders, whose own links are resolved, once all links are followed."""
+    return any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders)
+
+
+def _local_files(data_files: Any) -> Iterator[str]:
+    """Paths on this machine among the files of each split; ``zip://inner::outer`` lies where the outer one does."""
+    for paths in data_files.values():
+        for path in paths:
+            protocol, separator, place = str(path).split("::")[-1].rpartition("://")
+            if not separator or protocol in ("file", "local"):
+                yield place
