@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from callbacks.growth_steps import latest_rows
 from lit_tokenformer.compute import ModelCost
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth import Rows, plan_rows
+from lit_tokenformer.growth import Rows
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.parallel import gather
 
@@ -124,9 +125,9 @@ class TrainingMonitor(Callback):
         Args:
             trainer: The trainer.
             pl_module: The model, grown already.
-            event: What was done: totals ``before`` and ``after``, and the ``method``.
+            event: What was done; see :func:`~callbacks.growth_steps.latest_rows`.
         """
-        self._growth = {key: event[key] for key in ("before", "after", "method")}
+        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method")}
         self._measure(pl_module)
         _log(trainer, self._totals())
 
@@ -248,14 +249,12 @@ def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Itera
 
     Args:
         pl_module: The model.
-        growth: That growth: totals ``before`` and ``after``, and the ``method``; None if there was none.
+        growth: That growth, see :func:`~callbacks.growth_steps.latest_rows`; None if there was none.
     """
+    grown = {} if growth is None else dict(latest_rows(pl_module, growth))
     for layer in pl_module.modules():
         if isinstance(layer, Pattention):
-            rows = Rows(layer.num_tokens, layer.num_tokens)
-            if growth is not None and growth["after"].get(layer.kind) == layer.num_tokens:
-                rows = plan_rows(growth["before"][layer.kind], layer.num_tokens, growth["method"], layer.score_norm)
-            new = rows.new(layer.key_tokens.device)
+            new = grown.get(layer, Rows(layer.num_tokens, layer.num_tokens)).new(layer.key_tokens.device)
             yield from ((layer.key_tokens, new), (layer.value_tokens, new))
 
 

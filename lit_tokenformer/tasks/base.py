@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
-from lit_tokenformer.depth_growth import set_depth
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Pattention, Tokenformer, model_size, param_tokens, preset_config
 from lit_tokenformer.optimizer_growth import check_optimizer_state
-from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
+from lit_tokenformer.parallel import clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import load_into, save_folder
 from lit_tokenformer.tasks.schedule import LRSchedule
 
@@ -307,8 +306,10 @@ class LitTask(pl.LightningModule):
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
-        if "grown_depth" in checkpoint:
-            set_depth(self, checkpoint["grown_depth"])
+        for model in (module for module in self.modules() if isinstance(module, Tokenformer)):
+            depth = checkpoint.get("grown_depth", model.config.depth)
+            if depth != len(model.blocks):
+                model.set_depth(depth)
         if "state_dict" in checkpoint:  # else they were loaded already
             self._check_architecture(checkpoint["state_dict"])
         self._rng_states = checkpoint.get("rng_states")
@@ -327,9 +328,6 @@ class LitTask(pl.LightningModule):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return False
         return not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-
-    def on_fit_start(self) -> None:
-        ShardedParameters(self)  # refuses a torch under which they cannot grow now, not at the first growth
 
     def on_train_start(self) -> None:
         loop = self.trainer.fit_loop
