@@ -127,7 +127,7 @@ class TrainingMonitor(Callback):
             pl_module: The model, grown already.
             event: What was done; see :func:`~callbacks.growth_steps.latest_rows`.
         """
-        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method")}
+        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method") if key in event}
         self._measure(pl_module)
         _log(trainer, self._totals())
 

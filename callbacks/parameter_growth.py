@@ -300,7 +300,8 @@ class ParameterGrowthCallback(Callback):
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         flops = _flops(pl_module)
         outputs = OutputCheck(pl_module, batch, self.check)
-        layers_before: dict[str, int] = {}
+        had = {layer: layer.num_tokens for layer in pl_module.modules() if isinstance(layer, Pattention)}
+        grown_from: dict[str, int] = {}
 
         start = time.perf_counter()
         for optimizer in trainer.optimizers:
@@ -308,20 +309,23 @@ class ParameterGrowthCallback(Callback):
         with growth_context(trainer):
             settings: Any = {"noise": self.noise, "seed": self.seed, "new_state": self.new_state}
             for grown in grow_with_optimizers(pl_module, targets, trainer.optimizers, self.method, **settings):
-                name = grown.name.rpartition(".")[0]
-                if grown.rows.before != before[pl_module.get_submodule(name).kind]:  # type: ignore[index]
-                    layers_before[name] = grown.rows.before
+                grown_from[grown.name.rpartition(".")[0]] = grown.rows.before
                 del grown  # and with it the last reference to the old parameter
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
         seconds = time.perf_counter() - start
 
+        sizes = [
+            (name, had.get(layer, grown_from.get(name, before[layer.kind])), before[layer.kind])
+            for name, layer in pl_module.named_modules()
+            if isinstance(layer, Pattention)
+        ]
         event = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "before": before,
             "after": targets,
-            "layers_before": layers_before,
+            "layers_before": {name: size for name, size, usual in sizes if size != usual},
             "trigger": self.trigger,
             "method": self.method,
             "noise": self.noise,

@@ -453,8 +453,10 @@ def test_a_model_that_is_grown_in_part_grows_to_the_whole():
 def test_a_resume_does_not_skip_the_growth_of_layers_that_lag_behind(tmp_path):
     task = OwnModule()
     grow(task.net[3], 16)  # the last layer has the first stage's size, the other has not
-    fit(task, ParameterGrowthCallback({1: 16}))
+    growth = ParameterGrowthCallback({1: 16})
+    fit(task, growth)
     assert task.net[1].num_tokens == 16
+    assert {layer: rows.before for layer, rows in latest_rows(task, growth.events[0])} == {task.net[1]: 8}
 
 
 @pytest.mark.parametrize(
