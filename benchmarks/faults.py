@@ -32,8 +32,7 @@ import torch
 import yaml
 from runs import environment
 
-from callbacks import parameter_growth
-from lit_tokenformer import checkpoint_io
+from lit_tokenformer import checkpoint_io, growth
 from lit_tokenformer.checkpoint_io import last_checkpoint
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.cli import main as lit_tokenformer
@@ -127,7 +126,7 @@ def die() -> None:
 def die_in_growth(draw: random.Random) -> None:
     """Lets this process die between two parameters of a growth."""
     left = draw.randrange(1, 40)
-    grow = parameter_growth.grow_optimizer
+    grow = growth.grow_optimizer
 
     def counted(*args: Any, **settings: Any) -> Any:
         nonlocal left
@@ -136,7 +135,7 @@ def die_in_growth(draw: random.Random) -> None:
         if left == 0:
             die()
 
-    parameter_growth.grow_optimizer = counted
+    growth.grow_optimizer = counted
 
 
 def die_in_writing(draw: random.Random) -> None:

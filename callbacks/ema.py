@@ -11,10 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-from lit_tokenformer.depth_growth import deepen, set_depth
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
-from lit_tokenformer.models import model_size, param_tokens
 
 
 class GrowingEMA(EMAWeightAveraging):
@@ -102,11 +100,8 @@ class GrowingEMA(EMAWeightAveraging):
             event: What was done: ``after`` (totals), ``method``, ``noise`` and ``seed``.
         """
         assert self._average_model is not None
-        average = self._average_model.module
-        if "depth" in event["after"]:
-            deepen(average, event["after"]["depth"])
-        tokens = {kind: event["after"][kind] for kind in param_tokens(average)}
-        grow(average, tokens, event["method"], noise=event["noise"], seed=event["seed"])
+        average: Any = self._average_model.module
+        grow(average, event["after"], event["method"], noise=event["noise"], seed=event["seed"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing yet: a checkpoint may still be saved, and it shall hold the trained weights too."""
@@ -120,7 +115,6 @@ class GrowingEMA(EMAWeightAveraging):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None:  # else the averaged weights are loaded already, and all that is needed
-            set_depth(self._average_model.module, model_size(pl_module)["depth"])
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _swap_models(self, pl_module: LightningModule) -> None:

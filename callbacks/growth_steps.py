@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.growth import Rows, plan_rows
 from lit_tokenformer.models import Pattention
+from lit_tokenformer.parallel import local, owned_rows
 
 if TYPE_CHECKING:
     from callbacks.parameter_growth import ParameterGrowthCallback
@@ -32,7 +33,7 @@ def add_step_hooks(
         The hooks, to be removed when the fit ends.
     """
     rates: list[Any] = []
-    held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    held: list[tuple[Tensor, Tensor, Tensor]] = []  # what this process holds of each: now, before the step, and share
 
     shown = ShownRates(growth, trainer, optimizer) if growth.rewarm_steps else None
 
@@ -51,18 +52,20 @@ def add_step_hooks(
         frozen = done < growth.freeze_old_steps or growth.freeze_old_steps < 0
         if new < 1 or frozen:
             owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for parameter, rows in _latest_rows(pl_module, growth.events[-1]):
-                if parameter in owned:
-                    is_new = rows.new(parameter.device)[:, None]
-                    share = torch.where(is_new, new, growth.old_updates if frozen else 1.0).to(parameter)
-                    held.append((parameter, parameter.detach().clone(), share))
+            for layer, rows in latest_rows(pl_module, growth.events[-1]):
+                for parameter in (getattr(layer, part) for part in layer.PARTS):
+                    if parameter in owned:
+                        own = owned_rows(parameter, rows.after)
+                        is_new = rows.new(parameter.device)[own.start : own.stop, None]
+                        now = local(parameter)
+                        share = torch.where(is_new, new, growth.old_updates if frozen else 1.0).to(now)
+                        held.append((now, now.clone(), share))
 
     def after_step(*_: Any) -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
-        for parameter, previous, share in held:
-            with torch.no_grad():
-                parameter.copy_(torch.where(share == 1, parameter, previous + share * (parameter - previous)))
+        for now, previous, share in held:
+            now.copy_(torch.where(share == 1, now, previous + share * (now - previous)))
         held.clear()
         if growth.events:
             left = growth.tau_steps - (trainer.global_step - growth.events[-1]["step"])
@@ -120,11 +123,17 @@ def _rewarm_factor(growth: ParameterGrowthCallback, trainer: Trainer) -> float:
     return (done + 1) / growth.rewarm_steps if done < growth.rewarm_steps else 1.0
 
 
-def _latest_rows(pl_module: LightningModule, event: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, Rows]]:
-    """Every parameter that the latest growth replaced, with where its rows come from."""
-    for layer in pl_module.modules():
+def latest_rows(module: nn.Module, event: Mapping[str, Any]) -> Iterator[tuple[Pattention, Rows]]:
+    """Find the layers that a growth enlarged, and where their rows come from.
+
+    Args:
+        module: The model, at the size after it.
+        event: That growth: totals ``before`` and ``after``, the ``method``, and ``layers_before``, which are of layers
+            that had other totals than the rest of their kind.
+    """
+    own = event.get("layers_before", {})
+    for name, layer in module.named_modules():
         if isinstance(layer, Pattention) and layer.kind in event["after"]:
-            before, after = event["before"][layer.kind], event["after"][layer.kind]
-            if after > before:
-                rows = plan_rows(before, after, event["method"], layer.score_norm)
-                yield from ((layer.key_tokens, rows), (layer.value_tokens, rows))
+            before, after = own.get(name, event["before"][layer.kind]), event["after"][layer.kind]
+            if before < after == layer.num_tokens:
+                yield layer, plan_rows(before, after, event["method"], layer.score_norm)

@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from callbacks.growth_steps import latest_rows
 from lit_tokenformer.compute import ModelCost
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth import Rows, plan_rows
+from lit_tokenformer.growth import Rows
 from lit_tokenformer.models import Pattention, param_tokens
-from lit_tokenformer.parallel import gather
+from lit_tokenformer.parallel import gather, like, local
 from lit_tokenformer.run_folder import run_folder
 from lit_tokenformer.trainer import write_if_room
 
@@ -92,7 +93,7 @@ class TrainingMonitor(Callback):
         self._samples = self._tokens = 0
         self._tokens_before_fit = 0
         self._since = self._paused = self._begun = 0.0
-        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what this process had of each before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
         self._hparams_logged = False
@@ -128,9 +129,9 @@ class TrainingMonitor(Callback):
         Args:
             trainer: The trainer.
             pl_module: The model, grown already.
-            event: What was done: totals ``before`` and ``after``, and the ``method``.
+            event: What was done; see :func:`~callbacks.growth_steps.latest_rows`.
         """
-        self._growth = {key: event[key] for key in ("before", "after", "method")}
+        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method") if key in event}
         self._measure(pl_module)
         _log(trainer, self._totals())
 
@@ -144,8 +145,9 @@ class TrainingMonitor(Callback):
         rows = [
             (parameter, new) for parameter, new in rows_by_age(pl_module, self._growth) if parameter.grad is not None
         ]
-        self._held = [(parameter, parameter.detach().clone(), new) for parameter, new in rows]
-        self._row_norms = self._norms("grad", [(parameter.grad, new) for parameter, new in rows])  # type: ignore[misc]
+        self._held = [(parameter, local(parameter).to("cpu", copy=True), new) for parameter, new in rows]
+        gradients: Any = ((parameter.grad, new) for parameter, new in rows)
+        self._row_norms = self._norms("grad", gradients) if rows else {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,8 +162,11 @@ class TrainingMonitor(Callback):
                 self.data_tokens += self._costs[task].data_tokens * samples
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
-        changes = [(before.sub_(parameter.detach()), new) for parameter, before, new in self._held]
-        found = {**self._row_norms, **self._norms("update", changes)}
+        changes = (  # one after the other: no second copy of all parameter tokens on the device
+            (like(parameter.detach(), before.to(parameter.device).sub_(local(parameter))), new)
+            for parameter, before, new in self._held
+        )
+        found = {**self._row_norms, **(self._norms("update", changes) if self._held else {})}
         norms = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
         self._held, self._row_norms = [], {}
         now = time.perf_counter()
@@ -225,9 +230,7 @@ class TrainingMonitor(Callback):
         flops, tokens = float(self.training_flops), float(self.data_tokens)
         return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
 
-    def _norms(self, name: str, tensors: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        if not tensors:
-            return {}
+    def _norms(self, name: str, tensors: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         old, appended = norms_by_age(tensors)
         norms = {f"rows/{name}_norm_old": old}
         return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
@@ -252,14 +255,12 @@ def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Itera
 
     Args:
         pl_module: The model.
-        growth: That growth: totals ``before`` and ``after``, and the ``method``; None if there was none.
+        growth: That growth, see :func:`~callbacks.growth_steps.latest_rows`; None if there was none.
     """
+    grown = {} if growth is None else dict(latest_rows(pl_module, growth))
     for layer in pl_module.modules():
         if isinstance(layer, Pattention):
-            rows = Rows(layer.num_tokens, layer.num_tokens)
-            if growth is not None and growth["after"].get(layer.kind) == layer.num_tokens:
-                rows = plan_rows(growth["before"][layer.kind], layer.num_tokens, growth["method"], layer.score_norm)
-            new = rows.new(layer.key_tokens.device)
+            new = grown.get(layer, Rows(layer.num_tokens, layer.num_tokens)).new(layer.key_tokens.device)
             yield from ((layer.key_tokens, new), (layer.value_tokens, new))
 
 

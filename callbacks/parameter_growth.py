@@ -15,21 +15,24 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from callbacks.growth_check import OutputCheck
 from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
-from callbacks.schedules import check_end, check_keys, check_last_step, position
-from lit_tokenformer.depth_growth import check_depth, deepen, insert_parameters
+from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
+from lit_tokenformer.depth_growth import check_depth
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import METHODS, grow_one_by_one, plan_rows, target_tokens
+from lit_tokenformer.growth import METHODS, grow_with_optimizers, plan_rows, target_tokens
 from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
-from lit_tokenformer.optimizer_growth import NEW_STATES, grow_optimizer
+from lit_tokenformer.models.config import KINDS, OTHER
+from lit_tokenformer.optimizer_growth import NEW_STATES
+from lit_tokenformer.parallel import ShardedParameters
+from lit_tokenformer.token_growth import added_bytes, check_memory
 
 
 class ParameterGrowthCallback(Callback):
@@ -41,8 +44,9 @@ class ParameterGrowthCallback(Callback):
 
     Args:
         schedule: ``{epoch: tokens}``, zero-indexed and in rising order. Tokens are totals: a number n (qkv n, proj n,
-            ffn 4n) or ``{qkv: n, proj: n, ffn: m, depth: L}``; kinds that are left out keep theirs. ``depth`` is a
-            total of blocks: new ones are inserted as identities, under any ``method``.
+            ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, depth: L}``; kinds that are left
+            out keep theirs. ``other`` is of layers without a kind, as in a user's own model. ``depth`` is a total of
+            blocks: new ones are inserted as identities, under any ``method``.
         unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
         method: How new rows are made: ``split`` (exact for every score normalisation), ``zero_keys`` (exact but for
             softmax) or ``random`` (as published; the function jumps).
@@ -55,7 +59,8 @@ class ParameterGrowthCallback(Callback):
         old_updates: Share of their updates that old rows take in these steps, 0 (they stand still) to 1.
         rewarm_steps: Optimizer steps over which the learning rate rises again to where its schedule is.
         seed: Seed of the new rows.
-        check: Compare the model's outputs for the next batch before and after each growth.
+        check: Compare the model's outputs for the next batch before and after each growth: those of the module's
+            ``model_output(batch)``, or else of its ``forward``.
         trigger: What a growth waits for once its key is reached: nothing (``schedule``), or the training loss, averaged
             over windows. ``plateau`` fires when it no longer improves; ``slope`` when it falls far less for each
             e-fold of compute than at its steepest since the last growth (after arXiv 2203.06211). A trigger may fire
@@ -69,8 +74,8 @@ class ParameterGrowthCallback(Callback):
 
     Raises:
         ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
-            settings out of range; and when a fit starts, for a schedule that begins beyond its end or a strategy under
-            which a model cannot grow.
+            settings out of range; and when a fit starts, for a schedule that begins beyond its end, for more
+            tokens than memory, and for a strategy or an average of the weights that cannot grow.
 
     Note:
         Other callbacks that define ``on_parameter_growth(trainer, pl_module, event)`` are told of each growth; an EMA
@@ -84,7 +89,7 @@ class ParameterGrowthCallback(Callback):
 
     def __init__(
         self,
-        schedule: dict[int, Tokens],
+        schedule: dict[Key, Tokens],
         unit: str = "epoch",
         method: str = "split",
         noise: float = 1.0,
@@ -142,7 +147,10 @@ class ParameterGrowthCallback(Callback):
         self.check = check
         self.trigger = trigger
         self.events: list[dict[str, Any]] = []
-        """One entry for each growth: epoch, step, totals before and after, what it did."""
+        """One entry for each growth: epoch, step, totals before and after, what it did.
+
+        ``layers_before`` has the tokens of layers that had more than the smallest of their kind.
+        """
         self._signal: LossSignal | None = None
         if trigger in TRIGGERS:
             make_trigger = partial(TRIGGERS[trigger], patience, min_delta, threshold)
@@ -200,11 +208,18 @@ class ParameterGrowthCallback(Callback):
             return
         stages = self.remaining_stages(pl_module)
         self._check_depth(trainer, pl_module, birth, stages)
-        for name, layer in pl_module.named_modules():
-            if isinstance(layer, Pattention) and layer.kind is not None:
-                totals = [birth[layer.kind], *(tokens[layer.kind] for _, tokens in stages)]
-                for before, after in itertools.pairwise(totals):
-                    plan_rows(before, after, self.method, layer.score_norm, name)
+        layers = {name: layer for name, layer in pl_module.named_modules() if isinstance(layer, Pattention)}
+        for name, layer in layers.items():
+            first = birth[layer.kind] if self.events else layer.num_tokens
+            totals = [first, *(tokens[layer.kind] for _, tokens in stages)]
+            for before, after in itertools.pairwise(totals):
+                plan_rows(before, after, self.method, layer.score_norm, name)
+        shares = trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
+        for key, tokens in stages:
+            needed = sum(added_bytes(layer, tokens[layer.kind]) for layer in layers.values())
+            check_memory(needed // shares, trainer.strategy.root_device, f"schedule: {self.unit} {key}")
+        if stages:
+            _check_averages(trainer)
         check_end(dict(stages), self.unit, trainer)
 
     @staticmethod
@@ -224,6 +239,8 @@ class ParameterGrowthCallback(Callback):
             keys = ", ".join(f"{self.unit} {key}" for key in skipped)
             rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
         check_last_step(stages, self.unit, trainer)
+        if stages and self.size(pl_module):
+            ShardedParameters(pl_module)  # rejects a torch under which they cannot grow now, not at the first growth
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)
@@ -301,40 +318,40 @@ class ParameterGrowthCallback(Callback):
         before = self.size(pl_module)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         flops = _flops(pl_module)
-        outputs = _probe(pl_module, batch) if self.check else []
+        outputs = OutputCheck(pl_module, batch, self.check)
+        had = {layer: layer.num_tokens for layer in pl_module.modules() if isinstance(layer, Pattention)}
+        grown_from: dict[str, int] = {}
 
         start = time.perf_counter()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         with growth_context(trainer):
-            if "depth" in targets:
-                inserted = deepen(pl_module, targets["depth"])
-                for optimizer in trainer.optimizers:
-                    insert_parameters(optimizer, pl_module, inserted)
-            tokens = {kind: targets[kind] for kind in param_tokens(pl_module)}
-            for grown in grow_one_by_one(pl_module, tokens, self.method, noise=self.noise, seed=self.seed):
-                for optimizer in trainer.optimizers:
-                    grow_optimizer(optimizer, [grown], self.new_state)
+            settings: Any = {"noise": self.noise, "seed": self.seed, "new_state": self.new_state}
+            for grown in grow_with_optimizers(pl_module, targets, trainer.optimizers, self.method, **settings):
+                grown_from[grown.name.rpartition(".")[0]] = grown.rows.before
                 del grown  # and with it the last reference to the old parameter
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
         seconds = time.perf_counter() - start
 
-        difference = float("nan")
-        if outputs:
-            difference = max(map(_relative_difference, outputs, _probe(pl_module, batch)))
+        sizes = [
+            (name, had.get(layer, grown_from.get(name, before[layer.kind])), before[layer.kind])
+            for name, layer in pl_module.named_modules()
+            if isinstance(layer, Pattention)
+        ]
         event = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "before": before,
             "after": targets,
+            "layers_before": {name: size for name, size, usual in sizes if size != usual},
             "trigger": self.trigger,
             "method": self.method,
             "noise": self.noise,
             "seed": self.seed,
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             "flops_per_sample": _flops(pl_module),
-            "output_difference": difference,
+            "output_difference": outputs.difference(),
             "seconds": seconds,
         }
         self.events.append(event)
@@ -350,12 +367,15 @@ class ParameterGrowthCallback(Callback):
         pairs = {kind: f"{event['before'][kind]} -> {total}" for kind, total in event["after"].items()}
         blocks = f", {pairs.pop('depth')} blocks" if "depth" in pairs else ""
         sizes = ", ".join(f"{kind} {pair}" for kind, pair in pairs.items())
-        rank_zero_info(
-            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens{blocks}; "
-            f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters; "
-            f"{flops / 1e9:.3g} -> {event['flops_per_sample'] / 1e9:.3g} GFLOPs per sample; "
-            f"relative output difference {event['output_difference']:.1e}; {event['seconds']:.2f} s"
-        )
+        facts = [
+            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens{blocks}",
+            f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters",
+        ]
+        if not math.isnan(flops):
+            facts.append(f"{flops / 1e9:.3g} -> {event['flops_per_sample'] / 1e9:.3g} GFLOPs per sample")
+        if not math.isnan(event["output_difference"]):
+            facts.append(f"relative output difference {event['output_difference']:.1e}")
+        rank_zero_info("; ".join([*facts, f"{event['seconds']:.2f} s"]))
         if self.method != "random" and event["output_difference"] > 0.05:
             rank_zero_warn(
                 f"The growth changed the model's output by {event['output_difference']:.1e}, although method "
@@ -375,17 +395,28 @@ class ParameterGrowthCallback(Callback):
         self._step_hooks.clear()
 
 
-def _checked_schedule(schedule: Mapping[int, Tokens], unit: str) -> dict[int, Tokens]:
+def _checked_schedule(schedule: Mapping[Key, Tokens], unit: str) -> dict[int, Tokens]:
     """The schedule, if its keys rise and no total shrinks.
 
     Raises:
         ValueError: Otherwise.
     """
-    check_keys(schedule, unit)
-    current = {"qkv": 1, "proj": 1, "ffn": 1, "depth": 1}
-    for key, tokens in schedule.items():
+    checked = checked_keys(schedule, unit)
+    current = dict.fromkeys((*KINDS, OTHER, "depth"), 1)
+    for key, tokens in checked.items():
         current = target_tokens(tokens, current, setting=f"schedule: {unit} {key}")
-    return dict(schedule)
+    return checked
+
+
+def _check_averages(trainer: Any) -> None:
+    """Raise a ``UserError`` if another callback averages the weights and cannot follow a growth."""
+    for callback in trainer.callbacks:
+        averages = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        if averages and not hasattr(callback, "on_parameter_growth"):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} averages weights of one size, and the schedule grows "
+                "the model; use callbacks.GrowingEMA"
+            )
 
 
 def _is_reached(tokens: Tokens, current: Mapping[str, int], setting: str = "tokens") -> bool:
@@ -393,28 +424,6 @@ def _is_reached(tokens: Tokens, current: Mapping[str, int], setting: str = "toke
     wanted = target_tokens(tokens, dict.fromkeys(current, 1), setting)
     named = tokens if isinstance(tokens, Mapping) else wanted
     return all(current[kind] >= wanted[kind] for kind in named)
-
-
-def _probe(pl_module: Any, batch: Any) -> list[Tensor]:
-    """The model's outputs for a batch, in evaluation mode and without autocast; none if the module offers none."""
-    if not hasattr(pl_module, "model_output"):
-        return []
-    training = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        device = pl_module.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
-            return tree_leaves(pl_module.model_output(batch))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _relative_difference(before: Tensor, after: Tensor) -> float:
-    """In the L2 norm; ``after`` is used up."""
-    wide = torch.promote_types(before.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(before, dtype=wide).clamp_min(torch.finfo(wide).tiny)
-    return float(torch.linalg.vector_norm(after.sub_(before), dtype=wide) / norm)
 
 
 def _flops(pl_module: Any) -> float:
@@ -432,6 +441,8 @@ def _start_new_size(trainer: Trainer) -> None:
             callback.current_score = callback.best_model_score = None
         elif isinstance(callback, EarlyStopping):
             callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config.scheduler.num_bad_epochs = 0
+            config.scheduler.best = config.scheduler.mode_worse

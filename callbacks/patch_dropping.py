@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.schedules import check_end, check_keys, check_last_step, position
+from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
 
@@ -35,12 +35,12 @@ class PatchDropSchedule(Callback):
         0.25
     """
 
-    def __init__(self, schedule: dict[int, float], unit: str = "epoch") -> None:
-        check_keys(schedule, unit)
-        for key, rate in schedule.items():
+    def __init__(self, schedule: dict[Key, float], unit: str = "epoch") -> None:
+        self.schedule: dict[int, float] = checked_keys(schedule, unit)
+        for key, rate in self.schedule.items():
             if not 0 <= rate < 1:
                 raise UserError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
-        self.schedule, self.unit = dict(schedule), unit
+        self.unit = unit
         self._birth = self._rate = 0.0
 
     def rate_at(self, position: int) -> float:

@@ -1,9 +1,10 @@
-"""What happens when the loss is no number: the fit stops and says where, or goes back and leaves the batch out."""
+"""Guard against non-finite losses and gradients: the fit stops and names the batch, or goes back without it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +16,7 @@ from torch import Tensor
 from callbacks.monitor import norms_by_age, rows_by_age
 from callbacks.parameter_growth import ParameterGrowthCallback
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.parallel import gather
+from lit_tokenformer.parallel import gather, local
 
 _DIVIDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _SHOWN = 64
@@ -23,20 +24,20 @@ _SHOWN = 64
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a batch is not a number, or infinite."""
+    """The loss of a batch, or a gradient of it, is NaN or infinite."""
 
 
 class LossGuard(Callback):
-    """Finds a loss that is NaN or infinite before the optimizer takes a step with it.
+    """Finds a loss or gradient that is NaN or infinite before the optimizer takes a step with it.
 
-    All processes decide together, if the loss of one of them is no number. What is told: epoch, step, the batch and its
-    samples (their indices, where the data module has ``train_samples(batch)``), and the norms of weights and gradients
-    of the parameter tokens that the latest growth appended, of the others, and of all other parameters.
+    All processes decide together, if it is that of one of them. What is told: epoch, step, the batch and its samples
+    (their indices, where the data module has ``train_samples(batch)``), and the norms of weights and gradients of the
+    parameter tokens that the latest growth appended, of the others, and of all other parameters.
 
     Args:
         action: ``stop`` ends the fit with an error; the checkpoints written before are whole and good. ``rollback``
-            puts weights, their moving average and the optimizer's state back to where the loss was a number, and goes
-            on with the next batch; the schedule of the learning rate counts on.
+            puts weights, their moving average and the optimizer's state back to where the loss was finite, and
+            continues with the next batch; the schedule of the learning rate counts on.
         every_n_steps: Optimizer steps from one copy of that state to the next, with ``rollback``; it is kept in the
             memory of the CPU.
         max_rollbacks: So many times the fit goes back; then it stops.
@@ -47,8 +48,10 @@ class LossGuard(Callback):
         NonFiniteLoss: During a fit, as ``action`` says.
 
     Note:
-        Under DDP this is one number for each optimizer step that all processes reduce. A loss scale that overflows in
-        16-bit precision is no loss that is not a number, and left to the scaler.
+        Under DDP this is one number for each optimizer step that all processes reduce. On a GPU the host does not wait
+        for it: non-finite gradients are set to zero on the device, together with all others of the step, and the fit
+        stops or goes back before the next step, or before a checkpoint is saved. Gradients that overflow with a loss
+        scale (16-bit precision) are left to the scaler.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -68,6 +71,7 @@ class LossGuard(Callback):
         """How often the fit went back."""
         self._batch = 0
         self._losses: list[tuple[int, Tensor]] = []
+        self._pending: _Step | None = None
         self._kept: _State | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,7 +86,7 @@ class LossGuard(Callback):
             raise UserError(f"action: rollback needs the whole model in each process, not {strategy}; use stop")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses, self._kept = [], None
+        self._losses, self._pending, self._kept = [], None, None
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Lets go of the state before a growth, which does not fit any more.
@@ -104,23 +108,120 @@ class LossGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         losses, self._losses = self._losses, []
-        none = torch.zeros((), device=pl_module.device)  # training_step may return None; the others wait all the same
-        wrong = ~torch.stack([none, *(loss for _, loss in losses)]).isfinite().all()
-        if not trainer.strategy.reduce(wrong.float(), reduce_op="max"):  # waits for the device, once for each step
-            if self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps:
-                self._kept = _State(trainer, pl_module)
+        if self._settle(trainer, pl_module):  # the step before
+            optimizer.zero_grad(set_to_none=True)  # of weights that are gone; the optimizer skips what has no gradient
             return
-        found = _describe(trainer, pl_module, losses)
+        gradients = _gradients(trainer, optimizer)
+        wrong = _in_any_process(trainer, _non_finite([loss for _, loss in losses], gradients, pl_module.device))
+        lags = _lags(wrong)
+        self._pending = _Step(_to_host(wrong), losses, trainer.current_epoch, trainer.global_step, lags)
+        if lags:
+            for gradient in gradients:
+                gradient.masked_fill_(wrong, 0)
+        elif self._settle(trainer, pl_module):
+            optimizer.zero_grad(set_to_none=True)
+            return
+        if self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps:
+            self._kept = _State(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.action == "stop":  # a rollback waits for the next step: the checkpoint has taken its tensors already
+            self._settle(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._pending = None
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Act on the step whose verdict is pending.
+
+        Returns:
+            Whether the fit went back.
+
+        Raises:
+            NonFiniteLoss: If the step was wrong and the fit does not go back.
+        """
+        step, self._pending = self._pending, None
+        if step is None or not step.wrong():
+            return False
+        found = _describe(trainer, pl_module, step)
         if self.action == "stop" or self._kept is None or self.rollbacks >= self.max_rollbacks:
             spent = f"; the fit went back {self.rollbacks} times already" if self.rollbacks else ""
             raise NonFiniteLoss(f"{found}; no optimizer step was taken with it{spent}")
         self.rollbacks += 1
-        optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters that have no gradient
         self._kept.restore(trainer)
         rank_zero_warn(
             f"{found}; back to the state of step {self._kept.step}, without these batches "
             f"({self.rollbacks} of {self.max_rollbacks} times)"
         )
+        return True
+
+
+class _Step(NamedTuple):
+    """An optimizer step and what was found of it.
+
+    Args:
+        wrong: Wait for the device and get whether a loss or gradient was not finite.
+        losses: Its batches by number, each with its loss.
+        epoch: Its epoch.
+        step: Its number.
+        lags: Whether the gradients have become those of the next step when the verdict is read.
+    """
+
+    wrong: Callable[[], bool]
+    losses: list[tuple[int, Tensor]]
+    epoch: int
+    step: int
+    lags: bool
+
+
+def _lags(verdict: Tensor) -> bool:
+    """Whether the host reads the verdict of a step one step later, and the device runs on meanwhile."""
+    return verdict.is_cuda
+
+
+def _to_host(verdict: Tensor) -> Callable[[], bool]:
+    """Start to copy a verdict, () bool, to the host; returns what waits for it."""
+    if not verdict.is_cuda:
+        return lambda: bool(verdict)
+    copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(verdict, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(verdict.device))
+
+    def wait() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return wait
+
+
+def _gradients(trainer: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What this process holds of an optimizer's gradients; none where a scaler looks at them itself."""
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return []
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return [one._values() if one.is_sparse else one for one in found if one.numel()]
+
+
+def _non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Whether any loss or gradient is not finite, () bool on the device."""
+    seen = [torch.zeros((), device=device), *losses]  # training_step may return None, and there is no loss then
+    if gradients:  # the largest number, which is NaN if one is; a sum of squares may overflow
+        seen.append(torch.nn.utils.get_total_norm(gradients, math.inf))
+    return ~torch.stack([one.to(device, torch.float32) for one in seen]).isfinite().all()
+
+
+def _in_any_process(trainer: Trainer, wrong: Tensor) -> Tensor:
+    """Whether it is so in any process, () bool on the device; unlike a strategy's ``reduce`` the host does not wait."""
+    found = wrong.float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    else:
+        found = trainer.strategy.reduce(found, reduce_op="max")  # type: ignore[assignment]
+    return found > 0
 
 
 class _State:
@@ -168,23 +269,28 @@ def _copy(value: Any) -> Any:
     return (value.detach().to("cpu", copy=True), value.device) if isinstance(value, Tensor) else value
 
 
-def _describe(trainer: Trainer, pl_module: LightningModule, losses: list[tuple[int, Tensor]]) -> str:
+def _describe(trainer: Trainer, pl_module: LightningModule, step: _Step) -> str:
     """What was found, in one line, the same in every process."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     known = hasattr(datamodule, "train_samples") and not getattr(trainer, "overfit_batches", 0)
     own = [
-        f"process {trainer.global_rank}: loss {float(loss)} in batch {batch}"
-        + (_samples(datamodule.train_samples(batch)) if known else "")
-        for batch, loss in losses
-        if not loss.isfinite()
+        (
+            bool(loss.isfinite()),
+            f"process {trainer.global_rank}: loss {float(loss)} in batch {batch}"
+            + (_samples(datamodule.train_samples(batch)) if known else ""),
+        )
+        for batch, loss in step.losses
     ]
-    everyone: list[list[str]] = [own]
+    everyone: list[list[tuple[bool, str]]] = [own]
     if trainer.world_size > 1:
         everyone = [[] for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(everyone, own)
-    told = "; ".join(line for lines in everyone for line in lines)
-    norms = ", ".join(f"{name} {norm:.3g}" for name, norm in _norms(trainer, pl_module))
-    return f"the loss is no number at epoch {trainer.current_epoch}, step {trainer.global_step} ({told}); {norms}"
+    batches = [one for process in everyone for one in process]
+    wrong = [line for finite, line in batches if not finite]
+    what, told = ("loss", wrong) if wrong else ("gradient", [line for _, line in batches])
+    kinds = ("weights",) if step.lags else ("weights", "gradients")
+    norms = ", ".join(f"{name} {norm:.3g}" for name, norm in _norms(trainer, pl_module, kinds))
+    return f"non-finite {what} at epoch {step.epoch}, step {step.step} ({'; '.join(told)}); {norms}"
 
 
 def _samples(found: Any) -> str:
@@ -197,13 +303,13 @@ def _samples(found: Any) -> str:
     return f" of samples {', '.join(map(str, found[:_SHOWN]))}{more}"
 
 
-def _norms(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, float]]:
-    """Norms of weights and gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
+def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    """Norms of weights or gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
     growths = [event for one in trainer.callbacks if isinstance(one, ParameterGrowthCallback) for event in one.events]  # type: ignore
     tokens = list(rows_by_age(pl_module, growths[-1] if growths else None))
     taken = {parameter for parameter, _ in tokens}
     others = [parameter for parameter in pl_module.parameters() if parameter not in taken]
-    for kind in ("weights", "gradients"):
+    for kind in kinds:
         rows = [(_part(kind, parameter), new) for parameter, new in tokens]
         present = [(tensor, new) for tensor, new in rows if tensor is not None]
         if present:

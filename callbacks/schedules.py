@@ -11,27 +11,41 @@ LIMITS = {"epoch": "max_epochs", "step": "max_steps"}
 """Units of the keys, with the trainer's setting that ends a fit."""
 
 
-def check_keys(schedule: Any, unit: str) -> None:
-    """Refuses a schedule whose keys are no epochs or steps in rising order.
+Key = int | str
+"""Key of a schedule: an epoch or optimizer step, or its digits, as JSON has them.
+
+Not ``int`` alone: jsonargparse casts such keys, and 1.5 would become 1.
+"""
+
+
+def checked_keys(schedule: Any, unit: str) -> dict[int, Any]:
+    """Check that the keys of a schedule are epochs or steps in rising order.
 
     Args:
         schedule: What the user gave.
         unit: What its keys count.
 
+    Returns:
+        The schedule, its keys as whole numbers.
+
     Raises:
-        ValueError: For an unknown unit, and for keys that are no whole numbers of at least 0 or do not rise.
+        UserError: For an unknown unit, and for keys that are no whole numbers of at least 0 or do not rise.
     """
     if unit not in LIMITS:
         raise unknown_name("unit", unit, tuple(LIMITS))
     if not isinstance(schedule, Mapping):
         raise UserError(f"schedule: expected a mapping by {unit}, got {schedule!r}")
+    checked: dict[int, Any] = {}
     last = -1
-    for key in schedule:
+    for given, value in schedule.items():
+        key = int(given) if isinstance(given, str) and given.isdecimal() else given
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-            raise UserError(f"schedule: expected a whole number of at least 0 as {unit}, got {key!r}")
+            raise UserError(f"schedule: expected a whole number of at least 0 as {unit}, got {given!r}")
         if key <= last:
             raise UserError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
+        checked[key] = value
         last = key
+    return checked
 
 
 def check_end(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:

@@ -8,7 +8,7 @@ arXiv 2308.06103; stacks of copies that are no identities are G_stack (arXiv 240
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
+from lit_tokenformer.token_growth import check_memory
 
 
 class Inserted(NamedTuple):
@@ -77,6 +78,12 @@ def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
         raise UserError(f"{setting}: it would shrink from {len(model.blocks)} to {depth}; blocks can only be inserted")
     if depth > len(model.blocks) and model.config.norm_position == "post":
         raise UserError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
+    if depth > len(model.blocks):
+        for block in model.blocks:
+            list(block.outputs())  # type: ignore[operator]  # raises where a part does not declare its last layer
+        held = sum(parameter.nbytes for parameter in model.blocks.parameters())
+        device = next(model.blocks.parameters()).device
+        check_memory(held * (depth - len(model.blocks)) // len(model.blocks), device, setting)
 
 
 def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
@@ -114,17 +121,3 @@ def insert_parameters(optimizer: torch.optim.Optimizer, module: nn.Module, inser
             optimizer.state[one.parameter] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
             }
-
-
-def set_depth(module: nn.Module, depth: int) -> None:
-    """Gives every Tokenformer in ``module`` so many blocks; new ones wait for a checkpoint's weights."""
-    for model in module.modules():
-        if isinstance(model, Tokenformer) and len(model.blocks) != depth:
-            model.set_blocks([*model.blocks, *_fresh_blocks(model, depth)][:depth])
-
-
-def _fresh_blocks(model: Tokenformer, depth: int) -> Iterator[nn.Module]:
-    reference = next(model.blocks.parameters())
-    for number in range(len(model.blocks), depth):
-        with torch.device(reference.device), torch.random.fork_rng(devices=[]):
-            yield model.new_block(number).to(reference.dtype)

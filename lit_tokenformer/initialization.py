@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lit_tokenformer.checkpoints import read_checkpoint
-from lit_tokenformer.depth_growth import set_depth
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, model_size
 from lit_tokenformer.tasks.base import LitTask, resizable_names, state_dict_problems
@@ -73,7 +72,7 @@ def initialize_from(
         start = f"{prefix}blocks."
         numbers = {name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)}
         if numbers and numbers == {str(number) for number in range(len(numbers))}:
-            set_depth(model, len(numbers))
+            model.set_depth(len(numbers))
     own = module.state_dict()
     vocabularies = _vocabularies(checkpoint, datamodule, path)
     notes = [note for prefix, model in backbones for note in _resample_positions(prefix, model, own, weights, path)]

@@ -1,19 +1,22 @@
-"""What becomes of an optimizer's state when a model grows."""
+"""Optimizers of a model that grows: their parameters, and the state of these."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import GrownParameter, regrown
 from lit_tokenformer.parallel import like
+from lit_tokenformer.token_growth import GrownParameter, regrown
 
 NEW_STATES = ("mean", "zeros", "reset")
 
@@ -81,6 +84,55 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
             "growth: the optimizer state of the grown parameters was reset.",
             stacklevel=2,
         )
+
+
+class _StaleOptimizers:
+    """Guard against optimizers that a growth left behind: they would train nothing of what is new, silently.
+
+    It looks at every optimizer of the process, before each step, as long as replaced parameters are alive.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+        self._inserted: list[tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Parameter]]] = []
+        self._hook: RemovableHandle | None = None
+
+    def watch(
+        self, replaced: Iterable[nn.Parameter] = (), inserted: Iterable[tuple[nn.Parameter, nn.Parameter]] = ()
+    ) -> None:
+        """Reject the next step of an optimizer that holds what a growth replaced, or lacks what it inserted.
+
+        Args:
+            replaced: Parameters that are no longer part of a model.
+            inserted: Pairs of a parameter that stays and one that an optimizer of it needs too.
+        """
+        self._replaced.update((id(one), one) for one in replaced)
+        self._inserted += [(weakref.ref(origin), weakref.ref(new)) for origin, new in inserted if new.requires_grad]
+        if self._hook is None and (self._replaced or self._inserted):
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        old = len(held.intersection(self._replaced.keys()))
+        waiting, missing = [], 0
+        for pair in self._inserted:
+            origin, new = (reference() for reference in pair)
+            if origin is not None and new is not None and id(new) not in held:
+                waiting.append(pair)
+                missing += id(origin) in held
+        if old or missing:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} holds {old} parameters that a growth replaced and lacks {missing} that it "
+                "inserted, so the grown model would not train: pass it to grow(..., optimizer=optimizer), or make a "
+                "new optimizer after the growth"
+            )
+        self._inserted = waiting
+        if self._hook is not None and not self._replaced and not waiting:
+            self._hook.remove()
+            self._hook = None
+
+
+watch_optimizers = _StaleOptimizers().watch
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -78,14 +78,14 @@ def _divide_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
     layer.register_forward_hook(give)
 
 
-def owned_rows(tensor: DTensor, total: int) -> range:
+def owned_rows(tensor: Tensor, total: int) -> range:
     """The rows that this process would hold of a tensor that is divided as ``tensor`` is.
 
     Args:
-        tensor: Divided by rows.
+        tensor: Whole, or divided by rows.
         total: Rows of the whole.
     """
-    return _shares(total, _divisions(tensor))
+    return _shares(total, _divisions(tensor) if isinstance(tensor, DTensor) else [])
 
 
 def moves_no_rows(tensor: Tensor, before: int, copies: int) -> bool:
@@ -109,14 +109,14 @@ def _shares(total: int, divisions: list[tuple[int, int]]) -> range:
     return rows
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Get what this process holds of a tensor, without gradient, in the same memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def gather(tensor: Tensor) -> Tensor:
     """The whole tensor, on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(reference: Tensor, local: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class ShardedParameters:
         root: A module that was given to ``fully_shard``; of any other, nothing is found.
 
     Raises:
-        RuntimeError: If this torch keeps them in another way than the one this was written for.
+        UserError: If this torch keeps them in another way than the one this was written for.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -248,16 +248,25 @@ _MADE_OF = (
 
 def _check_torch(group: Any, kept: Any) -> None:
     missing = [name for owner, names in ((group, _GROUP), (kept, _KEPT)) for name in names if not hasattr(owner, name)]
-    if missing or tuple(inspect.signature(type(kept).__init__).parameters) != _MADE_OF:
-        raise RuntimeError(
-            f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({missing}); grow a "
-            "checkpoint between two runs with `lit-tokenformer grow`"
-        )
+    if missing:
+        raise _unknown_torch(f"no {', '.join(missing)}")
+    made_of = tuple(inspect.signature(type(kept).__init__).parameters)
+    if made_of != _MADE_OF:
+        raise _unknown_torch(f"{type(kept).__name__} takes {', '.join(made_of[1:])}")
+
+
+def _unknown_torch(difference: str) -> UserError:
+    return UserError(
+        f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({difference}); leave the "
+        "growth callback out and grow a checkpoint between two runs with `lit-tokenformer grow`, or use 'ddp'"
+    )
 
 
 def _groups(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
         if isinstance(module, FSDPModule):
+            if not hasattr(module, "_get_fsdp_state"):
+                raise _unknown_torch("no _get_fsdp_state")
             state: Any = module._get_fsdp_state()
             groups = getattr(
                 state, "_fsdp_param_groups", None

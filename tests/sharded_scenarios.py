@@ -22,7 +22,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
+from lit_tokenformer import parallel
 from lit_tokenformer.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
 from lit_tokenformer.optimizer_growth import grow_optimizer
@@ -35,9 +37,11 @@ FITS = {
     "even": {"growth": {1: 16, 2: 32}},  # no row moves between two processes
     "uneven": {
         "growth": {1: {"qkv": 13, "proj": 11, "ffn": 47}, 2: {"qkv": 26, "proj": 35, "ffn": 50}},
+        "steps": {"ramp_steps": 2, "freeze_old_steps": 1, "old_updates": 0.25, "tau_steps": 2},
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 0.05,
     },
+    "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
         "growth": {1: 12},
         "patches": {1: 0.25},
@@ -95,7 +99,7 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     strategy = "auto"
     if folders is not None:
         strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
-    gathered, growth = Gathered(), ParameterGrowthCallback(settings.pop("growth"))
+    gathered, growth = Gathered(), ParameterGrowthCallback(settings.pop("growth"), **settings.pop("steps", {}))
     patches = [PatchDropSchedule(settings.pop("patches"))] if "patches" in settings else []
     keep = ModelCheckpoint(folder, "end{epoch}", save_top_k=-1, auto_insert_metric_name=False)
     trainer = Trainer(
@@ -121,6 +125,19 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         loader = DataLoader(samples, 16 // data, sampler=sampler)
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
+    return found
+
+
+def unknown_torch(folder):
+    """What a fit says, growing and not, under a torch that makes sharded parameters in another way."""
+    made_of, parallel._MADE_OF = parallel._MADE_OF, (*parallel._MADE_OF, "something_new")
+    found = {}
+    for name in ("still", "dropout"):
+        try:
+            found[name] = str(fit(folder / name, name, folders=True)["step"])
+        except UserError as error:
+            found[name] = str(error)
+    parallel._MADE_OF = made_of
     return found
 
 
@@ -239,6 +256,7 @@ def main(folder):
         found["folders"] = folders(folder / "folders")
         found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
     else:
+        found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)

@@ -13,8 +13,10 @@ PACKAGE = ROOT / "lit_tokenformer"
 FORBIDDEN = {  # what may not be imported, by the place that may not
     "errors.py": ["torch", "timm", "lightning", "lit_tokenformer", "callbacks"],
     "models": ["lightning", "callbacks", "torchvision", "torchmetrics", "lit_tokenformer.[^em]"],
-    "growth.py": ["lightning", "callbacks", "lit_tokenformer.[^emp]"],
-    "optimizer_growth.py": ["lightning", "callbacks", "lit_tokenformer.[^egp]"],
+    "token_growth.py": ["lightning", "callbacks", "lit_tokenformer.[^emp]"],
+    "depth_growth.py": ["lightning", "callbacks", "lit_tokenformer.[^emt]", "lit_tokenformer.tasks"],
+    "optimizer_growth.py": ["lightning", "callbacks", "lit_tokenformer.[^ept]", "lit_tokenformer.tasks"],
+    "growth.py": ["lightning", "callbacks", "lit_tokenformer.[^dmot]", "lit_tokenformer.(data|tasks)"],
     "parallel.py": ["lightning", "callbacks", "lit_tokenformer.[^em]"],
     "compute.py": ["lightning", "callbacks", "lit_tokenformer.[^em]"],
     "data": ["callbacks", "lit_tokenformer.[^ed]"],

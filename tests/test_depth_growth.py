@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
 from lit_tokenformer.compute import model_cost
 from lit_tokenformer.depth_growth import deepen, insert_parameters
+from lit_tokenformer.growth import grow
 from lit_tokenformer.models import create_backbone, model_size
 from lit_tokenformer.tasks import LitCausalLM, LRSchedule
 
@@ -192,3 +193,90 @@ def test_a_checkpoint_of_another_depth_that_was_not_grown_is_refused(tmp_path):
     other = LitCausalLM("tokenformer_lm_tiny", 11, 8, overrides={**SIZES, "depth": 1})
     with pytest.raises(ValueError, match="another architecture: blocks|another architecture: backbone.blocks.1"):
         other.on_load_checkpoint(torch.load(path, weights_only=True))
+
+
+def test_public_grow_inserts_blocks_and_hands_them_to_the_optimizer():
+    model = shaken("tokenformer_lm_tiny")
+    optimizer, left = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    before = model(TOKENS)
+    grow(model, {"depth": 4, "qkv": 8}, optimizer=optimizer)
+    assert model.size == {"qkv": 8, "proj": 4, "ffn": 16, "depth": 4}
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in model.parameters()]
+    model(TOKENS).logsumexp(dim=-1).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"AdamW holds \d+ parameters that a growth replaced and lacks \d+ that it"):
+        left.step()
+    with pytest.raises(ValueError, match="tokens: unknown value 'depth'"):
+        grow(torch.nn.Linear(2, 2), {"depth": 4})
+
+
+def test_a_backbone_takes_the_depth_of_the_weights_it_loads():
+    model, grown = shaken("tokenformer_lm_tiny"), shaken("tokenformer_lm_tiny")
+    early = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
+    deepen(grown, 5)
+    model.load_state_dict(grown.state_dict())
+    assert len(model.blocks) == 5 and torch.equal(model(TOKENS), grown(TOKENS))
+    model.load_state_dict(early)
+    assert len(model.blocks) == 2
+    for missing in ("blocks.1.", "blocks.3."):  # neither a stage of this architecture nor one that growth leads to
+        part = {name: tensor for name, tensor in grown.state_dict().items() if not name.startswith(missing)}
+        with pytest.raises(RuntimeError, match=r"blocks\.\d"):
+            model.load_state_dict(part)
+    less = {name: tensor for name, tensor in early.items() if not name.startswith("blocks.1.")}
+    with pytest.raises(RuntimeError, match="blocks.1"):
+        shaken("tokenformer_lm_tiny").load_state_dict(less)
+
+
+def test_a_part_that_declares_no_output_layer_is_refused_before_anything_changes():
+    class Mixer(torch.nn.Linear):
+        pass
+
+    models = torch.nn.ModuleList([shaken("tokenformer_lm_tiny"), shaken("tokenformer_lm_tiny")])
+    models[1].blocks[1].attn = Mixer(2, 2)
+    with pytest.raises(ValueError, match=r"^depth: Mixer declares no output_layer"):
+        deepen(models, 4)
+    assert [len(model.blocks) for model in models] == [2, 2]
+
+
+def test_more_blocks_than_memory_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^depth: the new parameters alone need [\d,]+\.\d GiB"):
+        deepen(shaken("tokenformer_lm_tiny"), 10**9)
+
+
+class OwnModule(LightningModule):
+    """A user's module around a backbone, without any hook of ours."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = create_backbone("tokenformer_lm_tiny", **SIZES)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.model(batch[:, :-1]).mT, batch[:, 1:])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("step", [6, 10])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_users_module_resumes_and_loads_at_any_depth(tmp_path, step, average):
+    def callbacks():
+        return [growth(), *([GrowingEMA(decay=0.9)] if average else [])]
+
+    path = tmp_path / "middle.ckpt"
+    whole, resumed = OwnModule(), OwnModule()
+    fit(whole, tmp_path, *callbacks(), SaveAt(step, path))
+    fit(resumed, tmp_path, *callbacks(), ckpt_path=path)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert len(OwnModule.load_from_checkpoint(path, weights_only=True).model.blocks) == {6: 3, 10: 6}[step]
+
+
+def test_a_checkpoint_from_before_a_growth_loads_into_the_grown_task(tmp_path):
+    path, task = tmp_path / "early.ckpt", make_task()
+    trainer = fit(task, tmp_path, growth(), SaveAt(2, path))
+    assert len(task.backbone.blocks) == 6
+    trainer.validate(task, DataLoader(torch.zeros(4, 9, dtype=torch.long), 4), path, verbose=False, weights_only=True)
+    assert len(task.backbone.blocks) == 2

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lit_tokenformer.growth import Rows, grow, target_tokens
-from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig
+from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, param_tokens
+from lit_tokenformer.optimizer_growth import grow_optimizer
 
 NORMS = ["l2_gelu", "gelu_l2", "softmax", "gelu"]
 ZERO_KEY_NORMS = ["l2_gelu", "gelu_l2", "gelu"]  # exp(0) = 1: under softmax a zero key takes part
@@ -435,8 +436,12 @@ def test_layers_without_a_kind_take_a_number():
     grow(model, 8)
     assert (model[0].num_tokens, model[2].num_tokens) == (8, 32)
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="tokens: layer '0' has no kind, so it takes a number"):
-        grow(model, {"ffn": 64})
+    grow(model, {"ffn": 64})
+    assert (model[0].num_tokens, model[2].num_tokens) == (8, 64)
+    grow(model, {"other": 12})
+    assert (model[0].num_tokens, model[2].num_tokens) == (12, 64)
+    with pytest.raises(ValueError, match="tokens: unknown value 'qkv'.* Known: ffn, other"):
+        grow(model, {"qkv": 16})
 
 
 def test_grown_state_loads_into_a_model_at_birth_size():
@@ -480,3 +485,68 @@ def test_new_tokens_with_both_key_and_value_zero_are_refused(method, total):
     with pytest.raises(ValueError, match="would both be zero, and never train"):
         grow(layer, total, method)
     assert layer.num_tokens == 4
+
+
+def own_model():
+    return nn.Sequential(nn.Linear(6, 8), Pattention(8, 8, 4), nn.Tanh(), Pattention(8, 2, 4))
+
+
+def step(model, optimizer):
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_grow_hands_new_parameters_and_their_state_to_the_optimizer():
+    model = own_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    grow(model, 8, optimizer=optimizer)
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in model.parameters()]
+    assert all(optimizer.state[one]["exp_avg"].shape == one.shape for one in model.parameters())
+    before = model[1].key_tokens.detach().clone()
+    step(model, optimizer)
+    assert not torch.equal(model[1].key_tokens, before)
+
+
+def test_an_optimizer_that_a_growth_left_behind_raises_at_its_next_step():
+    model = own_model()
+    kept, left = torch.optim.AdamW(model[1].parameters()), torch.optim.SGD(model[3].parameters(), lr=0.1)
+    grown = grow(model, 8, optimizer=kept)
+    step(model, kept)
+    with pytest.raises(RuntimeError, match=r"SGD holds 2 parameters that a growth replaced .* grow\(..., optimizer="):
+        step(model, left)
+    grow_optimizer(left, grown)
+    step(model, left)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_no_optimizer_is_watched_once_the_old_parameters_are_gone():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    model = own_model()
+    hooks = len(_global_optimizer_pre_hooks)
+    grow(model, 8)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert len(_global_optimizer_pre_hooks) <= hooks
+
+
+def test_a_model_that_is_grown_in_part_counts_its_smallest_layers():
+    model = own_model()
+    grow(model[1], 8)
+    assert param_tokens(model) == {"other": 4}
+    grow(model, 8)
+    assert model[1].num_tokens == model[3].num_tokens == 8
+    grow(model[3], 32)
+    with pytest.raises(ValueError, match="tokens: layer '3' would shrink from 32 to 16"):
+        grow(model, 16)
+    assert model[1].num_tokens == 8
+
+
+def test_a_growth_beyond_the_memory_is_refused_in_one_line():
+    model = own_model()
+    with pytest.raises(
+        ValueError, match=r"tokens: the new parameters alone need [\d,.]+ GiB, and [\d,.]+ GiB of memory"
+    ):
+        grow(model, 10**12)
+    assert model[1].num_tokens == 4

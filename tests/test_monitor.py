@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from callbacks.monitor import TrainingMonitor, _picture
 from callbacks.parameter_growth import ParameterGrowthCallback
 from lit_tokenformer.growth import Rows, grow
 from lit_tokenformer.models import Pattention
+from lit_tokenformer.parallel import like
 from lit_tokenformer.tasks import LitImageClassifier
 
 TINY: Any = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -191,6 +193,26 @@ def test_row_norms_are_those_of_gradient_and_change(tmp_path: Path) -> None:
         for part, new in (("old", False), ("new", True)):
             value = found.Scalars(f"rows/{measure}_norm_{part}")[-1].value
             assert value == pytest.approx(norm(tensors, new), rel=1e-4)
+
+
+def test_changes_are_measured_one_parameter_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the tokens before a step wait in the host's memory, and come back one by one."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    class Change:  # tensors cannot be put into a set by identity
+        pass
+
+    def counted(reference: Tensor, change: Tensor) -> Tensor:
+        found = like(reference, change).clone()  # on a CPU it is what waits itself
+        found.mark = Change()  # type: ignore[attr-defined]
+        alive.add(found.mark)  # type: ignore[attr-defined]
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr("callbacks.monitor.like", counted)
+    build_trainer(tmp_path, TrainingMonitor()).fit(build_task(), datamodule=Images())
+    assert most and max(most) <= 2
 
 
 def test_nothing_is_measured_between_log_steps(tmp_path: Path) -> None:

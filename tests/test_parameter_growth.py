@@ -5,11 +5,22 @@ import math
 import pytest
 import timm.optim
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import ParameterGrowthCallback
+from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
+from callbacks.growth_check import OutputCheck
+from callbacks.growth_steps import latest_rows
+from lit_tokenformer.growth import grow
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -327,6 +338,8 @@ def test_layers_without_a_kind_or_without_pattention():
         ({"schedule": {1: 16, 2: 8}}, "schedule: epoch 2: qkv would shrink from 16 to 8"),
         ({"schedule": {1: {"qkv": 16, "fnn": 9}}}, "schedule: epoch 1: unknown value 'fnn', did you mean 'ffn'"),
         ({"schedule": {"x": 16}}, "schedule: expected a whole number of at least 0 as epoch, got 'x'"),
+        ({"schedule": {1.5: 16}}, "schedule: expected a whole number of at least 0 as epoch, got 1.5"),
+        ({"schedule": {"1.5": 16}}, "schedule: expected a whole number of at least 0 as epoch, got '1.5'"),
         ({"schedule": {-1: 16}}, "schedule: expected a whole number of at least 0 as epoch, got -1"),
         ({"schedule": {1: "many"}}, "schedule: epoch 1: .*got 'many'"),
         ({"schedule": {1: 0}}, "schedule: epoch 1: .*at least 1, got 0"),
@@ -353,6 +366,10 @@ def test_bad_settings_are_refused_when_made(settings, message):
             r"schedule: step 18 is beyond the end of the fit \(18 optimizer steps\)",
         ),
         ({"schedule": {1: 4}}, "schedule: epoch 1: qkv would shrink from 8 to 4"),
+        (
+            {"schedule": {1: 16, 2: 10**10}},
+            r"schedule: epoch 2: the new parameters alone need [\d,.]+ GiB",
+        ),
     ],
 )
 def test_schedules_that_do_not_fit_are_refused_before_training(settings, message):
@@ -379,3 +396,142 @@ def test_a_strategy_that_cannot_grow_is_refused():
         trainer._accelerator_connector.strategy = strategy.__new__(strategy)
         with pytest.raises(ValueError, match=f"trainer.strategy: a model cannot grow under {strategy.__name__}"):
             growth_context(trainer)
+
+
+class OwnModule(LightningModule):
+    """A user's module: Pattention layers without a kind, and none of our hooks."""
+
+    def __init__(self, more=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), Pattention(192, 16, 8), nn.Tanh(), Pattention(16, 10, 8 + more))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class OwnForward(OwnModule):
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.mark.parametrize("schedule", [{1: 16, 2: 32}, {1: {"other": 16}, 2: {"other": 32}}])
+def test_layers_of_a_users_module_grow_and_their_outputs_are_compared(schedule):
+    growth, task = ParameterGrowthCallback(schedule), OwnForward()
+    trainer = fit(task, growth, TrainingMonitor(), GrowingEMA(decay=0.5))
+    assert [event["after"] for event in growth.events] == [{"other": 16}, {"other": 32}]
+    assert param_tokens(task) == {"other": 32}
+    assert all(event["output_difference"] < 1e-5 for event in growth.events)
+    assert [id(one) for one in trainer.optimizers[0].param_groups[0]["params"]] == [id(p) for p in task.parameters()]
+
+
+def test_a_user_is_told_once_that_outputs_are_not_compared(recwarn):
+    class Needy(OwnModule):
+        def forward(self, images, scale):
+            return self.net(images) * scale
+
+    for module, problem in ((OwnModule, "has no forward"), (Needy, "forward raised TypeError")):
+        OutputCheck._warned.clear()
+        growth = ParameterGrowthCallback({1: 16, 2: 32})
+        fit(module(), growth)
+        told = [str(one.message) for one in recwarn if "check: the outputs" in str(one.message)]
+        recwarn.clear()
+        assert len(told) == 1 and problem in told[0] and "define model_output(batch)" in told[0]
+        assert all(math.isnan(event["output_difference"]) for event in growth.events)
+
+
+def test_comparing_outputs_draws_no_random_number():
+    class Noisy(OwnModule):
+        def forward(self, images):
+            return self.net(images) + torch.randn(1)
+
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    OutputCheck(Noisy(), next(iter(loader()))).difference()
+    torch.manual_seed(3)
+    check = OutputCheck(Noisy(), next(iter(loader())))
+    torch.manual_seed(3)
+    check.difference()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_model_that_is_grown_in_part_grows_to_the_whole():
+    growth, task = ParameterGrowthCallback({1: 16}, freeze_old_steps=-1, method="zero_keys"), OwnModule(more=4)
+    seen = Watch(lambda trainer, task: task.net[3].key_tokens.detach().clone())
+    fit(task, growth, seen, TrainingMonitor())
+    assert param_tokens(task) == {"other": 16} and task.net[3].num_tokens == 16
+    (event,) = growth.events
+    assert event["before"] == {"other": 8} and event["layers_before"] == {"net.3": 12}
+    assert {layer: rows.before for layer, rows in latest_rows(task, event)} == {task.net[1]: 8, task.net[3]: 12}
+    assert torch.equal(seen.seen[-1][:12], seen.seen[5]) and not torch.equal(seen.seen[-1][12:], seen.seen[6][12:])
+
+
+def test_a_resume_does_not_skip_the_growth_of_layers_that_lag_behind(tmp_path):
+    task = OwnModule()
+    grow(task.net[3], 16)  # the last layer has the first stage's size, the other has not
+    growth = ParameterGrowthCallback({1: 16})
+    fit(task, growth)
+    assert task.net[1].num_tokens == 16
+    assert {layer: rows.before for layer, rows in latest_rows(task, growth.events[0])} == {task.net[1]: 8}
+
+
+@pytest.mark.parametrize(
+    "average",
+    [WeightAveraging(), EMAWeightAveraging(), StochasticWeightAveraging(1e-3)],
+    ids=lambda one: type(one).__name__,
+)
+def test_averages_that_cannot_grow_are_refused_before_training(average):
+    steps = Watch(sizes)
+    with pytest.raises(ValueError, match=rf"^trainer.callbacks: {type(average).__name__} .* use callbacks.GrowingEMA$"):
+        fit(make_task(), ParameterGrowthCallback({1: 16}), average, steps)
+    assert not steps.seen
+    fit(make_task(), ParameterGrowthCallback({}), average, max_epochs=2)
+
+
+@pytest.mark.parametrize(("mode", "worst"), [("min", math.inf), ("max", -math.inf)])
+def test_scores_of_different_sizes_are_not_compared(mode, worst):
+    """A score that falls back at a growth and then improves ends no fit and lowers no rate."""
+
+    class Score(Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            epoch = trainer.current_epoch
+            score = 1.0 / (epoch + 1) + (10.0 if epoch >= 3 else 0.0)
+            pl_module.log("score", score if mode == "min" else -score)
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    class Plateaus(OwnModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=1)
+            return {"optimizer": optimizer, "lr_scheduler": plateau, "monitor": "score"}
+
+    class Best(Callback):
+        def on_parameter_growth(self, trainer, pl_module, event):
+            self.found = trainer.early_stopping_callback.best_score, trainer.lr_scheduler_configs[0].scheduler.best
+
+    patience = EarlyStopping("score", mode=mode, patience=2, check_on_train_epoch_end=True)
+    score, best = Score(), Best()
+    trainer = fit(Plateaus(), ParameterGrowthCallback({3: 16}), score, patience, best, max_epochs=8)
+    assert trainer.current_epoch == 8 and len(set(score.rates)) == 1
+    assert [float(one) for one in best.found] == [worst, worst]
+
+
+def test_the_command_line_keeps_the_keys_of_a_schedule_as_they_are():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ParameterGrowthCallback, "growth")
+    for given, kept in (("{1: 16, 2: {ffn: 64}}", {1: 16, 2: {"ffn": 64}}), ('{"1": 16}', {1: 16})):
+        config = parser.parse_args([f"--growth.schedule={given}"])
+        again = parser.parse_string(parser.dump(config))
+        for one in (config, again):
+            assert parser.instantiate_classes(one).growth.schedule == kept
+    with pytest.raises(ValueError, match="schedule: expected a whole number of at least 0 as epoch, got 1.5"):
+        parser.instantiate_classes(parser.parse_args(["--growth.schedule={1.5: 16}"]))

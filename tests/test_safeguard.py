@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, RunSummary, TrainingMonitor
-from callbacks.safeguard import NonFiniteLoss
+from callbacks.safeguard import NonFiniteLoss, _gradients, _non_finite
 from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -42,9 +43,9 @@ class Weights(Callback):
         self.before.append([tensor.detach().clone() for tensor in (*pl_module.state_dict().values(), *moments)])
 
 
-def fit(folder, bad, *callbacks, guard=None, epochs=2, ckpt_path=None, **trainer):
+def fit(folder, bad, *callbacks, guard=None, epochs=2, ckpt_path=None, task=Task, **trainer):
     seed_everything(1)
-    task = Task(
+    task = task(
         "tokenformer_vit_tiny_patch16_224",
         num_classes=10,
         image_size=8,
@@ -81,9 +82,7 @@ def equal(some, others):
 def test_the_fit_stops_before_the_step_and_names_the_batch(tmp_path, value):
     growth = ParameterGrowthCallback({1: 8})
     stopped = fit(tmp_path, {11: value}, growth, enable_checkpointing=False)
-    assert re.match(
-        r"the loss is no number at epoch 1, step 11 \(process 0: loss (nan|inf) in batch 3 of", stopped.error
-    )
+    assert re.match(r"non-finite loss at epoch 1, step 11 \(process 0: loss (nan|inf) in batch 3 of", stopped.error)
     for part in ("norm of weights of old rows", "of weights of new rows", "norm of gradients of old rows"):
         number = re.search(rf"{part} (\S+?),", stopped.error)[1]
         assert math.isfinite(float(number)) == ("weights" in part)
@@ -92,6 +91,76 @@ def test_the_fit_stops_before_the_step_and_names_the_batch(tmp_path, value):
     named = [int(one) for one in re.search(r"of samples ([\d, ]+)\)", stopped.error)[1].split(",")]
     keys = list(stopped.data._train_loader.sampler)
     assert named == [index for _, _, index in keys][3 * 16 : 4 * 16]
+
+
+class Rooted(Task):
+    """Its loss is finite and its gradient is not: the root of zero has none."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx in self.roots:
+            loss = loss + (self.backbone.norm.weight * 0).sum().sqrt()
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_stops_the_fit_before_the_step(tmp_path):
+    Rooted.roots = {11}
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, save_last=True)
+    stopped = fit(tmp_path, {}, save, task=Rooted)
+    assert re.match(
+        r"non-finite gradient at epoch 1, step 11 \(process 0: loss \d\S+ in batch 3 of samples", stopped.error
+    )
+    assert "norm of gradients of old rows" in stopped.error and "of other gradients nan" in stopped.error
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 11
+    assert all(bool(tensor.isfinite().all()) for tensor in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(("fault", "task"), [("loss", Task), ("gradient", Rooted)])
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_verdict_that_is_read_a_step_later_lets_no_number_reach_the_weights(
+    tmp_path, monkeypatch, action, fault, task
+):
+    """As on a GPU, where the host does not wait for the device."""
+    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    Rooted.roots = {6}
+    guard, bad = LossGuard(action, every_n_steps=4), {6: math.nan} if fault == "loss" else {}
+    found = fit(tmp_path, bad, guard=guard, task=task, enable_checkpointing=False)
+    assert all(bool(tensor.isfinite().all()) for state in found.weights.before for tensor in state)
+    if action == "stop":
+        assert len(found.weights.before) == 8  # batch 7 was computed, and no step taken with it
+        assert f"non-finite {fault} at epoch 0, step 6 (process 0: loss" in found.error
+        assert "in batch 6 of samples" in found.error and "gradients" not in found.error
+    else:
+        assert guard.rollbacks == 1 and found.global_step == 16
+        assert equal(found.weights.before[8], found.weights.before[4])
+
+
+@pytest.mark.parametrize("last", [7, 15])
+def test_no_checkpoint_is_saved_after_a_wrong_step_whose_verdict_is_pending(tmp_path, monkeypatch, last):
+    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    found = fit(tmp_path, {last: math.nan}, save)
+    assert f"non-finite loss at epoch {last // 8}, step {last} " in found.error
+    assert sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("*.ckpt")) == list(range(1, last + 1))
+    found = fit(tmp_path, {15: math.nan}, enable_checkpointing=False)  # the last step of all
+    assert "non-finite loss at epoch 1, step 15 " in found.error
+
+
+def test_a_verdict_that_is_read_a_step_later_changes_no_bit(tmp_path, monkeypatch):
+    plain = fit(tmp_path, {}, guard=Callback(), enable_checkpointing=False)
+    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    guarded = fit(tmp_path, {}, guard=LossGuard("rollback", every_n_steps=3), enable_checkpointing=False)
+    assert equal(guarded.weights.before[-1], plain.weights.before[-1])
+
+
+def test_a_sparse_gradient_is_looked_at():
+    weight = torch.nn.Parameter(torch.ones(4, 2))
+    torch.nn.functional.embedding(torch.tensor([1, 1]), weight, sparse=True).sqrt().sum().backward()
+    optimizer, trainer = torch.optim.SGD([weight]), SimpleNamespace(precision_plugin=None)
+    for value, wrong in ((1.0, False), (math.nan, True)):
+        weight.grad._values()[0, 0] = value
+        assert bool(_non_finite([], _gradients(trainer, optimizer), torch.device("cpu"))) == wrong
 
 
 def test_samples_of_any_pass_are_those_that_were_loaded():

@@ -87,6 +87,12 @@ class TestTwoProcesses:
         sizes = found[0][0]["uneven/end1.ckpt again"]["sizes of the checkpoint"]
         assert sizes == {"qkv": 13, "proj": 11, "ffn": 47}
 
+    def test_a_torch_under_which_nothing_can_grow_ends_growing_fits_only_and_in_one_line(self, found):
+        said = found[1]["unknown torch"]
+        assert said["still"] == "6"
+        assert said["dropout"].startswith("trainer.strategy: a model cannot grow under FSDP2 in torch")
+        assert "FSDPParam takes" in said["dropout"] and "\n" not in said["dropout"]
+
     def test_folders_are_saved_whole_or_not_at_all(self, found):
         for rank in found[0]:
             over_a_link, over_a_folder, on_a_full_disk, failed = rank["folders"].values()

@@ -127,6 +127,26 @@ class Tokenformer(nn.Module):
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
 
+    def set_depth(self, depth: int) -> None:
+        """Drop the last blocks, or append blocks with fresh weights, which a checkpoint is about to replace.
+
+        Args:
+            depth: Total of blocks.
+        """
+        reference = next(self.blocks.parameters())
+        with torch.device(reference.device), torch.random.fork_rng(devices=[]):
+            fresh = [self.new_block(number).to(reference.dtype) for number in range(len(self.blocks), depth)]
+        self.set_blocks([*self.blocks, *fresh][:depth])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the depth of the blocks in ``state_dict``, if growth leads from this architecture to it."""
+        blocks = f"{prefix}blocks."
+        numbers = {name[len(blocks) :].partition(".")[0] for name in state_dict if name.startswith(blocks)}
+        depth = len(numbers)
+        if self.config.depth <= depth != len(self.blocks) and numbers == set(map(str, range(depth))):
+            self.set_depth(depth)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def set_patch_drop_rate(self, rate: float) -> None:
         """Leaves out another share of each image's patches in training.
 
@@ -397,18 +417,32 @@ class Tokenformer(nn.Module):
 
 
 def model_size(module: nn.Module) -> dict[str, int]:
-    """Parameter tokens of each kind in ``module``, and ``depth``, the blocks of the models in it, if there is one."""
+    """Report what growth changes: parameter tokens of each kind and, where there is a model, ``depth``.
+
+    Args:
+        module: Any module; of models with different numbers of blocks the smallest counts.
+    """
     depths = [len(model.blocks) for model in module.modules() if isinstance(model, Tokenformer)]
-    return {**param_tokens(module), **({"depth": depths[0]} if depths else {})}
+    return {**param_tokens(module), **({"depth": min(depths)} if depths else {})}
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:
-    """Parameter tokens that the Pattention layers in ``module`` hold now, for each kind of projection.
+    """Count the parameter tokens of the Pattention layers in ``module``, for each kind of projection.
+
+    Args:
+        module: Any module; of layers of one kind with different numbers of tokens the smallest counts, so a model that
+            is grown in part is not mistaken for a grown one.
+
+    Returns:
+        Totals by kind; ``other`` for layers without a kind.
 
     Example:
         >>> layer = Pattention(8, 8, num_tokens=4, kind="ffn")
         >>> param_tokens(layer)
         {'ffn': 4}
     """
-    layers = (layer for layer in module.modules() if isinstance(layer, Pattention))
-    return {layer.kind: layer.num_tokens for layer in layers if layer.kind is not None}
+    found: dict[str, int] = {}
+    for layer in module.modules():
+        if isinstance(layer, Pattention):
+            found[layer.kind] = min(layer.num_tokens, found.get(layer.kind, layer.num_tokens))
+    return found

@@ -8,8 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import TokenformerConfig
-from lit_tokenformer.models.feed_forward import make_feed_forward, output_layer
+from lit_tokenformer.models.feed_forward import make_feed_forward
 from lit_tokenformer.models.mixers import Context, make_mixer
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
@@ -33,6 +34,11 @@ class AugmentedShortcut(nn.Module):
         self.up = nn.Linear(config.shortcut_dim, config.dim, bias=False)
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=0.02)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.up
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -72,10 +78,12 @@ class Block(nn.Module):
 
     def outputs(self) -> Iterator[nn.Parameter]:
         """Parameters without which nothing is added to the residual stream: those of the last layers."""
-        last: list[Any] = [self.attn.proj, output_layer(self.mlp)]
-        if self.shortcut is not None:
-            last.append(self.shortcut.up)
-        for layer in last:
+        for part in filter(None, (self.attn, self.mlp, self.shortcut)):
+            layer: Any = getattr(part, "output_layer", None)
+            if layer is None:
+                raise UserError(
+                    f"depth: {type(part).__name__} declares no output_layer, so no copy of it is an identity"
+                )
             yield from [layer.value_tokens] if isinstance(layer, Pattention) else layer.parameters()
 
     def mix(self, x: Tensor, context: Context, state: State) -> Tensor:

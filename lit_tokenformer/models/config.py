@@ -77,6 +77,8 @@ class ParamTokens:
 
 KINDS = tuple(field.name for field in fields(ParamTokens))
 """The kinds of projection that a growth schedule can name."""
+OTHER = "other"
+"""The kind of Pattention layers that are none of these, as in a user's own model."""
 
 
 PARTS: dict[str, tuple[str, ...]] = {

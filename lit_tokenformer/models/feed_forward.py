@@ -45,7 +45,10 @@ class Activation(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What all have in common: most need no more than the data token itself."""
+    """What all have in common: most need no more than the data token itself.
+
+    Each declares its ``output_layer``, as mixers do: the layer without which it adds nothing to the residual stream.
+    """
 
     def new_state(self, length: int) -> RecurrentState | None:
         """What it remembers of a sequence: nothing."""
@@ -79,6 +82,11 @@ class PattentionFeedForward(Pattention):
         )
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer itself."""
+        return self
+
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.dropout(super().forward(x))
@@ -98,6 +106,11 @@ class MLP(FeedForward):
         self.activation = Activation(config)
         self.fc2 = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.fc2
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
@@ -121,6 +134,11 @@ class GLU(FeedForward):
         self.activation = Activation(config)
         self.dropout = nn.Dropout(config.dropout)
         self.down = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.down
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
@@ -147,6 +165,11 @@ class ChannelMix(FeedForward):
         self.receptance = make_projection(config, "ffn", config.dim, config.dim, zero=True)
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.value
+
     def new_state(self, length: int) -> RecurrentState:
         """What it remembers of a sequence: the last data token."""
         return RecurrentState()
@@ -170,10 +193,3 @@ FEED_FORWARDS: dict[str, Callable[[TokenformerConfig, int], nn.Module]] = {
 def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
     """The feed-forward that ``config.feed_forward`` names, (B, T, D) -> (B, T, D), for the block with this number."""
     return FEED_FORWARDS[config.feed_forward](config, layer)
-
-
-def output_layer(feed_forward: nn.Module) -> nn.Module:
-    """The last projection of a feed-forward; without it nothing comes out."""
-    if isinstance(feed_forward, Pattention):
-        return feed_forward
-    return next(getattr(feed_forward, name) for name in ("fc2", "down", "value") if hasattr(feed_forward, name))

@@ -114,6 +114,11 @@ class Attention(nn.Module):
         self.attn_dropout = config.attn_dropout
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.proj
+
     def new_state(self, length: int) -> KeyValueCache:
         """What it remembers of a sequence: all keys and values."""
         return KeyValueCache(length)
@@ -219,6 +224,11 @@ class TimeMix(nn.Module):
         self.receptance = make_projection(config, "qkv", dim, dim, zero=True)
         self.proj = make_projection(config, "proj", dim, dim, residual=True, zero=True)
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """Layer that writes to the residual stream."""
+        return self.proj
 
     def new_state(self, length: int) -> RecurrentState:
         """What it remembers of a sequence, however long."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.models.config import KINDS
+from lit_tokenformer.models.config import KINDS, OTHER
 from lit_tokenformer.models.l2_gelu import l2_gelu, l2_scale
 
 Activation = Callable[[Tensor], Tensor]
@@ -141,7 +141,7 @@ class Pattention(nn.Module):
         dim_out: Width of the output, D_out.
         num_tokens: Number of parameter tokens, N.
         score_norm: A name in ``SCORE_NORMS``; ``l2_gelu`` is the published one.
-        kind: Which total of a growth schedule this layer follows (``qkv``, ``proj``, ``ffn``).
+        kind: Which total of a growth schedule this layer follows (``qkv``, ``proj``, ``ffn``); ``None`` for ``other``.
         key_std: Standard deviation of keys at birth.
         value_std: Standard deviation of values at birth, for tokens appended later too.
         series: Terms of a series informed activation in the place of GELU; 1 is GELU itself.
@@ -184,8 +184,9 @@ class Pattention(nn.Module):
             raise UserError(f"num_tokens: expected at least 1, got {num_tokens}")
         if score_norm not in SCORE_NORMS:
             raise unknown_name("score_norm", score_norm, SCORE_NORMS)
-        if kind is not None and kind not in KINDS:
-            raise unknown_name("kind", kind, KINDS)
+        kind = OTHER if kind is None else kind
+        if kind not in (*KINDS, OTHER):
+            raise unknown_name("kind", kind, (*KINDS, OTHER))
         if series < 1 or (series > 1 and score_norm == "softmax"):
             raise UserError(f"series: expected at least 1, and 1 with score_norm 'softmax', got {series}")
         self.score_norm = score_norm

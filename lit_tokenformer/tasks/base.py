@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
-from lit_tokenformer.depth_growth import set_depth
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.optimizer_growth import check_optimizer_state
-from lit_tokenformer.parallel import ShardedParameters, clip_gradients, divide
+from lit_tokenformer.parallel import clip_gradients, divide
 from lit_tokenformer.sharded_checkpoints import check_has_optimizers, load_into, save_folder
 from lit_tokenformer.tasks.optimization import OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
@@ -331,8 +330,10 @@ class LitTask(OptimizedTask):
             self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)
         self._take_trained_weights(checkpoint)
-        if "grown_depth" in checkpoint:
-            set_depth(self, checkpoint["grown_depth"])
+        for model in (module for module in self.modules() if isinstance(module, Tokenformer)):
+            depth = checkpoint.get("grown_depth", model.config.depth)
+            if depth != len(model.blocks):
+                model.set_depth(depth)
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
@@ -356,7 +357,6 @@ class LitTask(OptimizedTask):
         return not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
     def on_fit_start(self) -> None:
-        ShardedParameters(self)  # refuses a torch under which they cannot grow now, not at the first growth
         self._settings = fit_settings(self.trainer)
 
     def on_fit_end(self) -> None:
