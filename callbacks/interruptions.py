@@ -219,7 +219,7 @@ def _warn_if_only_best(trainer: Trainer) -> None:
         )
 
 
-def _pending(module: LightningModule) -> dict[str, Tensor | None]:
+def _pending(module: Any) -> dict[str, Tensor | None]:
     """Gradients by parameter name, and what a task keeps besides them until an optimizer step is complete."""
     own = {name: parameter.grad for name, parameter in module.named_parameters()}
     return own | (module.pending_state() if hasattr(module, "pending_state") else {})
