@@ -329,7 +329,7 @@ def initialized(path: Path, devices: int) -> dict[str, torch.Tensor]:
         enable_model_summary=False,
         callbacks=[first],
     )
-    trainer.fit(task, DataLoader(Samples(joint=False), BATCH))
+    trainer.fit(task, DataLoader(Samples(task), BATCH))
     return first.weights
 
 

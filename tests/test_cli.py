@@ -70,7 +70,7 @@ def test_fit_writes_checkpoints_logs_and_the_config(fitted):
     version = fitted / "lightning_logs" / "version_0"
     assert list(version.glob("events.out.tfevents.*"))
     saved = yaml.safe_load((version / "config.yaml").read_text())
-    assert saved["trainer"]["callbacks"][0]["init_args"]["schedule"] == {"1": 16, "2": 32}
+    assert saved["trainer"]["callbacks"][0]["init_args"]["schedule"] == {1: 16, 2: 32}
     assert saved["model"]["init_args"]["overrides"]["dim"] == 32
 
 
