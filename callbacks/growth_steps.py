@@ -88,8 +88,9 @@ class ShownRates(Callback):
     def __init__(self, growth: ParameterGrowthCallback, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         self.growth, self.trainer, self.optimizer = growth, trainer, optimizer
         self.rates: list[Any] = []
-        place = trainer.callbacks.index(growth) + 1  # type: ignore[attr-defined]
-        trainer.callbacks = [*trainer.callbacks[:place], self, *trainer.callbacks[place:]]  # type: ignore[attr-defined]
+        callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+        place = callbacks.index(growth) + 1 if growth in callbacks else len(callbacks)
+        trainer.callbacks = [*callbacks[:place], self, *callbacks[place:]]  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Leave the trainer's callbacks."""

@@ -63,14 +63,18 @@ class PreemptionCheckpoint(Callback):
         self._requeue_signal: signal.Signals | None = None
         self._folder = ""
         self._shared_batches = 0
+        self._group: Any = None
         self._gradients: list[dict[str, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._asked, self._gradients = NOTHING, []
+            self._asked, self._gradients, self._group = NOTHING, [], None
             root = trainer.log_dir or trainer.default_root_dir  # asks all processes
             self._folder = os.path.join(root, "checkpoints")
             _warn_if_only_best(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._connect(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -167,6 +171,11 @@ class PreemptionCheckpoint(Callback):
         trainer.save_checkpoint(path, weights_only=False)
         return None if getattr(trainer.strategy.checkpoint_io, "unsaved", None) else path
 
+    def _connect(self, trainer: Trainer) -> None:
+        """Let the processes agree by their hosts: to ask a device, each step would wait for what it has to do."""
+        if self._group is None and trainer.world_size > 1 and torch.distributed.get_backend() != "gloo":
+            self._group = torch.distributed.new_group(backend="gloo")
+
     def _listen(self, trainer: Trainer) -> None:
         """Takes the signals over from Lightning, which acts on them in the midst of a step, and in one process only.
 
@@ -198,8 +207,9 @@ class PreemptionCheckpoint(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         if trainer.world_size > 1:
-            asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
-            self._asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
+            asked = torch.tensor(self._asked)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._group)
+            self._asked = int(asked)
         if self._asked:
             trainer._signal_connector.received_sigterm = True  # the loops end with a SIGTERMException
 

@@ -155,6 +155,11 @@ COMMAND_LINE = [
 NUMBERS = [
     ("batch_size_zero", image("--data.batch_size", "0"), "data.batch_size: expected .* 1 or more, got 0"),
     ("batch_size_of_all", image("--data.batch_size", "9999"), "data.batch_size: expected at most"),
+    (
+        "channels",
+        image("--model.overrides.in_chans", "1"),
+        "model.in_chans: the model was built for 1, the data have 3",
+    ),
     ("seed_negative", image("--seed_everything", "-1"), "seed_everything"),
     ("lr_negative", optimizer(lr=-1.0), "model.optimizer: .*learning rate: -1"),
     ("lr_infinite", optimizer(lr=float("inf")), "model.optimizer: lr: expected a finite number, got inf"),
@@ -408,6 +413,7 @@ TABLES = {
 }
 AFTER_LOGGER = {
     "numbers-batch_size_of_all",
+    "numbers-channels",
     "numbers-no_end",
     "data-only_corrupt_images",
     "data-text_empty",

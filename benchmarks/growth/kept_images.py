@@ -23,6 +23,8 @@ class KeptImages(ImageDataModule):
         eval_batch_size: Validation images in a batch.
     """
 
+    in_chans = 1
+
     def __init__(self, root: str, batch_size: int, eval_batch_size: int) -> None:
         super().__init__(
             "fashion_mnist", root, batch_size=batch_size, eval_batch_size=eval_batch_size, val_fraction=0.0

@@ -123,6 +123,9 @@ class ImageDataModule(ResumableDataModule):
         (10, 8, 1437)
     """
 
+    in_chans = 3
+    """Channels of an image."""
+
     def __init__(
         self,
         dataset: str = "digits",

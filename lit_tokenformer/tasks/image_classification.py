@@ -86,7 +86,8 @@ class LitImageClassifier(LitTask):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        for name, own in (("num_classes", self.backbone.num_classes), ("image_size", self.backbone.config.image_size)):
+        sizes = {name: getattr(self.backbone.config, name) for name in ("image_size", "in_chans")}
+        for name, own in {"num_classes": self.backbone.num_classes, **sizes}.items():
             theirs = getattr(data, name, own)
             if theirs != own:
                 raise UserError(f"model.{name}: the model was built for {own}, the data have {theirs}")
