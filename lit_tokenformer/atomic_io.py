@@ -20,8 +20,8 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".lit-tokenformer-{}.part"
-"""Name of what is being written. A process that writes such a file holds a lock on it; what has none is left over from
-a killed process."""
+"""Name of what is being written: hidden, and without the target's name in it, since Lightning counts ``hpc_ckpt_N`` by
+what file names contain. A process that writes such a file holds a lock on it."""
 
 
 @contextmanager
@@ -84,6 +84,18 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(part.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the unfinished files of killed processes; those that are being written are locked, and stay.
+
+    Args:
+        folder: Where they are.
+    """
+    for part in folder.glob(UNFINISHED.format("*")) if fcntl is not None else ():
+        with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only what is to be written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def _beside(target: str | os.PathLike[str]) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +17,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
+from lit_tokenformer.atomic_io import atomic_write, clear_parts
 from lit_tokenformer.checkpoints import read_checkpoint
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.files import load_pickle
 from lit_tokenformer.sharded_checkpoints import clear_folders, mend_folders
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: what a killed process left there stays
-    fcntl = None  # type: ignore[assignment]
 
 LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt", "hpc_ckpt_*.ckpt")
 """Where runs have their checkpoints, below ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""
@@ -36,10 +31,6 @@ _LARGE = {"callbacks", "loops", "lr_schedulers", "optimizer_states", "rng_states
 
 _PLACES = ("checkpoints", "*/checkpoints", "*/*/checkpoints")
 """Where loggers put checkpoints, below their folder."""
-
-_UNFINISHED = ".lit-tokenformer-{}.part"
-"""Name of a file that is being written: hidden, and without the checkpoint's name in it, since Lightning counts
-``hpc_ckpt_N`` by what file names contain. Processes of several machines may write into one folder."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -88,7 +79,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(target.parent)
+            clear_parts(target.parent)
             with _whole(target) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as raised:
@@ -232,32 +223,18 @@ def read_shapes(path: str) -> Any:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Any]:
-    """A file to write, which has its name when it is on the disk with all that was written."""
-    part = target.with_name(_UNFINISHED.format(uuid.uuid4().hex))
+    """A file that takes the place of ``target``, be it a sharded checkpoint, when it is on the disk."""
     before = target.with_name(f"{target.name}.before")  # a name that mend_folders gives back
-    try:
-        with part.open("xb") as file:
-            if fcntl is not None:
-                with suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file
+    with atomic_write(target) as file:
+        yield file
+        if target.is_dir() and not target.is_symlink():  # a sharded checkpoint, which no file can replace
             file.flush()
             os.fsync(file.fileno())
-            if target.is_dir() and not target.is_symlink():  # a sharded checkpoint, which no file can replace
-                if before.is_dir():
-                    shutil.rmtree(before)
-                os.replace(target, before)
-            os.replace(part, target)
             if before.is_dir():
                 shutil.rmtree(before)
-        with suppress(OSError):  # some systems cannot open a folder
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        part.unlink(missing_ok=True)
+            os.replace(target, before)
+    if before.is_dir():
+        shutil.rmtree(before)
 
 
 def clear_unfinished(*roots: str | os.PathLike[str]) -> None:
@@ -268,16 +245,8 @@ def clear_unfinished(*roots: str | os.PathLike[str]) -> None:
     """
     for root in map(Path, roots):
         for folder in {root, *(place for pattern in _PLACES for place in root.glob(pattern))}:
-            _remove_unfinished(folder)
+            clear_parts(folder)
             clear_folders(folder)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left; a process that writes holds a lock on its file."""
-    for part in folder.glob(_UNFINISHED.format("*")) if fcntl is not None else ():
-        with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only what is to be written
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
 
 
 def is_disk_full(raised: BaseException) -> bool:
