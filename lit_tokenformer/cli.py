@@ -318,10 +318,6 @@ class TokenformerCLI(LightningCLI):
         if output and Path(output).exists():
             raise UserError(f"output: {output} exists already; nothing is overwritten")
 
-    def before_test(self) -> None:
-        if not getattr(self.datamodule, "has_test_split", True):
-            raise UserError("test: the data have no test split, so scores would be those of `validate`; use that")
-
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")
         self.trainer.callbacks.append(PredictionWriter(path=output))  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ from lit_tokenformer.data.augmentation import train_transform
 from lit_tokenformer.data.image_sources import SOURCES, decode_hub_image
 from lit_tokenformer.data.loading import EpochSampler, StreamImages, seeded
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
+from lit_tokenformer.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -93,7 +94,8 @@ def test_digits_need_no_settings():
     assert image.shape == (32, 3, 8, 8) and image.dtype == torch.float32
     assert label.shape == (32,) and label.dtype == torch.int64
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 360
-    assert len(data.test_dataloader().dataset) == 360
+    with pytest.raises(UserError, match="test: the data have no test split"):
+        data.test_dataloader()
     assert data.train_dataloader().num_workers == 0
 
 

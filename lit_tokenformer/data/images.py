@@ -30,7 +30,7 @@ from lit_tokenformer.data.loading import (
     collate_readable,
     seeded,
 )
-from lit_tokenformer.data.resumable import ResumableDataModule
+from lit_tokenformer.data.resumable import ResumableDataModule, no_test_split
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
 from lit_tokenformer.errors import UserError, unknown_name
 
@@ -211,11 +211,6 @@ class ImageDataModule(ResumableDataModule):
         return splits
 
     @property
-    def has_test_split(self) -> bool:
-        """Whether ``test_dataloader`` reads other images than ``val_dataloader``."""
-        return self.splits.test is not self.splits.val
-
-    @property
     def class_names(self) -> list[str]:
         """Names of the classes; a label is an index into it."""
         return self.splits.class_names
@@ -295,7 +290,13 @@ class ImageDataModule(ResumableDataModule):
         return self._eval_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Test images, in order; the validation images where the data set has no test split."""
+        """Test images, in order.
+
+        Raises:
+            UserError: If the data set has no test split.
+        """
+        if self.splits.test is self.splits.val:
+            raise no_test_split()
         return self._eval_loader(self.splits.test)
 
     def predict_dataloader(self) -> DataLoader:

@@ -174,11 +174,6 @@ class MultiTaskDataModule(LightningDataModule):
         """Each task's validation data, in order."""
         return {name: part.val_dataloader() for name, part in self.parts.items()}
 
-    @property
-    def has_test_split(self) -> bool:
-        """Whether the data of every task have a test split."""
-        return all(part.has_test_split for part in self.parts.values())
-
     def test_dataloader(self) -> dict[str, DataLoader]:
         """Each task's test data, in order."""
         return {name: part.test_dataloader() for name, part in self.parts.items()}

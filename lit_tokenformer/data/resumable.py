@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_tokenformer.data.loading import FitProgress, ResumableLoader
 from lit_tokenformer.data.stream_loading import ResumableStreamLoader
+from lit_tokenformer.errors import UserError
 
 
 class ResumableDataModule(LightningDataModule):
@@ -81,3 +82,8 @@ class ResumableDataModule(LightningDataModule):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // (self.trainer.num_devices if self.trainer is not None else 1)
         return 0 if share < 2 else min(share, 8)
+
+
+def no_test_split() -> UserError:
+    """Build the error for data without a test split, whose scores would be those of the validation split."""
+    return UserError("test: the data have no test split, so scores would be those of `validate`; use that")

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from lit_tokenformer.data.loading import EpochSampler, ResumableLoader
-from lit_tokenformer.data.resumable import ResumableDataModule
+from lit_tokenformer.data.resumable import ResumableDataModule, no_test_split
 from lit_tokenformer.data.text_corpus import TextCorpus
 from lit_tokenformer.data.text_sources import SOURCES, EncodingErrors, HubStream, Split, TextSettings
 from lit_tokenformer.data.text_stream import (
@@ -310,13 +310,14 @@ class TextDataModule(ResumableDataModule):
         """Validation blocks, in order."""
         return self._eval_loader("val")
 
-    @property
-    def has_test_split(self) -> bool:
-        """Whether ``test_dataloader`` reads other documents than ``val_dataloader``."""
-        return self.corpus.split_of("test") == "test"
-
     def test_dataloader(self) -> DataLoader:
-        """Test blocks, in order; the validation blocks where there is no test split."""
+        """Test blocks, in order.
+
+        Raises:
+            UserError: If the corpus has no test split.
+        """
+        if self.corpus.split_of("test") != "test":
+            raise no_test_split()
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
