@@ -209,9 +209,18 @@ def _gradients(trainer: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
     """Whether any loss or gradient is not finite, () bool on the device."""
     seen = [torch.zeros((), device=device), *losses]  # training_step may return None, and there is no loss then
-    if gradients:  # the largest number, which is NaN if one is; a sum of squares may overflow
-        seen.append(torch.nn.utils.get_total_norm(gradients, math.inf))
+    if gradients:
+        seen.append(_norm(gradients))
     return ~torch.stack([one.to(device, torch.float32) for one in seen]).isfinite().all()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """A norm that is finite if and only if all gradients are: the largest number, or the faster one on a CPU."""
+    if not gradients[0].is_cuda:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            return norm  # else its squares may have overflowed
+    return torch.nn.utils.get_total_norm(gradients, math.inf)
 
 
 def _in_any_process(trainer: Trainer, wrong: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, RunSummary, TrainingMonitor
-from callbacks.safeguard import NonFiniteLoss, _gradients, _non_finite
+from callbacks.safeguard import NonFiniteLoss, _gradients, _non_finite, _norm
 from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -114,6 +114,12 @@ def test_a_gradient_that_is_not_finite_stops_the_fit_before_the_step(tmp_path):
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 11
     assert all(bool(tensor.isfinite().all()) for tensor in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(("number", "finite"), [(1e30, True), (math.inf, False), (-math.inf, False), (math.nan, False)])
+def test_gradients_whose_squares_overflow_are_finite(number, finite):
+    gradients = [torch.ones(3), torch.tensor([[1.0, number]])]
+    assert bool(_norm(gradients).isfinite()) == finite
 
 
 @pytest.mark.parametrize(("fault", "task"), [("loss", Task), ("gradient", Rooted)])
