@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,7 +111,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ValueError: If the file is not there, is not whole or holds pickled code.
         """
         if not _is_local_file_protocol(path):
-            return super().load_checkpoint(path, map_location, weights_only=True)
+            return _read_remote(str(path), map_location)
         if Path(path).name == ".temp.ckpt":  # weights alone, which Lightning's launcher takes back from its processes
             return load_pickle(path, "ckpt_path", map_location)
         return read_checkpoint(path, map_location)
@@ -123,6 +124,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if self.unsaved is None:
             super().remove_checkpoint(path)
+
+
+def _read_remote(url: str, map_location: Any) -> dict[str, Any]:
+    """Copy a checkpoint from an fsspec URL, and verify it as any other."""
+    fs, plain = url_to_fs(url)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "remote.ckpt")
+        try:
+            fs.get_file(plain, copy)
+            return read_checkpoint(copy, map_location)
+        except FileNotFoundError:
+            raise UserError(f"ckpt_path: no such file: {url}") from None
+        except UserError as error:
+            raise UserError(str(error).replace(copy, url)) from None
 
 
 class SavedCheckpoint(NamedTuple):

@@ -11,6 +11,7 @@ import traceback
 import zipfile
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -275,6 +276,21 @@ class TestStrangers:
         with pytest.raises(UserError, match=r"ckpt_path: .*(traceback.FrameSummary|damaged)"):
             read_checkpoint(path)
         assert str(secret) not in linecache.cache
+
+    def test_a_checkpoint_behind_a_url_is_read_as_a_file_is(self, tmp_path):
+        secret = tmp_path / "secret.txt"
+        secret.write_text("a line that nobody else should have\n")
+        url = f"memory://{tmp_path}/remote.ckpt"
+        with fsspec.open(url, "wb") as file:
+            torch.save({"state_dict": {"x": FrameSummary(str(secret))}}, file)
+        with pytest.raises(UserError, match=f"ckpt_path: {url} .*traceback.FrameSummary"):
+            WholeCheckpointIO().load_checkpoint(url)
+        with fsspec.open(url, "wb") as file:
+            torch.save({"state_dict": {"x": torch.ones(2)}}, file)
+        assert torch.equal(WholeCheckpointIO().load_checkpoint(url)["state_dict"]["x"], torch.ones(2))
+        assert str(secret) not in linecache.cache
+        with pytest.raises(UserError, match="ckpt_path: no such file: memory://nowhere/a.ckpt"):
+            WholeCheckpointIO().load_checkpoint("memory://nowhere/a.ckpt")
 
     def test_a_class_that_the_user_has_marked_as_safe_is_loaded(self, tmp_path):
         torch.save({"x": Marked()}, tmp_path / "a.pt")
