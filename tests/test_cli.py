@@ -357,7 +357,8 @@ def test_a_monitor_that_no_task_logs_is_found_before_the_first_epoch(name, monit
 
 
 def test_summary_books_steps_to_the_size_that_took_them_where_a_checkpoint_was_grown(tmp_path):
-    best = {"monitor": "val/acc1", "mode": "max", "save_last": True, "dirpath": str(tmp_path / "kept")}
+    best = {"monitor": "val/acc1", "mode": "max", "save_last": True, "save_top_k": -1}
+    best["dirpath"] = str(tmp_path / "kept")
     callbacks = [
         {"class_path": "callbacks.RunSummary"},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
