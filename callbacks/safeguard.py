@@ -30,7 +30,7 @@ class NonFiniteLoss(RuntimeError):
 class LossGuard(Callback):
     """Finds a loss or gradient that is NaN or infinite before the optimizer takes a step with it.
 
-    All processes decide together, if it is that of one of them. What is told: epoch, step, the batch and its samples
+    All processes decide together, if it is that of one of them. Reported: epoch, step, the batch and its samples
     (their indices, where the data module has ``train_samples(batch)``), and the norms of weights and gradients of the
     parameter tokens that the latest growth appended, of the others, and of all other parameters.
 
@@ -296,10 +296,10 @@ def _describe(trainer: Trainer, pl_module: LightningModule, step: _Step) -> str:
         torch.distributed.all_gather_object(everyone, own)
     batches = [one for process in everyone for one in process]
     wrong = [line for finite, line in batches if not finite]
-    what, told = ("loss", wrong) if wrong else ("gradient", [line for _, line in batches])
+    what, lines = ("loss", wrong) if wrong else ("gradient", [line for _, line in batches])
     kinds = ("weights",) if step.lags else ("weights", "gradients")
     norms = ", ".join(f"{name} {norm:.3g}" for name, norm in _norms(trainer, pl_module, kinds))
-    return f"non-finite {what} at epoch {step.epoch}, step {step.step} ({'; '.join(told)}); {norms}"
+    return f"non-finite {what} at epoch {step.epoch}, step {step.step} ({'; '.join(lines)}); {norms}"
 
 
 def _samples(found: Any) -> str:
