@@ -40,7 +40,7 @@ from comparison_fits import Runner
 from comparison_plan import plan_arms, set_rates, set_steps, told_plan
 from comparison_results import write
 
-from lit_tokenformer.cli import shipped_configs
+from lit_tokenformer.cli.main import shipped_configs
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:

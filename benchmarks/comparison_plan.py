@@ -11,7 +11,7 @@ from comparison_arms import Arm, Planned, Schedule, Setting, has_pattention, nam
 from comparison_fits import Runner
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.compute import match_tokens, model_cost
+from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.models import TokenformerConfig
 
 WARMUP_STEPS = 12

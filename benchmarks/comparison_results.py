@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sklearn.isotonic import isotonic_regression
 
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 
 ALIKE = 0.05
 """Sizes that differ by less are taken for the same."""

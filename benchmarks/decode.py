@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import TokenformerConfig, create_backbone
-from lit_tokenformer.models.generation import Sampling, generate_tokens
 
 
 def attention_over_cache(config: TokenformerConfig, batch: int, length: int, room: int, like: torch.Tensor) -> Callable:

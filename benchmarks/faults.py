@@ -33,10 +33,10 @@ import yaml
 from runs import environment
 
 from lit_tokenformer import checkpoint_io, growth
-from lit_tokenformer.checkpoint_io import last_checkpoint
-from lit_tokenformer.checkpoints import read_checkpoint
-from lit_tokenformer.cli import main as lit_tokenformer
-from lit_tokenformer.cli import shipped_configs
+from lit_tokenformer.checkpoints.checkpoint_io import last_checkpoint
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.cli.main import main as lit_tokenformer
+from lit_tokenformer.cli.main import shipped_configs
 
 COMPARED = (
     *("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"),

@@ -20,8 +20,8 @@ import time
 import numpy as np
 import torch
 
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import create_backbone
-from lit_tokenformer.models.generation import Sampling, generate_tokens
 
 VOCABULARY = 256  # small, so that the head does not hide what the blocks take
 

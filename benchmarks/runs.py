@@ -144,7 +144,7 @@ def serve() -> None:
     Every fit is a fork of this process, which has imported what takes long. When one has ended, with its output in
     ``output.txt``, its exit status is written to the standard output.
     """
-    from lit_tokenformer.cli import main
+    from lit_tokenformer.cli.main import main
 
     for line in sys.stdin:
         folder = line.rstrip("\n")

@@ -28,9 +28,9 @@ from side_by_side import Line, arguments, median, ratio, report, seconds
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, create_backbone
-from lit_tokenformer.models.generation import Sampling, generate_tokens
 
 PRESET = "tokenformer_owt_124m"
 FIRST, LAST, TURN = 32, 512, 32  # tokens of the text when the clock starts, when it stops, and of a turn

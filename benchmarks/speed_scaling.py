@@ -32,7 +32,7 @@ import torch
 from side_by_side import Line, arguments, median, report, take_turns
 from torch import Tensor, nn
 
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, preset_config
 from lit_tokenformer.tasks.losses import linear_cross_entropy
 

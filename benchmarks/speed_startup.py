@@ -18,9 +18,10 @@ from pathlib import Path
 
 from side_by_side import Line, arguments, median, ratio, report, take_turns
 
-from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.checkpoints.load import write_checkpoint
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.tasks import LitCausalLM
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint
 
 PROMPT = "Once"
 GOALS = {"--help": "<= 1.5", "generate, first token": "<= 1.6"}

@@ -1,14 +1,14 @@
 """Lightning callbacks: when a model grows, what a run reports of it, and what happens when something goes wrong."""
 
-from callbacks.ema import GrowingEMA
 from callbacks.error_log import ErrorLog
-from callbacks.interruptions import PreemptionCheckpoint
-from callbacks.monitor import TrainingMonitor
+from callbacks.growing_ema import GrowingEMA
+from callbacks.loss_guard import LossGuard
 from callbacks.parameter_growth import ParameterGrowthCallback
-from callbacks.patch_dropping import PatchDropSchedule
-from callbacks.predictions import PredictionWriter
-from callbacks.safeguard import LossGuard
-from callbacks.summary import RunSummary
+from callbacks.patch_drop_schedule import PatchDropSchedule
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.preemption_checkpoint import PreemptionCheckpoint
+from callbacks.run_summary import RunSummary
+from callbacks.training_monitor import TrainingMonitor
 
 __all__ = [
     "ErrorLog",

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_tokenformer.growth import Rows, plan_rows
+from lit_tokenformer.growth.shards import local, owned_rows
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.parallel import local, owned_rows
 
 if TYPE_CHECKING:
     from callbacks.parameter_growth import ParameterGrowthCallback

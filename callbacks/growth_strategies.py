@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 
+from lit_tokenformer.distributed.sharding import reshard
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.parallel import reshard
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.monitor import num_samples
+from callbacks.training_monitor import num_samples
 from lit_tokenformer.errors import UserError
 
 

@@ -25,14 +25,14 @@ from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
 from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
-from lit_tokenformer.depth_growth import check_depth
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import METHODS, grow_with_optimizers, plan_rows, target_tokens
+from lit_tokenformer.growth.depth import check_depth
+from lit_tokenformer.growth.optimizer import NEW_STATES
+from lit_tokenformer.growth.shards import ShardedParameters
+from lit_tokenformer.growth.tokens import added_bytes, check_memory
 from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
 from lit_tokenformer.models.config import KINDS, OTHER
-from lit_tokenformer.optimizer_growth import NEW_STATES
-from lit_tokenformer.parallel import ShardedParameters
-from lit_tokenformer.token_growth import added_bytes, check_memory
 
 
 class ParameterGrowthCallback(Callback):

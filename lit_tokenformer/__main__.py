@@ -2,7 +2,7 @@
 
 import sys
 
-from lit_tokenformer.cli import main
+from lit_tokenformer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

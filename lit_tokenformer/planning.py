@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer import models, tasks
-from lit_tokenformer.compute import Stage, model_cost, plan_stages
+from lit_tokenformer.cost import Stage, model_cost, plan_stages
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.tasks.multitask import joint_cost

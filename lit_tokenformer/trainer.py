@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, is_disk_full
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, is_disk_full
+from lit_tokenformer.growth.shards import local
 from lit_tokenformer.models import param_tokens
-from lit_tokenformer.parallel import local
 
 _BEST = (
     *("best_k_models", "best_model_path", "best_model_score", "current_score"),
@@ -43,8 +43,8 @@ class CheckpointingTrainer(Trainer):
     before it are kept, and a warning says so. This costs one pass over weights and optimizer state for each checkpoint,
     without a copy of them.
 
-    It needs :class:`~lit_tokenformer.checkpoint_io.WholeCheckpointIO`, and ``on_full_disk: warn`` for a fit that
-    survives a full disk. With another ``CheckpointIO`` a state that is not finite ends the fit.
+    It needs :class:`~lit_tokenformer.checkpoints.checkpoint_io.WholeCheckpointIO`, and ``on_full_disk: warn`` for a
+    fit that survives a full disk. With another ``CheckpointIO`` a state that is not finite ends the fit.
     """
 
     def save_checkpoint(

@@ -12,7 +12,7 @@ import torch
 from docstring_parser.attrdoc import AttributeDocstrings
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from lit_tokenformer.data.image_sources import SOURCES, SubsetSamples
+from lit_tokenformer.data.images.sources import SOURCES, SubsetSamples
 
 torch.set_num_threads(1)
 

@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.data import ImageDataModule, TextDataModule
-from lit_tokenformer.data.loading import StreamImages
-from lit_tokenformer.data.stream_loading import ResumableStreamLoader
-from lit_tokenformer.initialization import initialize_from
+from lit_tokenformer.data.images.datasets import StreamImages
+from lit_tokenformer.data.resumable import ResumableStreamLoader
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
 from lit_tokenformer.tasks.base import LitTask
+from lit_tokenformer.tasks.initialization import initialize_from
 
 SIZES = {"dim": 16, "depth": 1, "num_heads": 2, "param_tokens": 8}
 SAMPLES, BATCH, EPOCHS = 32, 8, 3

@@ -26,9 +26,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import ErrorLog, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint
-from lit_tokenformer.checkpoint_io import last_checkpoint
+from lit_tokenformer.checkpoints.checkpoint_io import last_checkpoint
 from lit_tokenformer.data import ImageDataModule
-from lit_tokenformer.parallel import gather
+from lit_tokenformer.growth.shards import gather
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 TIMEOUT = 6

@@ -22,14 +22,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
-from lit_tokenformer import parallel
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.distributed.checkpoint import save_folder
+from lit_tokenformer.distributed.sharding import divide, reshard
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth import grow_one_by_one
+from lit_tokenformer.growth import grow_one_by_one, shards
+from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
-from lit_tokenformer.optimizer_growth import grow_optimizer
-from lit_tokenformer.parallel import divide, reshard
-from lit_tokenformer.sharded_checkpoints import save_folder
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -130,14 +129,14 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
 
 def unknown_torch(folder):
     """What a fit says, growing and not, under a torch that makes sharded parameters in another way."""
-    made_of, parallel._MADE_OF = parallel._MADE_OF, (*parallel._MADE_OF, "something_new")
+    made_of, shards._MADE_OF = shards._MADE_OF, (*shards._MADE_OF, "something_new")
     found = {}
     for name in ("still", "dropout"):
         try:
             found[name] = str(fit(folder / name, name, folders=True)["step"])
         except UserError as error:
             found[name] = str(error)
-    parallel._MADE_OF = made_of
+    shards._MADE_OF = made_of
     return found
 
 

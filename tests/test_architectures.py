@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_tokenformer.compute import match_tokens, model_cost
+from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.growth import grow
+from lit_tokenformer.growth.optimizer import grow_optimizer
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import Tokenformer, create_backbone, list_presets, preset_config
-from lit_tokenformer.models.generation import Sampling, generate_tokens
-from lit_tokenformer.optimizer_growth import grow_optimizer
 
 LENGTH, VOCAB, IMAGE = 12, 19, 16
 LENGTHS = torch.tensor([12, 5, 9])

@@ -20,11 +20,12 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from lit_tokenformer import tasks
-from lit_tokenformer.beginning import check_environment, check_processes
-from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
-from lit_tokenformer.cli import main
+from lit_tokenformer.checkpoints.load import write_checkpoint
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.parser import check_config
+from lit_tokenformer.cli.preflight import check_environment, check_processes
 from lit_tokenformer.data import Tokenizer
-from lit_tokenformer.parsing import check_config
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint
 
 TINY = {"dim": 32, "depth": 1, "num_heads": 2, "param_tokens": 8}
 IMAGE_MODEL = {"preset": "tokenformer_vit_tiny_patch16_224", "overrides": {**TINY, "patch_size": 4}}

@@ -23,10 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import ParameterGrowthCallback, PreemptionCheckpoint, RunSummary
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
-from lit_tokenformer.cli import main
-from lit_tokenformer.interop.files import write_tensors
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, last_checkpoint
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.models import Pattention
+from lit_tokenformer.tensor_files import write_tensors
 from lit_tokenformer.trainer import CheckpointingTrainer
 
 STATE = {"state_dict": {"weight": torch.arange(200_000.0)}}
@@ -386,7 +386,7 @@ def test_the_command_line_writes_whole_checkpoints_and_takes_the_setting(tmp_pat
     fit = ["fit", "--config", "vit_small", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
     assert main(fit) == 0
     plugin = tmp_path / "plugin.yaml"
-    name = "lit_tokenformer.checkpoint_io.WholeCheckpointIO"
+    name = "lit_tokenformer.checkpoints.checkpoint_io.WholeCheckpointIO"
     plugin.write_text(f"trainer: {{plugins: [{{class_path: {name}, init_args: {{on_full_disk: stop}}}}]}}")
     assert main([*fit, "--config", str(plugin)]) == 0
     assert [io.on_full_disk for io in seen] == ["warn", "stop"]

@@ -14,8 +14,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from lit_tokenformer.cli import main, shipped_configs
-from lit_tokenformer.commands import grow_checkpoint, read_checkpoint
+from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint
+from lit_tokenformer.cli.main import main, shipped_configs
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitImageClassifier
 
@@ -420,10 +420,10 @@ def test_another_callbacks_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli."))]:
+    for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli.main."))]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match="another package named 'callbacks' hides ours") as caught:
-        importlib.import_module("lit_tokenformer.cli")
+        importlib.import_module("lit_tokenformer.cli.main")
     assert str(tmp_path) in str(caught.value)
     monkeypatch.delitem(sys.modules, "callbacks")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lit_tokenformer.cli import main
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lit_tokenformer.compute import match_tokens, model_cost
+from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.models import preset_config
 
 pytest.importorskip("matplotlib")

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_tokenformer import compute
-from lit_tokenformer.compute import ModelCost, model_cost, plan_stages
+from lit_tokenformer import cost
+from lit_tokenformer.cost import ModelCost, model_cost, plan_stages
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import SCORE_NORMS, Tokenformer, TokenformerConfig, preset_config
 from lit_tokenformer.models.config import PARTS
@@ -83,11 +83,11 @@ def test_cost_equals_counting_at_every_size(settings, checkpointing):
 
 
 def test_every_part_has_a_name_a_class_and_a_cost():
-    assert set(PARTS["mixer"]) == set(MIXERS) == set(compute._MIXERS)
-    assert set(PARTS["feed_forward"]) == set(FEED_FORWARDS) == set(compute._FEED_FORWARDS)
-    assert set(PARTS["projection"]) == set(PROJECTIONS) == set(compute._PROJECTIONS)
-    assert set(PARTS["stem"]) == set(STEMS) == set(compute._STEMS)
-    assert set(PARTS["head"]) == set(HEADS) == set(compute._HEADS)
+    assert set(PARTS["mixer"]) == set(MIXERS) == set(cost._MIXERS)
+    assert set(PARTS["feed_forward"]) == set(FEED_FORWARDS) == set(cost._FEED_FORWARDS)
+    assert set(PARTS["projection"]) == set(PROJECTIONS) == set(cost._PROJECTIONS)
+    assert set(PARTS["stem"]) == set(STEMS) == set(cost._STEMS)
+    assert set(PARTS["head"]) == set(HEADS) == set(cost._HEADS)
     assert set(PARTS["init"]) == set(INITS)
     assert set(PARTS["activation"]) == set(ACTIVATIONS)
     assert set(PARTS["score_norm"]) == set(SCORE_NORMS)

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from lightning.pytorch import Callback
 from PIL import Image as PillowImage
 
-from lit_tokenformer.cli import main, shipped_configs
+from lit_tokenformer.cli.main import main, shipped_configs
 
 CONFIGS = shipped_configs()
 

@@ -27,9 +27,9 @@ from lit_tokenformer.data import (
     TextDataModule,
 )
 from lit_tokenformer.data.resumable import ResumableDataModule
-from lit_tokenformer.data.text_sources import HubStream
-from lit_tokenformer.data.text_stream import TextStreamLoader, train_stream_loader
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.data.text.sources import HubStream
+from lit_tokenformer.data.text.streaming import TextStreamLoader, train_stream_loader
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 
 PLAIN = Augmentation(crop="center", hflip=0.0)
 IMAGES = 41

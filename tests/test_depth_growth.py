@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
-from lit_tokenformer.compute import model_cost
-from lit_tokenformer.depth_growth import deepen, insert_parameters
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.growth import grow
+from lit_tokenformer.growth.depth import deepen, insert_parameters
 from lit_tokenformer.models import create_backbone, model_size
 from lit_tokenformer.tasks import LitCausalLM, LRSchedule
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint
 from lit_tokenformer.growth import METHODS, grow
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import Pattention, create_backbone
-from lit_tokenformer.models.generation import Sampling, generate_tokens
 from lit_tokenformer.models.pattention import pattention
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.ema import GrowingEMA, _moving_average
+from callbacks.growing_ema import GrowingEMA, _moving_average
 from callbacks.parameter_growth import ParameterGrowthCallback
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.tasks import LitImageClassifier

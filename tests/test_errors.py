@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_tokenformer.cli import main
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.errors import UserError, nearest_name
 from lit_tokenformer.version import __version__
 

@@ -12,12 +12,12 @@ pytest.importorskip("lm_eval")
 from lightning.pytorch import Trainer
 from lm_eval.api.instance import Instance
 
-from lit_tokenformer.cli import main
-from lit_tokenformer.data.tokenizers import Tokenizer
-from lit_tokenformer.evaluation import HarnessModel, evaluate
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.inference.lm_eval import HarnessModel, evaluate
+from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import create_backbone
 from lit_tokenformer.tasks import LitCausalLM
-from lit_tokenformer.text_generation import TextGenerator
 
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " a very long river"], "label": 0},

@@ -6,11 +6,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.cli import main
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, TextDataModule
+from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import list_presets, preset_config
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LRSchedule
-from lit_tokenformer.text_generation import TextGenerator
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("text_cache")]
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}

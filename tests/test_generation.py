@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_tokenformer.growth import grow
+from lit_tokenformer.inference.sampling import Sampling, draw, generate_tokens, keep_top_k, keep_top_p, penalise
 from lit_tokenformer.models import Tokenformer, create_backbone
-from lit_tokenformer.models.generation import Sampling, draw, generate_tokens, keep_top_k, keep_top_p, penalise
 
 VOCAB, CONTEXT = 61, 24
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]

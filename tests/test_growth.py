@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lit_tokenformer.growth import Rows, grow, target_tokens
+from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, param_tokens
-from lit_tokenformer.optimizer_growth import grow_optimizer
 
 NORMS = ["l2_gelu", "gelu_l2", "softmax", "gelu"]
 ZERO_KEY_NORMS = ["l2_gelu", "gelu_l2", "gelu"]  # exp(0) = 1: under softmax a zero key takes part

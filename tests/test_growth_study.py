@@ -15,7 +15,7 @@ import torch
 from test_images import write_fashion_mnist
 from torchvision.datasets import FashionMNIST
 
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 

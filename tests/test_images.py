@@ -27,10 +27,10 @@ from timm.data.auto_augment import AugmentOp
 from torch.utils.data import DataLoader
 
 from lit_tokenformer.data import Augmentation, ImageDataModule
-from lit_tokenformer.data.augmentation import train_transform
-from lit_tokenformer.data.image_sources import SOURCES, decode_hub_image
-from lit_tokenformer.data.loading import EpochSampler, StreamImages, seeded
-from lit_tokenformer.data.stream_loading import ResumableStreamLoader
+from lit_tokenformer.data.images.datasets import StreamImages
+from lit_tokenformer.data.images.sources import SOURCES, decode_hub_image
+from lit_tokenformer.data.images.transforms import train_transform
+from lit_tokenformer.data.resumable import EpochSampler, ResumableStreamLoader, seeded
 from lit_tokenformer.errors import UserError
 
 torch.set_num_threads(1)

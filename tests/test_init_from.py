@@ -16,15 +16,16 @@ from timm.layers import resample_abs_pos_embed
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import grow_checkpoint
+from lit_tokenformer.checkpoints.load import write_checkpoint
+from lit_tokenformer.cli.commands import grow_checkpoint
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import TextDataModule, Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
-from lit_tokenformer.initialization import initialize_from
 from lit_tokenformer.models import model_size
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask
+from lit_tokenformer.tasks.initialization import initialize_from
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_digits", "text_cache")
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import export_weights, grow_checkpoint, import_weights
+from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import_weights
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop import load_published, read_published, write_published
 from lit_tokenformer.models import Tokenformer, create_backbone, param_tokens, preset_config

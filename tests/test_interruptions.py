@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import ErrorLog, GrowingEMA, ParameterGrowthCallback, PreemptionCheckpoint
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO, last_checkpoint
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, last_checkpoint
 from lit_tokenformer.data import ImageDataModule, Tokenizer, token_cache
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 

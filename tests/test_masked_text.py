@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_tokenformer.data import MaskedTextDataModule, TextDataModule, Tokenizer
 from lit_tokenformer.data import masking as module
-from lit_tokenformer.data.masking import MaskIds, mask
-from lit_tokenformer.data.text_corpus import HashSplit
+from lit_tokenformer.data.text.corpus import HashSplit
+from lit_tokenformer.data.text.masking import MaskIds, mask
 
 torch.set_num_threads(1)
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.ema import GrowingEMA
-from callbacks.monitor import TrainingMonitor, _picture
+from callbacks.growing_ema import GrowingEMA
 from callbacks.parameter_growth import ParameterGrowthCallback
+from callbacks.training_monitor import TrainingMonitor, _picture
 from lit_tokenformer.growth import Rows, grow
+from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.parallel import like
 from lit_tokenformer.tasks import LitImageClassifier
 
 TINY: Any = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -210,7 +210,7 @@ def test_changes_are_measured_one_parameter_after_the_other(tmp_path: Path, monk
         most.append(len(alive))
         return found
 
-    monkeypatch.setattr("callbacks.monitor.like", counted)
+    monkeypatch.setattr("callbacks.training_monitor.like", counted)
     build_trainer(tmp_path, TrainingMonitor()).fit(build_task(), datamodule=Images())
     assert most and max(most) <= 2
 

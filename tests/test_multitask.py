@@ -9,14 +9,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
-from lit_tokenformer.checkpoints import rebuild_task
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import grow_checkpoint, read_checkpoint, split_checkpoint
+from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint, split_checkpoint
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import Augmentation, ImageDataModule, MultiTaskDataModule, TextDataModule
 from lit_tokenformer.growth import grow
+from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
-from lit_tokenformer.text_generation import TextGenerator
+from lit_tokenformer.tasks.rebuild import rebuild_task
 
 pytestmark = pytest.mark.usefixtures("few_digits", "text_cache")
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5}

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.growth import grow, grow_one_by_one
+from lit_tokenformer.growth.optimizer import check_optimizer_state, grow_optimizer
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.optimizer_growth import check_optimizer_state, grow_optimizer
 
 NORMS = ["l2_gelu", "gelu_l2", "softmax", "gelu"]
 OPTIMIZERS = {

@@ -58,6 +58,10 @@ def test_a_wheel_holds_code_and_configs(tmp_path):
     import zipfile
 
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("lit_tokenformer/configs/vit_small.yaml", "callbacks/parameter_growth.py", "lit_tokenformer/cli.py"):
+    for name in (
+        "lit_tokenformer/configs/vit_small.yaml",
+        "callbacks/parameter_growth.py",
+        "lit_tokenformer/cli/main.py",
+    ):
         assert name in names
     assert not any(name.startswith(("tests/", "configs/", "benchmarks/")) for name in names)

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from timm.layers import PatchDropout
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.data import Augmentation, ImageDataModule
 from lit_tokenformer.models import create_backbone, preset_config
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier

@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from lit_tokenformer.cli import main
-from lit_tokenformer.compute import model_cost, plan_stages
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cost import model_cost, plan_stages
 from lit_tokenformer.models import preset_config
 from lit_tokenformer.planning import GrowthRule, propose
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from callbacks.predictions import PredictionWriter, _join
+from callbacks.prediction_writer import PredictionWriter, _join
 from lit_tokenformer.tasks import LitImageClassifier
 
 TINY: Any = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks import GrowingEMA, ParameterGrowthCallback
 from lit_tokenformer.data import Augmentation, ImageDataModule
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import param_tokens
-from lit_tokenformer.optimizer_growth import check_optimizer_state
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 pytestmark = pytest.mark.usefixtures("few_digits")  # 8 batches of 16

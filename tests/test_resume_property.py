@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, PreemptionCheckpoint
-from lit_tokenformer.data.loading import EpochSampler, ResumableLoader
-from lit_tokenformer.data.resumable import ResumableDataModule
+from lit_tokenformer.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
 EPOCHS, BATCHES, BATCH, TOKENS = 3, 5, 2, 4

@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_tokenformer.cli import main
+from lit_tokenformer.checkpoints.run_folder import claim_log_folder, unversioned_loggers, write_new
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.run_identity import RUN, RunIdentity
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.run_folder import claim_log_folder, unversioned_loggers, write_new
-from lit_tokenformer.run_identity import RUN, RunIdentity
 
 trained = []
 """Optimizer steps that the fit under way took."""

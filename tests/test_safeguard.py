@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, RunSummary, TrainingMonitor
-from callbacks.safeguard import NonFiniteLoss, _gradients, _non_finite, _norm
+from callbacks.loss_guard import NonFiniteLoss, _gradients, _non_finite, _norm
 from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -128,7 +128,7 @@ def test_a_verdict_that_is_read_a_step_later_lets_no_number_reach_the_weights(
     tmp_path, monkeypatch, action, fault, task
 ):
     """As on a GPU, where the host does not wait for the device."""
-    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    monkeypatch.setattr("callbacks.loss_guard._lags", lambda verdict: True)
     Rooted.roots = {6}
     guard, bad = LossGuard(action, every_n_steps=4), {6: math.nan} if fault == "loss" else {}
     found = fit(tmp_path, bad, guard=guard, task=task, enable_checkpointing=False)
@@ -144,7 +144,7 @@ def test_a_verdict_that_is_read_a_step_later_lets_no_number_reach_the_weights(
 
 @pytest.mark.parametrize("last", [7, 15])
 def test_no_checkpoint_is_saved_after_a_wrong_step_whose_verdict_is_pending(tmp_path, monkeypatch, last):
-    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    monkeypatch.setattr("callbacks.loss_guard._lags", lambda verdict: True)
     save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     found = fit(tmp_path, {last: math.nan}, save)
     assert f"non-finite loss at epoch {last // 8}, step {last} " in found.error
@@ -155,7 +155,7 @@ def test_no_checkpoint_is_saved_after_a_wrong_step_whose_verdict_is_pending(tmp_
 
 def test_a_verdict_that_is_read_a_step_later_changes_no_bit(tmp_path, monkeypatch):
     plain = fit(tmp_path, {}, guard=Callback(), enable_checkpointing=False)
-    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    monkeypatch.setattr("callbacks.loss_guard._lags", lambda verdict: True)
     guarded = fit(tmp_path, {}, guard=LossGuard("rollback", every_n_steps=3), enable_checkpointing=False)
     assert equal(guarded.weights.before[-1], plain.weights.before[-1])
 

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import export_weights, grow_checkpoint
+from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
+from lit_tokenformer.checkpoints.trust import check_class_paths, is_trusted_class
+from lit_tokenformer.cli.commands import export_weights, grow_checkpoint
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import TextDataModule, Tokenizer
-from lit_tokenformer.data.image_sources import decode_hub_image
-from lit_tokenformer.safety import check_class_paths, is_trusted_class
-from lit_tokenformer.text_generation import TextGenerator
+from lit_tokenformer.data.images.sources import decode_hub_image
+from lit_tokenformer.inference.text import TextGenerator
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
 ROOT = Path(__file__).parents[1]
 TINY = {"dim": 32, "depth": 1, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5}
@@ -216,7 +217,7 @@ STRANGE = {
         }
     },
     "process": {"optimizer": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "executed"]}}},
-    "through_a_module": {"optimizer": {"class_path": "lit_tokenformer.cli.os.system"}},
+    "through_a_module": {"optimizer": {"class_path": "lit_tokenformer.cli.main.os.system"}},
     "a_task_of_another": {"_class_path": "strange_module.Payload"},
     "overrides": {"overrides": {"class_path": "strange_module.Payload"}},
 }
@@ -282,12 +283,12 @@ def test_only_classes_that_trusted_packages_define_are_trusted():
     for name in (
         "torch.nn.Linear",
         "torch.optim.adamw.Tensor",
-        "lit_tokenformer.commands.grow_checkpoint",
+        "lit_tokenformer.cli.commands.grow_checkpoint",
         "",
         "torch",
     ):
         assert not is_trusted_class(name)
-    assert not is_trusted_class("lit_tokenformer.commands.shutil.rmtree")
+    assert not is_trusted_class("lit_tokenformer.cli.commands.shutil.rmtree")
 
 
 @pytest.mark.parametrize("below", ["init_args", "dict_kwargs"])

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
-from lit_tokenformer.commands import grow_checkpoint
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.cli.commands import grow_checkpoint
+from lit_tokenformer.distributed.checkpoint import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
+from lit_tokenformer.distributed.sharding import _shares
 from lit_tokenformer.models import param_tokens
-from lit_tokenformer.parallel import _shares
-from lit_tokenformer.sharded_checkpoints import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
+from lit_tokenformer.tasks.rebuild import rebuild_task
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,16 +6,17 @@ import sys
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lit_tokenformer.checkpoints import fresh_checkpoint, write_checkpoint
-from lit_tokenformer.cli import main
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.checkpoints.load import write_checkpoint
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.tasks import LitCausalLM
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint
 
 LOADED = """
 import sys
 import lightning.pytorch
 before = set(sys.modules)
-from lit_tokenformer.cli import main
+from lit_tokenformer.cli.main import main
 try:
     main(["--help"])
 except SystemExit:

@@ -27,10 +27,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_tokenformer.data import TextDataModule, Tokenizer, text_sources, token_cache
-from lit_tokenformer.data.text_corpus import HashSplit
-from lit_tokenformer.data.text_sources import HubStream, TextFiles
-from lit_tokenformer.data.text_stream import TextStreamLoader, eval_stream_loader, train_stream_loader
-from lit_tokenformer.data.token_cache import EvalSampler
+from lit_tokenformer.data.text.corpus import HashSplit
+from lit_tokenformer.data.text.sources import HubStream, TextFiles
+from lit_tokenformer.data.text.streaming import TextStreamLoader, eval_stream_loader, train_stream_loader
+from lit_tokenformer.data.text.token_cache import EvalSampler
 from lit_tokenformer.errors import UserError
 
 torch.set_num_threads(1)

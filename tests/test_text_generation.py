@@ -12,13 +12,13 @@ import tokenizers as hf
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import generate_text, grow_checkpoint
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.cli.commands import generate_text, grow_checkpoint
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
+from lit_tokenformer.inference.text import Completion, TextGenerator
 from lit_tokenformer.models import create_backbone
-from lit_tokenformer.models.generation import Sampling, generate_tokens
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier
-from lit_tokenformer.text_generation import Completion, TextGenerator
 
 TINY = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 16, "tie_embeddings": False}
 CONTEXT = 64
@@ -76,14 +76,14 @@ class Scripted:
             for step in range(min(longest, max_new_tokens)):
                 yield torch.tensor([row[step] if step < len(row) else -1 for row in rows])
 
-        monkeypatch.setattr("lit_tokenformer.text_generation.generate_tokens", generate_tokens)
+        monkeypatch.setattr("lit_tokenformer.inference.text.generate_tokens", generate_tokens)
 
 
 # --- In Python -------------------------------------------------------------------------------------------------------
 
 
 def test_three_lines(checkpoint):
-    from lit_tokenformer.text_generation import TextGenerator
+    from lit_tokenformer.inference.text import TextGenerator
 
     generator = TextGenerator.load(checkpoint)
     text = generator.generate("The import statement", max_new_tokens=8)
@@ -403,7 +403,7 @@ VERBATIM = [
 
 def test_command_takes_prompts_and_stop_texts_as_they_are_written(monkeypatch):
     given = {}
-    monkeypatch.setitem(sys.modules["lit_tokenformer.cli"].COMMANDS, "generate", wraps_generate(given))
+    monkeypatch.setitem(sys.modules["lit_tokenformer.cli.main"].COMMANDS, "generate", wraps_generate(given))
     args = [f"--{option}={text}" for text in VERBATIM for option in ("prompt", "stop")]
     assert generate("--ckpt_path", "x.ckpt", *args) == 0
     assert given == {"ckpt_path": "x.ckpt", "prompt": VERBATIM, "stop": VERBATIM}
@@ -411,7 +411,7 @@ def test_command_takes_prompts_and_stop_texts_as_they_are_written(monkeypatch):
 
 def test_command_takes_texts_that_begin_with_dashes_behind_their_option(monkeypatch):
     given = {}
-    monkeypatch.setitem(sys.modules["lit_tokenformer.cli"].COMMANDS, "generate", wraps_generate(given))
+    monkeypatch.setitem(sys.modules["lit_tokenformer.cli.main"].COMMANDS, "generate", wraps_generate(given))
     assert generate("--stop", "---", "--prompt", "--x", "--prompt", "- a", "--ckpt_path", "x.ckpt") == 0
     assert given == {"ckpt_path": "x.ckpt", "prompt": ["--x", "- a"], "stop": ["---"]}
     assert generate("--ckpt_path", "x.ckpt", "--stop", "--prompt", "a") == 2  # no text between two options

@@ -15,7 +15,7 @@ import pytest
 import tokenizers as hf
 from tokenizers import models, pre_tokenizers, processors
 
-from lit_tokenformer.data.tokenizers import USUAL_SEPARATORS, Tokenizer, bpe_size, check_name, cut
+from lit_tokenformer.data.text.tokenizer import USUAL_SEPARATORS, Tokenizer, bpe_size, check_name, cut
 
 TEXTS = [
     "plain words, and more of them",
@@ -101,7 +101,7 @@ def test_pieces_give_the_tokens_of_the_whole(bpe: Tokenizer):
 
 
 def test_documents_come_back_in_order_and_whole(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lit_tokenformer.data.tokenizers._BATCH", 500)
+    monkeypatch.setattr("lit_tokenformer.data.text.tokenizer._BATCH", 500)
     documents = [letters(n, seed=n) for n in (1, 700, 3, 2000, 499, 0, 5)]
     found: list[list[int]] = [[]]
     for ids, ends in bpe.encode_documents(iter(documents)):
@@ -219,7 +219,7 @@ def test_name_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch):
     def offline(name: str) -> None:
         raise OSError("no connection\nsecond line")
 
-    monkeypatch.setattr("lit_tokenformer.data.tokenizers.hf.Tokenizer", type("T", (), {"from_pretrained": offline}))
+    monkeypatch.setattr("lit_tokenformer.data.text.tokenizer.hf.Tokenizer", type("T", (), {"from_pretrained": offline}))
     with pytest.raises(ValueError, match=r"^data.tokenizer: 'gpt2' is not bytes.*no connection$"):
         Tokenizer.load("gpt2")
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from lit_tokenformer.data.hub import load_hub_data
-from lit_tokenformer.data.image_sources import decode_hub_image, decode_image
+from lit_tokenformer.data.images.sources import decode_hub_image, decode_image
 from lit_tokenformer.errors import UserError
 
 

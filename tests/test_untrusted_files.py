@@ -20,17 +20,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ParameterGrowthCallback, PredictionWriter, TrainingMonitor
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
-from lit_tokenformer.checkpoint_io import WholeCheckpointIO
-from lit_tokenformer.checkpoints import read_checkpoint, rebuild_task
-from lit_tokenformer.cli import main
-from lit_tokenformer.commands import export_weights, grow_checkpoint, import_weights
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import_weights
+from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import Tokenizer
-from lit_tokenformer.data.image_sources import decode_image
+from lit_tokenformer.data.images.sources import decode_image
+from lit_tokenformer.distributed.checkpoint import INDEX, REST, read_folder
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.interop.files import load_pickle
-from lit_tokenformer.sharded_checkpoints import INDEX, REST, read_folder
+from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.tasks import LitCausalLM
-from lit_tokenformer.text_generation import TextGenerator
+from lit_tokenformer.tasks.rebuild import rebuild_task
+from lit_tokenformer.tensor_files import load_pickle
 
 TINY = {"dim": 32, "depth": 1, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.9, 0.99]}}

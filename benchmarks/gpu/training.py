@@ -1,6 +1,6 @@
 """Training steps against timm and transformers: throughput, MFU and peak memory, eager and compiled.
 
-One model is in memory at a time. FLOPs are those of the closed form (:mod:`lit_tokenformer.compute`: matrix products
+One model is in memory at a time. FLOPs are those of the closed form (:mod:`lit_tokenformer.cost`: matrix products
 only, attention over the whole sequence), for both sides; MFU is FLOP/s over those of one product of two matrices of
 8,192 x 8,192 in bfloat16, measured in the same run.
 """
@@ -18,7 +18,7 @@ from side_by_side import Line, seconds
 from speed_training import MODELS, NEOX, Training, neox, our_lm, our_vit, timm_vit
 
 from benchmarks.gpu.parts import Findings
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
 

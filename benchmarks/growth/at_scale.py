@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_tokenformer.compute import model_cost
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
 OPTIMAL = 20

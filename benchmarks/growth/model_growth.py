@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks import TrainingMonitor
-from lit_tokenformer.compute import ModelCost, model_cost
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, param_tokens
 
 Origins = dict[nn.Parameter, nn.Parameter]

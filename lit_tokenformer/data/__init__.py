@@ -4,12 +4,12 @@
 # `limit_val_batches: 1` from a config would become 1.0, which means all batches.
 import lightning.pytorch  # noqa: F401
 
-from lit_tokenformer.data.augmentation import Augmentation
-from lit_tokenformer.data.images import ImageDataModule
-from lit_tokenformer.data.masked_text import MaskedTextDataModule
+from lit_tokenformer.data.images.datamodule import ImageDataModule
+from lit_tokenformer.data.images.transforms import Augmentation
 from lit_tokenformer.data.multitask import MultiTaskDataModule
-from lit_tokenformer.data.text import TextDataModule
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.data.text.datamodule import TextDataModule
+from lit_tokenformer.data.text.masked import MaskedTextDataModule
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 
 __all__ = [
     "Augmentation",

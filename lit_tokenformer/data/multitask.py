@@ -9,9 +9,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from lit_tokenformer.data.images import ImageDataModule
-from lit_tokenformer.data.text import TextDataModule
-from lit_tokenformer.data.tokenizers import Tokenizer
+from lit_tokenformer.data.images.datamodule import ImageDataModule
+from lit_tokenformer.data.text.datamodule import TextDataModule
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError, unknown_name
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.interop.files import read_tensors, write_tensors
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
+from lit_tokenformer.tensor_files import read_tensors, write_tensors
 
 
 class Row(NamedTuple):

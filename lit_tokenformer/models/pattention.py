@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.config import KINDS, OTHER
-from lit_tokenformer.models.l2_gelu import l2_gelu, l2_scale
+from lit_tokenformer.models.pattention_kernels import l2_gelu, l2_scale
 
 Activation = Callable[[Tensor], Tensor]
 

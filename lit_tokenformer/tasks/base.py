@@ -15,13 +15,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lit_tokenformer.compute import ModelCost, match_tokens, model_cost
+from lit_tokenformer.cost import ModelCost, match_tokens, model_cost
+from lit_tokenformer.distributed.checkpoint import check_has_optimizers, load_into, save_folder
+from lit_tokenformer.distributed.sharding import clip_gradients, divide
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
-from lit_tokenformer.optimizer_growth import check_optimizer_state
-from lit_tokenformer.parallel import clip_gradients, divide
-from lit_tokenformer.sharded_checkpoints import check_has_optimizers, load_into, save_folder
 from lit_tokenformer.tasks.optimization import OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
@@ -85,7 +85,7 @@ class LitTask(OptimizedTask):
         Args:
             preset: A name from ``lit_tokenformer.models.list_presets()``.
             given: Fields of the architecture that replace the preset's.
-            match: ``parameters``, ``flops`` or ``None``, as of :func:`~lit_tokenformer.compute.match_tokens`.
+            match: ``parameters``, ``flops`` or ``None``, as of :func:`~lit_tokenformer.cost.match_tokens`.
             match_to: A preset, with those of the given fields that are sizes; ``None`` for the same model with linear
                 projections.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lit_tokenformer.checkpoints.run_folder import write_new
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.run_folder import write_new
 from lit_tokenformer.tasks.base import LitTask
 
 TOKENIZER_FILE = "tokenizer.json"

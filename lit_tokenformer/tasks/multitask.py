@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lit_tokenformer.compute import ModelCost, model_cost
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import BackboneOverrides, Tokenformer, TokenformerConfig, preset_config
-from lit_tokenformer.parallel import like
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier

@@ -1,0 +1,379 @@
+"""What a run reports while it trains: compute, sizes, throughput, old and new rows after a growth, predictions, config.
+
+A growth changes what an optimizer step costs, so runs are compared over ``compute/training_flops``, not over steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from callbacks.growth_steps import latest_rows
+from lit_tokenformer.checkpoints.run_folder import run_folder
+from lit_tokenformer.cost import ModelCost
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth import Rows
+from lit_tokenformer.growth.shards import gather, like, local
+from lit_tokenformer.models import Pattention, param_tokens
+from lit_tokenformer.trainer import write_if_room
+
+
+class TrainingMonitor(Callback):
+    """Reports what a fit does to the trainer's loggers, at the trainer's log steps.
+
+    ``compute/training_flops``
+        Operations of all training steps so far, over all processes; it counts on when a fit is resumed.
+    ``compute/data_tokens``
+        Data tokens (of texts) or patches (of images) that were trained on so far, likewise.
+    ``compute/samples_per_second``, ``compute/data_tokens_per_second``
+        Training samples over all processes and seconds since the last report; validation does not count. Several tasks'
+        samples are counted together.
+    ``size/parameters``, ``size/tokens_qkv``, ...
+        Learned numbers, and parameter tokens of each kind of projection.
+    ``rows/grad_norm_old``, ``rows/update_norm_old``, ``rows/grad_norm_new``, ``rows/update_norm_new``
+        Norms over all parameter tokens of the gradient (before clipping) and of the optimizer's change; after a growth
+        for the tokens it appended and for the others.
+    ``best/...``
+        At the end of the fit, the best score of each ``ModelCheckpoint`` (since the last growth).
+
+    At the end it tells the throughput of the whole fit in one line.
+
+    A logger with ``add_image`` and ``add_text`` (TensorBoard) also gets a picture of validation images with their
+    predictions (``val/predictions``: green where right, red where wrong) after each validation, and the run's
+    ``config.yaml``. TensorBoard's HPARAMS tab shows validation metrics, size and operations as they are now.
+
+    Args:
+        log_images: Images in the picture of predictions, spread over the validation set; 0 for no picture.
+        row_norms: Whether norms of gradients and updates are measured.
+
+    Raises:
+        ValueError: If ``log_images`` is negative.
+
+    Note:
+        Operations and data tokens are counted where the module has a method ``cost()`` whose result has
+        ``training_flops`` and ``data_tokens``, those of one sample; where its batches are mappings, it needs a method
+        ``costs()`` with one such result for each of their keys. A picture is made where a batch is
+        ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``,
+        ``mean`` and ``std`` of the data module are used if it has them.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TrainingMonitor(log_images=8)], logger=False)
+    """
+
+    def __init__(self, log_images: int = 16, row_norms: bool = True) -> None:
+        if log_images < 0:
+            raise UserError(f"log_images: expected at least 0, got {log_images}")
+        self.log_images = log_images
+        self.row_norms = row_norms
+        self.training_flops = 0
+        """Operations of all training steps so far; a whole number of any size, so nothing is rounded."""
+        self.data_tokens = 0
+        """Data tokens of all training steps so far."""
+        self._growth: dict[str, Any] | None = None
+        self._costs: dict[str, ModelCost] = {}
+        self._sizes: dict[str, int] = {}
+        self._samples = self._tokens = 0
+        self._tokens_before_fit = 0
+        self._since = self._paused = self._begun = 0.0
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what this process had of each before the step
+        self._row_norms: dict[str, Tensor] = {}
+        self._examples: list[tuple[Tensor, int, int]] = []
+        self._hparams_logged = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training_flops": self.training_flops, "data_tokens": self.data_tokens, "growth": self._growth}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.training_flops = state_dict["training_flops"]
+        self.data_tokens = state_dict["data_tokens"]
+        self._growth = state_dict["growth"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._hparams_logged = False
+        for logger in trainer.loggers if stage == "fit" else []:
+            if isinstance(logger, TensorBoardLogger):  # its record at the start would fix the tab's columns for good
+                logger._default_hp_metric = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # asks all processes
+        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may have those of several runs
+        for add_text, file in itertools.product(_writers(trainer, "add_text"), files[-1:]):
+            add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measure(pl_module)
+        self._begun, self._tokens_before_fit = time.perf_counter(), self.data_tokens
+        _log(trainer, self._totals())
+
+    def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
+        """Measures the model at its new size.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model, grown already.
+            event: What was done; see :func:`~callbacks.growth_steps.latest_rows`.
+        """
+        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method") if key in event}
+        self._measure(pl_module)
+        _log(trainer, self._totals())
+
+    def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures what a sample costs, where that changed without a growth."""
+        self._measure(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
+            return
+        rows = [
+            (parameter, new) for parameter, new in rows_by_age(pl_module, self._growth) if parameter.grad is not None
+        ]
+        self._held = [(parameter, local(parameter).to("cpu", copy=True), new) for parameter, new in rows]
+        gradients: Any = ((parameter.grad, new) for parameter, new in rows)
+        self._row_norms = self._norms("grad", gradients) if rows else {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        for task in self._costs or [""]:
+            samples = num_samples(batch[task] if task else batch) * replicas
+            self._samples += samples
+            if task in self._costs:
+                self.training_flops += self._costs[task].training_flops * samples
+                self._tokens += self._costs[task].data_tokens * samples
+                self.data_tokens += self._costs[task].data_tokens * samples
+        if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
+            return
+        changes = (  # one after the other: no second copy of all parameter tokens on the device
+            (like(parameter.detach(), before.to(parameter.device).sub_(local(parameter))), new)
+            for parameter, before, new in self._held
+        )
+        found = {**self._row_norms, **(self._norms("update", changes) if self._held else {})}
+        norms = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+        self._held, self._row_norms = [], {}
+        now = time.perf_counter()
+        rates = {"compute/samples_per_second": self._samples / (now - self._since)}
+        if self._costs:
+            rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
+        self._samples, self._tokens, self._since = 0, 0, now
+        _log(trainer, {**self._totals(), **rates, **norms})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+        self._examples = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # here and not later, because an average of the weights leaves the model before the validation ends
+        if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and _writers(trainer, "add_image"):
+            self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pause = time.perf_counter() - self._paused
+        self._since += pause
+        self._begun += pause
+        if not _is_fit(trainer):
+            return
+        if self._examples and trainer.is_global_zero:
+            picture = _picture(self._examples, getattr(trainer, "datamodule", None))
+            for add_image in _writers(trainer, "add_image"):
+                add_image("val/predictions", picture, _log_step(trainer))
+        self._examples = []
+        self._log_hparams(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _log(trainer, {**self._totals(), **_best_scores(trainer)})
+        self._log_hparams(trainer)
+        tokens, seconds = self.data_tokens - self._tokens_before_fit, time.perf_counter() - self._begun
+        if tokens:
+            rank_zero_info(
+                f"Trained on {tokens:,} data tokens in {seconds:.0f} s without validation: {tokens / seconds:,.0f} per "
+                f"second; {self.training_flops:.3g} FLOPs so far"
+            )
+
+    def _measure(self, pl_module: LightningModule) -> None:
+        """Sizes and cost of the model as it is; throughput is measured anew."""
+        cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
+        self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
+        self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
+        self._sizes |= {f"size/tokens_{kind}": total for kind, total in param_tokens(pl_module).items()}
+        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def _totals(self) -> dict[str, float]:
+        if not self._costs:
+            return {**self._sizes}
+        flops, tokens = float(self.training_flops), float(self.data_tokens)
+        return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
+
+    def _norms(self, name: str, tensors: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        old, appended = norms_by_age(tensors)
+        norms = {f"rows/{name}_norm_old": old}
+        return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
+
+    def _log_hparams(self, trainer: Trainer) -> None:
+        """Names the metrics that TensorBoard's HPARAMS tab shows; it follows their values from then on."""
+        if self._hparams_logged:
+            return
+        self._hparams_logged = True
+        scores = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")
+        }
+        best = {f"best/{name}": scores[name] for name in _monitored(trainer) if name in scores}  # the first is the best
+        metrics = {**scores, **best, **self._totals(), **_best_scores(trainer)}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
+
+
+def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended.
+
+    Args:
+        pl_module: The model.
+        growth: That growth, see :func:`~callbacks.growth_steps.latest_rows`; None if there was none.
+    """
+    grown = {} if growth is None else dict(latest_rows(pl_module, growth))
+    for layer in pl_module.modules():
+        if isinstance(layer, Pattention):
+            new = grown.get(layer, Rows(layer.num_tokens, layer.num_tokens)).new(layer.key_tokens.device)
+            yield from ((layer.key_tokens, new), (layer.value_tokens, new))
+
+
+def norms_by_age(tensors: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
+    squares = []
+    for tensor, new in tensors:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        rows = gather(torch.linalg.vector_norm(tensor, dim=1, dtype=wide)).square()  # (N,)
+        squares.append(torch.stack([rows.masked_fill(new, 0).sum(), rows.masked_fill(~new, 0).sum()]))
+    old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
+    return old, appended
+
+
+def _is_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _is_log_step(trainer: Trainer) -> bool:
+    return trainer._logger_connector.should_update_logs
+
+
+def _log_step(trainer: Trainer) -> int:
+    """The place on the x axis where Lightning puts what is logged now, in optimizer steps."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=_log_step(trainer))
+
+
+def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
+    """This method of the experiment of each logger that has it."""
+    found = [(logger, getattr(logger, "experiment", None)) for logger in trainer.loggers]
+    return [partial(write_if_room, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
+
+
+def num_samples(batch: Any) -> int:
+    """Length of the first tensor in a batch."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _monitored(trainer: Trainer) -> dict[str, Tensor | None]:
+    """What checkpoints are chosen by, with the best score so far."""
+    found = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    return {one.monitor: one.best_model_score for one in found if one.monitor is not None}
+
+
+def _best_scores(trainer: Trainer) -> dict[str, float]:
+    return {f"best/{name}": float(score) for name, score in _monitored(trainer).items() if score is not None}
+
+
+@torch.no_grad()
+def _predict(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, count: int
+) -> list[tuple[Tensor, int, int]]:
+    """Image (C, H, W), class and predicted class of the samples of this batch that belong into the picture.
+
+    These are ``count`` samples at equal distances in the validation set, because its images may be sorted by class.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(one, Tensor) for one in batch[:2]):
+        return []
+    image, label = batch[:2]
+    batches = trainer.num_val_batches[0]
+    if image.ndim != 4 or label.ndim not in (1, 2) or (math.isinf(batches) and batch_idx > 0):
+        return []
+    places = [number * (1 if math.isinf(batches) else batches) / count for number in range(count)]
+    chosen = sorted({int((place - batch_idx) * len(image)) for place in places if int(place) == batch_idx})
+    if not chosen:
+        return []
+    with torch.compiler.set_stance("force_eager"):  # else it would be compiled for this number of images too
+        logits = pl_module(image[chosen])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        return []
+    labels = label[chosen] if label.ndim == 1 else label[chosen].argmax(dim=1)
+    return list(zip(image[chosen].float().cpu(), labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+
+
+def _picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
+    """A grid of images with their predictions below, (3, height, width) uint8."""
+    images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.as_tensor(one, dtype=torch.float32).reshape(1, -1, 1, 1) for one in (mean, std))
+        images = images * std + mean
+    else:
+        images = (images - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
+    names = getattr(datamodule, "class_names", None) or ()
+    tiles = [
+        _tile(image, _class_name(names, label), _class_name(names, guess))
+        for image, (_, label, guess) in zip(images.clamp(0, 1), examples, strict=True)
+    ]
+    return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=4, pad_value=255)
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return str(names[label]) if 0 <= label < len(names) else str(label)
+
+
+def _tile(image: Tensor, name: str, guess: str) -> Tensor:
+    """One image (3, H, W) in 0 to 1 with its prediction below, framed in green or red, (3, height, width) uint8."""
+    right, border, line = name == guess, 3, 14
+    zoom = math.ceil(96 / min(image.shape[1:]))
+    enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
+    colour = (0, 128, 0) if right else (200, 0, 0)
+    tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
+    tile.paste(colour, (0, 0, tile.width, enlarged.height + 2 * border))
+    tile.paste(enlarged, (border, border))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
+        while draw.textlength(text, font) > tile.width and len(text) > 1:
+            text = text[:-1]
+        draw.text((border, enlarged.height + 2 * border + number * line), text, colour, font)
+    return pil_to_tensor(tile)

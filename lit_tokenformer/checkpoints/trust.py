@@ -1,0 +1,116 @@
+"""What a stranger's checkpoint may name: classes of this project, and optimizers and schedules of torch and timm.
+
+A checkpoint's arguments hold class paths, which Lightning imports and calls when a task is made of them again; we make
+the task ourselves (:func:`~lit_tokenformer.tasks.rebuild.rebuild_task`), of plain values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lit_tokenformer.errors import UserError
+
+TRUSTED = ("lit_tokenformer", "callbacks", "torch.optim", "timm.optim")
+"""Packages whose classes may be named."""
+
+ALSO_TRUSTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "lightning.pytorch.cli.instantiate_module")
+"""What Lightning itself writes into checkpoints, whose package holds other things too."""
+
+MADE = ("optimizer", "lr_scheduler")
+"""Arguments of a task that are classes to make; they are looked at when one is made."""
+
+_MADE_BY_NAME = (*MADE, "class_path", "_class_path")
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
+    """Refuses arguments of a task that name anything but trusted classes.
+
+    Args:
+        arguments: The arguments that a checkpoint holds.
+        path: The checkpoint, for the error.
+
+    Raises:
+        ValueError: If they name something else.
+    """
+    for name in _named(arguments):
+        if not is_trusted_class(name):
+            raise UserError(
+                f"ckpt_path: {path} names {name!r}, which was not imported: expected classes of {', '.join(TRUSTED)}"
+            )
+
+
+def trusted_optimizer(spec: Any, path: object) -> Callable[[Any], torch.optim.Optimizer]:
+    """A factory of the optimizer that a checkpoint names. Settings reach it as they are; no class is made of them.
+
+    Args:
+        spec: ``class_path`` and ``init_args``.
+        path: The checkpoint, for the error.
+
+    Returns:
+        Parameter groups -> optimizer. It raises a ``ValueError`` if this is not an optimizer of a trusted package, or
+        does not take its settings.
+    """
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        check_class_paths({"optimizer": spec}, path)
+        given = spec if isinstance(spec, Mapping) else {}
+        name, settings = given.get("class_path"), given.get("init_args", {})
+        if not isinstance(name, str) or not isinstance(settings, Mapping):
+            raise UserError(f"ckpt_path: {path} names {name!r}, which was not imported: expected an optimizer")
+        module, _, kind = name.rpartition(".")
+        found = getattr(importlib.import_module(module), kind, None)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
+        try:
+            return found(params, **settings)
+        except Exception as error:  # settings of other types, say
+            raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+
+    return make
+
+
+def is_trusted_class(name: str) -> bool:
+    """Whether a dotted name is that of a class which a trusted package defines.
+
+    Args:
+        name: A dotted name.
+
+    Example:
+        >>> is_trusted_class("torch.optim.AdamW"), is_trusted_class("subprocess.Popen")
+        (True, False)
+        >>> is_trusted_class("lit_tokenformer.cli.main.os.system")
+        False
+    """
+    if name in ALSO_TRUSTED:
+        return True
+    module, _, kind = name.rpartition(".")
+    if not _in_trusted(module):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and _in_trusted(found.__module__)
+
+
+def _in_trusted(module: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in TRUSTED)
+
+
+def _named(value: Any, key: object = None) -> Iterator[str]:
+    """Every text in nested arguments that could be taken for the name of a class or a function."""
+    if isinstance(value, Mapping):
+        for inner, part in value.items():
+            yield from _named(inner)
+            yield from _named(part, inner)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for part in value:
+            yield from _named(part)
+    elif isinstance(value, str) and (key in _MADE_BY_NAME or _DOTTED.fullmatch(value)):
+        yield value

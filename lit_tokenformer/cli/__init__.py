@@ -1,0 +1,5 @@
+"""The command line."""
+
+from lit_tokenformer.cli.main import main
+
+__all__ = ["main"]

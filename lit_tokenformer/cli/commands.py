@@ -1,0 +1,391 @@
+"""Commands that are no method of a trainer: growing a checkpoint between two runs, published weights in and out, text
+from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_tokenformer import tasks
+from lit_tokenformer.atomic_io import atomic_folder, atomic_write
+from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
+from lit_tokenformer.data.text.tokenizer import checked_backend
+from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth import grow
+from lit_tokenformer.growth.optimizer import NEW_STATES, grow_optimizer
+from lit_tokenformer.inference.sampling import Sampling
+from lit_tokenformer.inference.text import Completion, TextGenerator
+from lit_tokenformer.interop import read_published, write_published
+from lit_tokenformer.interop.tokenformer import find_weights
+from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, param_tokens, preset_config
+from lit_tokenformer.tasks.language import TOKENIZER_FILE
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
+
+
+def grow_checkpoint(
+    ckpt_path: str,
+    tokens: Tokens,
+    output: str | None = None,
+    method: str = "split",
+    noise: float = 1.0,
+    new_state: str = "mean",
+    seed: int = 0,
+) -> Path:
+    """Makes a checkpoint larger between two runs, optimizer state and moving averages included.
+
+    Args:
+        ckpt_path: A checkpoint of a fit.
+        tokens: Totals of parameter tokens: a number n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
+        output: Where the larger one is written; by default beside the first, with ``-grown`` in its name.
+        method: How new rows are made: split, zero_keys or random.
+        noise: Size of the differences between the copies of a split, in standard deviations of values at birth.
+        new_state: Second moments of rows that are not copies: mean or zeros; reset drops the optimizer's state.
+        seed: Seed of the new rows.
+
+    Returns:
+        The path of what was written.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, the tokens do not fit it, or the output exists already.
+    """
+    target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-grown.ckpt")
+    if target.exists():
+        raise UserError(f"output: {target} exists already")
+    if new_state not in NEW_STATES:
+        raise unknown_name("new_state", new_state, NEW_STATES)
+    checkpoint = read_checkpoint(ckpt_path)
+    task = rebuild_task(ckpt_path, checkpoint)
+    before = param_tokens(task)
+    settings: dict[str, Any] = {"method": method, "noise": noise, "seed": seed}
+
+    averaged = checkpoint.get("current_model_state") is not None  # then state_dict holds the moving average
+    if averaged:
+        grow(task, tokens, **settings)
+        checkpoint["state_dict"] = task.state_dict()
+        task = rebuild_task(ckpt_path, checkpoint)
+        task.load_state_dict(checkpoint["current_model_state"])
+    optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
+            optimizer.load_state_dict(state)
+    grown = grow(task, tokens, **settings)
+    with _state_errors(ckpt_path, "optimizer_states"):
+        for optimizer in optimizers:
+            grow_optimizer(optimizer, grown, new_state)
+    checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
+    if "optimizer_states" in checkpoint:  # else it is of weights only, and stays so
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    checkpoint["param_tokens"] = param_tokens(task)
+    event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
+    with _state_errors(ckpt_path, "callbacks"):
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith("ParameterGrowthCallback"):
+                state["events"].append({**event, **settings, "after": param_tokens(task)})
+            elif key.startswith("TrainingMonitor"):
+                state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
+
+    write_checkpoint(checkpoint, target)
+    sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
+    print(f"{target}: {sizes} tokens")
+    return target
+
+
+@contextmanager
+def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
+    """Turn whatever values of other types raise into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
+
+
+def import_weights(
+    source: str,
+    output: str | None = None,
+    config_json: str | None = None,
+    tokenizer: str | None = None,
+) -> Path:
+    """Makes a checkpoint of published TokenFormer weights, to generate from, to evaluate, to grow or to fit further.
+
+    The checkpoint holds the tensors as they are in the file, so that an export gives them back bit for bit. Whatever
+    loads it makes float32 weights of them. A fit from it begins at epoch 0 with a fresh optimizer.
+
+    Args:
+        source: A pytorch_model.bin, a .safetensors file, or the folder that holds one.
+        output: Where the checkpoint is written; by default beside the weights, under their name with .ckpt.
+        config_json: The architecture; by default the config.json beside the weights.
+        tokenizer: Its tokenizer.json; by default the one beside the weights, if there is one.
+
+    Returns:
+        The path of what was written; a tokenizer.json stands beside it.
+
+    Raises:
+        ValueError: If a file cannot be read or holds pickled code, if a tensor is missing, superfluous or misshapen,
+            if the tokenizer has more tokens than the embedding, or if the output exists already.
+    """
+    weights = find_weights(source)
+    target = Path(output) if output else weights.with_suffix(".ckpt")
+    vocabulary = Path(tokenizer) if tokenizer else weights.with_name(TOKENIZER_FILE)
+    text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
+    copy = target.with_name(TOKENIZER_FILE)
+    if target.exists():
+        raise UserError(f"output: {target} exists already")
+    if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
+        raise UserError(f"output: {copy} exists already, and is another tokenizer")
+    config, state = read_published(weights, config_json)
+    size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
+    if size > config.vocab_size:
+        raise UserError(
+            f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
+        )
+    preset, overrides = _preset_of(config)
+    with torch.device("meta"):  # shapes are all it needs
+        task = tasks.LitCausalLM(preset, config.vocab_size, config.context_length, overrides=overrides)  # type: ignore
+    task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
+    task.tokenizer_json = text
+    write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
+    if text is not None and not copy.exists():
+        with atomic_write(copy) as file:
+            file.write(text.encode())
+    numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
+    changes = "".join(f", {name} {value}" for name, value in overrides.items())
+    print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))
+    return target
+
+
+def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dtype: str | None = None) -> Path:
+    """Writes the model of a checkpoint as TokenFormer's are published; of a fit with a moving average, the average.
+
+    Args:
+        ckpt_path: A checkpoint of a causal language model.
+        output: A folder that is not there yet; it gets the weights, config.json and, if known, tokenizer.json.
+        format: safetensors (model.safetensors) or bin (pytorch_model.bin).
+        dtype: Precision of the weights: float32, float16 or bfloat16; by default that of the checkpoint.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, if the published format has no such architecture, if a tau is
+            not the square root of its number of tokens, or if the output exists already.
+    """
+    with _new_folder(output) as folder:
+        checkpoint = read_checkpoint(ckpt_path)
+        task = rebuild_task(ckpt_path, checkpoint, device="meta")
+        weights = checkpoint["state_dict"]
+        state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
+        config = dataclasses.replace(task.backbone.config, depth=len(task.backbone.blocks))
+        write_published(folder, config, state, dtype, format)
+        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+    return Path(output)
+
+
+def split_checkpoint(ckpt_path: str, output: str) -> Path:
+    """Takes the tasks of a multi-task checkpoint apart: a checkpoint of each, which gives the same outputs.
+
+    They serve as any other checkpoint of such a task: to validate, to predict or generate with, to export, to grow. A
+    fit from one begins at epoch 0 with a fresh optimizer. Of a fit with a moving average, they hold the average.
+
+    Args:
+        ckpt_path: A checkpoint of LitMultiTask.
+        output: A folder that is not there yet; it gets image.ckpt, text.ckpt and, if known, tokenizer.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or is of a single task, or if the output exists already.
+    """
+    with _new_folder(output) as folder:
+        checkpoint = read_checkpoint(ckpt_path)
+        task = rebuild_task(ckpt_path, checkpoint, device="meta")
+        if not isinstance(task, tasks.LitMultiTask):
+            raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}, not of several tasks")
+        weights = checkpoint["state_dict"]
+        for name, part in task.tasks.items():
+            state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
+            write_checkpoint(fresh_checkpoint(part, state), folder / f"{name}.ckpt")
+        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+    return Path(output)
+
+
+@contextmanager
+def _new_folder(output: str) -> Iterator[Path]:
+    """Create a folder that gets its name when the block ends, and report its files.
+
+    Raises:
+        ValueError: If the name is taken, or the folder cannot be written.
+    """
+    target = Path(output)
+    if target.exists():
+        raise UserError(f"output: {target} exists already")
+    try:
+        with atomic_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
+    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+
+
+def _write_tokenizer(folder: Path, text: str | None) -> None:
+    if text is not None:
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+
+def _read_tokenizer(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        checked_backend(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
+    """The preset that differs least from a config, and the fields in which it does, sizes of the data aside."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in list_presets():
+        base = preset_config(name, vocab_size=config.vocab_size, context_length=config.context_length)
+        found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
+    name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
+    return name, found[name]
+
+
+def generate_text(
+    ckpt_path: str,
+    prompt: str | list[str] = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | list[str] | None = None,
+    seed: int = 0,
+    format: str = "text",
+    device: str = "auto",
+) -> None:
+    """Writes text with a language model, and shows it while it is produced.
+
+    Args:
+        ckpt_path: A checkpoint of a fit.
+        prompt: Texts to go on from, several at once; without, a new document is written.
+        max_new_tokens: Tokens that are written after each prompt at most.
+        temperature: How freely the next token is chosen; 0 always takes the most probable.
+        top_k: Only the k most probable tokens are chosen from.
+        top_p: Only the most probable tokens that together have this probability are chosen from.
+        repetition_penalty: Makes tokens that occurred before less probable if above 1.
+        stop: Texts that end the text where they appear; the separator of documents ends it too.
+        seed: The same seed gives the same text.
+        format: text shows prompts and what was written; json gives a line with one object for each prompt.
+        device: Where the model runs; auto takes the accelerator, if there is one.
+
+    Raises:
+        ValueError: If the checkpoint cannot be used, a setting is out of range, or a prompt does not fit the context.
+    """
+    if format not in _FORMATS:
+        raise unknown_name("format", format, _FORMATS)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    generator = TextGenerator.load(ckpt_path, device)
+    number, printed = 0, 0  # the prompt that is shown, and how much of it
+    for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
+        while number < len(completions):
+            shown = _FORMATS[format](completions[number], number, len(completions), seed)
+            print(shown[printed:], end="", flush=True)
+            printed = len(shown)
+            if completions[number].stopped is None:
+                break
+            number, printed = number + 1, 0
+    for number, completion in enumerate(completions, start=1):
+        if completion.stopped == "context":
+            length = generator.backbone.config.context_length
+            name = "" if len(completions) == 1 else f"prompt {number}: "
+            print(f"note: {name}the text ends where the context of {length} tokens is full", file=sys.stderr)
+
+
+def evaluate_checkpoint(
+    ckpt_path: str,
+    tasks: list[str],
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 8,
+    include_path: str | None = None,
+    output: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Scores a language model on tasks of EleutherAI's lm-evaluation-harness.
+
+    Args:
+        ckpt_path: A checkpoint of a fit.
+        tasks: Names of the harness's tasks, such as lambada_openai, hellaswag, piqa, arc_easy and winogrande.
+        num_fewshot: Solved examples before each question; by default what the task says.
+        limit: Only so many questions of each task, or this share of them if below 1.
+        batch_size: Texts that are scored at once.
+        include_path: Folder with tasks of one's own.
+        output: JSON file for the results.
+        device: Where the model runs; auto takes the accelerator, if there is one.
+
+    Returns:
+        The results, as the harness gives them.
+
+    Raises:
+        ValueError: If the harness is not installed, the checkpoint cannot be used, a task is not known, or the output
+            exists already.
+    """
+    if output is not None and Path(output).exists():
+        raise UserError(f"output: {output} exists already")
+    if not tasks:
+        raise UserError("tasks: expected at least one")
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"num_fewshot: expected a whole number of at least 0, got {num_fewshot}")
+    if limit is not None and not limit > 0:
+        raise UserError(f"limit: expected a number above 0, got {limit}")
+    from lit_tokenformer.inference.lm_eval import as_table, evaluate  # the harness takes seconds to import
+
+    generator = TextGenerator.load(ckpt_path, device)
+    try:
+        results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
+    except OSError as error:  # a task that is not on this machine, and no network
+        raise UserError(f"tasks: {error}") from None
+    print(as_table(results))
+    if output is not None:
+        with atomic_write(output) as file:
+            file.write((json.dumps(results, indent=2, default=str) + "\n").encode())
+    return results
+
+
+def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
+    header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
+    return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")
+
+
+def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
+    if completion.stopped is None:
+        return ""
+    told = {
+        "prompt": completion.prompt,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "stopped": completion.stopped,
+        "seconds": round(completion.seconds, 6),
+        "tokens_per_second": round(completion.tokens / completion.seconds, 3) if completion.tokens else 0.0,
+        "seed": seed,
+    }
+    return json.dumps(told) + "\n"
+
+
+_FORMATS = {"text": _as_text, "json": _as_json}

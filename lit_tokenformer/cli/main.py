@@ -1,0 +1,392 @@
+"""The command line: LightningCLI over the tasks, with our own commands beside its own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import select
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lit_tokenformer import tasks
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
+from lit_tokenformer.cli.commands import (
+    evaluate_checkpoint,
+    export_weights,
+    generate_text,
+    grow_checkpoint,
+    import_weights,
+    split_checkpoint,
+)
+from lit_tokenformer.errors import UserError, raised_by_library, unknown_name, unwrap
+
+try:
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
+except ImportError as error:
+    raise ImportError(
+        f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
+        "run from another folder or with `python -P`, or uninstall it"
+    ) from error
+
+from lit_tokenformer.checkpoints.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
+from lit_tokenformer.cli.monitors import check_monitors
+from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
+from lit_tokenformer.cli.preflight import (
+    WarmupCheck,
+    check_data_fit,
+    check_environment,
+    check_optimizer,
+    check_processes,
+    check_trainer_settings,
+    replace_repeated,
+    trainer_error,
+)
+from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
+from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
+from lit_tokenformer.trainer import keep_logging
+from lit_tokenformer.version import __version__
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate_text,
+    "evaluate": evaluate_checkpoint,
+    "grow": grow_checkpoint,
+    "split": split_checkpoint,
+    "import": import_weights,
+    "export": export_weights,
+}
+"""Commands that take neither model nor data from a config."""
+
+_ENV_PREFIX = "LIT_TOKENFORMER"
+"""What the names of environment variables that set options begin with."""
+
+TEXTS = {
+    "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
+    "stop": "A text that ends what is written where it appears; repeat the option for several.",
+}
+"""Options of commands that are taken as they are written, be it ``[x]`` or ``a: b``, and can be repeated."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Arguments after the program's name; ``None`` takes those of the process.
+
+    Returns:
+        0, 2 after an error in what the user gave, which is told in one line, 1 after any other error, which keeps its
+        traceback, 130, 129 or 143 where Ctrl-C, SIGHUP or another signal ended a fit, 141 if nobody reads the output.
+    """
+    # torch warns Lightning, not whoever uses it
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    log, preemption = ErrorLog(), PreemptionCheckpoint()
+    try:
+        _run(sys.argv[1:] if args is None else list(args), log, preemption)
+        sys.stdout.flush()
+    except SIGTERMException:
+        return preemption.status  # as of a process that the signal ended; the checkpoint is written
+    except Exception as error:
+        if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
+            raise
+        status = 1
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+            status = 128 + signal.SIGPIPE
+        elif isinstance(error, UserError) or (isinstance(error, MisconfigurationException) and not log.trained):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 2
+        else:
+            traceback.print_exc()
+        if log.path is not None:
+            print(f"error log: {log.path}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
+    """Run a command, with an error log and a checkpoint at the end of fits."""
+    arguments = _with_texts(_with_shipped_configs(args))
+    if arguments and arguments[0] in TokenformerCLI.subcommands():
+        arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    TokenformerCLI(
+        LightningModule,
+        LightningDataModule,
+        trainer_class=PlanningTrainer,
+        trainer_defaults={"callbacks": [WarmupCheck(), preemption, log]},
+        seed_everything_default=0,
+        save_config_callback=_SaveConfig,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "lit-tokenformer",
+            "description": "Trains models that grow while they train.",
+            "version": __version__,
+            "parser_mode": MODE,
+            "default_env": True,
+            "env_prefix": _ENV_PREFIX,
+        },
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        args=arguments,
+    )
+
+
+def _output_is_closed() -> bool:
+    """Whether what reads the output, such as ``head``, has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Write ``config.yaml`` into the folder of a run; without a logger there is none, and nothing is written."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not trainer.loggers:
+            return
+        folder = run_folder(trainer)  # asks all processes
+        if trainer.is_global_zero:
+            write_new(folder, self.config_filename, self.parser.dump(self.config, skip_none=False))
+
+
+class TokenformerCLI(LightningCLI):
+    """LightningCLI with sizes that reach the model from the data, and checkpoints that are looked at before work."""
+
+    def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
+        named = args[0] if args else None
+        self._asked = named if named in {*self.subcommands(), *COMMANDS, "-h", "--help", "--version"} else None
+        super().__init__(*settings, args=args, **more)  # type: ignore[misc]
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only the command that is asked for gets its options; those of all take a second."""
+        if self._asked in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
+            "plan": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        add_arguments(parser)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        self._subcommand_parsers["predict"].add_argument(
+            "--output",
+            type=str | None,
+            help="CSV file for the predictions; by default predictions.csv in the log folder.",
+        )
+        for name in ("fit", "validate", "test", "predict"):
+            self._subcommand_parsers[name].add_argument(
+                "--run_name",
+                type=str | None,
+                help="Name of the run for 'ckpt_path: last', which resumes the newest checkpoint of that name. "
+                "Without one, a run is known by the settings that change its result.",
+            )
+        for name in ("ckpt_path", "run_name"):
+            self._subcommand_parsers["plan"].add_argument(
+                f"--{name}", type=str | None, help="Ignored, so that the config.yaml of a run can be planned."
+            )
+        for name, function in COMMANDS.items():
+            own = Parser(description=(function.__doc__ or "").splitlines()[0])
+            texts = TEXTS.keys() & inspect.signature(function).parameters
+            own.add_function_arguments(function, skip={*texts})
+            for text in sorted(texts):
+                own.add_argument(f"--{text}", action="append", help=TEXTS[text])
+            parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from None
+
+    def before_instantiate_classes(self) -> None:
+        check_environment(os.environ)
+
+    def instantiate_classes(self) -> None:
+        """Reports a value that a library refuses in one line; an error in the user's own code stays as it is."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            cause = unwrap(error)
+            if isinstance(cause, MisconfigurationException) or raised_by_library(cause):
+                raise UserError(" ".join(str(cause).split())) from None
+            raise cause from cause.__cause__
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        config["callbacks"] = replace_repeated(config.get("callbacks"))
+        check_trainer_settings(config)
+        if self._identity is not None:
+            callbacks = [*callbacks, self._identity]
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except Exception as error:
+            if isinstance(error, MisconfigurationException) or raised_by_library(error):
+                raise trainer_error(error, config) from None
+            raise
+        check_processes(os.environ, trainer)
+        return trainer
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        name = self.config["subcommand"]
+        if name in COMMANDS:
+            COMMANDS[name](**self.config[name].as_dict())
+            sys.stdout.flush()
+            sys.exit(0)
+        check_settings(self.config[name], resumes=name == "fit")
+
+    def _parse_ckpt_path(self) -> None:
+        """The config decides what the model is; a checkpoint only has to be whole and safe."""
+        config = self.config[self.config["subcommand"]]
+        path = config.get("ckpt_path")
+        self._identity: RunIdentity | None = None
+        if "ckpt_path" in config:
+            self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
+        if path == "best":
+            folder = config["trainer"].get("default_root_dir") or "."
+            raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
+        if path and path not in ("last", "hpc") and not Path(path).is_dir():
+            read_shapes(path)
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        if self.subcommand == "plan":  # shapes are all it needs
+            self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
+
+    def after_instantiate_classes(self) -> None:
+        unversioned = unversioned_loggers(self.trainer)
+        check_data_fit(self.model, self.datamodule)
+        start = self.config[self.subcommand]
+        base, resumes = start["init_from"], start.get("ckpt_path") == "last"
+        if base and resumes and self._identity is not None and not os.path.exists(base):
+            self._identity.needed = f"init_from: {base} does not exist"  # to start fresh, and not to resume
+        elif base and (resumes or start.get("ckpt_path") is None):
+            options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
+            initialize_from(self.model, base, self.datamodule, **options)
+        if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
+            check_optimizer(self.model)
+        if self.subcommand == "fit":
+            check_monitors(self.trainer, self.model)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ParameterGrowthCallback):
+                    callback.setup(self.trainer, self.model, "fit")  # checks its schedule, and does nothing else
+        if self.subcommand == "predict":
+            self._check_output()
+        if self.subcommand in ("fit", "predict"):
+            logs = {one.save_dir for one in self.trainer.loggers if isinstance(one, (CSVLogger, TensorBoardLogger))}
+            _check_writable("trainer.default_root_dir", self.trainer.default_root_dir)
+            for folder in filter(None, logs):
+                _check_writable("trainer.logger: save_dir", folder)
+            if self.subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
+                clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
+            claim_log_folder(self.trainer, unversioned)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":
+            keep_logging(self.trainer)
+
+    def _check_output(self) -> None:
+        output = self.config[self.subcommand].get("output")
+        if output and Path(output).exists():
+            raise UserError(f"output: {output} exists already; nothing is overwritten")
+
+    def before_predict(self) -> None:
+        output = self.config[self.subcommand].get("output")
+        self.trainer.callbacks.append(PredictionWriter(path=output))  # type: ignore[attr-defined]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "plan":
+            kwargs["weights_only"] = True
+        if kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = None  # RunIdentity chooses it when all processes are there
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False
+        return kwargs
+
+
+def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
+    with torch.device("meta"):
+        return kind(*args, **kwargs)
+
+
+def _with_shipped_configs(args: list[str]) -> list[str]:
+    """The arguments, with the names of shipped configs replaced by their paths.
+
+    Raises:
+        ValueError: For a config that is neither a file nor the name of one that ships.
+    """
+    found = list(args)
+    for i, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        at, value = (i, value) if value else (i + 1, args[i + 1] if i + 1 < len(args) else "")
+        if not value:
+            continue
+        if os.path.exists(value):
+            check_config(value)
+            continue
+        name = Path(value).stem if value.startswith("configs/") else value
+        if name not in shipped_configs():
+            raise unknown_name("--config", value, shipped_configs())
+        path = str(shipped_configs()[name])
+        found[at] = f"{option}={path}" if at == i else path
+    return found
+
+
+def _with_texts(args: list[str]) -> list[str]:
+    """The arguments, with texts that begin with dashes and are no option written behind the name of theirs.
+
+    Example:
+        >>> _with_texts(["generate", "--stop", "---", "--seed", "1"])
+        ['generate', '--stop=---', '--seed', '1']
+    """
+    found: list[str] = []
+    options = inspect.signature(COMMANDS[args[0]]).parameters if args and args[0] in COMMANDS else {}
+    for arg in args:
+        is_text = bool(found) and found[-1] in {f"--{name}" for name in TEXTS.keys() & options}
+        if is_text and arg.startswith("-") and arg.partition("=")[0] not in {f"--{name}" for name in options}:
+            found[-1] += f"={arg}"
+        else:
+            found.append(arg)
+    return found
+
+
+def _check_writable(setting: str, folder: str) -> None:
+    if not _is_local_file_protocol(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes an empty file
+    except OSError as error:
+        raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

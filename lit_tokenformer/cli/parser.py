@@ -1,0 +1,229 @@
+"""The parser of the command line, whose errors are one line that names the setting."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import operator
+import re
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from functools import reduce
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
+
+import callbacks
+from lit_tokenformer import data, models, tasks
+from lit_tokenformer.errors import UserError, nearest_name, raised_by_user_code, unwrap
+
+MODE = "interpolated"
+"""Name of the parser mode that reads settings with :func:`load_settings`."""
+
+_INTERPOLATES = ContextVar("interpolates", default=True)
+_ROOMS = (tasks, data, models, callbacks)
+_NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not validate", "Expected a path")
+
+
+class Parser(LightningArgumentParser):
+    """Tells errors in one line, with the nearest right name for a misspelt one."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Dumps settings, whose text is text: interpolations in it are resolved already."""
+        token = _INTERPOLATES.set(False)
+        try:
+            return super().dump(*args, **kwargs)
+        finally:
+            _INTERPOLATES.reset(token)
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Lightning's, with whole numbers for arguments that may be either kind: 1 batch is not 100 % of them.
+
+        ``typing`` caches unions whatever their order, so ``int | float`` is ``float | int`` after some other imports.
+        """
+        added = super().add_lightning_class_args(*args, **kwargs)
+        actions: list[Any] = self._actions
+        for action in actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                action._typehint = reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
+        return added
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if ex is not None and raised_by_user_code(cause := unwrap(ex)):
+            raise cause from cause.__cause__
+        told = one_line(message)
+        if re.match(r"the following arguments are required: .*model", told):
+            shipped = ", ".join(shipped_configs())
+            told = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
+        if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
+            told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
+        for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
+            for key in re.findall(pattern, told):
+                name = key.split(".")[-1]
+                near = nearest_name(name, self._names() - {name})
+                told += f" (did you mean {near!r}?)" if near else ""
+        print(f"error: {told}", file=sys.stderr)
+        self.exit(2)
+
+    def _names(self) -> set[str]:
+        """Every name that an option may have, those of the classes that a config can name included."""
+        parsers: list[Any] = [self]
+        if self._subcommands_action is not None:
+            parsers += self._subcommands_action._name_parser_map.values()
+        names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
+        for room in _ROOMS:
+            for part in (getattr(room, name) for name in room.__all__):
+                names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
+        return names
+
+
+def load_settings(text: str) -> Any:
+    """Read YAML with OmegaConf's interpolations.
+
+    Text with ``${`` that is no interpolation stays as it is.
+
+    Args:
+        text: YAML.
+
+    Returns:
+        A value, or a dict or list in which all interpolations are resolved.
+
+    Raises:
+        UserError: For an interpolation that cannot be resolved, and for ``???``, which marks a missing value.
+
+    Example:
+        >>> load_settings("{size: 8, width: '${size}', prompt: 'costs ${ 5'}")
+        {'size': 8, 'width': 8, 'prompt': 'costs ${ 5'}
+    """
+    found = get_loader("yaml")(text)
+    if not isinstance(found, (dict, list)) or not _INTERPOLATES.get():
+        return found
+    try:
+        settings = OmegaConf.load(io.StringIO(text))
+    except GrammarParseError:
+        settings = OmegaConf.create(_escaped(found))
+    try:
+        resolved = OmegaConf.to_object(settings)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: expected a value, got ???, which marks a missing one") from None
+    except OmegaConfBaseException as error:
+        cause = str(error.msg).splitlines()[0]
+        raise UserError(f"{error.full_key}: {cause} (write \\${{...}} for text that is no interpolation)") from None
+    return found if resolved == {text: None} else resolved
+
+
+def _escaped(value: Any) -> Any:
+    """The settings, with an escape where ``${`` begins no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    if isinstance(value, str):
+        try:
+            OmegaConf.create([value])
+        except GrammarParseError:
+            return value.replace("${", r"\${")
+    return value
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def with_environment(args: list[str], environment: Mapping[str, str], prefix: str) -> list[str]:
+    """Insert options from environment variables: after configs, which they override, and before all other options.
+
+    The parser by itself reads them before configs.
+
+    Args:
+        args: A command with its options.
+        environment: The variables; ``PREFIX_FIT__TRAINER__MAX_EPOCHS`` is ``--trainer.max_epochs`` of ``fit``.
+        prefix: What their names begin with.
+
+    Example:
+        >>> given = ["fit", "--trainer.max_epochs", "3", "--config", "a.yaml"]
+        >>> with_environment(given, {"X_FIT__TRAINER__DEVICES": "2"}, "X")
+        ['fit', '--config', 'a.yaml', '--trainer.devices=2', '--trainer.max_epochs', '3']
+    """
+    start = f"{prefix}_{args[0].upper()}__" if args else prefix
+    names = sorted(name for name in environment if name.startswith(start) and name != f"{start}CONFIG")
+    if not names:
+        return args
+    given = iter(args[1:])
+    configs: list[str] = []
+    rest: list[str] = []
+    for arg in given:
+        if arg in ("--config", "-c"):
+            configs += [arg, *itertools.islice(given, 1)]
+        else:
+            (configs if arg.startswith(("--config=", "-c=")) else rest).append(arg)
+    options = {name: name.removeprefix(start).lower().replace("__", ".") for name in names}
+    return [args[0], *configs, *(f"--{options[name]}={environment[name]}" for name in names), *rest]
+
+
+def check_config(path: str) -> None:
+    """Refuses a config that is no YAML with settings in it.
+
+    Args:
+        path: The file; what can be read only once, such as a pipe, is left to the parser.
+
+    Raises:
+        ValueError: If it cannot be read, is no YAML, or holds anything but settings.
+    """
+    if not (Path(path).is_file() or Path(path).is_dir()):
+        return
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: cannot read {path} ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        got = "an empty file" if found is None else f"a {type(found).__name__}"
+        raise UserError(f"--config: expected settings by their names in {path}, got {got}")
+
+
+def one_line(message: str) -> str:
+    """What is wrong, in one line, out of a parser's report that repeats the types and the whole configuration.
+
+    Args:
+        message: The report.
+
+    Example:
+        >>> one_line('Parser key "trainer.max_epochs":\\n  Expected a <class \\'int\\'>. Got value: many')
+        "trainer.max_epochs: expected int, got 'many'"
+    """
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"Given value: (.*)|Got value: (.*)", message)
+    if not key and "Errors:" not in message:
+        return " ".join(message.split())
+    setting = f"{key[1]}: " if key else ""
+    causes = re.findall(r"^ *- (.+(?<=:)\n.*|.+)", message, flags=re.MULTILINE)
+    told = [" ".join(cause.split()) for cause in causes if not cause.startswith(_NO_CAUSE)]
+    given = [cause for cause in told if not cause.startswith(("Expected a ", "Expected an "))]
+    if given:
+        return given[0] if re.match(r"[\w.]+: ", given[0]) else f"{setting}{given[0]}"
+    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
+    kinds = [kind or choices for kind, choices in dict.fromkeys(expected) if kind != "NoneType"]
+    if value and kinds:
+        return f"{setting}expected {' or '.join(kinds)}, got {(value[1] or value[2] or '')!r}"
+    for name in re.findall(r"Expected a dot import path string: (.+)", message):
+        classes = [name for room in _ROOMS for name in room.__all__]
+        near = nearest_name(name, classes)
+        return f"{setting}unknown class {name!r}" + (f", did you mean {near!r}?" if near else "")
+    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+
+
+set_loader(MODE, load_settings, exceptions=(yaml.YAMLError,))

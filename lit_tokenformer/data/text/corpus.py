@@ -1,0 +1,207 @@
+"""A source of documents, split, with its tokenizer, and tokenised: what ``TextDataModule`` knows of its text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from lit_tokenformer.data.text.sources import SOURCES, Documents, HubStream, Split, TextSettings, TextSplits
+from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
+from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
+from lit_tokenformer.errors import UserError
+
+_BPE_TRAINING_BYTES = 200_000_000
+"""A vocabulary is trained on so much of the training documents, from the first on."""
+
+_BPE_STREAM_DOCUMENTS = 20_000
+"""And on so many documents of a stream."""
+
+_PEEK = 100
+"""Documents of a stream that are looked at before it is read."""
+
+
+@dataclass(frozen=True)
+class HashSplit:
+    """Splits by the hash of a document's text: a document stays where it is when others come or go, equal documents are
+    never in two splits, and no seed moves them.
+
+    Args:
+        val_fraction: Share of the documents to validate on.
+        test_fraction: Share of the documents to test on.
+
+    Example:
+        >>> split = HashSplit(val_fraction=0.3, test_fraction=0.3)
+        >>> [split(text) for text in ("Call me Ishmael.", "Mother died today.", "All children, except one, grow up.")]
+        ['test', 'train', 'val']
+    """
+
+    val_fraction: float
+    test_fraction: float
+
+    def __call__(self, text: str) -> Split:
+        share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        if share < self.test_fraction:
+            return "test"
+        return "val" if share < self.test_fraction + self.val_fraction else "train"
+
+
+class TextCorpus:
+    """The documents of a source, their splits, their tokenizer and their tokens; everything is made at first use.
+
+    Args:
+        dataset: A row of ``SOURCES``.
+        settings: Where the text lies and how it is split.
+        tokenizer: The setting ``data.tokenizer``.
+        separator: The setting ``data.separator``.
+    """
+
+    def __init__(self, dataset: str, settings: TextSettings, tokenizer: str, separator: str | None) -> None:
+        self.dataset = dataset
+        self.settings = settings
+        self.tokenizer_name = tokenizer
+        self.separator = separator
+
+    @cached_property
+    def splits(self) -> TextSplits:
+        """The source's documents."""
+        return SOURCES[self.dataset](self.settings)
+
+    @cached_property
+    def hash_split(self) -> HashSplit:
+        """How the training documents are split further."""
+        return HashSplit(self.settings.val_fraction if self.splits.val is None else 0.0, self.settings.test_fraction)
+
+    @cached_property
+    def own_splits(self) -> dict[Split, Documents | HubStream]:
+        """Splits that the source brings along."""
+        own: dict[Split, Documents | HubStream] = {}
+        if self.splits.val is not None:
+            own["val"] = self.splits.val
+        if self.splits.test is not None and self.settings.test_fraction == 0:
+            own["test"] = self.splits.test
+        return own
+
+    def split_of(self, stage: str) -> Split:
+        """The split that a stage (val or test) reads."""
+        has_test = self.settings.test_fraction > 0 or "test" in self.own_splits
+        return "test" if stage == "test" and has_test else "val"
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        """All documents of a corpus that is not a stream, each with its split."""
+        for text in self.splits.train:
+            yield self.hash_split(text), text
+        for name, documents in self.own_splits.items():
+            for text in documents:
+                yield name, text
+
+    def stream(self, split: Split) -> tuple[HubStream, HashSplit | None]:
+        """The stream that holds a split's documents, and what picks them out of it (None: all of them are)."""
+        stream = self.own_splits.get(split, self.splits.train)
+        assert isinstance(stream, HubStream)
+        whole = split in self.own_splits or (split == "train" and self.hash_split == HashSplit(0.0, 0.0))
+        return stream, None if whole else self.hash_split
+
+    def head(self, split: Split, count: int = _PEEK) -> list[str]:
+        """The first documents of a stream's split."""
+        stream, pick = self.stream(split)
+        return list(islice((text for text in stream if pick is None or pick(text) == split), count))
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1; N for ``bpe:N``."""
+        size = BYTES_VOCAB_SIZE if self.tokenizer_name == "bytes" else bpe_size(self.tokenizer_name)
+        return size or self.tokenizer.size
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; ``bpe:N`` is trained and kept in ``cache_dir``."""
+        size = bpe_size(self.tokenizer_name)
+        if size is None:
+            return Tokenizer.load(self.tokenizer_name, self.separator)
+        cache_dir = self.settings.cache_dir
+        path = cache_dir / "tokenizers" / f"{_hash([self._source_key, size, self.separator])}.json"
+
+        def kept() -> Tokenizer | None:
+            try:
+                return Tokenizer.from_json(path.read_text(encoding="utf-8"), self.separator)
+            except (OSError, ValueError):
+                return None
+
+        if (tokenizer := kept()) is not None:
+            return tokenizer
+        with locked(cache_dir, path):
+            if (tokenizer := kept()) is None:  # else made by the process that held the lock
+                tokenizer = Tokenizer.train_bpe(self._bpe_texts(), size, self.separator)
+                with disk_errors(cache_dir):
+                    tokenizer.save(path)
+        return tokenizer
+
+    @cached_property
+    def tokens(self) -> TokenCache:
+        """The tokens of a corpus that is not a stream.
+
+        Raises:
+            ValueError: If a split is empty.
+        """
+        sizes = [documents.size for documents in (self.splits.train, *self.own_splits.values())]  # type: ignore[union-attr]
+        size = sum(filter(None, sizes)) if None not in sizes else None
+        key = _hash([self._source_key, self.tokenizer.fingerprint, FORMAT])
+        tokens = open_or_build(self.settings.cache_dir, key, self.documents, self.tokenizer, size)
+        counts = tokens.counts
+        total = sum(count.documents for count in counts.values())
+        if total == 0:
+            raise UserError(f"data.{'files' if self.settings.files else 'dataset'}: no document holds any text")
+        for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
+            if stage == "train" and self.splits.train.size == 0:  # type: ignore[union-attr]
+                continue  # there are only files to validate on
+            if counts["train" if stage == "train" else self.split_of(stage)].documents == 0:
+                raise self._empty(setting, stage, f"{total} documents")
+        return tokens
+
+    def check_stream(self) -> None:
+        """Looks for a first document of each split of a stream.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
+            split: Split = "train" if stage == "train" else self.split_of(stage)
+            if not self.head(split, 1):
+                raise self._empty(setting, stage, "the stream")
+
+    def _empty(self, setting: str, stage: str, of: str) -> UserError:
+        if stage == "val" and self.settings.val_files:
+            return UserError("data.val_files: no document holds any text")
+        name = {"train": "training", "val": "validation", "test": "test"}[stage]
+        cure = "another share, more documents or data.val_files"
+        return UserError(f"data.{setting}: of {of} none falls into the {name} split, and none is cut; take {cure}")
+
+    @cached_property
+    def _source_key(self) -> str:
+        """A hash of the documents and of how they are split."""
+        splits, settings = self.splits, self.settings
+        if isinstance(splits.train, HubStream):  # by its first documents: if others change, a vocabulary may stay
+            head = islice(splits.train, _PEEK)
+            parts = [settings.hf_name, settings.hf_config, settings.hf_train_split, *head]
+        else:
+            parts = [getattr(part, "fingerprint", "") for part in (splits.train, splits.val, splits.test)]
+        return _hash([*parts, self.hash_split.val_fraction, self.hash_split.test_fraction])
+
+    def _bpe_texts(self) -> Iterator[str]:
+        left = _BPE_TRAINING_BYTES
+        most = _BPE_STREAM_DOCUMENTS if isinstance(self.splits.train, HubStream) else None
+        for text in islice(self.splits.train, most):
+            if left <= 0:
+                return
+            if self.hash_split(text) == "train":
+                left -= len(text)
+                yield text
+
+
+def _hash(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,401 @@
+"""Text for causal language models, as one LightningDataModule over a table of sources.
+
+Where the documents come from is in ``text_sources.py``, their splits and tokenizer in ``text_corpus.py``, tokens on
+disk and blocks in ``token_cache.py``, streams in ``text_stream.py``; the way a run is resumed bit for bit is in
+``loading.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from lit_tokenformer.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader, no_test_split
+from lit_tokenformer.data.text.corpus import TextCorpus
+from lit_tokenformer.data.text.sources import SOURCES, EncodingErrors, HubStream, Split, TextSettings
+from lit_tokenformer.data.text.streaming import (
+    EvalStreamLoader,
+    Keep,
+    TextStreamLoader,
+    eval_stream_loader,
+    train_stream_loader,
+)
+from lit_tokenformer.data.text.token_cache import EvalBlocks, EvalSampler, TrainBlocks
+from lit_tokenformer.data.text.tokenizer import Tokenizer, check_name
+from lit_tokenformer.errors import UserError, unknown_name
+
+
+class TextDataModule(ResumableDataModule):
+    """Batches ``tokens (B, T + 1) int64`` for causal language modelling: ``tokens[:, :-1]`` predict ``tokens[:, 1:]``.
+
+    A split is the stream ``SEP document SEP document SEP ... document SEP``, cut into blocks that overlap by one token.
+    In evaluation every token but the very first is a target exactly once; what the last block lacks is -100, which is
+    neither input nor target, and under several processes a block may be -100 throughout. In training the incomplete
+    last block is left out, blocks are shuffled, and their boundaries shift from epoch to epoch.
+
+    A corpus is tokenised once and kept in ``cache_dir``. Documents go to a split by the hash of their text, so they
+    stay where they are when others come; those without a character count as none. Every random choice follows from the
+    seed, the epoch and the block, so a run that was stopped anywhere and resumed sees the same batches as one that was
+    not, bit for bit; a stream goes on with the document it stood at, without reading what came before.
+
+    Args:
+        dataset: Where the documents come from: python_docs (79 topics of Python's documentation, 466 kB, needs no
+            files), python_stdlib (the source of the standard library, 9.7 MB, needs no files), files or huggingface.
+        files: Files, folders or patterns (dataset: files): .txt and .md files are one document each, .jsonl and
+            .parquet files hold one in each line or row. With huggingface they are the ``data_files`` of
+            ``load_dataset``.
+        val_files: The same for validation. None: documents are held out by their hash. A file of both is held out.
+            Without ``files`` there is nothing to train on, but a model can be evaluated on these.
+        text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
+        encoding_errors: What happens with text that is not UTF-8: strict stops, replace puts U+FFFD in its place.
+        tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
+            first 200 MB, or 20,000 documents of a stream); a tokenizer.json or a folder that holds one; else the name
+            of a Hugging Face model.
+        separator: Special token that ends a document. None: the first one the vocabulary knows of <|endoftext|>, </s>,
+            <eos>, <|end_of_text|> and [SEP].
+        block_size: Tokens T the model sees at once.
+        batch_size: Training blocks in a batch, per process.
+        eval_batch_size: Blocks in a batch of validation and test, per process. None: as in training.
+        num_workers: Loading processes for each training process. None: 0, since tokens are read from a memory map; for
+            a stream the cores of this process shared among the training processes of this machine, at most 8. A stream
+            has at most as many as it has shards, and is evaluated by at most one.
+        pin_memory: Whether batches are put into page-locked memory. None: where there is CUDA.
+        val_fraction: Share of the documents that is held out for validation where there is no split for it.
+        test_fraction: Share of the documents that is held out for the test; 0 takes the Hugging Face data set's test
+            split, else the validation documents.
+        seed: Seed of the order, 0 or more. None: that of ``seed_everything``, else 0.
+        cache_dir: Folder for tokens and trained vocabularies. None: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
+        hf_name: Hugging Face data set, or one of its readers such as text, json and parquet (dataset: huggingface).
+        hf_config: Its configuration, where it has several.
+        hf_train_split: Its split to train on.
+        hf_val_split: Its split to validate on. None: validation, valid, val or dev, if there is one, else documents are
+            held out by their hash; for a stream that means that validation reads all of it (limit_val_batches).
+        streaming: Whether the Hugging Face data set is tokenised while it is read, without being stored.
+        shuffle_buffer: Documents of a stream that are shuffled among each other, in each worker.
+        max_corrupt_share: Share of the rows of a stream that may have no readable text; each is named in a warning and
+            left out. Up to three never stop a run, unless it is 0.
+
+    Raises:
+        ValueError: If a setting is wrong (when created) or the text is not there (at the first use of a property or
+            loader); the message is one line and names the setting.
+
+    Example:
+        >>> data = TextDataModule("python_docs", tokenizer="bpe:512")
+        >>> data.vocab_size, data.context_length
+        (512, 256)
+    """
+
+    _collate: Callable[[Any], Any] | None = None
+    """What makes a batch of what the blocks give; None: they are stacked."""
+
+    masked = False
+    """Whether batches hold masked tokens."""
+
+    def __init__(
+        self,
+        dataset: str = "python_docs",
+        files: list[str] | None = None,
+        val_files: list[str] | None = None,
+        text_column: str = "text",
+        encoding_errors: EncodingErrors = "strict",
+        tokenizer: str = "bytes",
+        separator: str | None = None,
+        block_size: int = 256,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        pin_memory: bool | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+        hf_name: str | None = None,
+        hf_config: str | None = None,
+        hf_train_split: str = "train",
+        hf_val_split: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        max_corrupt_share: float = 0.001,
+    ) -> None:
+        super().__init__(seed, num_workers)
+        if dataset not in SOURCES:
+            raise unknown_name("data.dataset", dataset, SOURCES)
+        if encoding_errors not in ("strict", "replace"):
+            raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))
+        check_name(tokenizer)
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        settings = TextSettings(
+            files=_names("files", files),
+            val_files=_names("val_files", val_files),
+            text_column=text_column,
+            encoding_errors=encoding_errors,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            hf_name=hf_name,
+            hf_config=hf_config,
+            hf_train_split=hf_train_split,
+            hf_val_split=hf_val_split,
+            streaming=streaming,
+            max_corrupt_share=max_corrupt_share,
+            cache_dir=Path(cache_dir).expanduser() if cache_dir else _default_cache_dir(),
+        )
+        self.corpus = TextCorpus(dataset, settings, tokenizer, separator)
+        self._eval_streams: dict[str, EvalStreamLoader] = {}
+
+        for name, value, low in (
+            ("block_size", block_size, 1),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", self.eval_batch_size, 1),
+            ("num_workers", num_workers or 0, 0),
+            ("seed", seed or 0, 0),
+            ("shuffle_buffer", shuffle_buffer, 1),
+        ):
+            if value < low:
+                raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
+        for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 <= share < 1:
+                raise UserError(f"data.{name}: expected a share from 0 to below 1, got {share}")
+        if not 0 <= max_corrupt_share <= 1:
+            raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
+        if val_fraction + test_fraction >= 1:
+            raise UserError(
+                f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
+            )
+        if streaming and dataset != "huggingface":
+            raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_eval_streams": {}}
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        corpus = self.corpus
+        own = {"dataset": corpus.dataset, "tokenizer": corpus.tokenizer_name, "block_size": self.block_size}
+        return {**super().data_settings, **own, **asdict(corpus.settings)}
+
+    # --- What is known of the text -----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; ``bpe:N`` is trained at first use and kept in ``cache_dir``."""
+        return self.corpus.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary V: the largest id + 1; N for ``bpe:N``, which needs no training to tell."""
+        return self.corpus.vocab_size
+
+    @property
+    def separator_id(self) -> int:
+        """Id of the token that ends a document."""
+        return self.tokenizer.separator_id
+
+    @property
+    def context_length(self) -> int:
+        """Tokens T the model sees at once: ``block_size``."""
+        return self.block_size
+
+    @property
+    def num_train_samples(self) -> int | None:
+        """Training blocks in an epoch, over all processes; None for a stream."""
+        return None if self.streaming else len(self._train_blocks)
+
+    def bytes_per_token(self, stage: str) -> float:
+        """UTF-8 bytes of a split's text for each predicted token: ``loss / ln 2 / bytes_per_token`` are bits per byte.
+
+        Args:
+            stage: val or test.
+
+        Returns:
+            Bytes of all documents over the number of targets; for a stream, of the documents read so far.
+        """
+        if stage not in ("val", "test"):
+            raise unknown_name("stage", stage, ("val", "test"))
+        if not self.streaming:
+            count = self.corpus.tokens.counts[self.corpus.split_of(stage)]
+            return count.bytes / count.targets
+        loader = self._eval_streams.get(stage)
+        if loader is not None and loader.tokens_read:
+            return loader.bytes_read / loader.tokens_read
+        texts = self.corpus.head(self.corpus.split_of(stage))  # asked before the stream was read
+        num_tokens = sum(map(len, self.tokenizer.encode_batch(texts))) + len(texts)
+        return sum(len(text.encode()) for text in texts) / num_tokens
+
+    def corpus_summary(self) -> str:
+        """One line that says what was read: documents, bytes, tokens and a hash of the texts."""
+        corpus = self.corpus
+        if self.streaming:
+            return f"{corpus.settings.hf_name}: a stream"
+        total = corpus.tokens.total
+        note = f", {corpus.splits.note}" if corpus.splits.note else ""
+        return (
+            f"{corpus.dataset}: {total.documents} documents, {total.bytes} bytes, {total.tokens} tokens, "
+            f"sha256 {corpus.tokens.sha256[:12]}{note}"
+        )
+
+    # --- Lightning ---------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Trains the vocabulary and tokenises the corpus, where that has not been done before."""
+        self.tokenizer  # noqa: B018
+        if not self.streaming:
+            self.corpus.tokens  # noqa: B018
+
+    def setup(self, stage: str) -> None:
+        """Opens the tokens, so that what is missing is said before any work.
+
+        Args:
+            stage: fit, validate or test.
+        """
+        self.tokenizer  # noqa: B018
+        if self.streaming:
+            self.corpus.check_stream()
+            return
+        self._check_length("val")
+        self._check_length(self.corpus.split_of("test"))
+        if stage == "fit":
+            self._check_length("train", replicas=self._place[1])
+            rank_zero_info(self.corpus_summary())
+
+    def train_dataloader(self) -> DataLoader:
+        """The resumable training loader of this process."""
+        rank, replicas = self._place
+        loader: ResumableLoader | TextStreamLoader
+        if self.streaming:
+            stream, keep = self._stream("train")
+            loader = train_stream_loader(
+                stream,
+                self.tokenizer,
+                self.block_size,
+                self.batch_size,
+                shuffle_buffer=self.shuffle_buffer,
+                seed=self._seed,
+                keep=keep,
+                num_workers=self._workers,
+                pin_memory=self.pin_memory,
+                rank=rank,
+                replicas=replicas,
+            )
+        else:
+            self._check_length("train", replicas)
+            blocks = self._train_blocks
+            loader = ResumableLoader(
+                blocks,
+                sampler=EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank),
+                batch_size=self.batch_size,
+                drop_last=True,
+                collate_fn=self._collate,
+                num_workers=self._workers,
+                persistent_workers=self._workers > 0,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
+            )
+        return self._resumed(loader)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation blocks, in order."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Test blocks, in order.
+
+        Raises:
+            UserError: If the corpus has no test split.
+        """
+        if self.corpus.split_of("test") != "test":
+            raise no_test_split()
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Refused with a ``ValueError``: text is written by ``generate``, and scored by ``validate``."""
+        raise UserError("predict: text is written by `lit-tokenformer generate`, and scored by `validate`")
+
+    # --- Loaders -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _train_blocks(self) -> TrainBlocks:
+        return TrainBlocks(self.corpus.tokens.files["train"], self.block_size, self._seed)
+
+    def _eval_blocks(self, split: Split) -> Dataset:
+        return EvalBlocks(self.corpus.tokens.files[split], self.block_size)
+
+    def _check_length(self, split: Split, replicas: int = 1) -> None:
+        name = {"train": "training", "val": "validation", "test": "test"}[split]
+        tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
+        if tokens == 0:
+            raise UserError(f"data.files: there are no {name} documents")
+        if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
+            blocks = len(self._train_blocks) // replicas
+            if 0 < blocks < self.batch_size:
+                raise UserError(
+                    f"data.batch_size: expected at most {blocks} (the training blocks of a process), "
+                    f"got {self.batch_size}; a smaller data.block_size gives more"
+                )
+            least = 2 * self.block_size * replicas
+        if tokens < least:
+            raise UserError(
+                f"data.block_size: the {name} split has {tokens} tokens, "
+                f"and needs {least} for blocks of {self.block_size}"
+            )
+
+    def _eval_loader(self, stage: str) -> DataLoader:
+        split, (rank, replicas) = self.corpus.split_of(stage), self._place
+        if self.streaming:
+            stream, keep = self._stream(split)
+            self._eval_streams[stage] = loader = eval_stream_loader(
+                stream,
+                self.tokenizer,
+                self.block_size,
+                self.eval_batch_size,
+                keep=keep,
+                num_workers=min(1, self._workers),
+                pin_memory=self.pin_memory,
+                rank=rank,
+                replicas=replicas,
+            )
+            return loader
+        self._check_length(split)
+        blocks = self._eval_blocks(split)
+        return DataLoader(
+            blocks,
+            sampler=EvalSampler(blocks, num_replicas=replicas, rank=rank),
+            batch_size=self.eval_batch_size,
+            collate_fn=self._collate,
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),
+        )
+
+    def _stream(self, split: Split) -> tuple[HubStream, Keep | None]:
+        stream, pick = self.corpus.stream(split)
+        return stream, (pick, split) if pick is not None else None
+
+    @property
+    def _workers(self) -> int:
+        if self.num_workers is not None or not self.streaming:
+            return self.num_workers or 0
+        return self._spare_workers
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit_tokenformer"
+
+
+def _names(setting: str, names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise UserError(f"data.{setting}: expected a list of files, got the text {names!r}")
+    return tuple(names or ())

@@ -1,0 +1,372 @@
+"""Text that is tokenised and packed into blocks while it is read, and goes on where it stood.
+
+A training stream is read in windows of some documents. Within a window documents are shuffled, packed, and the blocks
+shuffled again; what does not fill a block goes to the next window. The place in a stream is the library's own state at
+the start of the window, the tokens left over from the one before, and the number of blocks handed out, so that a resume
+reads one window again and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lit_tokenformer.data.resumable import ResumableStreamLoader
+from lit_tokenformer.data.text.corpus import HashSplit
+from lit_tokenformer.data.text.sources import HubStream, Split
+from lit_tokenformer.data.text.token_cache import PADDING
+from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.errors import UserError
+
+Keep = tuple[HashSplit, Split]
+"""Which documents of a stream belong to a split."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands behind a block; plain types, so that a checkpoint can hold it."""
+
+    worker: int
+    state: dict[str, Any]
+
+
+class TrainStream(IterableDataset):
+    """Training blocks ``(tokens (T + 1,) int64, Place)`` of a stream; rank and worker see their own shards.
+
+    Args:
+        stream: The documents of this process.
+        tokenizer: What makes them tokens.
+        block_size: T.
+        shuffle_buffer: Documents in a window.
+        seed: The run's seed, >= 0.
+        keep: Which documents to train on. None: all.
+        rank: This process among those that see different data.
+    """
+
+    def __init__(
+        self,
+        stream: HubStream,
+        tokenizer: Tokenizer,
+        block_size: int,
+        shuffle_buffer: int,
+        seed: int,
+        keep: Keep | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.keep = keep
+        self.rank = rank
+        self.epoch = 0
+        self.start: dict[int, dict[str, Any]] = {}
+        """The state each worker goes on from; none: the beginning of the epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Place]]:
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        rows, size = self.stream.rows, self.block_size
+        state = self.start.get(worker) or {
+            "rows": None,
+            "window": 0,
+            "rest": [self.tokenizer.separator_id],
+            "blocks": 0,
+        }
+        rows.set_epoch(self.epoch)
+        rows.load_state_dict(state["rows"])
+        here, window, rest, done = (state[name] for name in ("rows", "window", "rest", "blocks"))
+        documents = kept(self.stream, self.keep)
+        while texts := list(islice(documents, self.shuffle_buffer)):
+            after = rows.state_dict()
+            random = np.random.default_rng(np.random.SeedSequence((self.seed, self.epoch, self.rank, worker, window)))
+            tokens = self._packed(rest, [texts[place] for place in random.permutation(len(texts))])
+            count = (len(tokens) - 1) // size
+            order = random.permutation(count).tolist()
+            for number in range(done, count):
+                start = order[number] * size
+                block = torch.from_numpy(tokens[start : start + size + 1].copy())
+                yield block, Place(worker, {"rows": here, "window": window, "rest": rest, "blocks": number + 1})
+            here, window, rest, done = after, window + 1, tokens[count * size :].tolist(), 0
+
+    def _packed(self, rest: list[int], texts: list[str]) -> np.ndarray:
+        """``rest document SEP document SEP ...``, (n,) int64."""
+        separator = np.array([self.tokenizer.separator_id])
+        parts = [np.array(rest, dtype=np.int64)]
+        for ids, ends in self.tokenizer.encode_documents(texts):
+            parts += [ids, separator] if ends else [ids]
+        return np.concatenate(parts, dtype=np.int64, casting="unsafe")
+
+
+class EvalStream(IterableDataset):
+    """Evaluation blocks of a stream, in order: ``(tokens (T + 1,) int64, bytes, tokens)`` with what was read so far.
+
+    Every process reads the whole stream and takes every n-th block, so that all have the same number of blocks and none
+    is counted twice; where they do not come out even, the last block of some is -100 throughout.
+
+    Args:
+        stream: The documents.
+        tokenizer: What makes them tokens.
+        block_size: T.
+        keep: Which documents to read. None: all.
+        rank: This process among those that see different data.
+        replicas: Their number.
+    """
+
+    def __init__(
+        self,
+        stream: HubStream,
+        tokenizer: Tokenizer,
+        block_size: int,
+        keep: Keep | None = None,
+        rank: int = 0,
+        replicas: int = 1,
+    ) -> None:
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.keep = keep
+        self.rank = rank
+        self.replicas = replicas
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        number = 0
+        block, num_bytes, num_tokens = torch.full((self.block_size + 1,), PADDING), 0, 0
+        for number, (block, num_bytes, num_tokens) in enumerate(self._blocks(), start=1):
+            if (number - 1) % self.replicas == self.rank:
+                yield block, num_bytes, num_tokens
+        if 0 < number % self.replicas <= self.rank:
+            yield torch.full_like(block, PADDING), num_bytes, num_tokens
+
+    def _blocks(self) -> Iterator[tuple[Tensor, int, int]]:
+        size, separator = self.block_size, np.array([self.tokenizer.separator_id])
+        sizes: deque[int] = deque()  # of the documents that are being tokenised
+        num_bytes, num_tokens = 0, 0
+
+        def texts() -> Iterator[str]:
+            for text in kept(self.stream, self.keep):
+                sizes.append(len(text.encode()))
+                yield text
+
+        rest = separator
+        piece_tokens = 0  # of a document whose end is not there yet
+        for ids, ends in self.tokenizer.encode_documents(texts()):
+            rest = np.concatenate([rest, ids, separator] if ends else [rest, ids], dtype=np.int64, casting="unsafe")
+            piece_tokens += len(ids)
+            if ends:
+                num_bytes, num_tokens, piece_tokens = num_bytes + sizes.popleft(), num_tokens + piece_tokens + 1, 0
+            count = (len(rest) - 1) // size
+            for start in range(0, count * size, size):
+                yield torch.from_numpy(rest[start : start + size + 1].copy()), num_bytes, num_tokens
+            rest = rest[count * size :]
+        if len(rest) > 1:
+            block = torch.full((size + 1,), PADDING)
+            block[: len(rest)] = torch.from_numpy(rest)
+            yield block, num_bytes, num_tokens
+
+
+def kept(stream: HubStream, keep: Keep | None) -> Iterator[str]:
+    """The documents of a stream that belong to a split.
+
+    Args:
+        stream: The documents.
+        keep: How they are split, and the split. None: all belong to it.
+    """
+    if keep is None:
+        return iter(stream)
+    split_of, split = keep
+    return (text for text in stream if split_of(text) == split)
+
+
+class TextStreamLoader(ResumableStreamLoader):
+    """A loader over ``TrainStream`` that goes on where its state says, having read one window of documents again.
+
+    The state holds the places of all processes, so all of them must ask for it (Lightning does). It can be gone on from
+    with the same number of workers and processes, which decide who reads which shard.
+
+    Workers take turns. A state is taken between two rounds, with the number of batches of the next round that were
+    trained on already: they are made again and thrown away.
+    """
+
+    _loaded: dict[str, Any] | None = None
+
+    def _read(self, epoch: int, skip: int) -> Iterator[Tensor]:
+        stream: Any = self.dataset
+        own: dict[str, Any] = self._loaded["ranks"][self.rank] if skip and self._loaded else {"workers": [], "again": 0}
+        self._rounds: dict[int, dict[str, Any]] = dict(enumerate(own["workers"]))  # the places between two rounds
+        self._since: deque[Place] = deque()  # behind each batch handed out since then
+        again, number = own["again"], 0
+        stream.epoch, stream.start = epoch, dict(self._rounds)
+        for number, (tokens, place) in enumerate(DataLoader.__iter__(self), start=1):
+            if number > again and not self._all_have_a_batch(True):
+                break
+            self._settle()
+            self._since.append(place)
+            if number > again:
+                yield tokens
+        else:
+            self._all_have_a_batch(False)
+        if number == 0 and skip == 0:
+            least = f"{self.batch_size} blocks of {stream.block_size} + 1 tokens"
+            raise UserError(f"data.batch_size: the stream (or a worker's share of it) has less than {least}")
+
+    def _settle(self) -> int:
+        """Forgets the rounds that were trained on; returns how many batches behind them were trained on too."""
+        trained = len(self._since) - (self._batches - self._batches_trained())
+        places = list(self._since)
+        whole = 0
+        for end in range(1, trained + 1):
+            next_round = end < len(places) and places[end].worker <= places[end - 1].worker
+            if self.num_workers <= 1 or next_round:
+                whole = end
+        for _ in range(whole):
+            place = self._since.popleft()
+            self._rounds[place.worker] = place.state
+        return trained - whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the batches of it that were trained on, and the places of all processes and workers."""
+        state = super().state_dict()
+        if self._restored and self._loaded is not None:
+            return state | {"ranks": self._loaded["ranks"]}
+        own: dict[str, Any] = {"workers": [], "again": 0}
+        if self._epoch is not None:
+            again = self._settle()
+            own = {"workers": [self._rounds.get(worker) for worker in range(max(1, self.num_workers))], "again": again}
+        ranks = [own]
+        if self.replicas > 1 and dist.is_initialized():
+            ranks = [{}] * dist.get_world_size()
+            dist.all_gather_object(ranks, own, group=self._processes())
+            ranks = ranks[:: len(ranks) // self.replicas]
+        return state | {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then.
+
+        Raises:
+            ValueError: If the state is of the middle of an epoch, and was saved with other settings.
+        """
+        super().load_state_dict(state_dict)
+        self._loaded = state_dict
+
+
+class EvalStreamLoader(DataLoader):
+    """A loader over ``EvalStream`` that keeps count of what was read."""
+
+    bytes_read = 0
+    """UTF-8 bytes of the documents read in the last pass."""
+    tokens_read = 0
+    """Their tokens, each with its separator."""
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        for tokens, self.bytes_read, self.tokens_read in super().__iter__():
+            yield tokens
+
+
+def train_stream_loader(
+    stream: HubStream,
+    tokenizer: Tokenizer,
+    block_size: int,
+    batch_size: int,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+    keep: Keep | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    replicas: int = 1,
+) -> TextStreamLoader:
+    """The resumable training loader of this process; batches are ``tokens (B, T + 1) int64``.
+
+    Args:
+        stream: The documents of all processes.
+        tokenizer: What makes them tokens.
+        block_size: T.
+        batch_size: B.
+        shuffle_buffer: Documents that are shuffled among each other.
+        seed: The run's seed, >= 0.
+        keep: Which documents to train on. None: all.
+        num_workers: Loading processes; at most one for each shard is started.
+        pin_memory: Whether batches are put into page-locked memory.
+        rank: This process among those that see different data.
+        replicas: Their number.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    rows = copy.deepcopy(stream.rows)  # a copy keeps its own place
+    if replicas > 1:
+        rows = split_dataset_by_node(rows, rank=rank, world_size=replicas)
+    own = replace(stream, rows=rows)
+    blocks = TrainStream(own, tokenizer, block_size, shuffle_buffer, seed=seed, keep=keep, rank=rank)
+    loader = TextStreamLoader(
+        blocks,
+        batch_size=batch_size,
+        drop_last=True,
+        num_workers=min(num_workers, rows.num_shards),
+        pin_memory=pin_memory,
+        collate_fn=_stack_train,
+        generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
+    )
+    loader.rank, loader.replicas = rank, replicas
+    loader.made_with = {
+        "data.num_workers": loader.num_workers,
+        "trainer.devices (processes in all)": replicas,
+        "data.block_size": block_size,
+        "data.shuffle_buffer": shuffle_buffer,
+        "data.seed": seed,
+    }
+    return loader
+
+
+def eval_stream_loader(
+    stream: HubStream,
+    tokenizer: Tokenizer,
+    block_size: int,
+    batch_size: int,
+    keep: Keep | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    replicas: int = 1,
+) -> EvalStreamLoader:
+    """The evaluation loader of this process; see ``train_stream_loader``, and ``EvalStream`` for what differs.
+
+    Args:
+        stream: The documents.
+        tokenizer: What makes them tokens.
+        block_size: T.
+        batch_size: B.
+        keep: Which documents to read. None: all.
+        num_workers: 0 or 1.
+        pin_memory: Whether batches are put into page-locked memory.
+        rank: This process among those that see different data.
+        replicas: Their number.
+    """
+    own = replace(stream, rows=copy.deepcopy(stream.rows))
+    return EvalStreamLoader(
+        EvalStream(own, tokenizer, block_size, keep, rank, replicas),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_stack_eval,
+        generator=torch.Generator(),
+    )
+
+
+def _stack_train(blocks: list[tuple[Tensor, Place]]) -> tuple[Tensor, Place]:
+    return torch.stack([tokens for tokens, _ in blocks]), blocks[-1][1]
+
+
+def _stack_eval(blocks: list[tuple[Tensor, int, int]]) -> tuple[Tensor, int, int]:
+    return torch.stack([tokens for tokens, _, _ in blocks]), *blocks[-1][1:]

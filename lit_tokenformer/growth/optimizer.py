@@ -1,0 +1,188 @@
+"""Optimizers of a model that grows: their parameters, and the state of these."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth.shards import like
+from lit_tokenformer.growth.tokens import GrownParameter, regrown
+
+NEW_STATES = ("mean", "zeros", "reset")
+
+_MOMENTS = {
+    "exp_avg": 1,
+    "momentum_buffer": 1,
+    "grad_avg": 1,
+    "exp_avg_sq": 2,
+    "square_avg": 2,
+    "sum": 2,
+    "max_exp_avg_sq": 2,
+    "row_var": 2,
+    "col_var": 2,
+    "variance": 2,
+}
+"""Optimizer state that can be carried over, and its degree in the gradient (2: an average or sum of squares)."""
+
+
+def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParameter], new_state: str = "mean") -> None:
+    """Puts grown parameters in the places of the old ones, and carries their optimizer state over.
+
+    Rows that were split inherit the state of their original (for keys the first moment divided by r, the second by
+    r^2, as their gradients are). Other new rows start with a first moment of zero.
+
+    Args:
+        optimizer: Any optimizer; parameters it does not hold are left alone.
+        grown: What :func:`grow` returned.
+        new_state: Second moment of the other new rows: ``mean`` (that of the old rows; with zeros and an old step count
+            their first updates would be 3 to 6 times the learning rate at beta2 = 0.999) or ``zeros``. ``reset`` drops
+            the whole state of each grown parameter, as the published code does.
+
+    Warns:
+        UserWarning: If an optimizer keeps state that cannot be carried over; that of the parameter is reset then.
+    """
+    if new_state not in NEW_STATES:
+        raise unknown_name("new_state", new_state, NEW_STATES)
+    places = {
+        parameter: (group["params"], index)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+    }
+    not_carried: set[str] = set()
+    for one in grown:
+        if one.old not in places:
+            continue
+        parameters, index = places[one.old]
+        parameters[index] = one.new
+        state = optimizer.state.pop(one.old, None)
+        if not state:
+            continue
+        if new_state == "reset":
+            _reset_state(optimizer, one.new)
+            continue
+        unknown = {key for key, value in state.items() if not _can_carry(key, value, one)}
+        if unknown:
+            not_carried |= unknown
+            _reset_state(optimizer, one.new)
+        else:
+            optimizer.state[one.new] = {  # each old one is let go before the next is made
+                key: _grow_state(key, state.pop(key), one, new_state) for key in list(state)
+            }
+    if not_carried:
+        warnings.warn(
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(not_carried))}, which cannot be carried over a "
+            "growth: the optimizer state of the grown parameters was reset.",
+            stacklevel=2,
+        )
+
+
+class _StaleOptimizers:
+    """Guard against optimizers that a growth left behind: they would train nothing of what is new, silently.
+
+    It looks at every optimizer of the process, before each step, as long as replaced parameters are alive.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+        self._inserted: list[tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Parameter]]] = []
+        self._hook: RemovableHandle | None = None
+
+    def watch(
+        self, replaced: Iterable[nn.Parameter] = (), inserted: Iterable[tuple[nn.Parameter, nn.Parameter]] = ()
+    ) -> None:
+        """Reject the next step of an optimizer that holds what a growth replaced, or lacks what it inserted.
+
+        Args:
+            replaced: Parameters that are no longer part of a model.
+            inserted: Pairs of a parameter that stays and one that an optimizer of it needs too.
+        """
+        self._replaced.update((id(one), one) for one in replaced)
+        self._inserted += [(weakref.ref(origin), weakref.ref(new)) for origin, new in inserted if new.requires_grad]
+        if self._hook is None and (self._replaced or self._inserted):
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        old = len(held.intersection(self._replaced.keys()))
+        waiting, missing = [], 0
+        for pair in self._inserted:
+            origin, new = (reference() for reference in pair)
+            if origin is not None and new is not None and id(new) not in held:
+                waiting.append(pair)
+                missing += id(origin) in held
+        if old or missing:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} holds {old} parameters that a growth replaced and lacks {missing} that it "
+                "inserted, so the grown model would not train: pass it to grow(..., optimizer=optimizer), or make a "
+                "new optimizer after the growth"
+            )
+        self._inserted = waiting
+        if self._hook is not None and not self._replaced and not waiting:
+            self._hook.remove()
+            self._hook = None
+
+
+watch_optimizers = _StaleOptimizers().watch
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raises a ``ValueError`` if any state of the optimizer has not the shape of its parameter.
+
+    ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if key not in _MOMENTS or not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+                    continue
+                pairs = zip(value.shape, parameter.shape, strict=True)
+                if any(have not in (want, 1) for have, want in pairs):
+                    raise UserError(
+                        f"optimizer state: {key} of parameter {index} in group {number} has shape "
+                        f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
+                        "the checkpoint's weights and optimizer state do not belong together"
+                    )
+
+
+def _reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Give a parameter the state that it has in a new optimizer: none, unless it is set at construction (Adagrad)."""
+    with contextlib.suppress(TypeError):  # defaults that are no arguments: the state is set in the first step
+        fresh = type(optimizer)([parameter], **optimizer.defaults).state
+        optimizer.state.update({key: state for key, state in fresh.items() if state})
+
+
+def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (int, float, str))  # a step count or a flag
+    if value.numel() == 1 and key not in _MOMENTS:
+        return True
+    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[0] in (1, grown.rows.before)
+
+
+@torch.no_grad()
+def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> Any:
+    if not isinstance(value, Tensor) or (value.numel() == 1 and key not in _MOMENTS):
+        return value
+    degree, rows = _MOMENTS[key], grown.rows
+    if value.shape[0] != rows.before:
+        return value * grown.gradient_scale**degree  # a factor without rows
+
+    def fill(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
+        torch.mul(old[:, None].expand_as(copies), grown.gradient_scale**degree, out=copies)
+        if degree == 2 and new_state == "mean" and len(appended):
+            appended.copy_(copies[:, 0].mean(dim=0))
+        else:
+            appended.zero_()
+
+    local = regrown(value, rows, fill)
+    return like(grown.new, local) if isinstance(value, DTensor) else local

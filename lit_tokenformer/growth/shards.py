@@ -1,0 +1,180 @@
+"""Tensors sharded by rows over processes (DTensor), and replacement of FSDP2 parameters by larger ones."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lit_tokenformer.errors import UserError
+
+
+def owned_rows(tensor: Tensor, total: int) -> range:
+    """The rows that this process would hold of a tensor that is divided as ``tensor`` is.
+
+    Args:
+        tensor: Whole, or divided by rows.
+        total: Rows of the whole.
+    """
+    return shares(total, _divisions(tensor) if isinstance(tensor, DTensor) else [])
+
+
+def moves_no_rows(tensor: Tensor, before: int, copies: int) -> bool:
+    """Whether copies that lie beside their originals stay in the processes where these are."""
+    return isinstance(tensor, DTensor) and before % math.prod(size for size, _ in _divisions(tensor)) == 0
+
+
+def _divisions(tensor: DTensor) -> list[tuple[int, int]]:
+    """Into how many parts rows are divided, one division after the other, and which part is this process's."""
+    mesh = tensor.device_mesh
+    by_rows = [i for i, placement in enumerate(tensor.placements) if getattr(placement, "dim", None) == 0]
+    return [(mesh.size(i), mesh.get_local_rank(i)) for i in reversed(by_rows)]  # the tensor-parallel one first
+
+
+def shares(total: int, divisions: list[tuple[int, int]]) -> range:
+    """As ``torch.chunk`` divides: all parts but the last ones are of equal size."""
+    rows = range(total)
+    for parts, part in divisions:
+        share = -(-len(rows) // parts)
+        rows = rows[part * share : (part + 1) * share]
+    return rows
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Get what this process holds of a tensor, without gradient, in the same memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(reference: Tensor, local: Tensor) -> Tensor:
+    """A tensor of the shape of ``reference``, divided as it is.
+
+    Args:
+        reference: Whole or divided.
+        local: What this process holds of the new tensor.
+    """
+    if not isinstance(reference, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
+    )
+
+
+class ShardedParameters:
+    """The parameters that FSDP2 keeps for the modules below a root, each of which can be replaced by a larger one.
+
+    torch has no public way to do this: a parameter is taken out of its group, and one of the new size put in its place.
+
+    Args:
+        root: A module that was given to ``fully_shard``; of any other, nothing is found.
+
+    Raises:
+        UserError: If this torch keeps them in another way than the one this was written for.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._places: dict[tuple[nn.Module, str], tuple[Any, int]] = {}
+        for group in _groups(root):
+            for index, kept in enumerate(getattr(group, "fsdp_params", [None])):
+                _check_torch(group, kept)
+                self._places[kept._module_info.module, kept._module_info.param_name] = group, index
+
+    def replace(self, module: nn.Module, name: str, local: Tensor, total: int) -> nn.Parameter:
+        """Puts a parameter with another number of rows in the place of one.
+
+        Args:
+            module: What holds it.
+            name: Its name there.
+            local: The rows of the new one that this process holds.
+            total: Rows of the new one.
+
+        Returns:
+            The new parameter.
+        """
+        old = getattr(module, name)
+        if (module, name) not in self._places:
+            new = nn.Parameter(local, requires_grad=old.requires_grad)
+            setattr(module, name, new)
+            return new
+        group, index = self._places[module, name]
+        kept = group.fsdp_params[index]
+        whole = torch.empty((total, *old.shape[1:]), device="meta", dtype=old.dtype)
+        if kept.is_dtensor:  # divided by tokens before FSDP came
+            tokens = kept._unsharded_dtensor_spec if hasattr(kept, "_unsharded_dtensor_spec") else kept._tp_spec
+            share = shares(total, [(tokens.mesh.size(), tokens.mesh.get_local_rank())])
+            part = whole[share.start : share.stop]
+            whole = DTensor.from_local(part, tokens.mesh, tokens.placements, shape=whole.shape, stride=whole.stride())
+        place = kept.fsdp_placement
+        made = type(kept)(
+            nn.Parameter(whole, requires_grad=old.requires_grad),
+            kept._module_info,
+            kept.mesh_info,
+            group.post_forward_mesh_info,
+            group.device,
+            lambda _: place,
+            group.mp_policy,
+            group.offload_policy,
+        )
+        new = nn.Parameter(made.to_sharded_dtensor(local), requires_grad=old.requires_grad)
+        made._setattr_on_modules(new)
+        made.reset_sharded_param()
+        made._param_fqn = kept._param_fqn
+        if hasattr(kept, "orig_dtype"):  # set when the group was first used
+            made.init_dtype_attrs(group.mp_policy)
+        kept._post_load_hook_handle.remove()
+        group.fsdp_params[index] = made
+        return getattr(module, name)
+
+
+_GROUP = ("fsdp_params", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")
+_KEPT = (
+    *("_module_info", "mesh_info", "is_dtensor", "fsdp_placement", "_param_fqn", "_post_load_hook_handle"),
+    *("to_sharded_dtensor", "_setattr_on_modules", "reset_sharded_param", "init_dtype_attrs"),
+)
+_MADE_OF = (
+    *("self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn"),
+    *("mp_policy", "offload_policy"),
+)
+
+
+def _check_torch(group: Any, kept: Any) -> None:
+    missing = [name for owner, names in ((group, _GROUP), (kept, _KEPT)) for name in names if not hasattr(owner, name)]
+    if missing:
+        raise _unknown_torch(f"no {', '.join(missing)}")
+    made_of = tuple(inspect.signature(type(kept).__init__).parameters)
+    if made_of != _MADE_OF:
+        raise _unknown_torch(f"{type(kept).__name__} takes {', '.join(made_of[1:])}")
+
+
+def _unknown_torch(difference: str) -> UserError:
+    return UserError(
+        f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({difference}); leave the "
+        "growth callback out and grow a checkpoint between two runs with `lit-tokenformer grow`, or use 'ddp'"
+    )
+
+
+def _groups(root: nn.Module) -> Iterator[Any]:
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            if not hasattr(module, "_get_fsdp_state"):
+                raise _unknown_torch("no _get_fsdp_state")
+            state: Any = module._get_fsdp_state()
+            groups = getattr(
+                state, "_fsdp_param_groups", None
+            )  # older torch has one, or None where there are no parameters
+            yield from (one for one in ([state._fsdp_param_group] if groups is None else groups) if one is not None)

@@ -1,0 +1,1 @@
+"""Inference with a trained model: sampling, text generation, evaluation."""

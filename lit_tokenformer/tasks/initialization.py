@@ -1,0 +1,291 @@
+"""Initialization of a new experiment from the weights of a checkpoint.
+
+Nothing but weights is taken: optimizer, learning-rate schedule, epoch, step and callbacks start fresh. Sizes that
+growth changes (parameter tokens, depth) are those of the checkpoint; heads, positions and vocabulary are adapted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import Tokenformer, model_size
+from lit_tokenformer.tasks.base import LitTask, resizable_names, state_dict_problems
+from lit_tokenformer.tasks.language import LitLanguageTask
+
+
+def initialize_from(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    datamodule: Any = None,
+    ema: bool = False,
+    resize_vocab: bool = False,
+) -> None:
+    """Load the weights of a checkpoint into a module, in place, as the start of a new experiment.
+
+    The module takes the checkpoint's parameter tokens and depth. An image head for another number of classes keeps its
+    fresh weights, position embeddings are resampled to the module's image size. One log line lists what is new.
+
+    Args:
+        module: A task, or any module that contains backbones.
+        path: A checkpoint file or a sharded folder: of a fit, with or without optimizer state, of ``import``, ``grow``
+            or ``split``. Nothing in it is executed.
+        datamodule: The data of the new experiment; its tokenizer is compared with the checkpoint's.
+        ema: Load the moving average of the weights instead of the trained weights.
+        resize_vocab: Accept another vocabulary: tokens in both vocabularies keep their embeddings, others are newly
+            initialized.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, is of another architecture or vocabulary, or has no moving average.
+
+    Example:
+        >>> from lit_tokenformer.tasks import LitImageClassifier
+        >>> task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=3, image_size=64)
+        >>> initialize_from(task, "digits.ckpt")  # doctest: +SKIP
+    """
+    on_meta = any(parameter.is_meta for parameter in module.parameters())
+    try:
+        checkpoint = read_checkpoint(path, "meta" if on_meta else "cpu", optimizers=False)
+    except UserError as error:
+        raise UserError(f"init_from: {str(error).removeprefix('ckpt_path: ')}") from None
+    wrong, changed = module.architecture_changes(checkpoint) if isinstance(module, LitTask) else ([], [])
+    if wrong:
+        raise UserError(
+            f"init_from: {path} is of another architecture: {', '.join(wrong)}; set model.preset and model.overrides "
+            f"as in the checkpoint{_origin(module, checkpoint)}"
+        )
+    weights = _weights(checkpoint, ema, path)
+    backbones = _backbones(module)
+    for prefix, model in backbones:
+        start = f"{prefix}blocks."
+        numbers = {name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)}
+        if numbers and numbers == {str(number) for number in range(len(numbers))}:
+            model.set_depth(len(numbers))
+    own = module.state_dict()
+    vocabularies = _vocabularies(checkpoint, datamodule, path)
+    notes = [note for prefix, model in backbones for note in _resample_positions(prefix, model, own, weights, path)]
+    notes += [
+        note
+        for prefix, model in backbones
+        for note in _map_vocabulary(prefix, model, own, weights, vocabularies, resize_vocab, path)
+    ]
+
+    def is_open(name: str) -> bool:  # part of a head, or of what a task has besides its backbones
+        return all(not name.startswith(prefix) or name.startswith(f"{prefix}head.") for prefix, _ in backbones)
+
+    resizable = resizable_names(module)
+    fits = {name for name in own if name in weights and (weights[name].shape == own[name].shape or name in resizable)}
+    new = [name for name in own if name not in fits and is_open(name)]
+    unused = [name for name in weights if name not in own and is_open(name)]
+    if not fits:
+        raise UserError(f"init_from: {path} has no weights of a {type(module).__name__}{_origin(module, checkpoint)}")
+    loaded = {name: tensor for name, tensor in weights.items() if name not in unused}
+    loaded.update({name: own[name] for name in new})
+    for problem in itertools.chain(state_dict_problems(module, loaded), _untied(module, loaded)):
+        raise UserError(f"init_from: {path} is of another architecture: {problem}{_origin(module, checkpoint)}")
+    try:
+        module.load_state_dict(loaded)
+    except RuntimeError as error:  # rows of keys and values that differ in number, say
+        raise UserError(f"init_from: {path} is damaged: {' '.join(str(error).split())}") from None
+    if getattr(datamodule, "tokenizer", None) is None and not resize_vocab:
+        for task in module.modules():
+            if isinstance(task, LitLanguageTask):
+                task.tokenizer_json = checkpoint.get("tokenizer")
+    sizes = [f"{name} {total}" for name, total in model_size(module).items()]
+    parts = {"sizes": sizes, "changed": changed, "adapted": notes, "newly initialized": new, "unused": unused}
+    summary = "".join(f"; {title}: {', '.join(names)}" for title, names in parts.items() if names)
+    kind = "moving average" if ema else "trained weights"
+    rank_zero_info(f"Initialized from {path}: {len(own) - len(new)} of {len(own)} tensors of the {kind}{summary}")
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Add the options that name the weights of a new experiment."""
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="Checkpoint whose weights start a new experiment at epoch 0, with a fresh optimizer and schedule. "
+        "Parameter tokens and depth are the checkpoint's.",
+    )
+    parser.add_argument(
+        "--init_ema", type=bool, default=False, help="Take the moving average of init_from, not the trained weights."
+    )
+    parser.add_argument(
+        "--init_resize_vocab",
+        type=bool,
+        default=False,
+        help="Accept another vocabulary than that of init_from: common tokens keep their embeddings.",
+    )
+
+
+def check_settings(settings: Mapping[str, Any], resumes: bool) -> None:
+    """Reject combinations of ``init_from`` with other settings that contradict each other.
+
+    Args:
+        settings: The settings of a command.
+        resumes: Whether the command continues a fit from ``ckpt_path``.
+
+    Raises:
+        UserError: If two starting points are named, or a setting of ``init_from`` is set without it.
+    """
+    path, source = settings.get("ckpt_path"), settings.get("init_from")
+    for name in ("init_ema", "init_resize_vocab"):
+        if settings.get(name) and not source:
+            raise UserError(f"{name}: it needs init_from")
+    if resumes and source and path not in (None, "last"):
+        raise UserError(
+            f"init_from: {source} starts a new experiment, ckpt_path: {path} resumes one; "
+            "set one of them, or ckpt_path: last for a job that is requeued"
+        )
+
+
+def _backbones(module: nn.Module) -> list[tuple[str, Tokenformer]]:
+    """The backbones with the prefixes of their names in a state dict."""
+    found = module.named_modules(remove_duplicate=False)
+    return [(f"{name}." if name else "", model) for name, model in found if isinstance(model, Tokenformer)]
+
+
+def _weights(checkpoint: Mapping[str, Any], ema: bool, path: object) -> dict[str, Tensor]:
+    """The trained weights, or their moving average."""
+    trained = checkpoint.get("current_model_state")  # set where ``state_dict`` is the moving average
+    if ema and trained is None:
+        raise UserError(f"init_ema: {path} has no moving average of the weights")
+    found = checkpoint["state_dict"] if ema or trained is None else trained
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"init_from: {path} is damaged: current_model_state is not a state dict")
+    return dict(found)
+
+
+def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:
+    """The checkpoint's task, for an error, where it is not that of the module."""
+    task = checkpoint.get("task")
+    if not isinstance(task, str) or task == type(module).__name__:
+        return ""
+    several = ", which `lit-tokenformer split` takes apart" if task == "LitMultiTask" else ""
+    return f" (it is of a {task!r}{several}, the model is a {type(module).__name__})"
+
+
+def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) -> tuple[str, str] | None:
+    """The tokenizers of the checkpoint and of the data where both are known and differ."""
+    saved, tokenizer = checkpoint.get("tokenizer"), getattr(datamodule, "tokenizer", None)
+    if not isinstance(saved, str) or tokenizer is None:
+        return None
+    present = tokenizer.to_json()
+    try:
+        return None if json.loads(saved) == json.loads(present) else (saved, present)
+    except (ValueError, RecursionError):
+        raise UserError(f"init_from: the tokenizer in {path} is damaged") from None
+
+
+def _resample_positions(
+    prefix: str, model: Tokenformer, own: Mapping[str, Tensor], weights: dict[str, Tensor], path: object
+) -> Iterator[str]:
+    """Fit learned positions to a model, in place, and report the changes."""
+    name = f"{prefix}stem.pos_embed"
+    if _resizes(name, own, weights, dim=1):
+        before, now = weights[name].shape[1], own[name].shape[1]
+        patches = before - model.num_prefix_tokens
+        if patches < 1 or math.isqrt(patches) ** 2 != patches:
+            raise UserError(f"init_from: {path}: {name} has {patches} positions, expected a square of patches")
+        yield f"{name} resampled {before} -> {now}"  # by the stem, when it is loaded
+    name = f"{prefix}stem.positions"
+    if _resizes(name, own, weights):
+        before, now = len(weights[name]), len(own[name])
+        common = range(min(before, now))
+        weights[name] = _moved_rows(own[name], weights[name], dict(zip(common, common, strict=True)))
+        yield f"{name} {before} -> {now}" + (f", {now - before} newly initialized" if now > before else "")
+
+
+def _map_vocabulary(
+    prefix: str,
+    model: Tokenformer,
+    own: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
+    vocabularies: tuple[str, str] | None,
+    resize: bool,
+    path: object,
+) -> Iterator[str]:
+    """Fit embedding and head of a language model to its vocabulary, in place, and report the changes.
+
+    Args:
+        prefix: Of the model's names.
+        model: The model.
+        own: The module's state dict.
+        weights: The checkpoint's.
+        vocabularies: Tokenizers of the checkpoint and of the data, if they differ.
+        resize: Whether another vocabulary is accepted.
+        path: The checkpoint, for errors.
+
+    Raises:
+        UserError: For another vocabulary, unless it is accepted.
+    """
+    names = [f"{prefix}{name}" for name in ("stem.embedding.weight", "head.weight", "head.bias")]
+    names = [name for name in names if _is_alike(name, own, weights)]
+    if model.config.stem != "token" or not names or not (vocabularies or _resizes(names[0], own, weights)):
+        return
+    before, now = len(weights[names[0]]), len(own[names[0]])
+    if not resize:
+        sizes = f"{before} tokens, this model {now}" if before != now else f"{before} other tokens"
+        raise UserError(
+            f"init_from: {path} has another vocabulary ({sizes}); set data.tokenizer to the checkpoint's "
+            f"tokenizer.json and model.overrides.vocab_size to {before}, or init_resize_vocab: true"
+        )
+    places = _common_tokens(vocabularies, before, now, path)
+    for name in (name for name in names if len(weights[name]) == before):
+        weights[name] = _moved_rows(own[name], weights[name], places)
+    yield f"vocabulary {before} -> {now}, {now - len(places)} newly initialized"
+
+
+def _resizes(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
+    """Whether a tensor differs from the checkpoint's in the size of one dimension, and in nothing else."""
+    return _is_alike(name, own, weights, dim) and own[name].shape != weights[name].shape
+
+
+def _is_alike(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
+    """Whether a tensor has the checkpoint's shape, up to the size of one dimension."""
+    if name not in own or name not in weights or own[name].ndim != weights[name].ndim:
+        return False
+    pairs = zip(own[name].shape, weights[name].shape, strict=True)
+    return all(ours == theirs for place, (ours, theirs) in enumerate(pairs) if place != dim)
+
+
+def _moved_rows(own: Tensor, saved: Tensor, places: Mapping[int, int]) -> Tensor:
+    """A copy of ``own``, (N, ...), with rows of ``saved``; ``places`` maps the former's to the latter's."""
+    new = own.clone()
+    if not new.is_meta:
+        new[list(places)] = saved[list(places.values())].to(new)
+    return new
+
+
+def _common_tokens(vocabularies: tuple[str, str] | None, before: int, now: int, path: object) -> dict[int, int]:
+    """Ids in the checkpoint by the ids in the data, of the tokens that both vocabularies contain."""
+    if vocabularies is None:  # the same tokenizer, or an unknown one: only the number of rows differs
+        return {number: number for number in range(min(before, now))}
+    try:
+        saved, present = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in vocabularies)
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"init_from: the tokenizer in {path} is damaged ({error})") from None
+    pairs = ((number, saved[token]) for token, number in present.items() if token in saved)
+    return {number: source for number, source in pairs if number < now and source < before}
+
+
+def _untied(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Weights that differ where the module has one parameter under two names, a line each."""
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        shared.setdefault(parameter, []).append(name)
+    for first, *others in shared.values():
+        for other in others:
+            if not weights[first].is_meta and not torch.equal(weights[first], weights[other]):
+                yield f"{first} and {other} differ, and are one parameter of this model (tie_embeddings)"

@@ -1,0 +1,96 @@
+"""Tasks from checkpoints, and checkpoints from tasks."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+
+from lit_tokenformer import tasks
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.checkpoints.trust import MADE, check_class_paths, trusted_optimizer
+from lit_tokenformer.errors import UserError, unknown_name
+
+
+def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A checkpoint with which a fit begins at epoch 0 with a fresh optimizer.
+
+    Args:
+        task: The task, in any device; what it keeps beside its weights is kept.
+        state_dict: Its weights.
+    """
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": state_dict,
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        task.CHECKPOINT_HYPER_PARAMS_KEY: dict(task.hparams),
+    }
+    task.on_save_checkpoint(checkpoint)
+    del checkpoint["rng_states"]  # a fit shall draw by its own seed
+    return checkpoint
+
+
+def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
+    """The task that a checkpoint belongs to, with its weights.
+
+    It is made here and not by Lightning, whose parser makes classes of texts that look like a config. It is first made
+    without memory, and its sizes are compared with the tensors in the checkpoint: a file of a few bytes may name any.
+    Its optimizer is made when it is built, and only then has to be of a trusted package.
+
+    Args:
+        path: The file or folder.
+        checkpoint: What :func:`read_checkpoint` gave for it; only the task's name is taken from there.
+        device: Where the weights are put; ``meta`` gives their shapes only.
+
+    Raises:
+        ValueError: If the task is not one of ours, or the weights do not fit it.
+    """
+    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit") and name != "LitTask"}
+    name = checkpoint.get("task")
+    if name not in known:
+        raise unknown_name("ckpt_path: task", name, known)
+    arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    made = {key: arguments[key] for key in MADE if arguments.get(key) is not None}
+    given = {key: value for key, value in arguments.items() if key not in MADE}
+    check_class_paths(given, path)
+    given = {key: given[key] for key in inspect.signature(known[name]).parameters if key in given}
+    if "optimizer" in made:
+        given["optimizer"] = trusted_optimizer(made["optimizer"], path)
+    place = "meta" if device == "meta" else "cpu"
+    saved = read_checkpoint(path, place, optimizers=False)
+    try:
+        _check_depth(given, checkpoint)
+        for where in dict.fromkeys(("meta", device)):
+            with torch.device(where):
+                task = known[name](**given)
+            if _numbers(task.state_dict()) > _numbers(saved["state_dict"]):
+                raise ValueError("its arguments are of a larger model than its tensors")
+            task.on_load_checkpoint(saved)
+        task.load_state_dict(saved["state_dict"])
+    except UserError:
+        raise
+    except Exception as error:  # arguments of other types, say
+        raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+    task.hparams.update(made)  # as plain as they came
+    return task
+
+
+def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for more blocks than there are tensors; each would be made, even without memory."""
+    depths = [checkpoint.get("grown_depth", 0)]
+    depths += [fields["depth"] for fields in arguments.values() if isinstance(fields, dict) and "depth" in fields]
+    for depth in depths:
+        if isinstance(depth, int) and depth > len(checkpoint["state_dict"]):
+            raise ValueError(f"depth: {depth} blocks, with {len(checkpoint['state_dict'])} tensors in all")
+
+
+def _numbers(state: Mapping[str, Any]) -> int:
+    return sum(tensor.numel() for tensor in state.values())
