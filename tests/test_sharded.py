@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.commands import grow_checkpoint
 from lit_tokenformer.distributed.checkpoint import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
-from lit_tokenformer.distributed.sharding import _shares
+
+XX
+from lit_tokenformer.growth.shards import shares
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks.rebuild import rebuild_task
 
@@ -218,7 +220,7 @@ def test_rows_are_shared_as_torch_chunks_them():
             chunks = torch.arange(total).chunk(parts)
             for part in range(parts):
                 wanted = chunks[part].tolist() if part < len(chunks) else []
-                assert list(_shares(total, [(parts, part)])) == wanted
+                assert list(shares(total, [(parts, part)])) == wanted
 
 
 def test_a_folder_whose_writer_was_killed_between_two_names_is_there_again(tmp_path):

@@ -131,7 +131,8 @@ COMBINATIONS: list[dict[str, tuple[Any, ...]]] = [
 
 
 MAY_CHANGE = {
-    *("param_tokens", "depth", "image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
+    *("param_tokens", "depth", "mlp_ratio"),
+    *("image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
     *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "rotary_base"),
     *("tie_embeddings", "unpad", "low_precision_norm"),
 }
@@ -145,7 +146,8 @@ class TokenformerConfig:
     Args:
         dim: Width of the residual stream, D.
         depth: Number of blocks, L.
-        num_heads: Attention heads, H; must divide ``dim``.
+        num_heads: Attention heads, H; must divide ``dim`` unless ``head_dim`` is set.
+        head_dim: Width of each head, d; ``None`` for ``dim / num_heads``.
         param_tokens: Parameter tokens at birth: a number n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
         projection: What projects queries, keys, values and outputs: ``pattention`` or ``linear``.
         mixer: How data tokens interact: softmax ``attention``, or RWKV-4's ``wkv`` with a token shift.
@@ -196,6 +198,7 @@ class TokenformerConfig:
     dim: int = 384
     depth: int = 12
     num_heads: int = 6
+    head_dim: int | None = None
     param_tokens: Tokens = 384
     projection: str = "pattention"
     mixer: str = "attention"
@@ -244,7 +247,9 @@ class TokenformerConfig:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-        if self.dim % self.num_heads:
+        if self.head_dim is not None and (not isinstance(self.head_dim, int) or self.head_dim < 1):
+            raise UserError(f"head_dim: expected a whole number of at least 1, got {self.head_dim!r}")
+        if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
@@ -293,7 +298,7 @@ class TokenformerConfig:
             )
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise UserError(
-                f"rotary_fraction: {self.rotary_fraction} of {self.dim // self.num_heads} dimensions in a head are "
+                f"rotary_fraction: {self.rotary_fraction} of {self.head_width} dimensions in a head are "
                 f"{self.rotary_dim}; expected an even number of at least 2"
             )
 
@@ -333,12 +338,39 @@ class TokenformerConfig:
     @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotary positions turn."""
-        return int(self.dim // self.num_heads * self.rotary_fraction)
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def head_width(self) -> int:
+        """Width of each attention head, d."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def mlp_hidden(self) -> int:
         """Hidden width of feed-forwards that have one."""
         return round(self.dim * self.mlp_ratio)
+
+    def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
+        """The same architecture at another size, as a growth leads to it.
+
+        Args:
+            size: Totals by kind: parameter tokens (``qkv``, ``proj``, ``ffn``), ``hidden`` units of the feed-forward,
+                ``heads``, and ``depth`` (blocks). Kinds that are left out keep theirs.
+
+        Example:
+            >>> TokenformerConfig(dim=384, num_heads=6).at_size({"depth": 24, "heads": 8}).head_width
+            64
+        """
+        tokens = {kind: total for kind, total in size.items() if kind in KINDS}
+        heads = size.get("heads", self.num_heads)
+        return replace(
+            self,
+            param_tokens={**dict(self.tokens.items()), **tokens},
+            depth=size.get("depth", self.depth),
+            mlp_ratio=size["hidden"] / self.dim if "hidden" in size else self.mlp_ratio,
+            num_heads=heads,
+            head_dim=self.head_dim if heads == self.num_heads else self.head_width,
+        )
 
     @property
     def shortcut_dim(self) -> int:
@@ -350,6 +382,8 @@ def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict
     """Fields in which two architectures differ, with both values; stem and head come first."""
     names = sorted((field.name for field in fields(saved)), key=lambda name: name not in ("stem", "head"))
     pairs = {name: (getattr(saved, name), getattr(present, name)) for name in names}
+    if saved.head_width == present.head_width:  # then another number of heads is another size
+        del pairs["num_heads"], pairs["head_dim"]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
