@@ -21,8 +21,6 @@ from torch.distributed.checkpoint.metadata import (
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.commands import grow_checkpoint
 from lit_tokenformer.distributed.checkpoint import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
-
-XX
 from lit_tokenformer.growth.shards import shares
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks.rebuild import rebuild_task
