@@ -400,7 +400,8 @@ class Tokenformer(nn.Module):
             mask = before if mask is None else mask & before
         if not alibi:
             return mask
-        heads = next((block.attn.slope_of_head for block in self.blocks if hasattr(block.attn, "slope_of_head")), None)
+        mixers: Any = [block.attn for block in self.blocks]
+        heads = next((mixer.slope_of_head for mixer in mixers if hasattr(mixer, "slope_of_head")), None)
         bias = alibi_bias(config.num_heads, start, length, x, heads)  # (1, H, T, S)
         bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         autocast = torch.is_autocast_enabled(device.type)
