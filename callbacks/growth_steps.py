@@ -100,7 +100,7 @@ def add_step_hooks(
         held.clear()
         event = latest()
         left = 0 if event is None else settings.tau_steps - (trainer.global_step - event["step"])
-        for _, part, axis in find_axes(pl_module) if left > 0 else ():
+        for _name, part, axis in find_axes(pl_module) if left > 0 else ():
             if axis.tau is not None:
                 axis.tau.mul_((math.sqrt(axis.size(part)) / axis.tau) ** (1 / left))
 

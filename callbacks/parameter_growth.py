@@ -202,15 +202,15 @@ class ParameterGrowthCallback(Callback):
         if stage != "fit":
             return
         growth_context(trainer)
-        birth = self._birth(pl_module)
-        if not birth:  # the same config serves architectures that grow and those that do not
-            rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
-            return
         sizes = model_size(pl_module)
         for key, wanted in self.schedule.items():
             for kind in wanted if isinstance(wanted, Mapping) else ():
                 if kind not in sizes and kind not in (*KINDS, OTHER):
                     raise unknown_name(f"schedule: {self.unit} {key}", kind, sizes)
+        birth = self._birth(pl_module)
+        if not birth:  # the same config serves architectures that grow and those that do not
+            rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
+            return
         stages = self.remaining_stages(pl_module)
         self._check_depth(trainer, pl_module, birth, stages)
         method = growth_method(self.method)

@@ -145,7 +145,7 @@ class TrainingMonitor(Callback):
             return
         rows = [one for one in rows_by_age(pl_module, self._growth) if one.tensor.grad is not None]
         self._held = [(local(one.tensor).to("cpu", copy=True), one) for one in rows]
-        gradients: Any = (one._replace(tensor=one.tensor.grad) for one in rows)
+        gradients: Any = (one._replace(tensor=one.tensor.grad) for one in rows)  # type: ignore[arg-type]
         self._row_norms = self._norms("grad", gradients) if rows else {}
 
     def on_train_batch_end(
