@@ -316,11 +316,11 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
     """Norms of weights or gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
     growths = [event for one in trainer.callbacks if isinstance(one, ParameterGrowthCallback) for event in one.events]  # type: ignore
     tokens = list(rows_by_age(pl_module, growths[-1] if growths else None))
-    taken = {parameter for parameter, _ in tokens}
+    taken = {one.tensor for one in tokens}
     others = [parameter for parameter in pl_module.parameters() if parameter not in taken]
     for kind in kinds:
-        rows = [(_part(kind, parameter), new) for parameter, new in tokens]
-        present = [(tensor, new) for tensor, new in rows if tensor is not None]
+        rows = [(_part(kind, one.tensor), one) for one in tokens]
+        present = [one._replace(tensor=tensor) for tensor, one in rows if tensor is not None]
         if present:
             old, appended = norms_by_age(present)
             yield f"norm of {kind} of old rows", float(old)

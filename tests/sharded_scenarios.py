@@ -40,6 +40,15 @@ FITS = {
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 0.05,
     },
+    "axes": {
+        "growth": {1: {"hidden": 256, "heads": 4}, 2: {"hidden": 300, "heads": 5}},
+        "overrides": {"projection": "linear", "feed_forward": "mlp", "bias": True},
+        "steps": {"ramp_steps": 2, "freeze_old_steps": 1},
+    },
+    "token axes": {
+        "growth": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 150, "heads": 5}},
+        "overrides": {"feed_forward": "mlp"},
+    },
     "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
         "growth": {1: 12},
@@ -247,7 +256,10 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        for name, path in (("even", "even/end1.ckpt"), ("uneven", "uneven/end1.ckpt"), ("uneven", "uneven/end0.ckpt")):
+        found["axes"] = fit(folder / "axes", "axes", data=WORLD, folders=True)
+        found["token axes"] = fit(folder / "token axes", "token axes", tokens=WORLD, folders=True)
+        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0"):
+            name, path = name.split("/")[0], f"{name}.ckpt"
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
@@ -257,6 +269,8 @@ def main(folder):
     else:
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
+        for name in ("axes", "token axes"):
+            found[name] = fit(folder / f"one-{name}", name)
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)
             path = folder / name / "end1.ckpt"

@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth.axes import GrownParameter
+from lit_tokenformer.growth.rows import regrown
 from lit_tokenformer.growth.shards import like
-from lit_tokenformer.growth.tokens import GrownParameter, regrown
 
 NEW_STATES = ("mean", "zeros", "reset")
 
@@ -166,15 +167,16 @@ def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
         return value is None or isinstance(value, (int, float, str))  # a step count or a flag
     if value.numel() == 1 and key not in _MOMENTS:
         return True
-    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[0] in (1, grown.rows.before)
+    units = grown.grown.rows.before * grown.grown.block
+    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[grown.grown.dim] in (1, units)
 
 
 @torch.no_grad()
 def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> Any:
     if not isinstance(value, Tensor) or (value.numel() == 1 and key not in _MOMENTS):
         return value
-    degree, rows = _MOMENTS[key], grown.rows
-    if value.shape[0] != rows.before:
+    degree, rows = _MOMENTS[key], grown.grown.rows
+    if value.shape[grown.grown.dim] != rows.before * grown.grown.block:
         return value * grown.gradient_scale**degree  # a factor without rows
 
     def fill(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
@@ -184,5 +186,5 @@ def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> 
         else:
             appended.zero_()
 
-    local = regrown(value, rows, fill)
+    local = regrown(value, grown.grown, fill)
     return like(grown.new, local) if isinstance(value, DTensor) else local
