@@ -57,6 +57,7 @@ from lit_tokenformer.initialization import add_arguments, check_settings, initia
 from lit_tokenformer.monitored_metrics import check_monitors
 from lit_tokenformer.parsing import MODE, Parser, check_config, shipped_configs, with_environment
 from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.restored_state import check_restored_state
 from lit_tokenformer.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
 from lit_tokenformer.run_identity import RunIdentity, defining_settings
 from lit_tokenformer.trainer import keep_logging
@@ -308,6 +309,7 @@ class TokenformerCLI(LightningCLI):
                 places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
                 clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
             claim_log_folder(self.trainer, unversioned)
+        check_restored_state(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":

@@ -15,7 +15,7 @@ import torch
 
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
-from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, write_checkpoint
+from lit_tokenformer.checkpoints import fresh_checkpoint, read_checkpoint, rebuild_task, state_errors, write_checkpoint
 from lit_tokenformer.data.tokenizers import checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow
@@ -71,11 +71,11 @@ def grow_checkpoint(
         task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    with _state_errors(ckpt_path, "optimizer_states"):
+    with state_errors(ckpt_path, "optimizer_states"):
         for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
             optimizer.load_state_dict(state)
     grown = grow(task, tokens, **settings)
-    with _state_errors(ckpt_path, "optimizer_states"):
+    with state_errors(ckpt_path, "optimizer_states"):
         for optimizer in optimizers:
             grow_optimizer(optimizer, grown, new_state)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
@@ -83,7 +83,7 @@ def grow_checkpoint(
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint["param_tokens"] = param_tokens(task)
     event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
-    with _state_errors(ckpt_path, "callbacks"):
+    with state_errors(ckpt_path, "callbacks"):
         for key, state in checkpoint.get("callbacks", {}).items():
             if key.startswith("ParameterGrowthCallback"):
                 state["events"].append({**event, **settings, "after": param_tokens(task)})
@@ -94,17 +94,6 @@ def grow_checkpoint(
     sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
     print(f"{target}: {sizes} tokens")
     return target
-
-
-@contextmanager
-def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
-    """Turn whatever values of other types raise into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
 
 
 def import_weights(

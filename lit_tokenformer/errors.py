@@ -96,6 +96,11 @@ def raised_by_user_code(error: BaseException) -> bool:
     return not _CHECKED.issuperset(_packages(error))
 
 
+def is_user_code(value: object) -> bool:
+    """Return whether the class of a value is defined by neither this project nor a library that it calls."""
+    return type(value).__module__.partition(".")[0] not in _CHECKED
+
+
 def raised_by_library(error: BaseException) -> bool:
     """Return whether a library raised the error, and nothing but libraries and this project took part."""
     packages = _packages(error)

@@ -375,7 +375,7 @@ class LitTask(OptimizedTask):
             loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
         self.update_schedule()
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
-            set_rng_state(self._rng_states[self.global_rank])
+            set_rng_state(self._rng_states[self.global_rank], str(self.trainer.ckpt_path))
         self._rng_states = None
 
 
