@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, from_process
 
 
 class ErrorLog(Callback):
@@ -52,7 +52,7 @@ class ErrorLog(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
             return
-        if self.trained or not isinstance(exception, (UserError, MisconfigurationException)):
+        if self.trained or not isinstance(from_process(exception), (UserError, MisconfigurationException)):
             run = trainer.log_dir if trainer.world_size == 1 else None  # of several processes, setup asks all
             folder = self._folder or Path(run or trainer.default_root_dir) / "errors"
             path = folder / f"rank_{trainer.global_rank}.log"

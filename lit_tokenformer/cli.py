@@ -33,7 +33,7 @@ from lit_tokenformer.commands import (
     import_weights,
     split_checkpoint,
 )
-from lit_tokenformer.errors import UserError, raised_by_library, unknown_name, unwrap
+from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
     from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
@@ -104,7 +104,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
-        status = 1
+        status, error = 1, from_process(error)
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
             status = 128 + signal.SIGPIPE

@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+from torch.multiprocessing import ProcessRaisedException
+
 _OURS = ("callbacks", "lit_tokenformer")
 _CHECKED = frozenset(
     {*sys.stdlib_module_names, *_OURS}
@@ -88,6 +90,17 @@ def unwrap(error: BaseException) -> BaseException:
     """Return what jsonargparse caught and reports with types and the whole configuration."""
     while error.__cause__ is not None and _packages(error)[-1:] == ["jsonargparse"]:
         error = error.__cause__
+    return error
+
+
+def from_process(error: BaseException) -> BaseException:
+    """Return the ``UserError`` that another process raised, where it is all that ended that process.
+
+    Processes that Lightning forks or spawns hand over the text of their traceback.
+    """
+    own = f"{UserError.__module__}.{UserError.__qualname__}: "
+    if isinstance(error, ProcessRaisedException) and str(error).strip().splitlines()[-1].startswith(own):
+        return UserError(str(error))
     return error
 
 

@@ -4,14 +4,13 @@ import copy
 import csv
 import json
 import linecache
+import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import time
 import traceback
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -122,25 +121,30 @@ class TestWriting:
         assert os.listdir(tmp_path / "below" / "a") == ["x"]
 
     def test_what_a_killed_process_left_of_a_folder_is_removed_by_the_next_with_its_target(self, tmp_path):
-        def leave(name):
-            code = (
-                "import sys, time\nfrom lit_tokenformer.atomic_io import atomic_folder\n"
-                "with atomic_folder(sys.argv[1]) as folder:\n"
-                "    (folder / 'x').touch()\n    print(folder, flush=True)\n    time.sleep(60)\n"
-            )
-            return subprocess.Popen([sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE, text=True)
+        fork = multiprocessing.get_context("fork")
 
-        killed, other, running = processes = [leave(name) for name in ("a", "b", "a")]
-        left, of_another, busy = (Path(process.stdout.readline().strip()) for process in processes)
+        def write(name, folders):
+            with atomic_folder(tmp_path / name) as folder:
+                (folder / "x").touch()
+                folders.put(folder)
+                time.sleep(60)
+
+        def leave(name):
+            folders = fork.SimpleQueue()
+            process = fork.Process(target=write, args=(name, folders))
+            process.start()
+            return process, folders.get()
+
+        (killed, left), (other, of_another), (running, busy) = (leave(name) for name in ("a", "b", "a"))
         try:
             for process in (killed, other):
                 process.kill()
-                process.wait()
+                process.join()
             own = tmp_path / f"{left.name[:25]}{'x' * 24}.part"  # a user's
             for path in (own, tmp_path / "elsewhere"):
                 path.mkdir()
                 (path / "thesis.txt").touch()
-            link = left.with_name(left.name[:-6] + "0.part")
+            link = left.with_name(f"{left.name[:25]}{'0' * 24}.part")
             link.symlink_to("elsewhere")
             assert left.is_dir() and busy.is_dir()
             with atomic_folder(tmp_path / "a"):
@@ -148,7 +152,7 @@ class TestWriting:
             assert (own / "thesis.txt").exists() and (tmp_path / "elsewhere" / "thesis.txt").exists()
         finally:
             running.kill()
-            running.wait()
+            running.join()
 
     @pytest.mark.parametrize("name", ["model{}.ckpt.part", "model{}.ckpt", "tokenizer.json"])
     @pytest.mark.parametrize("command", ["grow", "import"])
