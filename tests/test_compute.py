@@ -85,7 +85,7 @@ def test_cost_equals_counting_at_every_size(settings, checkpointing):
 
 
 def kept_for_backward(config, checkpointing):
-    """Bytes of the tensors, weights aside, that autograd keeps from a forward pass over two samples."""
+    """Bytes of the tensors, weights aside, that autograd keeps from a forward pass over eight samples."""
     torch.manual_seed(0)
     model, kept = Tokenformer(config).train(), {}
     model.set_grad_checkpointing(checkpointing)
@@ -96,7 +96,7 @@ def kept_for_backward(config, checkpointing):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.randint(config.vocab_size, (2, config.context_length)))
+        model(torch.randint(config.vocab_size, (8, config.context_length)))
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
 
 
@@ -114,12 +114,13 @@ def test_plan_of_a_shipped_language_model_equals_counting_and_measuring(name, ch
     model = Tokenformer(config).train()
     model.set_grad_checkpointing(checkpointing)
     assert_cost_is_right(model, cost)
+    config = dataclasses.replace(config, dropout=0.0)  # a CPU keeps its masks as floats, a GPU as bytes
     measured = kept_for_backward(config, checkpointing)
     if checkpointing:  # at most one block at once is computed again, and keeps what it keeps without
         sizes = [kept_for_backward(dataclasses.replace(config, depth=depth), False) for depth in (2, 3)]
         measured += sizes[1] - sizes[0]
-    planned = cost.training_memory(2) - cost.training_memory(0)
-    assert planned == pytest.approx(measured, rel=0.05)  # an estimate: small tensors are left out
+    planned = cost.training_memory(8) - cost.training_memory(0)
+    assert planned == pytest.approx(measured, rel=0.05)  # without statistics of norms and position biases
 
 
 def test_every_part_has_a_name_a_class_and_a_cost():
