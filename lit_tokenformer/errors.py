@@ -7,8 +7,11 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch.multiprocessing import ProcessRaisedException
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 _OURS = ("callbacks", "lit_tokenformer")
 _CHECKED = frozenset(
@@ -93,7 +96,7 @@ def unwrap(error: BaseException) -> BaseException:
     return error
 
 
-def from_process(error: BaseException) -> BaseException:
+def from_process(error: ErrorT) -> ErrorT | UserError:
     """Return the ``UserError`` that another process raised, where it is all that ended that process.
 
     Processes that Lightning forks or spawns hand over the text of their traceback.
