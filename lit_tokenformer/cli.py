@@ -46,6 +46,7 @@ except ImportError as error:
 from lit_tokenformer.beginning import (
     WarmupCheck,
     check_data_fit,
+    check_end,
     check_environment,
     check_optimizer,
     check_processes,
@@ -268,13 +269,15 @@ class TokenformerCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
+        self._shapes: dict[str, Any] = {}
         if "ckpt_path" in config:
             self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
         if path == "best":
             folder = config["trainer"].get("default_root_dir") or "."
             raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
         if path and path not in ("last", "hpc") and not Path(path).is_dir():
-            read_shapes(path)
+            found = read_shapes(path)
+            self._shapes = found if isinstance(found, dict) else {}
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
@@ -291,8 +294,12 @@ class TokenformerCLI(LightningCLI):
         elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
+        saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
+        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else when the data and the depth are known
+            self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
+            check_end(self.model, self.trainer)
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -334,12 +334,16 @@ class LitTask(OptimizedTask):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
                 model.set_depth(depth)
+        self.check_architecture(checkpoint)
+        self._rng_states = checkpoint.get("rng_states")
+
+    def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise a ``UserError`` if the weights of a checkpoint, or their shapes, are not of this model."""
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
             self._check_architecture(checkpoint["state_dict"])
-        self._rng_states = checkpoint.get("rng_states")
 
     def _take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint and self._trains_without_average():
