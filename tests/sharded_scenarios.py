@@ -29,7 +29,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
-from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+from lit_tokenformer.tasks import LitImageClassifier, LitMultiTask, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
 FITS = {
@@ -134,6 +134,50 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
     return found
+
+
+def several(folders=None):
+    """Weights of two tasks that share their blocks after 3 optimizer steps of 8 samples.
+
+    Args:
+        folders: As of :func:`fit`; divided, each process takes 2 samples at once, in 2 micro-batches.
+    """
+    seed_everything(0)
+    task = LitMultiTask(
+        "tokenformer_lm_tiny",
+        **{"num_classes": 10, "image_size": 8, "vocab_size": 17, "context_length": 6},
+        overrides={"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5},
+        image={"patch_size": 4},
+        schedule=LRSchedule("constant"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+    )
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for number in range(24):  # of texts, another number of tokens has a label in each
+        tokens = torch.randint(17, (7,), generator=generator).where(torch.arange(7) <= 1 + number % 6, -100)
+        image = torch.randn(3, 8, 8, generator=generator), torch.tensor(number % 10)
+        samples.append({"image": image, "text": tokens})
+    divided = folders is not None
+    size = 2 if divided else 8
+    batches = [[*range(start, start + size)] for start in range(size * RANK, 24, size * WORLD)]
+    task.setup = lambda stage: None
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=ModelParallelStrategy(WORLD, 1, folders, process_group_backend="gloo") if divided else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=2 if divided else 1,
+        gradient_clip_val=0.3,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, DataLoader(samples, batch_sampler=batches))
+    reshard(task)
+    return {"step": trainer.global_step, "epochs": [{name: whole(one) for name, one in task.named_parameters()}]}
 
 
 def unknown_torch(folder):
@@ -263,10 +307,12 @@ def main(folder):
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
+        found["several"] = several(folders=True)
         found["layers"] = divided_tokens()
         found["folders"] = folders(folder / "folders")
         found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
     else:
+        found["several"] = several()
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
         for name in ("axes", "token axes"):

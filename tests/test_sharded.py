@@ -72,6 +72,12 @@ class TestTwoProcesses:
         for epoch in range(4):  # weights, moments and step counts; before, between and after the growths
             assert difference(ranks[0][divided], one[alone], epoch) < 1e-6
 
+    def test_tasks_that_accumulate_apart_train_as_one_process_with_one_large_batch(self, found):
+        ranks, one, _ = found
+        for rank in ranks:
+            assert rank["several"]["step"] == one["several"]["step"] == 3
+            assert difference(rank["several"], one["several"]) < 1e-6
+
     @pytest.mark.parametrize(
         "path", ["even/end1.ckpt", "uneven/end1.ckpt", "uneven/end0.ckpt", "axes/end1.ckpt", "axes/end0.ckpt"]
     )

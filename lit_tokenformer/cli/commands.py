@@ -16,7 +16,7 @@ import torch
 from callbacks.growth_steps import row_map
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
-from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
+from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
 from lit_tokenformer.data.text.tokenizer import checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow, grow_with_optimizers
@@ -75,11 +75,11 @@ def grow_checkpoint(
         task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    with _state_errors(ckpt_path, "optimizer_states"):
+    with state_errors(ckpt_path, "optimizer_states"):
         for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
             optimizer.load_state_dict(state)
     rows: dict[str, list[int]] = {}
-    with _state_errors(ckpt_path, "optimizer_states"):
+    with state_errors(ckpt_path, "optimizer_states"):
         for grown in grow_with_optimizers(task, tokens, optimizers, new_state=new_state, **settings):
             rows |= row_map(grown.name, grown.grown)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
@@ -89,7 +89,7 @@ def grow_checkpoint(
     after = grown_sizes(task, tokens)
     event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
     event |= {**settings, "after": after, "rows": rows}
-    with _state_errors(ckpt_path, "callbacks"):
+    with state_errors(ckpt_path, "callbacks"):
         for key, state in checkpoint.get("callbacks", {}).items():
             if key.startswith("ParameterGrowthCallback"):
                 state["events"].append(event)
@@ -100,17 +100,6 @@ def grow_checkpoint(
     pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items()}
     print(f"{target}: {describe_sizes(pairs)}")
     return target
-
-
-@contextmanager
-def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
-    """Turn whatever values of other types raise into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
 
 
 def import_weights(

@@ -137,14 +137,21 @@ watch_optimizers = _StaleOptimizers().watch
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raises a ``ValueError`` if any state of the optimizer has not the shape of its parameter.
+    """Raises a ``ValueError`` if any state of the optimizer is no tensor of the shape of its parameter.
 
     ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
     """
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                if key not in _MOMENTS or not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+                if key not in _MOMENTS or value is None:
+                    continue
+                if not isinstance(value, Tensor):
+                    raise UserError(
+                        f"optimizer state: {key} of parameter {index} in group {number}: expected a tensor, "
+                        f"got {type(value).__name__}"
+                    )
+                if value.ndim != parameter.ndim:
                     continue
                 pairs = zip(value.shape, parameter.shape, strict=True)
                 if any(have not in (want, 1) for have, want in pairs):

@@ -338,12 +338,16 @@ class LitTask(OptimizedTask):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
                 model.set_depth(depth)
+        self.check_architecture(checkpoint)
+        self._rng_states = checkpoint.get("rng_states")
+
+    def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise a ``UserError`` if the weights of a checkpoint, or their shapes, are not of this model."""
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
             self._check_architecture(checkpoint["state_dict"])
-        self._rng_states = checkpoint.get("rng_states")
 
     def _take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint and self._trains_without_average():
@@ -379,7 +383,7 @@ class LitTask(OptimizedTask):
             loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
         self.update_schedule()
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
-            set_rng_state(self._rng_states[self.global_rank])
+            set_rng_state(self._rng_states[self.global_rank], str(self.trainer.ckpt_path))
         self._rng_states = None
 
 
