@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
@@ -29,7 +30,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
-from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+from lit_tokenformer.tasks import LitImageClassifier, LitMultiTask, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
 FITS = {
@@ -47,6 +48,7 @@ FITS = {
         "overrides": {"drop_path": 0.3, "patch_drop_rate": 0.5},
         "max_epochs": 2,
     },
+    "tasks": {"growth": {1: 12}, "max_epochs": 2},
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -71,6 +73,11 @@ class Gathered(Callback):
         self.epochs.append({**state, "lr": torch.tensor(optimizer.param_groups[0]["lr"])})
 
 
+def both_tasks(samples):
+    image, label = default_collate(samples)
+    return {"digit": (image, label), "parity": (image, label % 2)}
+
+
 def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """A fit of 4 epochs of 6 global batches.
 
@@ -84,13 +91,12 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """
     seed_everything(0)
     settings = dict(FITS[name])
-    task = LitImageClassifier(
-        "tokenformer_vit_tiny_patch16_224",
-        num_classes=10,
-        image_size=8,
-        overrides={**SIZES, **settings.pop("overrides", {})},
-        schedule=LRSchedule("cosine", min_factor=0.1),
-    )
+    given = {"overrides": {**SIZES, **settings.pop("overrides", {})}, "schedule": LRSchedule("cosine", min_factor=0.1)}
+    make, collate = partial(LitImageClassifier, num_classes=10, image_size=8), default_collate
+    if name == "tasks":
+        make = partial(LitMultiTask, tasks={"digit": make, "parity": partial(make, num_classes=2)})
+        collate = both_tasks
+    task = make("tokenformer_vit_tiny_patch16_224", **given)
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.randn(96, 3, 8, 8, generator=generator), torch.randint(10, (96,), generator=generator)
     samples = TensorDataset(images, labels)
@@ -114,14 +120,16 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         callbacks=[growth, *patches, gathered, keep, TrainingMonitor(log_images=0)],
         use_distributed_sampler=False,
     )
-    trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
+    loader = DataLoader(samples, 16 // data, sampler=sampler, collate_fn=collate)
+    trainer.fit(task, loader, ckpt_path=ckpt_path, weights_only=True)
     found = {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
-    if folders is not None and ckpt_path is not None:  # another trainer takes the model, divided as it is
+    if (
+        folders is not None and ckpt_path is not None and name != "tasks"
+    ):  # another trainer takes the model, divided as it is
         strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
         other = Trainer(
             accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, use_distributed_sampler=False
         )
-        loader = DataLoader(samples, 16 // data, sampler=sampler)
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
     return found
@@ -247,7 +255,13 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        for name, path in (("even", "even/end1.ckpt"), ("uneven", "uneven/end1.ckpt"), ("uneven", "uneven/end0.ckpt")):
+        found["tasks"] = fit(folder / "tasks", "tasks", data=WORLD, folders=True)
+        for name, path in (
+            ("even", "even/end1.ckpt"),
+            ("uneven", "uneven/end1.ckpt"),
+            ("uneven", "uneven/end0.ckpt"),
+            ("tasks", "tasks/end0.ckpt"),
+        ):
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
@@ -257,6 +271,7 @@ def main(folder):
     else:
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
+        found["tasks"] = fit(folder / "one-tasks", "tasks")
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)
             path = folder / name / "end1.ckpt"

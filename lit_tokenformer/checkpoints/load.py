@@ -22,7 +22,9 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Types of what Lightning puts into a checkpoint."""
 
-OWN_KINDS: dict[str, tuple[type, ...]] = {"tokenizer": (str, type(None)), "grown_depth": (int,), "rng_states": (list,)}
+OWN_KINDS: dict[str, tuple[type, ...]] = {
+    **{"tokenizer": (str, type(None)), "extras": (dict,), "grown_depth": (int,), "rng_states": (list,)}
+}
 """Types of what the tasks of this project add to it; others may use the same names."""
 
 _COUNTS = {"ready", "started", "processed", "completed"}
