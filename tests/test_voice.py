@@ -21,7 +21,26 @@ PROSE = [
     if path.name != "CHANGELOG.md"
 ]
 
-OPENERS = set("what how which who whose where when whether makes gives tells lets does is are has".split())
+OPENERS = set(
+    [
+        "what",
+        "how",
+        "which",
+        "who",
+        "whose",
+        "where",
+        "when",
+        "whether",
+        "makes",
+        "gives",
+        "tells",
+        "lets",
+        "does",
+        "is",
+        "are",
+        "has",
+    ]
+)
 """Words that begin no docstring."""
 
 THIRD_PERSON = re.compile(

@@ -27,7 +27,7 @@ from lit_tokenformer.inference.text import Completion, TextGenerator
 from lit_tokenformer.interop import read_published, write_published
 from lit_tokenformer.interop.tokenformer import find_weights
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
-from lit_tokenformer.tasks.language import TOKENIZER_FILE
+from lit_tokenformer.tasks.language import TOKENIZER_FILE, LitLanguageTask
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
 
@@ -179,7 +179,7 @@ def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dty
         state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
         config = dataclasses.replace(task.backbone.config, depth=len(task.backbone.blocks))
         write_published(folder, config, state, dtype, format)
-        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+        _write_tokenizer(folder / TOKENIZER_FILE, checkpoint.get("tokenizer"))
     return Path(output)
 
 
@@ -191,7 +191,8 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
 
     Args:
         ckpt_path: A checkpoint of LitMultiTask.
-        output: A folder that is not there yet; it gets image.ckpt, text.ckpt and, if known, tokenizer.json.
+        output: A folder that is not there yet; it gets NAME.ckpt of each task and, if known, tokenizer.json
+            (NAME.tokenizer.json, where several tasks have one).
 
     Returns:
         The folder.
@@ -208,7 +209,8 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
         for name, part in task.tasks.items():
             state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
             write_checkpoint(fresh_checkpoint(part, state), folder / f"{name}.ckpt")
-        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+            if isinstance(part, LitLanguageTask):
+                _write_tokenizer(folder / part.tokenizer_file, part.tokenizer_json)
     return Path(output)
 
 
@@ -230,9 +232,9 @@ def _new_folder(output: str) -> Iterator[Path]:
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 
-def _write_tokenizer(folder: Path, text: str | None) -> None:
+def _write_tokenizer(path: Path, text: str | None) -> None:
     if text is not None:
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def _read_tokenizer(path: Path) -> str:

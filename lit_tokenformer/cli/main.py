@@ -194,6 +194,8 @@ class TokenformerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        # from all data, so that jsonargparse does not open every loader to describe those without sizes of tasks
+        parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
         add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -340,6 +342,10 @@ class TokenformerCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
+
+
+def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | None:
+    return getattr(datamodule, "sizes", None)
 
 
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:

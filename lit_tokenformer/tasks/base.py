@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -56,6 +56,8 @@ class LitTask(OptimizedTask):
     """Whether parameters get the multiples of the learning rate that their architecture declares."""
     scores: tuple[str, ...] = ("loss",)
     """Names of the scores of an evaluation."""
+    required_fields: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the architecture, ``head`` among them, that make a preset with another head one of this task."""
 
     def __init__(
         self,
@@ -218,6 +220,12 @@ class LitTask(OptimizedTask):
         """What a score such as ``val/loss`` is called in the logs."""
         stage, _, score = name.partition("/")
         return name if self._within is None else f"{stage}/{self._within[1]}/{score}"
+
+    @property
+    def task_data(self) -> Any:
+        """The trainer's data module; of a part of another task, the part of it with the same name."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if self._within is None else getattr(data, self._within[1], data)
 
     def log(self, name: str, value: Any, **settings: Any) -> None:  # type: ignore[override]
         """Lightning's ``log``; the task that this one is a part of does it, if there is one."""

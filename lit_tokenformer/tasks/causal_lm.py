@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -62,6 +63,12 @@ class LitCausalLM(LitLanguageTask):
     """
 
     scores = ("loss", "perplexity", "bits_per_byte")
+    required_fields: ClassVar[Mapping[str, Any]] = {
+        "stem": "token",
+        "head": "language",
+        "positions": "rotary",
+        "causal": True,
+    }
 
     def __init__(
         self,
@@ -123,7 +130,7 @@ class LitCausalLM(LitLanguageTask):
     def log_scores(self, stage: str) -> None:
         loss = self.trainer.callback_metrics[self.metric(f"{stage}/loss")]
         scores = {f"{stage}/perplexity": loss.exp()}
-        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        bytes_per_token = getattr(self.task_data, "bytes_per_token", None)
         if bytes_per_token is not None:
             scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
         self.log_dict(scores, prog_bar=True, sync_dist=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,12 @@ class LitMaskedLM(LitLanguageTask):
     masked = True
     dynamic_shapes = None  # the number of masked tokens is another one in each batch
     scores = ("loss", "perplexity", "accuracy")
+    required_fields: ClassVar[Mapping[str, Any]] = {
+        "stem": "token",
+        "head": "masked_language",
+        "positions": "rotary",
+        "causal": False,
+    }
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning
@@ -85,11 +85,14 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
 
 def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` for more blocks than there are tensors; each would be made, even without memory."""
-    depths = [checkpoint.get("grown_depth", 0)]
-    depths += [fields["depth"] for fields in arguments.values() if isinstance(fields, dict) and "depth" in fields]
-    for depth in depths:
+    for depth in (checkpoint.get("grown_depth", 0), *_depths(arguments)):
         if isinstance(depth, int) and depth > len(checkpoint["state_dict"]):
             raise ValueError(f"depth: {depth} blocks, with {len(checkpoint['state_dict'])} tensors in all")
+
+
+def _depths(arguments: Any) -> Iterator[Any]:
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        yield from (value,) if name == "depth" else _depths(value)
 
 
 def _numbers(state: Mapping[str, Any]) -> int:
