@@ -23,7 +23,7 @@ from torch import nn
 from callbacks.growth_check import OutputCheck
 from callbacks.growth_steps import add_step_hooks
 from callbacks.growth_strategies import growth_context
-from callbacks.growth_triggers import TRIGGERS, LossSignal
+from callbacks.growth_triggers import LossSignal
 from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import METHODS, grow_with_optimizers, plan_rows, target_tokens
@@ -33,6 +33,7 @@ from lit_tokenformer.growth.shards import ShardedParameters
 from lit_tokenformer.growth.tokens import added_bytes, check_memory
 from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
 from lit_tokenformer.models.config import KINDS, OTHER
+from lit_tokenformer.registry import TRIGGERS
 
 
 class ParameterGrowthCallback(Callback):

@@ -25,8 +25,9 @@ from lit_tokenformer.models.heads import ImageHead, make_head
 from lit_tokenformer.models.mixers import Context, Packing
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
-from lit_tokenformer.models.positions import alibi_bias, rotary_angles, token_positions
+from lit_tokenformer.models.positions import token_positions
 from lit_tokenformer.models.stems import make_stem
+from lit_tokenformer.registry import POSITIONS
 
 
 class DecodingState:
@@ -50,7 +51,7 @@ class DecodingState:
         self._layers = [layer for layer in model.modules() if isinstance(layer, Pattention)]
         self._sizes = [layer.num_tokens for layer in self._layers]
         self._model_blocks = model.blocks
-        learned = model.config.positions == "learned"
+        learned = POSITIONS[model.config.positions].learned
         most = 0 if padding is None else int(padding.max())
         self._positions = model.config.context_length + most if learned else None
 
@@ -91,6 +92,7 @@ class Tokenformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = config.dim
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
+        self._positions = POSITIONS[config.positions]
         self.stem: Any = make_stem(config)
         self.patch_drop = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens, ordered=config.causal)
         self.blocks = nn.ModuleList()
@@ -116,7 +118,7 @@ class Tokenformer(nn.Module):
 
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""
-        return Block(self.config, min(number, self.config.depth - 1))
+        return Block(self.config, number)
 
     def set_blocks(self, blocks: Iterable[nn.Module]) -> None:
         """Puts other blocks in the places of those that are there; the rates of stochastic depth rise through them."""
@@ -124,6 +126,7 @@ class Tokenformer(nn.Module):
         rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
         for block, rate in zip(found, rates, strict=True):
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        self._uses_mask = any(getattr(block.attn, "uses_mask", False) for block in found)
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
 
@@ -354,8 +357,8 @@ class Tokenformer(nn.Module):
         if documents is not None and not self.keeps_documents_apart:
             raise UserError("documents: a model with a token shift reads on from one to the next")
         rotary = None
-        if config.positions == "rotary":
-            rotary = rotary_angles(config, token_positions(start, length, padding, device), x.dtype)
+        if self._positions.rotary is not None:
+            rotary = self._positions.rotary(config, token_positions(start, length, padding, device), x.dtype)
         packing = self._packing(lengths, length) if config.unpad and lengths is not None else None
         alone = packing is not None and packing.lengths is not None  # and so without padding
         return Context(
@@ -369,18 +372,18 @@ class Tokenformer(nn.Module):
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether ``documents`` can be given: whether data tokens meet in attention alone."""
-        return self.config.mixer == "attention" and self.config.feed_forward != "channel_mix"
+        """Whether ``documents`` can be given: whether data tokens meet nowhere but where a mask lets them."""
+        return all(block.keeps_documents_apart for block in self.blocks)
 
     def _mask(
         self, x: Tensor, documents: Tensor | None, start: int, padding: Tensor | None, lengths: Tensor | None
     ) -> Tensor | None:
         """Who attends to whom, bool or what is added to scores; ``None`` where all do, or all that come before."""
         config, length, device = self.config, x.shape[1], x.device
-        if config.mixer != "attention":
+        if not self._uses_mask:
             return None
         columns, rows = self._columns(0, start + length, device), self._columns(start, length, device)[:, None]
-        alibi = config.positions == "alibi"
+        bias = self._positions.bias
         mask = None
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
@@ -389,15 +392,15 @@ class Tokenformer(nn.Module):
             mask = given if mask is None else mask & (given | (columns == rows))
         if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
             mask = (columns >= padding[:, None, None, None]) | (columns == rows)  # (B, 1, T, S)
-        if config.causal and length > 1 and (mask is not None or start or alibi):
+        if config.causal and length > 1 and (mask is not None or start or bias is not None):
             before = (columns <= rows)[None, None]  # (1, 1, T, S)
             mask = before if mask is None else mask & before
-        if not alibi:
+        if bias is None:
             return mask
-        bias = alibi_bias(config.num_heads, start, length, x)  # (1, H, T, S)
-        bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        scores = bias(config.num_heads, start, length, x)  # (1, H, T, S)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         autocast = torch.is_autocast_enabled(device.type)
-        return bias.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
+        return scores.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
 
     @staticmethod
     def _columns(start: int, length: int, device: torch.device) -> Tensor:

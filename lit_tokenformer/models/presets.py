@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Optional, get_type_hints
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models.backbone import Tokenformer
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.registry import PRESETS
 
 _TINY = {"dim": 192, "depth": 12, "num_heads": 3}
 _SMALL = {"dim": 384, "depth": 12, "num_heads": 6}
@@ -94,7 +95,7 @@ _PILE = {**_LM, "context_length": 2048}
 _OWT = {**_LM, **_BASE}
 _OWT2 = {**_LM, **_LARGE}
 
-PRESETS: dict[str, dict[str, Any]] = {
+_ROWS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_tiny_patch16_224": {**_TINY, "param_tokens": 192},
     "tokenformer_vit_small_patch16_224": {**_SMALL, "param_tokens": 384},
     "tokenformer_vit_base_matched_patch16_224": {**_BASE, "param_tokens": 576},
@@ -130,6 +131,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_large_patch16_224": {**_LARGE, **_VIT},
 }
 
+for _name, _row in _ROWS.items():
+    PRESETS.register(_name)(_row)
+
 if TYPE_CHECKING:
     BackboneOverrides = TokenformerConfig
 else:  # the fields of the config, each optional, so that every one is an option of the command line
@@ -149,7 +153,7 @@ def list_presets() -> list[str]:
         >>> "tokenformer_vit_small_patch16_224" in list_presets()
         True
     """
-    return sorted(PRESETS)
+    return PRESETS.names()
 
 
 def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
@@ -162,14 +166,13 @@ def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
     Raises:
         ValueError: For an unknown preset or field (the nearest right one is named), or fields that do not fit.
     """
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    preset = PRESETS[name]
     known = [field.name for field in dataclasses.fields(TokenformerConfig)]
     for key in overrides:
         if key not in known:
             raise unknown_name("overrides", key, known)
     given = {key: value for key, value in overrides.items() if value is not None}
-    return TokenformerConfig(**{**PRESETS[name], **given})
+    return TokenformerConfig(**{**preset, **given})
 
 
 def create_backbone(name: str, **overrides: Any) -> Tokenformer:
