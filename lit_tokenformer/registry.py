@@ -124,7 +124,7 @@ IMAGE_SOURCES: Registry[Any] = Registry("data.dataset")
 """An :class:`~lit_tokenformer.data.images.sources.ImageSource`."""
 TEXT_SOURCES: Registry[Callable[..., Any]] = Registry("data.dataset")
 """``(settings) -> TextSplits``; see :mod:`lit_tokenformer.data.text.sources`."""
-WEIGHT_FORMATS: Registry[Any] = Registry("source_format")
+WEIGHT_FORMATS: Registry[Any] = Registry("project")
 """A :class:`~lit_tokenformer.interop.tokenformer.WeightFormat`."""
 TASKS: Registry[type] = Registry("ckpt_path: task")
 """LightningModules by class name, which commands rebuild from a checkpoint."""

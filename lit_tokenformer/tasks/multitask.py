@@ -20,6 +20,7 @@ from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import BackboneOverrides, Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
@@ -40,6 +41,7 @@ OWN_FIELDS = {
 """Fields of the architecture in which the tasks may differ: none of what the blocks are made of."""
 
 
+@TASKS.register("LitMultiTask")
 class LitMultiTask(LitTask):
     """Trains one set of parameter tokens to classify images and to predict the next token of a text.
 
