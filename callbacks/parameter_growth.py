@@ -230,9 +230,11 @@ class ParameterGrowthCallback(Callback):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
+        depths = sorted({tokens.get("depth", 0) for _, tokens in stages})
         for model in pl_module.modules():
-            if isinstance(model, Tokenformer) and len(model.blocks) < final:
-                check_depth(model, final, setting="schedule: depth")
+            for depth in depths if isinstance(model, Tokenformer) else ():
+                if len(model.blocks) < depth:
+                    check_depth(model, depth, setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         stages = dict(self.remaining_stages(pl_module))

@@ -74,6 +74,8 @@ class Tokenformer(nn.Module):
 
     Attributes:
         config: As given; a growth does not change it.
+        loss_names: Names of the auxiliary losses that the parts declare.
+        aux_losses: Auxiliary losses of the last forward pass in training, by name, () each.
         num_classes: Outputs of the head.
         num_features: Width of what ``forward_features`` gives, D.
 
@@ -93,6 +95,7 @@ class Tokenformer(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
         self._positions = POSITIONS[config.positions]
+        self.aux_losses: dict[str, Tensor] = {}
         self.stem: Any = make_stem(config)
         self.patch_drop = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens, ordered=config.causal)
         self.blocks = nn.ModuleList()
@@ -126,9 +129,35 @@ class Tokenformer(nn.Module):
         rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
         for block, rate in zip(found, rates, strict=True):
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        declared = (getattr(part, "aux_losses", ()) for block in found for part in block.modules())
+        self.loss_names = sorted({name for names in declared for name in names})
         self._uses_mask = any(getattr(block.attn, "uses_mask", False) for block in found)
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
+
+    def origins(self, depth: int) -> list[int]:
+        """Number of the block that stands, or whose copy stands, at each place of a stack with more blocks.
+
+        Copies stand behind their origins; where blocks differ, whole repeats of the pattern do.
+
+        Args:
+            depth: Total of blocks.
+
+        Raises:
+            UserError: If that leaves a part of the pattern over.
+
+        Example:
+            >>> Tokenformer(TokenformerConfig(dim=4, depth=2, num_heads=1, param_tokens=2)).origins(4)
+            [0, 0, 1, 1]
+        """
+        unit = 1 if self.config.layers is None else len(self.config.layers)
+        present = len(self.blocks)
+        if unit > 1 and (present % unit or depth % unit) and depth != present:
+            raise UserError(
+                f"depth: blocks that differ grow by whole repeats of their pattern of {unit} (got {present} -> {depth})"
+            )
+        units = [number * (present // unit) // (depth // unit) for number in range(depth // unit)]
+        return [one * unit + place for one in units for place in range(unit)]
 
     def set_depth(self, depth: int) -> None:
         """Drop the last blocks, or append blocks with fresh weights, which a checkpoint is about to replace.
@@ -257,8 +286,15 @@ class Tokenformer(nn.Module):
             x = self._run(block, x, context, (None, None) if state is None else state.blocks[number])
         if state is not None:
             state.start += x.shape[1]
+        if self.loss_names:
+            self.aux_losses = context.aux_losses or {}
         x = self.norm(x)
         return x if context.packing is None else context.packing.unpack(x)
+
+    def take_aux_losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward pass in training, by name, () each; they are given once."""
+        found, self.aux_losses = self.aux_losses, {}
+        return found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits`` what they are made from."""
@@ -368,6 +404,7 @@ class Tokenformer(nn.Module):
             start,
             None if padding is None else self._columns(start, length, device)[:, None] >= padding[:, None, None],
             packing,
+            {} if self.training and self.loss_names else None,
         )
 
     @property
@@ -413,10 +450,17 @@ class Tokenformer(nn.Module):
         places = present.flatten().nonzero()[:, 0]
         return Packing(places, len(lengths), length, lengths.tolist() if alone else None)
 
-    def _run(self, block: Callable[..., Tensor], x: Tensor, context: Context, state: State = (None, None)) -> Tensor:
+    def _run(self, block: Callable[..., Any], x: Any, context: Context, state: State = (None, None)) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, context, state)
-        return block(x, context, state)
+            x = checkpoint(block, x, context, state)
+        else:
+            x = block(x, context, state)
+        if context.aux_losses is None:
+            return x
+        x, losses = x
+        for name, loss in losses.items():
+            context.add_loss(name, loss)
+        return x
 
 
 def model_size(module: nn.Module) -> dict[str, int]:

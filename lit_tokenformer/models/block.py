@@ -90,9 +90,17 @@ class Block(nn.Module):
         """What it remembers of a sequence of at most ``length`` data tokens."""
         return self.attn.new_state(length), self.mlp.new_state(length)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
-        return self._order(self, x, context, state)
+    def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Any:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands.
+
+        Where the context collects auxiliary losses, the output and those of this block, by name. They are outputs, so
+        that activation checkpointing computes them once and FSDP2 sees their gradients.
+        """
+        if context.aux_losses is None:
+            return self._order(self, x, context, state)
+        own: dict[str, Tensor] = {}
+        x = self._order(self, x, context._replace(aux_losses=own), state)
+        return x, own
 
     def outputs(self) -> Iterator[nn.Parameter]:
         """Parameters without which nothing is added to the residual stream: those of the last layers."""

@@ -57,9 +57,11 @@ class FeedForward(nn.Module):
 
     Attributes:
         pointwise: Whether it reads no other data token.
+        aux_losses: Names of the auxiliary losses that it adds in training, by ``Context.add_loss``.
     """
 
     pointwise = True
+    aux_losses: tuple[str, ...] = ()
 
     def new_state(self, length: int) -> RecurrentState | None:
         """What it remembers of a sequence: nothing."""

@@ -54,6 +54,7 @@ class Context(NamedTuple):
         start: Data tokens of the sequence that were computed before, S - T.
         present: Which data tokens are part of the sequence, (B, T, 1) bool; ``None`` for all.
         packing: How the data tokens of the batch are packed; ``None`` where they are (B, T).
+        aux_losses: Auxiliary losses by name, () each, to which parts add theirs; ``None`` where none are collected.
     """
 
     rotary: Rotary | None = None
@@ -62,6 +63,17 @@ class Context(NamedTuple):
     start: int = 0
     present: Tensor | None = None
     packing: Packing | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+    def add_loss(self, name: str, loss: Tensor) -> None:
+        """Add an auxiliary loss to the training loss; losses of one name are summed over the blocks.
+
+        Args:
+            name: Its name in the logs, ``train/aux/NAME``; the part declares it in its attribute ``aux_losses``.
+            loss: The loss with its weight, ().
+        """
+        if self.aux_losses is not None:
+            self.aux_losses[name] = self.aux_losses[name] + loss if name in self.aux_losses else loss
 
     def alone(self, number: int, length: int) -> Context:
         """What it is for the sequence with this number by itself, with ``length`` data tokens and no padding."""
@@ -104,9 +116,11 @@ class Mixer(nn.Module):
 
     Attributes:
         uses_mask: Whether data tokens meet nowhere but where ``Context.mask`` and ``Context.causal`` let them.
+        aux_losses: Names of the auxiliary losses that it adds in training, by :meth:`Context.add_loss`.
     """
 
     uses_mask = False
+    aux_losses: tuple[str, ...] = ()
 
     def new_state(self, length: int) -> Any:
         """Decoding state for a sequence of at most ``length`` data tokens.

@@ -11,7 +11,8 @@ The challengers: ``transformer`` is TokenFormer's twin with linear projections; 
 2305.13048), PanGu-pi (arXiv 2312.17276; the width of its feed-forward is not published and is LLaMA's, 8/3). Segment
 embeddings of the BERTs and RoBERTa's two positions for padding are left out. Each family has a ``tiny`` and a ``small``
 row of the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``; ``tokenformer_mlm`` is TokenFormer for masked
-language modelling.
+language modelling. ``hybrid`` has attention in every third block of RWKV-4, without positions, which the recurrence
+stands for (as in Jamba, arXiv 2403.19887, section 6.6), and six blocks.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "attn_dropout": 0.1,
     },
 }
+_HYBRID = {**_FAMILIES["rwkv4"], "layers": ["wkv", "wkv", "attention+mlp"]}
 _FAMILIES["roberta"] = {**_FAMILIES["bert"], "norm_eps": 1e-5}
 _FAMILIES["mosaic_bert"] = {
     **_FAMILIES["bert"],
@@ -103,6 +105,8 @@ _ROWS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_large_matched_patch16_224": {**_LARGE, "param_tokens": 768},
     "tokenformer_vit_large_patch16_224": {**_LARGE, "param_tokens": 1024},
     **{f"{family}_{size}": {**_FAMILIES[family], **_SIZES[size]} for family in _FAMILIES for size in _SIZES},
+    "hybrid_tiny": {**_HYBRID, **_SIZES["tiny"], "depth": 6},
+    "hybrid_small": {**_HYBRID, **_SIZES["small"], "depth": 6},
     "tokenformer_150m": {**_PILE, **_BASE, "param_tokens": 768},
     "tokenformer_450m": {**_PILE, **_LARGE, "param_tokens": 1024},
     "tokenformer_900m": {**_PILE, "dim": 1280, "depth": 32, "num_heads": 16, "param_tokens": 1280},

@@ -219,7 +219,7 @@ class LitMultiTask(LitTask):
         terms: dict[str, Sequence[Tensor]] = {}
         losses: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            losses[name], count = task.training_loss(batch[name])
+            losses[name], count = task.total_loss(batch[name])
             share = task.share_of_step(count, batch_idx, losses[name])
             terms[name] = [term if share is None else term * share for term in self.terms(name, losses[name])]
         loss = _sum_of(terms)

@@ -59,8 +59,10 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
     made = {key: arguments[key] for key in MADE if arguments.get(key) is not None}
     given = {key: value for key, value in arguments.items() if key not in MADE}
+    if given.get("_class_path") == f"{kind.__module__}.{kind.__qualname__}":
+        del given["_class_path"]  # of a plugin, which the user has imported
     check_class_paths(given, path)
-    given = {key: given[key] for key in inspect.signature(kind).parameters if key in given}
+    given = {key: given[key] for key in _parameters(kind) if key in given}
     if "optimizer" in made:
         given["optimizer"] = trusted_optimizer(made["optimizer"], path)
     place = "meta" if device == "meta" else "cpu"
@@ -80,6 +82,18 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
         raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
     task.hparams.update(made)  # as plain as they came
     return task
+
+
+def _parameters(kind: type) -> set[str]:
+    """Names of the arguments of a class, those that it hands on to its bases included."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base).parameters.values()
+            found |= {one.name for one in own}
+            if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in own):
+                break
+    return found
 
 
 def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
