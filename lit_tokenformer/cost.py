@@ -43,8 +43,7 @@ class _Parts(NamedTuple):
 
 def _parts(config: TokenformerConfig, length: int) -> _Parts:
     """Costs at the size of the config, for sequences of this length."""
-    pattern = 1 if config.layers is None else len(config.layers)
-    fields = asdict(replace(config, depth=pattern, patch_drop_rate=0.0, drop_path=0.0))
+    fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0))
     return _measured(tuple((name, _hashable(value)) for name, value in fields.items()), length)
 
 
@@ -65,6 +64,12 @@ def _measured(fields: tuple[tuple[str, Any], ...], length: int) -> _Parts:
     kinds = [{kind: _projections(block, kind, length) for kind in KINDS} for block in model.blocks]
     stem, head = _for_sample(model.stem, length), _for_sample(model.head, length)
     return _Parts(stem, blocks, part_cost(model.norm, length), head, kinds)
+
+
+def _sum(blocks: Sequence[Any], depth: int, field: str) -> int:
+    """Sum of a field over ``depth`` blocks, whose kinds repeat."""
+    repeats, rest = divmod(depth, len(blocks))
+    return sum((repeats + (place < rest)) * getattr(block, field) for place, block in enumerate(blocks))
 
 
 def _for_sample(part: nn.Module, length: int) -> Cost:
@@ -124,15 +129,14 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
     dim, depth, length, full = config.dim, config.depth, config.num_data_tokens, config.num_positions
     parts, whole = _parts(config, length), _parts(config, full)  # out of training no patch is left out
     stem, norm, head = parts.stem, parts.norm, parts.head
-    blocks = [parts.blocks[number % len(parts.blocks)] for number in range(depth)]
-    parameters, flops = sum(block.parameters for block in blocks), sum(block.flops for block in blocks)
-    kept, again = sum(block.kept for block in blocks), 0
+    parameters, flops = _sum(parts.blocks, depth, "parameters"), _sum(parts.blocks, depth, "flops")
+    kept, again = _sum(parts.blocks, depth, "kept"), 0
     if checkpointing:
         # stochastic depth, whose rate is 0 in the first block, multiplies the last product of a block
-        spared = sum(block.spared for block in (blocks[:1] if config.drop_path > 0 else blocks))
+        spared = parts.blocks[0].spared if config.drop_path > 0 else _sum(parts.blocks, depth, "spared")
         again = (flops - spared) * length
-        kept = depth * dim + max(block.kept for block in blocks)
-    forward = sum(whole.blocks[number % len(whole.blocks)].flops for number in range(depth)) * full
+        kept = depth * dim + max(block.kept for block in parts.blocks)
+    forward = _sum(whole.blocks, depth, "flops") * full
     return ModelCost(
         parameters=stem.parameters + parameters + norm.parameters + head.parameters,
         data_tokens=length,
@@ -173,10 +177,8 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
         """Cost of all blocks, by the kind of their projections; ``rest`` is that of everything else."""
         config = config.at_size(tokens)
         parts = _parts(config, config.num_data_tokens)
-        places = [number % len(parts.blocks) for number in range(config.depth)]
-        found = {kind: sum(getattr(parts.kinds[place][kind], by) for place in places) for kind in KINDS}
-        total = sum(getattr(parts.blocks[place], by) for place in places)
-        return {**found, "rest": total - sum(found.values())}
+        found = {kind: _sum([kinds[kind] for kinds in parts.kinds], config.depth, by) for kind in KINDS}
+        return {**found, "rest": _sum(parts.blocks, config.depth, by) - sum(found.values())}
 
     def cost(config: TokenformerConfig, tokens: Totals) -> int:
         return sum(kinds(config, tokens).values())

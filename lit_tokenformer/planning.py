@@ -232,7 +232,7 @@ class PlanningTrainer(CheckpointingTrainer):
                 return model_cost(config, twice).parameters - model_cost(config, size).parameters
 
             data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
-            pattern = max(len(config.layers or [""]) for config in configs.values())
+            pattern = max(config.pattern_length for config in configs.values())
             deepens = all(config.norm_position != "post" for config in configs.values())
             size = models.model_size(model)
             images = all(config.stem == "patch" for config in configs.values())

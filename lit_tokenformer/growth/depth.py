@@ -79,7 +79,12 @@ def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
     if depth > len(model.blocks) and model.config.norm_position == "post":
         raise UserError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
     if depth > len(model.blocks):
-        model.origins(depth)  # raises where blocks that differ would not keep their order
+        unit, present = model.config.pattern_length, len(model.blocks)
+        if present % unit or depth % unit:
+            raise UserError(
+                f"{setting}: blocks that differ grow by whole repeats of their pattern of {unit} "
+                f"(got {present} -> {depth})"
+            )
         for block in model.blocks:
             list(block.outputs())  # type: ignore[operator]  # raises where a part does not declare its last layer
         held = sum(parameter.nbytes for parameter in model.blocks.parameters())

@@ -135,29 +135,21 @@ class Tokenformer(nn.Module):
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
 
-    def origins(self, depth: int) -> list[int]:
+    def origins(self, depth: int) -> Iterator[int]:
         """Number of the block that stands, or whose copy stands, at each place of a stack with more blocks.
 
         Copies stand behind their origins; where blocks differ, whole repeats of the pattern do.
 
         Args:
-            depth: Total of blocks.
-
-        Raises:
-            UserError: If that leaves a part of the pattern over.
+            depth: Total of blocks, a multiple of the pattern's.
 
         Example:
-            >>> Tokenformer(TokenformerConfig(dim=4, depth=2, num_heads=1, param_tokens=2)).origins(4)
+            >>> list(Tokenformer(TokenformerConfig(dim=4, depth=2, num_heads=1, param_tokens=2)).origins(4))
             [0, 0, 1, 1]
         """
-        unit = 1 if self.config.layers is None else len(self.config.layers)
-        present = len(self.blocks)
-        if unit > 1 and (present % unit or depth % unit) and depth != present:
-            raise UserError(
-                f"depth: blocks that differ grow by whole repeats of their pattern of {unit} (got {present} -> {depth})"
-            )
-        units = [number * (present // unit) // (depth // unit) for number in range(depth // unit)]
-        return [one * unit + place for one in units for place in range(unit)]
+        unit = self.config.pattern_length
+        for number in range(depth):
+            yield number // unit * (len(self.blocks) // unit) // (depth // unit) * unit + number % unit
 
     def set_depth(self, depth: int) -> None:
         """Drop the last blocks, or append blocks with fresh weights, which a checkpoint is about to replace.

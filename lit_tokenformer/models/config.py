@@ -291,6 +291,11 @@ class TokenformerConfig:
         pairs = [layer.partition("+") for layer in self.layers]
         return [(mixer, feed_forward or self.feed_forward) for mixer, _, feed_forward in pairs]
 
+    @property
+    def pattern_length(self) -> int:
+        """Blocks after which the parts of the blocks repeat."""
+        return 1 if self.layers is None else len(self.layers)
+
     def parts_of(self, layer: int) -> tuple[str, str]:
         """Names of mixer and feed-forward of the block with this number.
 

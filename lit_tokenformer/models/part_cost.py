@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache, singledispatch
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -42,7 +42,6 @@ def count_parameters(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
-@singledispatch
 def part_cost(part: nn.Module, length: int) -> Cost:
     """Cost of a part for each data token.
 
@@ -58,26 +57,16 @@ def part_cost(part: nn.Module, length: int) -> Cost:
     own: Any = getattr(part, "cost", None)
     if own is not None:
         return own(length)
-    _warn(type(part).__name__)
     parameters = count_parameters(part)
+    if isinstance(part, nn.Linear):
+        flops = 2 * part.in_features * part.out_features
+        return Cost(parameters, flops, part.in_features, flops)
+    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
+        return Cost(parameters, 0, part.normalized_shape[0])
+    if isinstance(part, nn.Identity):
+        return Cost()
+    _warn(type(part).__name__)
     return Cost(parameters, 2 * parameters, sum(one.shape[-1] for one in part.parameters() if one.ndim > 1))
-
-
-@part_cost.register
-def _(part: nn.Linear, length: int) -> Cost:
-    flops = 2 * part.in_features * part.out_features
-    return Cost(count_parameters(part), flops, part.in_features, flops)
-
-
-@part_cost.register(nn.LayerNorm)
-@part_cost.register(nn.RMSNorm)
-def _(part: Any, length: int) -> Cost:
-    return Cost(count_parameters(part), 0, part.normalized_shape[0])
-
-
-@part_cost.register
-def _(part: nn.Identity, length: int) -> Cost:
-    return Cost()
 
 
 def same_input_cost(dim: int, length: int, *layers: nn.Module) -> Cost:
