@@ -230,11 +230,10 @@ class ParameterGrowthCallback(Callback):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
-        depths = sorted({tokens.get("depth", 0) for _, tokens in stages})
-        for model in pl_module.modules():
-            for depth in depths if isinstance(model, Tokenformer) else ():
-                if len(model.blocks) < depth:
-                    check_depth(model, depth, setting="schedule: depth")
+        models = [model for model in pl_module.modules() if isinstance(model, Tokenformer)]
+        for model, (_, tokens) in itertools.product(models, stages):
+            if len(model.blocks) < tokens.get("depth", 0):
+                check_depth(model, tokens["depth"], setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         stages = dict(self.remaining_stages(pl_module))

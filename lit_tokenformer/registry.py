@@ -51,7 +51,8 @@ class Registry(Generic[T]):
         Args:
             name: The name, as configs write it.
             needs: For a part of a model: fields of the architecture and the values of each that the part supports;
-                fields that are left out may have any.
+                fields that are left out may have any. Of two parts that exclude each other, the later one can name the
+                other here, and they go together.
 
         Raises:
             UserError: For a name that is taken.
@@ -73,7 +74,7 @@ class Registry(Generic[T]):
 
     def needs(self, name: str) -> dict[str, tuple[Any, ...]]:
         """Fields of the architecture that an entry restricts, and the values that it supports."""
-        return self._needs[name]
+        return self._needs.get(name, {})
 
     def __getitem__(self, name: str) -> T:
         if name not in self:

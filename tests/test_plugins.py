@@ -15,7 +15,8 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.models import Tokenformer, create_backbone, preset_config
 from lit_tokenformer.models.mixers import Attention
-from lit_tokenformer.registry import MIXERS, NORMS, Registry
+from lit_tokenformer.models.positions import Positions
+from lit_tokenformer.registry import MIXERS, NORMS, POSITIONS, Registry
 from lit_tokenformer.tasks import LitCausalLM
 from lit_tokenformer.tasks.rebuild import rebuild_task
 
@@ -83,6 +84,18 @@ def test_combinations_of_a_plugin_are_checked():
     load("toy_mixer")
     with pytest.raises(UserError, match="mixer: unsupported combination: 'running_mean' needs causal: true, got false"):
         preset_config("tokenformer_lm_tiny", mixer="running_mean", causal=False)
+
+
+@pytest.mark.parametrize("needs", [{}, {"stem": ("patch",)}], ids=str)
+def test_new_part_can_declare_that_it_goes_with_one_that_does_not_know_it(needs, monkeypatch):
+    """The patch stem supports learned positions alone."""
+    monkeypatch.setattr(POSITIONS, "entries", {**POSITIONS.entries})
+    POSITIONS.register("toy", **needs)(Positions(learned=True, limited=True))
+    if needs:
+        assert preset_config("vit_tiny_patch16_224", positions="toy").length_limit == 197
+    else:
+        with pytest.raises(UserError, match="stem: unsupported combination: 'patch' needs positions: learned, got toy"):
+            preset_config("vit_tiny_patch16_224", positions="toy")
 
 
 def losses(**settings):
@@ -189,7 +202,6 @@ def test_part_without_cost_is_estimated_with_one_warning(monkeypatch):
         cost = None
 
     monkeypatch.setitem(MIXERS.entries, "uncounted", Uncounted)
-    monkeypatch.setitem(MIXERS._needs, "uncounted", {})
     config = preset_config("gpt2_tiny", **SIZES, vocab_size=11, mixer="uncounted")
     with pytest.warns(UserWarning, match="Uncounted declares no cost") as warned:
         for depth in (1, 2):
