@@ -43,21 +43,14 @@ class _Parts(NamedTuple):
 
 def _parts(config: TokenformerConfig, length: int) -> _Parts:
     """Costs at the size of the config, for sequences of this length."""
-    fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0))
-    return _measured(tuple((name, _hashable(value)) for name, value in fields.items()), length)
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple(value.items())
-    return tuple(value) if isinstance(value, list) else value
+    fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0, param_tokens=1))
+    return _measured((*fields.items(), ("param_tokens", tuple(config.tokens.items()))), length)
 
 
 @lru_cache(maxsize=1024)
 def _measured(fields: tuple[tuple[str, Any], ...], length: int) -> _Parts:
     given = dict(fields)
     given["param_tokens"] = dict(given["param_tokens"])
-    given["layers"] = given["layers"] and list(given["layers"])
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = Tokenformer(TokenformerConfig(**given))
     blocks = [part_cost(block, length) for block in model.blocks]

@@ -441,3 +441,14 @@ def test_impossible_models_are_refused_before_they_are_built(preset, settings, m
     with pytest.raises(ValueError, match=message) as error:
         preset_config(preset, **{**SIZES, **settings})
     assert "\n" not in str(error.value)
+
+
+def test_pattern_of_blocks_is_checked():
+    with pytest.raises(ValueError, match="mixer: unknown value 'wky', did you mean 'wkv'"):
+        preset_config("hybrid_tiny", layers=["wky"])
+    with pytest.raises(ValueError, match="feed_forward: unsupported combination: 'channel_mix' needs causal: true"):
+        preset_config("bert_tiny", layers=["attention", "attention+channel_mix"])
+    with pytest.raises(ValueError, match=r"layers: expected names of mixers, or mixer\+feed_forward, got \(\)"):
+        preset_config("hybrid_tiny", layers=[])
+    listed = preset_config("hybrid_tiny", layers=["wkv", "wkv", "attention+mlp"])
+    assert hash(listed) == hash(preset_config("hybrid_tiny")) and listed.parts_of(5) == ("attention", "mlp")

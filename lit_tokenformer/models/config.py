@@ -220,7 +220,7 @@ class TokenformerConfig:
     context_length: int = 1024
     tie_embeddings: bool = True
     unpad: bool = False
-    layers: list[str] | None = None
+    layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
@@ -250,6 +250,8 @@ class TokenformerConfig:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
             raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
+        if isinstance(self.layers, list):  # as YAML has it
+            object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers is not None and not (self.layers and all(isinstance(one, str) for one in self.layers)):
             raise UserError(f"layers: expected names of mixers, or mixer+feed_forward, got {self.layers!r}")
         for parts in self._block_parts():
@@ -300,7 +302,7 @@ class TokenformerConfig:
         """Names of mixer and feed-forward of the block with this number.
 
         Example:
-            >>> config = TokenformerConfig(layers=["attention", "attention+mlp"], feed_forward="glu")
+            >>> config = TokenformerConfig(layers=("attention", "attention+mlp"), feed_forward="glu")
             >>> config.parts_of(0), config.parts_of(3)
             (('attention', 'glu'), ('attention', 'mlp'))
         """

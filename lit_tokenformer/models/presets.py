@@ -80,7 +80,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "attn_dropout": 0.1,
     },
 }
-_HYBRID = {**_FAMILIES["rwkv4"], "layers": ["wkv", "wkv", "attention+mlp"]}
+_HYBRID = {**_FAMILIES["rwkv4"], "layers": ("wkv", "wkv", "attention+mlp")}
 _FAMILIES["roberta"] = {**_FAMILIES["bert"], "norm_eps": 1e-5}
 _FAMILIES["mosaic_bert"] = {
     **_FAMILIES["bert"],
