@@ -168,6 +168,14 @@ class LitTask(OptimizedTask):
         """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
 
+    def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Training loss with the auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
+        loss, count = self.training_loss(batch)
+        for name, extra in self.backbone.take_aux_losses().items():
+            self.log(f"train/aux/{name}", extra.detach())
+            loss = loss + extra
+        return loss, count
+
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
         if self.device_mesh is None:
@@ -236,7 +244,9 @@ class LitTask(OptimizedTask):
 
     def logged_metrics(self) -> set[str]:
         """Names of the training and validation metrics that a callback can monitor."""
-        return {self.metric(name) for name in ("train/loss", *(f"val/{score}" for score in self.scores))}
+        model = self.backbones.get("")
+        own = [f"train/aux/{name}" for name in model.loss_names] if model is not None else []
+        return {self.metric(name) for name in ("train/loss", *own, *(f"val/{score}" for score in self.scores))}
 
     def log_scores(self, stage: str) -> None:
         """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
@@ -22,6 +23,7 @@ def published_adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
+@TASKS.register("LitCausalLM")
 class LitCausalLM(LitLanguageTask):
     """Trains a backbone to predict the next token.
 

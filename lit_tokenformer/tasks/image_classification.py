@@ -15,10 +15,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 
+@TASKS.register("LitImageClassifier")
 class LitImageClassifier(LitTask):
     """Trains a backbone to classify images.
 

@@ -22,6 +22,7 @@ from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import BackboneOverrides, Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
@@ -45,6 +46,7 @@ _OF_IMAGE = ("num_classes", "image_size")
 _OF_TEXT = ("vocab_size", "context_length", "separator_id", "z_loss", "cross_documents")
 
 
+@TASKS.register("LitMultiTask")
 class LitMultiTask(LitTask):
     """Train one set of blocks on any number of tasks at once.
 
@@ -248,7 +250,7 @@ class LitMultiTask(LitTask):
         terms: dict[str, Sequence[Tensor]] = {}
         losses: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            losses[name], count = task.training_loss(batch[name])
+            losses[name], count = task.total_loss(batch[name])
             share = task.share_of_step(count, batch_idx, losses[name])
             terms[name] = [term if share is None else term * share for term in self.terms(name, losses[name])]
         loss = _sum_of(terms)
