@@ -77,6 +77,19 @@ class TestTwoProcesses:
             assert rank[f"{path} again"]["step"] == rank[path.split("/")[0]]["step"]
             assert difference(rank[f"{path} again"], rank[path.split("/")[0]]) == 0
 
+    def test_fsdp2_grows_and_resumes_bit_equal_on_the_command_line(self, found):
+        ranks, _, folder = found
+        assert ranks[0]["fsdp2"] == ranks[1]["fsdp2"] == [0, 0, 0]
+        runs = ["fsdp2/lightning_logs/version_0", "fsdp2-stopped/lightning_logs/version_1"]
+        whole, resumed = (read_checkpoint(folder / run / "checkpoints" / "last.ckpt") for run in runs)
+        assert whole["global_step"] == resumed["global_step"] == 6
+        assert whole["param_tokens"] == resumed["param_tokens"] == {"qkv": 16, "proj": 16, "ffn": 64}
+        for name, tensor in whole["state_dict"].items():
+            assert torch.equal(tensor, resumed["state_dict"][name])
+        moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, resumed))
+        assert moments.keys() == others.keys()
+        assert all(torch.equal(moments[name][key], others[name][key]) for name in moments for key in moments[name])
+
     def test_a_resume_on_another_division_ends_as_the_fit_that_was_not_stopped(self, found):
         ranks, one, _ = found
         assert difference(ranks[0]["tokens as data"], ranks[0]["tokens"]) < 1e-6
