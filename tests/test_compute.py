@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_tokenformer import cost
-from lit_tokenformer.cost import ModelCost, model_cost, plan_stages
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import SCORE_NORMS, Tokenformer, TokenformerConfig, preset_config
 from lit_tokenformer.models.config import PARTS
@@ -17,6 +17,7 @@ from lit_tokenformer.models.heads import HEADS
 from lit_tokenformer.models.mixers import MIXERS
 from lit_tokenformer.models.projections import INITS, PROJECTIONS
 from lit_tokenformer.models.stems import STEMS
+from lit_tokenformer.planning import plan_stages
 
 TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
 LANGUAGE = {

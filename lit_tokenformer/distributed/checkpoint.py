@@ -42,6 +42,9 @@ except ImportError:  # not on Windows: what a killed process left there stays
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a folder: torch's index of tensors, and what Lightning keeps beside them."""
 
+NON_FINITE = "non_finite"
+"""Key in a checkpoint that must not be saved: a parameter that is not finite, in itself or its optimizer state."""
+
 _INDEX_TYPES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
@@ -186,6 +189,9 @@ def save_folder(
         checkpoint: What to write.
         path: The folder.
     """
+    if NON_FINITE in checkpoint:
+        strategy.checkpoint_io.reject_non_finite(checkpoint, path)
+        return
     target = Path(strategy.broadcast(path))
     unfinished, before = (target.with_name(target.name + end) for end in (".part", ".before"))
     io = strategy.checkpoint_io

@@ -15,8 +15,8 @@ from lit_tokenformer.distributed.checkpoint import load_into, save_folder
 class GrowingModelParallelStrategy(ModelParallelStrategy):
     """Shard a task with FSDP2, and its parameter tokens over a tensor-parallel group, while it grows.
 
-    Registered as ``fsdp2`` when ``lit_tokenformer.tasks`` is imported. Checkpoints of modules other than the tasks of
-    this project load as in Lightning.
+    Registered as ``fsdp2`` when ``lit_tokenformer.tasks`` or ``callbacks`` is imported. Checkpoints of other
+    LightningModules than the tasks of this project load as in Lightning.
 
     Args:
         data_parallel_size: Processes of a data-parallel group; ``auto`` takes all that ``tensor_parallel_size`` leaves.
