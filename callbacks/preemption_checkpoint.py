@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.distributed import GrowingModelParallelStrategy
 from lit_tokenformer.distributed.checkpoint import NON_FINITE
 from lit_tokenformer.growth.shards import like, local
 
@@ -49,8 +51,9 @@ class PreemptionCheckpoint(Callback):
 
     A checkpoint is not saved while a weight or an optimizer state is NaN or infinite: a warning names the parameter,
     and the checkpoints before it are kept. The check is one pass over weights and optimizer state, without a copy. With
-    a ``CheckpointIO`` other than ``WholeCheckpointIO``, the fit ends with ``FloatingPointError``. Checkpoints
-    saved with ``save_weights_only`` are not checked: Lightning calls no callback for them.
+    a ``CheckpointIO`` other than ``WholeCheckpointIO``, or a strategy that writes by itself (FSDP1, DeepSpeed), the fit
+    ends with ``FloatingPointError``. Checkpoints saved with ``save_weights_only`` are not checked: Lightning calls no
+    callback for them.
 
     Attributes:
         status: Exit status of a command that ends by the signal: 130 after Ctrl-C, 129 after SIGHUP, else 143.
@@ -153,7 +156,7 @@ class PreemptionCheckpoint(Callback):
         name = _non_finite(trainer)
         if not trainer.strategy.reduce_boolean_decision(name is None):
             checkpoint[NON_FINITE] = name or "weights"  # of another process
-            if not isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
+            if not _rejects_non_finite(trainer.strategy):
                 raise FloatingPointError(f"non-finite {checkpoint[NON_FINITE]} at step {trainer.global_step}")
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -230,6 +233,13 @@ class PreemptionCheckpoint(Callback):
 
 def _saving(trainer: Trainer) -> list[ModelCheckpoint]:
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+
+
+def _rejects_non_finite(strategy: Strategy) -> bool:
+    """Return whether whatever writes a checkpoint looks for the key ``NON_FINITE``."""
+    by_io = type(strategy).save_checkpoint is Strategy.save_checkpoint
+    growing = isinstance(strategy, GrowingModelParallelStrategy)
+    return (by_io or growing) and isinstance(strategy.checkpoint_io, WholeCheckpointIO)
 
 
 @torch.no_grad()

@@ -72,12 +72,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If it cannot be written; for a full disk only with ``on_full_disk: stop``.
         """
-        if storage_options is not None or not _is_local_file_protocol(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
         self.unsaved = None
         if NON_FINITE in checkpoint:
             self.reject_non_finite(checkpoint, path)
+            return
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         try:

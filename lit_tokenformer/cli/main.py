@@ -205,7 +205,7 @@ class TokenformerCLI(LightningCLI):
         planning.description = (plan.__doc__ or "").splitlines()[0]
         if self._asked in (None, "plan"):
             self._add_arguments(planning)
-            given_by_config = {"trainer", "model", "datamodule"}
+            given_by_config: set[str | int] = {"trainer", "model", "datamodule"}
             self._subcommand_method_arguments["plan"] = planning.add_function_arguments(plan, skip=given_by_config)
         parser._subcommands_action.add_subcommand("plan", planning, help=planning.description)  # type: ignore[union-attr]
         self._subcommand_parsers["predict"].add_argument(

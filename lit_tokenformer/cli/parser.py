@@ -59,20 +59,24 @@ class Parser(LightningArgumentParser):
         cause = None if ex is None else unwrap(ex)
         if cause is not None and raised_by_user_code(cause):
             raise cause from cause.__cause__
-        setting = re.match(r'Parser key "([\w.]+)"', message)
+        message = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
+        setting = re.match(r'Parser key "([\w.]+)": ', message)
         if isinstance(cause, UserError):
             message = str(cause)
-        elif setting and cause is not None:  # the report repeats types and the whole configuration
-            message = f"{setting[1]}: {cause}"
+        elif setting and cause is not None and "Got value" not in str(cause):
+            message = f"{setting[1]}: {' '.join(str(cause).split())}"
+        elif setting:  # the types of a union, without the report of each
+            union = re.search(r" Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
+            told = f"expected one of {union[1]}, got {union[2]}" if union else message.removeprefix(setting[0])
+            message = f"{setting[1]}: {told}"
         elif "arguments are required" in message and "model" in message:
             shipped = ", ".join(shipped_configs())
             message = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
-        told = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
         known = self._names()
-        for path in re.findall(r"(?:[Oo]ption '|arguments: --|import path string: )([\w.]+)", told):
+        for path in re.findall(r"(?:[Oo]ption '|arguments: --|import path string: )([\w.]+)", message):
             near = [nearest_name(name, known) for name in path.split(".") if name not in known]
-            told += "".join(f" (did you mean {name!r}?)" for name in near if name)
-        print(f"error: {told}", file=sys.stderr)
+            message += "".join(f" (did you mean {name!r}?)" for name in near if name)
+        print(f"error: {message}", file=sys.stderr)
         self.exit(2)
 
     def _names(self) -> set[str]:

@@ -189,9 +189,6 @@ def save_folder(
         checkpoint: What to write.
         path: The folder.
     """
-    if NON_FINITE in checkpoint:
-        strategy.checkpoint_io.reject_non_finite(checkpoint, path)
-        return
     target = Path(strategy.broadcast(path))
     unfinished, before = (target.with_name(target.name + end) for end in (".part", ".before"))
     io = strategy.checkpoint_io

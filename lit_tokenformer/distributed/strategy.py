@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.constants import default_pg_timeout
 
-from lit_tokenformer.distributed.checkpoint import load_into, save_folder
+from lit_tokenformer.distributed.checkpoint import NON_FINITE, load_into, save_folder
 
 
 class GrowingModelParallelStrategy(ModelParallelStrategy):
@@ -59,7 +59,9 @@ class GrowingModelParallelStrategy(ModelParallelStrategy):
             filepath: The file or folder.
             storage_options: Not supported, as in Lightning's own.
         """
-        if self._save_distributed_checkpoint and storage_options is None:
+        if NON_FINITE in checkpoint:
+            self.checkpoint_io.reject_non_finite(checkpoint, filepath)  # type: ignore[attr-defined]
+        elif self._save_distributed_checkpoint and storage_options is None:
             save_folder(self, super().save_checkpoint, checkpoint, filepath)
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
