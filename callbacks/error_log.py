@@ -16,11 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.checkpoints.run_folder import run_folder
+from lit_tokenformer.errors import UserError, from_process
 
 
 class ErrorLog(Callback):
-    """Writes the error that ends a process to ``errors/rank_N.log`` below the log folder, with time, epoch and step.
+    """Writes the error that ends a process to ``errors/rank_N.log`` in the run's folder, with time, epoch and step.
 
     Settings that are refused before the first training step are not logged.
 
@@ -44,7 +45,7 @@ class ErrorLog(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "errors"  # asks all processes
+        self._folder = Path(run_folder(trainer)) / "errors"  # asks all processes
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.trained = True
@@ -52,7 +53,7 @@ class ErrorLog(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
             return
-        if self.trained or not isinstance(exception, (UserError, MisconfigurationException)):
+        if self.trained or not isinstance(from_process(exception), (UserError, MisconfigurationException)):
             run = trainer.log_dir if trainer.world_size == 1 else None  # of several processes, setup asks all
             folder = self._folder or Path(run or trainer.default_root_dir) / "errors"
             path = folder / f"rank_{trainer.global_rank}.log"

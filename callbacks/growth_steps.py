@@ -1,33 +1,65 @@
-"""What happens to single optimizer steps after a growth: learning rate, size of the updates, tau."""
+"""Optimizer steps after a growth: learning rate, size of the updates, tau."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_tokenformer.growth import Rows, plan_rows
-from lit_tokenformer.growth.shards import local, owned_rows
-from lit_tokenformer.models import Pattention
+from lit_tokenformer.growth import GrownTensor, Rows, growth_method
+from lit_tokenformer.growth.shards import local
+from lit_tokenformer.models.axes import find_axes
 
-if TYPE_CHECKING:
-    from callbacks.parameter_growth import ParameterGrowthCallback
+Event = Mapping[str, Any]
+"""A growth as :class:`~callbacks.ParameterGrowthCallback` records it."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of the steps after a growth; see :class:`~callbacks.ParameterGrowthCallback` for each."""
+
+    tau_steps: int = 0
+    ramp_steps: int = 0
+    freeze_old_steps: int = 0
+    old_updates: float = 0.0
+    rewarm_steps: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps)
+
+    def rewarm_factor(self, done: int) -> float:
+        """Factor on the learning rate of the coming optimizer step, ``done`` steps after the latest growth."""
+        return (done + 1) / self.rewarm_steps if done < self.rewarm_steps else 1.0
+
+    def shares(self, done: int) -> tuple[float, float]:
+        """Shares of their updates that new and old rows take in the coming step."""
+        new = min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0
+        frozen = done < self.freeze_old_steps or self.freeze_old_steps < 0
+        return new, self.old_updates if frozen else 1.0
 
 
 def add_step_hooks(
-    growth: ParameterGrowthCallback, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    settings: StepSettings,
+    latest: Callable[[], Event | None],
+    trainer: Trainer,
+    pl_module: LightningModule,
+    optimizer: torch.optim.Optimizer,
+    place: int,
 ) -> list[Any]:
-    """Lets an optimizer do what a growth callback says of the steps after its latest growth.
+    """Change the steps of an optimizer after a growth.
 
     Args:
-        growth: The callback, with its settings and what it did so far.
+        settings: What changes, and for how long.
+        latest: Returns the latest growth, or ``None`` if there was none.
         trainer: The trainer, whose steps are counted.
         pl_module: The model.
         optimizer: One of its optimizers.
+        place: Index among the trainer's callbacks at which changed learning rates are shown.
 
     Returns:
         The hooks, to be removed when the fit ends.
@@ -35,31 +67,30 @@ def add_step_hooks(
     rates: list[Any] = []
     held: list[tuple[Tensor, Tensor, Tensor]] = []  # what this process holds of each: now, before the step, and share
 
-    shown = ShownRates(growth, trainer, optimizer) if growth.rewarm_steps else None
+    def factor() -> float:
+        event = latest()
+        return 1.0 if event is None else settings.rewarm_factor(trainer.global_step - event["step"])
+
+    shown = ShownRates(factor, trainer, optimizer, place) if settings.rewarm_steps else None
 
     def before_step(*_: Any) -> None:
         if shown is not None:
             shown.restore()
         rates.clear()
         held.clear()
-        if not growth.events:
+        event = latest()
+        if event is None:
             return
-        done = trainer.global_step - growth.events[-1]["step"]
         rates.extend(group["lr"] for group in optimizer.param_groups)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * _rewarm_factor(growth, trainer)
-        new = min(1.0, (done + 1) / growth.ramp_steps) if growth.ramp_steps else 1.0
-        frozen = done < growth.freeze_old_steps or growth.freeze_old_steps < 0
-        if new < 1 or frozen:
+            group["lr"] = group["lr"] * factor()
+        new, old = settings.shares(trainer.global_step - event["step"])
+        if new < 1 or old < 1:
             owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for layer, rows in latest_rows(pl_module, growth.events[-1]):
-                for parameter in (getattr(layer, part) for part in layer.PARTS):
-                    if parameter in owned:
-                        own = owned_rows(parameter, rows.after)
-                        is_new = rows.new(parameter.device)[own.start : own.stop, None]
-                        now = local(parameter)
-                        share = torch.where(is_new, new, growth.old_updates if frozen else 1.0).to(now)
-                        held.append((now, now.clone(), share))
+            for parameter, is_new in new_entries(pl_module, event).items():
+                if parameter in owned:
+                    now = local(parameter)
+                    held.append((now, now.clone(), torch.where(is_new, new, old).to(now)))
 
     def after_step(*_: Any) -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
@@ -67,12 +98,11 @@ def add_step_hooks(
         for now, previous, share in held:
             now.copy_(torch.where(share == 1, now, previous + share * (now - previous)))
         held.clear()
-        if growth.events:
-            left = growth.tau_steps - (trainer.global_step - growth.events[-1]["step"])
-            if left > 0:
-                for layer in pl_module.modules():
-                    if isinstance(layer, Pattention):
-                        layer.tau.mul_((math.sqrt(layer.num_tokens) / layer.tau) ** (1 / left))
+        event = latest()
+        left = 0 if event is None else settings.tau_steps - (trainer.global_step - event["step"])
+        for _name, part, axis in find_axes(pl_module) if left > 0 else ():
+            if axis.tau is not None:
+                axis.tau.mul_((math.sqrt(axis.size(part)) / axis.tau) ** (1 / left))
 
     hooks: list[Any] = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
     return hooks if shown is None else [*hooks, shown]
@@ -85,11 +115,12 @@ class ShownRates(Callback):
     neither a scheduler nor a checkpoint sees them.
     """
 
-    def __init__(self, growth: ParameterGrowthCallback, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        self.growth, self.trainer, self.optimizer = growth, trainer, optimizer
+    def __init__(
+        self, factor: Callable[[], float], trainer: Trainer, optimizer: torch.optim.Optimizer, place: int
+    ) -> None:
+        self.factor, self.trainer, self.optimizer = factor, trainer, optimizer
         self.rates: list[Any] = []
         callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
-        place = callbacks.index(growth) + 1 if growth in callbacks else len(callbacks)
         trainer.callbacks = [*callbacks[:place], self, *callbacks[place:]]  # type: ignore[attr-defined]
 
     def remove(self) -> None:
@@ -100,7 +131,7 @@ class ShownRates(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * _rewarm_factor(self.growth, self.trainer)
+            group["lr"] = group["lr"] * self.factor()
 
     def on_before_zero_grad(self, *_: Any) -> None:
         self.restore()
@@ -118,23 +149,44 @@ class ShownRates(Callback):
         self.rates = []
 
 
-def _rewarm_factor(growth: ParameterGrowthCallback, trainer: Trainer) -> float:
-    """Factor on the learning rate of the coming optimizer step."""
-    done = trainer.global_step - growth.events[-1]["step"] if growth.events else growth.rewarm_steps
-    return (done + 1) / growth.rewarm_steps if done < growth.rewarm_steps else 1.0
-
-
-def latest_rows(module: nn.Module, event: Mapping[str, Any]) -> Iterator[tuple[Pattention, Rows]]:
-    """Find the layers that a growth enlarged, and where their rows come from.
+def latest_rows(module: nn.Module, event: Event) -> Iterator[tuple[str, nn.Parameter, GrownTensor]]:
+    """Find the parameters that a growth enlarged, with their names, and where their rows come from.
 
     Args:
         module: The model, at the size after it.
-        event: That growth: totals ``before`` and ``after``, the ``method``, and ``layers_before``, which are of layers
-            that had other totals than the rest of their kind.
+        event: That growth; its row map is in ``rows``.
     """
+    rows = event["rows"] if "rows" in event else _rows_of_earlier_release(module, event)
+    parameters = dict(module.named_parameters())
+    for name, (before, after, copies, dim, block) in rows.items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.shape[dim] == after * block:
+            yield name, parameter, GrownTensor(Rows(before, after, copies), dim, block)
+
+
+def row_map(name: str, grown: GrownTensor) -> dict[str, list[int]]:
+    """The entry of a parameter in the row map of a growth, as plain numbers for a checkpoint."""
+    rows = grown.rows
+    return {name: [rows.before, rows.after, rows.copies, grown.dim, grown.block]}
+
+
+def new_entries(module: nn.Module, event: Event) -> dict[nn.Parameter, Tensor]:
+    """Masks of what a growth appended, broadcastable to what this process holds of each parameter it enlarged."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for _, parameter, grown in latest_rows(module, event):
+        mask = grown.new(parameter)
+        found[parameter] = found[parameter] | mask if parameter in found else mask
+    return found
+
+
+def _rows_of_earlier_release(module: nn.Module, event: Event) -> dict[str, list[int]]:
+    """The row map of a growth that was recorded without one: by totals, and sizes of layers that had others."""
+    found: dict[str, list[int]] = {}
     own = event.get("layers_before", {})
-    for name, layer in module.named_modules():
-        if isinstance(layer, Pattention) and layer.kind in event["after"]:
-            before, after = own.get(name, event["before"][layer.kind]), event["after"][layer.kind]
-            if before < after == layer.num_tokens:
-                yield layer, plan_rows(before, after, event["method"], layer.score_norm)
+    for name, part, axis in find_axes(module):
+        before, after = own.get(name, event["before"].get(axis.kind, 0)), event["after"].get(axis.kind, 0)
+        if axis.tau is not None and before < after == axis.size(part):
+            rows = growth_method(event["method"]).rows(before, after)
+            for tensor in axis.tensors:
+                found |= row_map(f"{name}.{tensor.name}".lstrip("."), GrownTensor(rows, tensor.dim, tensor.block))
+    return found

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.training_monitor import norms_by_age, rows_by_age
@@ -49,9 +50,11 @@ class LossGuard(Callback):
 
     Note:
         Under DDP this is one number for each optimizer step that all processes reduce. On a GPU the host does not wait
-        for it: non-finite gradients are set to zero on the device, together with all others of the step, and the fit
-        stops or goes back before the next step, or before a checkpoint is saved. Gradients that overflow with a loss
-        scale (16-bit precision) are left to the scaler.
+        for it: all gradients of a wrong step are set to zero on the device, and the fit stops or goes back before the
+        next step, or before a checkpoint is saved. A fused optimizer of torch (``fused: true``) of parameters that are
+        not sharded skips the step on the device. Any other takes it with gradients of zero, so momentum and weight
+        decay still change the weights once; ``rollback`` undoes that, and ``stop`` saves no checkpoint after it.
+        Gradients that overflow with a loss scale (16-bit precision) are left to the scaler.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -118,6 +121,8 @@ class LossGuard(Callback):
         if lags:
             for gradient in gradients:
                 gradient.masked_fill_(wrong, 0)
+            if gradients and _skips_on_device(optimizer):
+                optimizer.found_inf = wrong.float()
         elif self._settle(trainer, pl_module):
             optimizer.zero_grad(set_to_none=True)
             return
@@ -129,10 +134,16 @@ class LossGuard(Callback):
             self._settle(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release(trainer)
         self._settle(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release(trainer)
         self._pending = None
+
+    def _release(self, trainer: Trainer) -> None:
+        for optimizer in trainer.optimizers:
+            vars(optimizer).pop("found_inf", None)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Act on the step whose verdict is pending.
@@ -180,6 +191,12 @@ class _Step(NamedTuple):
 def _lags(verdict: Tensor) -> bool:
     """Whether the host reads the verdict of a step one step later, and the device runs on meanwhile."""
     return verdict.is_cuda
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer takes no step where its attribute ``found_inf`` is 1, as loss scalers set it."""
+    groups = optimizer.param_groups
+    return all(one.get("fused") and not any(isinstance(p, DTensor) for p in one["params"]) for one in groups)
 
 
 def _to_host(verdict: Tensor) -> Callable[[], bool]:
@@ -316,11 +333,11 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
     """Norms of weights or gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
     growths = [event for one in trainer.callbacks if isinstance(one, ParameterGrowthCallback) for event in one.events]  # type: ignore
     tokens = list(rows_by_age(pl_module, growths[-1] if growths else None))
-    taken = {parameter for parameter, _ in tokens}
+    taken = {one.tensor for one in tokens}
     others = [parameter for parameter in pl_module.parameters() if parameter not in taken]
     for kind in kinds:
-        rows = [(_part(kind, parameter), new) for parameter, new in tokens]
-        present = [(tensor, new) for tensor, new in rows if tensor is not None]
+        rows = [(_part(kind, one.tensor), one) for one in tokens]
+        present = [one._replace(tensor=tensor) for tensor, one in rows if tensor is not None]
         if present:
             old, appended = norms_by_age(present)
             yield f"norm of {kind} of old rows", float(old)

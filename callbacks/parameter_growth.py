@@ -1,7 +1,4 @@
-"""When a model grows, inside a running fit: the schedule, and what must happen around a growth.
-
-How tokens are made and how optimizer state is carried over stands in :mod:`lit_tokenformer.growth`.
-"""
+"""Growth inside a running fit: its schedule, and what surrounds it. :mod:`lit_tokenformer.growth` grows the model."""
 
 from __future__ import annotations
 
@@ -21,34 +18,40 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from callbacks.growth_check import OutputCheck
-from callbacks.growth_steps import add_step_hooks
+from callbacks.growth_steps import StepSettings, add_step_hooks, row_map
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import TRIGGERS, LossSignal
 from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
-from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import METHODS, grow_with_optimizers, plan_rows, target_tokens
+from lit_tokenformer.errors import UserError, nearest_name, unknown_name
+from lit_tokenformer.growth import Rows, grow_with_optimizers, growth_method, target_sizes
+from lit_tokenformer.growth.axes import UNITS, added_bytes, check_memory, describe_sizes, grown_sizes
 from lit_tokenformer.growth.depth import check_depth
+from lit_tokenformer.growth.methods import check_rows
 from lit_tokenformer.growth.optimizer import NEW_STATES
 from lit_tokenformer.growth.shards import ShardedParameters
-from lit_tokenformer.growth.tokens import added_bytes, check_memory
-from lit_tokenformer.models import Pattention, Tokenformer, Tokens, model_size, param_tokens
+from lit_tokenformer.models import Tokenformer, Tokens, model_size
+from lit_tokenformer.models.axes import find_axes, follow_sizes
 from lit_tokenformer.models.config import KINDS, OTHER
 
 
 class ParameterGrowthCallback(Callback):
-    """Appends parameter tokens at scheduled epochs or optimizer steps of a running fit.
+    """Grow a model at scheduled epochs or optimizer steps of a running fit.
+
+    Parameter tokens, hidden units of the feed-forward, attention heads and blocks can grow, and units of any part that
+    declares :class:`~lit_tokenformer.models.Axis`.
 
     A growth is due where ``epoch >= key`` and, with a ``trigger``, once the training loss asked for it; it takes place
     before the first batch after that at which no gradient is pending. The schedule holds totals, so a resumed run finds
     by itself what is due.
 
     Args:
-        schedule: ``{epoch: tokens}``, zero-indexed and in rising order. Tokens are totals: a number n (qkv n, proj n,
-            ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, depth: L}``; kinds that are left
-            out keep theirs. ``other`` is of layers without a kind, as in a user's own model. ``depth`` is a total of
-            blocks: new ones are inserted as identities, under any ``method``.
+        schedule: ``{epoch: size}``, zero-indexed and in rising order. A size is totals: a number n of parameter tokens
+            (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
+            heads: H, depth: L}``; kinds that are left out keep theirs. ``other`` is of Pattention layers without a
+            kind, as in a user's own model, ``hidden`` of MLP, GLU and channel mix. ``depth`` is a total of blocks: new
+            ones are inserted as identities, under any ``method``.
         unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
-        method: How new rows are made: ``split`` (exact for every score normalisation), ``zero_keys`` (exact but for
+        method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact but for
             softmax) or ``random`` (as published; the function jumps).
         noise: Size of the differences between the copies of a split, in standard deviations of values at birth.
         new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
@@ -109,7 +112,6 @@ class ParameterGrowthCallback(Callback):
         cooldown: int = 100,
     ) -> None:
         for setting, value, choices in (
-            ("method", method, METHODS),
             ("new_state", new_state, NEW_STATES),
             ("trigger", trigger, ("schedule", *TRIGGERS)),
         ):
@@ -131,25 +133,21 @@ class ParameterGrowthCallback(Callback):
                 raise UserError(f"{setting}: expected at least {least}, got {number}")
         if old_updates > 1:
             raise UserError(f"old_updates: expected at most 1, got {old_updates}")
-        if method == "split" and noise == 0:
-            raise UserError("noise: 0 would leave the copies of a split equal for ever")
+        if growth_method(method).rows(1, 2).copies > 1 and noise == 0:
+            raise UserError("noise: 0 would leave the copies of a split equal forever")
         self.schedule = _checked_schedule(schedule, unit)
         self.unit = unit
         self.method = method
         self.noise = noise
         self.new_state = new_state
-        self.tau_steps = tau_steps
-        self.ramp_steps = ramp_steps
-        self.freeze_old_steps = freeze_old_steps
-        self.old_updates = old_updates
-        self.rewarm_steps = rewarm_steps
+        self.steps = StepSettings(tau_steps, ramp_steps, freeze_old_steps, old_updates, rewarm_steps)
         self.seed = seed
         self.check = check
         self.trigger = trigger
         self.events: list[dict[str, Any]] = []
-        """One entry for each growth: epoch, step, totals before and after, what it did.
+        """One entry for each growth: epoch, step, totals before and after, settings, what it did.
 
-        ``layers_before`` has the tokens of layers that had more than the smallest of their kind.
+        ``rows`` is its row map: ``[before, after, copies, dim, block]`` by the name of each parameter.
         """
         self._signal: LossSignal | None = None
         if trigger in TRIGGERS:
@@ -179,7 +177,7 @@ class ParameterGrowthCallback(Callback):
             setting = f"schedule: {self.unit} {key}"
             if grown and not found and _is_reached(wanted, current, setting):
                 continue
-            current = target_tokens(wanted, current, setting=setting)
+            current = target_sizes(wanted, current, setting=setting)
             found.append((key, current))
         return found
 
@@ -194,29 +192,38 @@ class ParameterGrowthCallback(Callback):
         return {**self.size(module), **before}
 
     def size(self, module: nn.Module) -> dict[str, int]:
-        """What the schedule is about in a model: parameter tokens of each kind, and the depth if it names one."""
-        deepens = any(isinstance(tokens, Mapping) and "depth" in tokens for tokens in self.schedule.values())
-        return model_size(module) if deepens else param_tokens(module)
+        """What the schedule is about in a model: parameter tokens, and the other kinds that it names."""
+        named = {kind: 1 for size in self.schedule.values() if isinstance(size, Mapping) for kind in size}
+        return grown_sizes(module, named)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        for _, part, _ in find_axes(pl_module):
+            follow_sizes(part)  # in a user's own module: a checkpoint may be of another size
         if stage != "fit":
             return
         growth_context(trainer)
+        sizes = model_size(pl_module)
+        for key, wanted in self.schedule.items():
+            for kind in wanted if isinstance(wanted, Mapping) else ():
+                if kind not in sizes and kind not in (*KINDS, OTHER):
+                    raise unknown_name(f"schedule: {self.unit} {key}", kind, sizes)
         birth = self._birth(pl_module)
         if not birth:  # the same config serves architectures that grow and those that do not
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
         stages = self.remaining_stages(pl_module)
         self._check_depth(trainer, pl_module, birth, stages)
-        layers = {name: layer for name, layer in pl_module.named_modules() if isinstance(layer, Pattention)}
-        for name, layer in layers.items():
-            first = birth[layer.kind] if self.events else layer.num_tokens
-            totals = [first, *(tokens[layer.kind] for _, tokens in stages)]
-            for before, after in itertools.pairwise(totals):
-                plan_rows(before, after, self.method, layer.score_norm, name)
+        method = growth_method(self.method)
+        for name, part, axis in find_axes(pl_module):
+            if axis.kind not in birth:
+                continue
+            first = birth[axis.kind] if self.events else axis.size(part)
+            for before, after in itertools.pairwise([first, *(size[axis.kind] for _, size in stages)]):
+                rows = method.rows(before, after) if after >= before else Rows(before, after)
+                check_rows(axis, rows, method, name)
         shares = trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
-        for key, tokens in stages:
-            needed = sum(added_bytes(layer, tokens[layer.kind]) for layer in layers.values())
+        for key, size in stages:
+            needed = added_bytes(pl_module, size)
             check_memory(needed // shares, trainer.strategy.root_device, f"schedule: {self.unit} {key}")
         if stages:
             _check_averages(trainer)
@@ -249,10 +256,11 @@ class ParameterGrowthCallback(Callback):
         while self._next < len(stages) and _is_reached(stages[self._next][1], current):
             self._next += 1  # the checkpoint that the fit resumes from holds this growth already
         for key, wanted in stages[self._next :]:
-            current = target_tokens(wanted, current, setting=f"schedule: {self.unit} {key}")
-        if self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps:
-            for optimizer in trainer.optimizers:
-                self._step_hooks += add_step_hooks(self, trainer, pl_module, optimizer)
+            current = target_sizes(wanted, current, setting=f"schedule: {self.unit} {key}")
+        callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+        place = callbacks.index(self) + 1 if self in callbacks else len(callbacks)
+        for optimizer in trainer.optimizers if self.steps else []:
+            self._step_hooks += add_step_hooks(self.steps, self._latest, trainer, pl_module, optimizer, place)
         if self._signal is not None:
             self._signal.begin_fit(trainer, pl_module)
 
@@ -263,7 +271,7 @@ class ParameterGrowthCallback(Callback):
                 return
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
-            targets = target_tokens(stages[self._next][1], self.size(pl_module))
+            targets = target_sizes(stages[self._next][1], self.size(pl_module))
             targets = trainer.strategy.broadcast(targets)  # all processes grow alike, whatever each was told
             if targets != self.size(pl_module):
                 self._grow(trainer, pl_module, targets, batch)
@@ -310,6 +318,10 @@ class ParameterGrowthCallback(Callback):
         if self._signal is not None and self._measured_for().items() <= signal.items():
             self._signal.load_state_dict(signal)
 
+    def _latest(self) -> dict[str, Any] | None:
+        """The latest growth."""
+        return self.events[-1] if self.events else None
+
     def _measured_for(self) -> dict[str, Any]:
         """What the signal was measured for; it says nothing to another trigger, nor after a growth between two runs."""
         return {"trigger": self.trigger, "growths": len(self.events)}
@@ -319,8 +331,7 @@ class ParameterGrowthCallback(Callback):
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         flops = _flops(pl_module)
         outputs = OutputCheck(pl_module, batch, self.check)
-        had = {layer: layer.num_tokens for layer in pl_module.modules() if isinstance(layer, Pattention)}
-        grown_from: dict[str, int] = {}
+        rows: dict[str, list[int]] = {}
 
         start = time.perf_counter()
         for optimizer in trainer.optimizers:
@@ -328,23 +339,18 @@ class ParameterGrowthCallback(Callback):
         with growth_context(trainer):
             settings: Any = {"noise": self.noise, "seed": self.seed, "new_state": self.new_state}
             for grown in grow_with_optimizers(pl_module, targets, trainer.optimizers, self.method, **settings):
-                grown_from[grown.name.rpartition(".")[0]] = grown.rows.before
+                rows |= row_map(grown.name, grown.grown)
                 del grown  # and with it the last reference to the old parameter
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
         seconds = time.perf_counter() - start
 
-        sizes = [
-            (name, had.get(layer, grown_from.get(name, before[layer.kind])), before[layer.kind])
-            for name, layer in pl_module.named_modules()
-            if isinstance(layer, Pattention)
-        ]
         event = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "before": before,
             "after": targets,
-            "layers_before": {name: size for name, size, usual in sizes if size != usual},
+            "rows": rows,
             "trigger": self.trigger,
             "method": self.method,
             "noise": self.noise,
@@ -365,10 +371,8 @@ class ParameterGrowthCallback(Callback):
 
     def _tell(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
         pairs = {kind: f"{event['before'][kind]} -> {total}" for kind, total in event["after"].items()}
-        blocks = f", {pairs.pop('depth')} blocks" if "depth" in pairs else ""
-        sizes = ", ".join(f"{kind} {pair}" for kind, pair in pairs.items())
         facts = [
-            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {sizes} tokens{blocks}",
+            f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {describe_sizes(pairs)}",
             f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters",
         ]
         if not math.isnan(flops):
@@ -376,7 +380,7 @@ class ParameterGrowthCallback(Callback):
         if not math.isnan(event["output_difference"]):
             facts.append(f"relative output difference {event['output_difference']:.1e}")
         rank_zero_info("; ".join([*facts, f"{event['seconds']:.2f} s"]))
-        if self.method != "random" and event["output_difference"] > 0.05:
+        if growth_method(self.method).exact and event["output_difference"] > 0.05:
             rank_zero_warn(
                 f"The growth changed the model's output by {event['output_difference']:.1e}, although method "
                 f"{self.method!r} should not change it."
@@ -402,9 +406,11 @@ def _checked_schedule(schedule: Mapping[Key, Tokens], unit: str) -> dict[int, To
         ValueError: Otherwise.
     """
     checked = checked_keys(schedule, unit)
-    current = dict.fromkeys((*KINDS, OTHER, "depth"), 1)
+    named = {str(kind) for size in checked.values() if isinstance(size, Mapping) for kind in size}
+    misspelt = [kind for kind in sorted(named - UNITS.keys()) if nearest_name(kind, UNITS)]
+    current = dict.fromkeys((*UNITS, *sorted(named.difference(misspelt))), 1)  # parts may have kinds of their own
     for key, tokens in checked.items():
-        current = target_tokens(tokens, current, setting=f"schedule: {unit} {key}")
+        current = target_sizes(tokens, current, setting=f"schedule: {unit} {key}")
     return checked
 
 
@@ -421,7 +427,7 @@ def _check_averages(trainer: Any) -> None:
 
 def _is_reached(tokens: Tokens, current: Mapping[str, int], setting: str = "tokens") -> bool:
     """Whether a model holds at least these totals of every kind already."""
-    wanted = target_tokens(tokens, dict.fromkeys(current, 1), setting)
+    wanted = target_sizes(tokens, dict.fromkeys(current, 1), setting)
     named = tokens if isinstance(tokens, Mapping) else wanted
     return all(current[kind] >= wanted[kind] for kind in named)
 

@@ -100,7 +100,8 @@ class RunSummary(Callback):
 
     @staticmethod
     def _size(pl_module: LightningModule) -> dict[str, Any]:
-        return {"tokens": param_tokens(pl_module), "depth": model_size(pl_module).get("depth")}
+        tokens, size = param_tokens(pl_module), model_size(pl_module)
+        return {"tokens": tokens, "depth": size.pop("depth", None), "units": {k: size[k] for k in size.keys() - tokens}}
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         flops = _training_flops(trainer)
@@ -142,10 +143,11 @@ class RunSummary(Callback):
         table = Table(title="What this fit came to")
         for name in ("stage", "tokens", "steps", "seconds", "training FLOPs", "score", "best checkpoint"):
             table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
-        deepened = len({stage.get("depth") for stage in self.stages}) > 1
+        sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
+        constant = {kind for kind in sizes[-1] if len({size.get(kind) for size in sizes}) == 1} if sizes else set()
         for number, stage in enumerate(self.stages):
             best, flops = stage["best"], stage["training_flops"]
-            size = {**stage["tokens"], **({"depth": stage.get("depth")} if deepened else {})}
+            size = {k: n for k, n in sizes[number].items() if k in stage["tokens"] or k not in constant}
             table.add_row(
                 str(number),
                 ", ".join(f"{kind} {total}" for kind, total in size.items()) or "-",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,9 +29,10 @@ from callbacks.growth_steps import latest_rows
 from lit_tokenformer.checkpoints.run_folder import run_folder, write_if_room
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth import Rows
+from lit_tokenformer.growth import GrownTensor, Rows
 from lit_tokenformer.growth.shards import gather, like, local
 from lit_tokenformer.models import Pattention, param_tokens
+from lit_tokenformer.models.axes import axis_sizes
 
 
 class TrainingMonitor(Callback):
@@ -92,7 +93,7 @@ class TrainingMonitor(Callback):
         self._samples = self._tokens = 0
         self._tokens_before_fit = 0
         self._since = self._paused = self._begun = 0.0
-        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what this process had of each before the step
+        self._held: list[tuple[Tensor, AgedRows]] = []  # what this process had of each before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
         self._hparams_logged = False
@@ -128,9 +129,9 @@ class TrainingMonitor(Callback):
         Args:
             trainer: The trainer.
             pl_module: The model, grown already.
-            event: What was done; see :func:`~callbacks.growth_steps.latest_rows`.
+            event: The growth; see :func:`~callbacks.growth_steps.latest_rows`.
         """
-        self._growth = {key: event[key] for key in ("before", "after", "layers_before", "method") if key in event}
+        self._growth = {key: event[key] for key in ("before", "after", "rows", "method") if key in event}
         self._measure(pl_module)
         _log(trainer, self._totals())
 
@@ -141,11 +142,9 @@ class TrainingMonitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
             return
-        rows = [
-            (parameter, new) for parameter, new in rows_by_age(pl_module, self._growth) if parameter.grad is not None
-        ]
-        self._held = [(parameter, local(parameter).to("cpu", copy=True), new) for parameter, new in rows]
-        gradients: Any = ((parameter.grad, new) for parameter, new in rows)
+        rows = [one for one in rows_by_age(pl_module, self._growth) if one.tensor.grad is not None]
+        self._held = [(local(one.tensor).to("cpu", copy=True), one) for one in rows]
+        gradients: Any = (one._replace(tensor=one.tensor.grad) for one in rows)  # type: ignore[arg-type]
         self._row_norms = self._norms("grad", gradients) if rows else {}
 
     def on_train_batch_end(
@@ -162,8 +161,8 @@ class TrainingMonitor(Callback):
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
         changes = (  # one after the other: no second copy of all parameter tokens on the device
-            (like(parameter.detach(), before.to(parameter.device).sub_(local(parameter))), new)
-            for parameter, before, new in self._held
+            one._replace(tensor=like(one.tensor.detach(), before.to(one.tensor.device).sub_(local(one.tensor))))
+            for before, one in self._held
         )
         found = {**self._row_norms, **(self._norms("update", changes) if self._held else {})}
         norms = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
@@ -220,7 +219,9 @@ class TrainingMonitor(Callback):
         cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
         self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
-        self._sizes |= {f"size/tokens_{kind}": total for kind, total in param_tokens(pl_module).items()}
+        tokens = param_tokens(pl_module)
+        for kind, total in axis_sizes(pl_module).items():
+            self._sizes[f"size/tokens_{kind}" if kind in tokens else f"size/{kind}"] = total
         self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
 
     def _totals(self) -> dict[str, float]:
@@ -229,7 +230,7 @@ class TrainingMonitor(Callback):
         flops, tokens = float(self.training_flops), float(self.data_tokens)
         return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
 
-    def _norms(self, name: str, tensors: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _norms(self, name: str, tensors: Iterable[AgedRows]) -> dict[str, Tensor]:
         old, appended = norms_by_age(tensors)
         norms = {f"rows/{name}_norm_old": old}
         return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
@@ -249,27 +250,51 @@ class TrainingMonitor(Callback):
                 logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
 
 
-def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """All parameter tokens (N, D), each with a mask (N,) of those that the latest growth appended.
+class AgedRows(NamedTuple):
+    """Units of a tensor, old ones and those that the latest growth appended.
+
+    Args:
+        tensor: A parameter, or a tensor of its shape.
+        dim: The dimension of the units.
+        new: Mask of the new entries in that dimension, (entries,) bool.
+    """
+
+    tensor: Tensor
+    dim: int
+    new: Tensor
+
+
+def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Iterator[AgedRows]:
+    """Keys and values of all parameter tokens, and all other parameters that the latest growth enlarged.
 
     Args:
         pl_module: The model.
         growth: That growth, see :func:`~callbacks.growth_steps.latest_rows`; None if there was none.
     """
-    grown = {} if growth is None else dict(latest_rows(pl_module, growth))
-    for layer in pl_module.modules():
-        if isinstance(layer, Pattention):
-            new = grown.get(layer, Rows(layer.num_tokens, layer.num_tokens)).new(layer.key_tokens.device)
-            yield from ((layer.key_tokens, new), (layer.value_tokens, new))
+    grown: dict[nn.Parameter, GrownTensor] = {}
+    for _, parameter, one in latest_rows(pl_module, growth) if growth is not None else ():
+        if parameter not in grown or one.dim == 0:  # of tokens and heads that grew together, tokens
+            grown[parameter] = one
+    layers = [layer for layer in pl_module.modules() if isinstance(layer, Pattention)]
+    for layer in layers:
+        for parameter in (layer.key_tokens, layer.value_tokens):
+            one = grown.get(parameter, GrownTensor(Rows(layer.num_tokens, layer.num_tokens)))
+            yield AgedRows(parameter, one.dim, one.mask(parameter.device))
+    tokens = {parameter for layer in layers for parameter in layer.parameters()}
+    for parameter, one in grown.items():
+        if parameter not in tokens:
+            yield AgedRows(parameter, one.dim, one.mask(parameter.device))
 
 
-def norms_by_age(tensors: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Norm over the rows (N, D) of all tensors that their mask (N,) leaves out, and over those that it names."""
+def norms_by_age(tensors: Iterable[AgedRows]) -> tuple[Tensor, Tensor]:
+    """Norm over all old units, and over all new ones."""
     squares = []
-    for tensor, new in tensors:
+    for tensor, dim, new in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        rows = gather(torch.linalg.vector_norm(tensor, dim=1, dtype=wide)).square()  # (N,)
-        squares.append(torch.stack([rows.masked_fill(new, 0).sum(), rows.masked_fill(~new, 0).sum()]))
+        others = [other for other in range(tensor.ndim) if other != dim]
+        norms = torch.linalg.vector_norm(tensor, dim=others, dtype=wide) if others else tensor.to(wide)
+        entries = gather(norms).square()
+        squares.append(torch.stack([entries.masked_fill(new, 0).sum(), entries.masked_fill(~new, 0).sum()]))
     old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
     return old, appended
 

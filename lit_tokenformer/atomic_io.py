@@ -6,11 +6,12 @@ symbolic link under the target's name is replaced, never followed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,7 @@ except ImportError:  # not on Windows
 
 UNFINISHED = ".lit-tokenformer-{}.part"
 """Name of what is being written: hidden, and without the target's name in it, since Lightning counts ``hpc_ckpt_N`` by
-what file names contain. A process that writes such a file holds a lock on it."""
+what file names contain. A process that writes such a file or folder holds a lock on it."""
 
 
 @contextmanager
@@ -64,6 +65,8 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Create a new folder that is renamed to ``target`` when the block ends, and is removed if it raises.
 
+    What killed processes left of the same target is removed.
+
     Args:
         target: The folder, which does not exist yet; its parents are created.
 
@@ -73,17 +76,38 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be created or renamed.
     """
-    part = _beside(target)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(target).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    named = hashlib.sha256(Path(target).name.encode()).hexdigest()[:8]
+    for left in parent.glob(UNFINISHED.format(f"{named}{'[0-9a-f]' * 24}")):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    part = parent / UNFINISHED.format(f"{named}{uuid.uuid4().hex[:24]}")
     part.mkdir()
+    with ExitStack() as lock:
+        with suppress(OSError):
+            lock.enter_context(_locked(part))
+        try:
+            yield part
+            for inner in [*part.rglob("*"), part]:
+                _sync(inner)
+            os.replace(part, target)
+            _sync(parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder; an ``OSError`` where another process has locked it, it is a link, or there are no locks."""
+    if fcntl is None:
+        raise OSError("no locks")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield part
-        for inner in [*part.rglob("*"), part]:
-            _sync(inner)
-        os.replace(part, target)
-        _sync(part.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(descriptor)
 
 
 def clear_parts(folder: Path) -> None:

@@ -205,7 +205,7 @@ class ModelCost:
         data_tokens: Data tokens of each training sample, T.
         flops: Operations of one forward pass, for each sample.
         training_flops: Operations of one forward and backward pass, for each sample.
-        kept: Numbers kept for the backward pass, for each sample (an estimate).
+        kept: Numbers kept for the backward pass, for each sample (an estimate, without masks of dropout).
     """
 
     parameters: int

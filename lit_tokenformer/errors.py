@@ -7,6 +7,11 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from typing import TypeVar
+
+from torch.multiprocessing import ProcessRaisedException
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 _OURS = ("callbacks", "lit_tokenformer")
 _CHECKED = frozenset(
@@ -91,9 +96,25 @@ def unwrap(error: BaseException) -> BaseException:
     return error
 
 
+def from_process(error: ErrorT) -> ErrorT | UserError:
+    """Return the ``UserError`` that another process raised, where it is all that ended that process.
+
+    Processes that Lightning forks or spawns hand over the text of their traceback.
+    """
+    own = f"{UserError.__module__}.{UserError.__qualname__}: "
+    if isinstance(error, ProcessRaisedException) and str(error).strip().splitlines()[-1].startswith(own):
+        return UserError(str(error))
+    return error
+
+
 def raised_by_user_code(error: BaseException) -> bool:
     """Return whether code of neither this project nor a library whose constructors it calls took part."""
     return not _CHECKED.issuperset(_packages(error))
+
+
+def is_user_code(value: object) -> bool:
+    """Return whether the class of a value is defined by neither this project nor a library that it calls."""
+    return type(value).__module__.partition(".")[0] not in _CHECKED
 
 
 def raised_by_library(error: BaseException) -> bool:

@@ -47,7 +47,7 @@ MOVED = {
     "lit_tokenformer.safety": "lit_tokenformer.checkpoints.trust",
     "lit_tokenformer.sharded_checkpoints": "lit_tokenformer.distributed.checkpoint",
     "lit_tokenformer.text_generation": "lit_tokenformer.inference.text",
-    "lit_tokenformer.token_growth": "lit_tokenformer.growth.tokens",
+    "lit_tokenformer.token_growth": "lit_tokenformer.growth.axes",
 }
 """Old path to new path. Class paths in configs and checkpoints, and imports in a user's code, may hold the old ones."""
 

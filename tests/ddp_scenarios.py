@@ -196,6 +196,18 @@ SCENARIOS = {
     "deepened": Scenario(
         {"schedule": {1: {"depth": 3}, 2: {"depth": 5, "qkv": 16}}}, callbacks=[AVERAGED], like="deepened", resumed=True
     ),
+    "axes": Scenario(
+        {"schedule": {1: {"hidden": 128, "heads": 4}, 2: {"hidden": 150, "heads": 5}}, "ramp_steps": 3},
+        task=partial(image_task, projection="linear", feed_forward="mlp", bias=True),
+        callbacks=[AVERAGED],
+        like="axes",
+        resumed=True,
+    ),
+    "axes_of_tokens": Scenario(
+        {"schedule": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 96}}, "freeze_old_steps": 1},
+        task=partial(image_task, feed_forward="mlp"),
+        like="axes_of_tokens",
+    ),
     "fewer_patches": Scenario(  # each process leaves out others
         task=partial(image_task, patch_drop_rate=0.5),
         callbacks=[partial(PatchDropSchedule, {1: 0.25, 2: 0.0})],

@@ -31,7 +31,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
-from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
+from lit_tokenformer.tasks import LitImageClassifier, LitMultiTask, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
 FITS = {
@@ -41,6 +41,15 @@ FITS = {
         "steps": {"ramp_steps": 2, "freeze_old_steps": 1, "old_updates": 0.25, "tau_steps": 2},
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 0.05,
+    },
+    "axes": {
+        "growth": {1: {"hidden": 256, "heads": 4}, 2: {"hidden": 300, "heads": 5}},
+        "overrides": {"projection": "linear", "feed_forward": "mlp", "bias": True},
+        "steps": {"ramp_steps": 2, "freeze_old_steps": 1},
+    },
+    "token axes": {
+        "growth": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 150, "heads": 5}},
+        "overrides": {"feed_forward": "mlp"},
     },
     "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
@@ -127,6 +136,50 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
     return found
+
+
+def several(folders=None):
+    """Weights of two tasks that share their blocks after 3 optimizer steps of 8 samples.
+
+    Args:
+        folders: As of :func:`fit`; divided, each process takes 2 samples at once, in 2 micro-batches.
+    """
+    seed_everything(0)
+    task = LitMultiTask(
+        "tokenformer_lm_tiny",
+        **{"num_classes": 10, "image_size": 8, "vocab_size": 17, "context_length": 6},
+        overrides={"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8, "rotary_fraction": 0.5},
+        image={"patch_size": 4},
+        schedule=LRSchedule("constant"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+    )
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for number in range(24):  # of texts, another number of tokens has a label in each
+        tokens = torch.randint(17, (7,), generator=generator).where(torch.arange(7) <= 1 + number % 6, -100)
+        image = torch.randn(3, 8, 8, generator=generator), torch.tensor(number % 10)
+        samples.append({"image": image, "text": tokens})
+    divided = folders is not None
+    size = 2 if divided else 8
+    batches = [[*range(start, start + size)] for start in range(size * RANK, 24, size * WORLD)]
+    task.setup = lambda stage: None
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=ModelParallelStrategy(WORLD, 1, folders, process_group_backend="gloo") if divided else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=2 if divided else 1,
+        gradient_clip_val=0.3,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, DataLoader(samples, batch_sampler=batches))
+    reshard(task)
+    return {"step": trainer.global_step, "epochs": [{name: whole(one) for name, one in task.named_parameters()}]}
 
 
 def unknown_torch(folder):
@@ -269,7 +322,10 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        for name, path in (("even", "even/end1.ckpt"), ("uneven", "uneven/end1.ckpt"), ("uneven", "uneven/end0.ckpt")):
+        found["axes"] = fit(folder / "axes", "axes", data=WORLD, folders=True)
+        found["token axes"] = fit(folder / "token axes", "token axes", tokens=WORLD, folders=True)
+        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0"):
+            name, path = name.split("/")[0], f"{name}.ckpt"
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
@@ -278,12 +334,16 @@ def main(folder):
             fsdp2(folder / "fsdp2-stopped", 2),
             fsdp2(folder / "fsdp2-stopped", 3, "--ckpt_path", "last"),
         ]
+        found["several"] = several(folders=True)
         found["layers"] = divided_tokens()
         found["folders"] = folders(folder / "folders")
         found["memory"] = {method: growth_memory(method) for method in ("split", "zero_keys")}
     else:
+        found["several"] = several()
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
+        for name in ("axes", "token axes"):
+            found[name] = fit(folder / f"one-{name}", name)
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)
             path = folder / name / "end1.ckpt"

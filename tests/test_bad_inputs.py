@@ -419,7 +419,6 @@ TABLES = {
 AFTER_LOGGER = {
     "numbers-batch_size_of_all",
     "numbers-channels",
-    "numbers-no_end",
     "data-only_corrupt_images",
     "data-text_empty",
     "data-cache_dir_not_writable",
@@ -428,8 +427,6 @@ AFTER_LOGGER = {
     "data-text_shorter_than_a_block",
     "data-block_and_context",
     "checkpoints-folder",
-    "checkpoints-shapes",
-    "checkpoints-another_architecture",
     "checkpoints-another_task",
     "checkpoints-another_vocabulary",
 }

@@ -1,9 +1,11 @@
 """Parameters and operations in closed form, against counting them."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +83,45 @@ def test_cost_equals_counting_at_every_size(settings, checkpointing):
         cost = model_cost(model.config, model.param_tokens, checkpointing)
         assert_cost_is_right(model, cost)
         assert cost == model_cost(model.config, totals, checkpointing)
+
+
+def kept_for_backward(config, checkpointing):
+    """Bytes of the tensors, weights aside, that autograd keeps from a forward pass over eight samples."""
+    torch.manual_seed(0)
+    model, kept = Tokenformer(config).train(), {}
+    model.set_grad_checkpointing(checkpointing)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # which is kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randint(config.vocab_size, (8, config.context_length)))
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
+
+
+ROOT = Path(__file__).parents[1]
+LANGUAGE_CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lm*.yaml"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("name", LANGUAGE_CONFIGS)
+def test_plan_of_a_shipped_language_model_equals_counting_and_measuring(name, checkpointing):
+    arguments = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]["init_args"]
+    config = preset_config(arguments["preset"], vocab_size=31, context_length=64)
+    config = dataclasses.replace(config, dim=32, depth=3, num_heads=2, param_tokens=32)
+    cost = model_cost(config, checkpointing=checkpointing)
+    model = Tokenformer(config).train()
+    model.set_grad_checkpointing(checkpointing)
+    assert_cost_is_right(model, cost)
+    config = dataclasses.replace(config, dropout=0.0)  # a CPU keeps its masks as floats, a GPU as bytes
+    measured = kept_for_backward(config, checkpointing)
+    if checkpointing:  # at most one block at once is computed again, and keeps what it keeps without
+        sizes = [kept_for_backward(dataclasses.replace(config, depth=depth), False) for depth in (2, 3)]
+        measured += sizes[1] - sizes[0]
+    planned = cost.training_memory(8) - cost.training_memory(0)
+    assert planned == pytest.approx(measured, rel=0.05)  # without statistics of norms and position biases
 
 
 def test_every_part_has_a_name_a_class_and_a_cost():

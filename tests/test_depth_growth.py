@@ -140,7 +140,7 @@ def growth():
 def test_depth_and_tokens_grow_by_one_schedule_in_a_running_fit(tmp_path):
     task, callback, monitor = make_task(), growth(), TrainingMonitor(log_images=0)
     fit(task, tmp_path, callback, monitor)
-    assert model_size(task) == {"qkv": 8, "proj": 4, "ffn": 16, "depth": 6}
+    assert model_size(task) == {"heads": 2, "qkv": 8, "proj": 4, "ffn": 16, "depth": 6}
     assert [event["after"]["depth"] for event in callback.events] == [3, 6]
     assert all(event["output_difference"] < 1e-5 for event in callback.events)
     config, samples = task.backbone.config, 4
@@ -200,7 +200,7 @@ def test_public_grow_inserts_blocks_and_hands_them_to_the_optimizer():
     optimizer, left = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
     before = model(TOKENS)
     grow(model, {"depth": 4, "qkv": 8}, optimizer=optimizer)
-    assert model.size == {"qkv": 8, "proj": 4, "ffn": 16, "depth": 4}
+    assert model.size == {"heads": 2, "qkv": 8, "proj": 4, "ffn": 16, "depth": 4}
     torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
     assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in model.parameters()]
     model(TOKENS).logsumexp(dim=-1).sum().backward()

@@ -140,6 +140,19 @@ def test_error_in_own_code_keeps_its_traceback_and_its_log(kind, args, tmp_path,
         assert "Traceback" in text and f'File "{__file__}"' in text and f"{kind}: " in text and "went wrong" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "own"), [("ddp_fork", False), ("ddp_spawn", False), ("ddp_fork", True)])
+def test_error_in_a_process_that_lightning_starts_is_told_as_in_this_one(strategy, own, tmp_path, capfd):
+    callback = f"{__name__}.BrokenHook" if own else f"{__name__}.Raises"
+    more = ["--trainer.strategy", strategy, "--trainer.devices", "2", "--trainer.callbacks+", callback]
+    status = run(tmp_path, *more, *([] if own else ["--trainer.callbacks.late", "false"]))
+    shown = capfd.readouterr().err
+    assert status == (1 if own else 2)
+    assert ("Traceback" in shown) == own
+    assert shown.count("error: data.share: what went wrong\n") == (0 if own else 1)
+    assert list(tmp_path.rglob("errors")) == [tmp_path / "errors"] * own
+
+
 @pytest.mark.parametrize(
     ("kind", "args"),
     [

@@ -131,6 +131,18 @@ def test_texts_of_a_batch_are_those_of_each_alone_and_contexts_are_read_as_they_
         assert HarnessModel(generator, batch_size=1).generate_until(requests("generate_until", one)) == [text]
 
 
+def test_sampled_texts_are_written_in_batches_and_are_those_of_each_alone(generator):
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9, "top_k": 50}
+    asked = [(context, settings) for context in ("Once upon a time", "A", "", "The sky is", "A")]
+    calls, read = [], generator.run
+    generator.run = lambda prompts, *given: calls.append(len(prompts)) or read(prompts, *given)
+    texts = HarnessModel(generator, batch_size=3).generate_until(requests("generate_until", *asked))
+    assert calls == [3, 2]
+    assert texts[1] != texts[4]  # a repeated request is another sample
+    alone = HarnessModel(generator, batch_size=8)
+    assert texts[:4] == [alone.generate_until(requests("generate_until", one))[0] for one in asked[:4]]
+
+
 @pytest.mark.slow
 def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, include_path):
     results = evaluate(generator, ["tiny_choice"], include_path=include_path, batch_size=2)["results"]["tiny_choice"]

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, draw, generate_tokens, keep_top_k, keep_top_p, penalise
 from lit_tokenformer.models import Tokenformer, create_backbone
@@ -222,6 +223,17 @@ def test_a_seed_decides_the_text(model):
     assert rows(model, same, sampling=free, seed=None) != drawn
     torch.manual_seed(5)
     assert rows(model, same, sampling=free, seed=None) == drawn
+
+
+def test_seeds_of_rows_decide_their_texts_wherever_they_are(model):
+    free, prompts = Sampling(temperature=2.0), [[3, 4], [9], [3, 4]]
+    found = rows(model, prompts, sampling=free, seed=[7, 8, 9])
+    assert found[0] != found[2]
+    assert rows(model, prompts[::-1], sampling=free, seed=[9, 8, 7]) == found[::-1]
+    for prompt, seed, row in zip(prompts, [7, 8, 9], found, strict=True):
+        assert rows(model, [prompt], sampling=free, seed=seed) == [row]
+    with pytest.raises(UserError, match="seed: expected one, or one for each of the 3 prompts, got 2"):
+        rows(model, prompts, sampling=free, seed=[7, 8])
 
 
 def test_a_seed_leaves_the_global_generator_alone(model):

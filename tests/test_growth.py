@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lit_tokenformer.growth import Rows, grow, target_tokens
+from lit_tokenformer.growth import Rows, grow, target_sizes
 from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, param_tokens
 
@@ -155,10 +155,10 @@ def test_copies_lie_beside_their_originals():
     layer = Pattention(4, 3, 5)
     keys, values = layer.key_tokens.detach().clone(), layer.value_tokens.detach().clone()
     (grown_keys, grown_values) = grow(layer, 17)
-    assert grown_keys.rows == grown_values.rows == Rows(before=5, after=17, copies=3)
+    assert grown_keys.grown.rows == grown_values.grown.rows == Rows(before=5, after=17, copies=3)
     assert torch.equal(layer.key_tokens[:15].unflatten(0, (5, 3)), keys[:, None].expand(5, 3, 4))
     torch.testing.assert_close(layer.value_tokens[:15].unflatten(0, (5, 3)).sum(dim=1), values)
-    mask = grown_keys.rows.new()
+    mask = grown_keys.grown.rows.new()
     assert mask.tolist() == [False, True, True] * 5 + [True, True]
     assert (grown_keys.gradient_scale, grown_values.gradient_scale) == (1 / 3, 1.0)
 
@@ -261,10 +261,10 @@ def test_other_settings_that_do_not_fit_raise(settings):
         grow(Pattention(4, 4, 4), 8, **settings)
 
 
-def test_target_tokens_names_the_setting():
+def test_target_sizes_names_the_setting():
     with pytest.raises(ValueError, match="schedule: epoch 3: ffn would shrink from 32 to 16"):
-        target_tokens({"ffn": 16}, {"qkv": 8, "ffn": 32}, setting="schedule: epoch 3")
-    assert target_tokens(16, {"ffn": 32}) == {"ffn": 64}
+        target_sizes({"ffn": 16}, {"qkv": 8, "ffn": 32}, setting="schedule: epoch 3")
+    assert target_sizes(16, {"ffn": 32}) == {"ffn": 64}
 
 
 def new_values(seed=0, generator=None, dtype=torch.float32, order=("a", "b"), draw_before=0):
@@ -393,7 +393,7 @@ def tie_to_a_kind_that_stays():
 def test_ties_that_a_growth_would_cut_are_refused(tie):
     model, tokens = tie()
     before = dict(model.named_parameters(remove_duplicate=False))
-    with pytest.raises(ValueError, match="is tied to parameter tokens that would grow in another way") as error:
+    with pytest.raises(ValueError, match="is tied to a parameter that would grow in another way") as error:
         grow(model, tokens)
     assert "\n" not in str(error.value)
     now = dict(model.named_parameters(remove_duplicate=False))
@@ -482,7 +482,7 @@ def test_an_old_gradient_is_not_carried_along():
 @pytest.mark.parametrize(("method", "total"), [("zero_keys", 8), ("split", 10)])
 def test_new_tokens_with_both_key_and_value_zero_are_refused(method, total):
     layer = Pattention(8, 8, num_tokens=4, value_std=0.0)
-    with pytest.raises(ValueError, match="would both be zero, and never train"):
+    with pytest.raises(ValueError, match="would read and write zeros, and never train"):
         grow(layer, total, method)
     assert layer.num_tokens == 4
 

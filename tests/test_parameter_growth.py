@@ -347,7 +347,7 @@ def test_layers_without_a_kind_or_without_pattention():
         ({"schedule": {1: 16}, "unit": "epochs"}, "unit: unknown value 'epochs', did you mean 'epoch'"),
         ({"schedule": {1: 16}, "method": "copy"}, "method: unknown value 'copy'"),
         ({"schedule": {1: 16}, "new_state": "none"}, "new_state: unknown value"),
-        ({"schedule": {1: 16}, "noise": 0}, "noise: 0 would leave the copies of a split equal for ever"),
+        ({"schedule": {1: 16}, "noise": 0}, "noise: 0 would leave the copies of a split equal forever"),
         ({"schedule": {1: 16}, "ramp_steps": -2}, "ramp_steps: expected at least 0, got -2"),
     ],
 )
@@ -465,8 +465,14 @@ def test_a_model_that_is_grown_in_part_grows_to_the_whole():
     fit(task, growth, seen, TrainingMonitor())
     assert param_tokens(task) == {"other": 16} and task.net[3].num_tokens == 16
     (event,) = growth.events
-    assert event["before"] == {"other": 8} and event["layers_before"] == {"net.3": 12}
-    assert {layer: rows.before for layer, rows in latest_rows(task, event)} == {task.net[1]: 8, task.net[3]: 12}
+    assert event["before"] == {"other": 8}
+    parts = {
+        f"net.{layer}.{part}": size for layer, size in ((1, 8), (3, 12)) for part in ("key_tokens", "value_tokens")
+    }
+    assert {name: grown.rows.before for name, _, grown in latest_rows(task, event)} == parts
+    earlier = {**event, "layers_before": {"net.3": 12}}  # as earlier releases recorded it
+    del earlier["rows"]
+    assert [*latest_rows(task, earlier)] == [*latest_rows(task, event)]
     assert torch.equal(seen.seen[-1][:12], seen.seen[5]) and not torch.equal(seen.seen[-1][12:], seen.seen[6][12:])
 
 
@@ -476,7 +482,10 @@ def test_a_resume_does_not_skip_the_growth_of_layers_that_lag_behind(tmp_path):
     growth = ParameterGrowthCallback({1: 16})
     fit(task, growth)
     assert task.net[1].num_tokens == 16
-    assert {layer: rows.before for layer, rows in latest_rows(task, growth.events[0])} == {task.net[1]: 8}
+    assert {name: grown.rows.before for name, _, grown in latest_rows(task, growth.events[0])} == {
+        "net.1.key_tokens": 8,
+        "net.1.value_tokens": 8,
+    }
 
 
 @pytest.mark.parametrize(

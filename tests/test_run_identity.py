@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader, TensorDataset
@@ -335,6 +335,17 @@ def test_loggers_without_a_folder_of_their_own_keep_runs_apart(tmp_path):
         assert run(tmp_path, "--seed_everything", seed, logger=shared, **settings) == 0
     for name in ("id0", "id1"):
         assert {"config.yaml", "summary.json", "checkpoints"} <= {*os.listdir(tmp_path / "shared" / name)}
+
+
+class FailsLate(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError(f"what went wrong at {batch_idx}")
+
+
+def test_the_error_of_a_run_is_logged_in_its_own_folder(tmp_path):
+    shared = logger("test_run_identity.SharedFolderLogger", save_dir=str(tmp_path / "shared"))
+    assert run(tmp_path, logger=shared, callbacks=[callback("test_run_identity.FailsLate")]) == 1
+    assert [*tmp_path.rglob("rank_0.log")] == [tmp_path / "shared" / "id0" / "errors" / "rank_0.log"]
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,14 @@ def test_a_verdict_that_is_read_a_step_later_lets_no_number_reach_the_weights(
     else:
         assert guard.rollbacks == 1 and found.global_step == 16
         assert equal(found.weights.before[8], found.weights.before[4])
+
+
+@pytest.mark.parametrize(("fused", "skipped"), [(True, True), (False, False)])
+def test_a_fused_optimizer_skips_the_wrong_step_before_the_verdict_is_read(tmp_path, monkeypatch, fused, skipped):
+    monkeypatch.setattr("callbacks.safeguard._lags", lambda verdict: True)
+    task = partial(Task, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=fused))
+    before = fit(tmp_path, {6: math.nan}, task=task, enable_checkpointing=False).weights.before
+    assert len(before) == 8 and equal(before[7], before[6]) == skipped and not equal(before[6], before[5])
 
 
 @pytest.mark.parametrize("last", [7, 15])

@@ -73,7 +73,9 @@ def difference(one, other, epoch=-1):
 @pytest.mark.slow
 class TestTwoProcesses:
     @pytest.mark.parametrize(
-        ("divided", "alone"), [("even", "even"), ("uneven", "uneven"), ("tokens", "uneven")], ids=lambda name: name
+        ("divided", "alone"),
+        [("even", "even"), ("uneven", "uneven"), ("tokens", "uneven"), ("axes", "axes"), ("token axes", "token axes")],
+        ids=str,
     )
     def test_a_fit_with_two_growths_equals_that_of_one_process(self, found, divided, alone):
         ranks, one, _ = found
@@ -81,7 +83,15 @@ class TestTwoProcesses:
         for epoch in range(4):  # weights, moments and step counts; before, between and after the growths
             assert difference(ranks[0][divided], one[alone], epoch) < 1e-6
 
-    @pytest.mark.parametrize("path", ["even/end1.ckpt", "uneven/end1.ckpt", "uneven/end0.ckpt"])
+    def test_tasks_that_accumulate_apart_train_as_one_process_with_one_large_batch(self, found):
+        ranks, one, _ = found
+        for rank in ranks:
+            assert rank["several"]["step"] == one["several"]["step"] == 3
+            assert difference(rank["several"], one["several"]) < 1e-6
+
+    @pytest.mark.parametrize(
+        "path", ["even/end1.ckpt", "uneven/end1.ckpt", "uneven/end0.ckpt", "axes/end1.ckpt", "axes/end0.ckpt"]
+    )
     def test_a_resume_ends_bit_equal_to_the_fit_that_was_not_stopped(self, found, path):
         ranks, _, _ = found
         for rank in ranks:

@@ -4,9 +4,11 @@ import copy
 import csv
 import json
 import linecache
+import multiprocessing
 import os
 import pickle
 import shutil
+import time
 import traceback
 import zipfile
 from types import SimpleNamespace
@@ -15,15 +17,17 @@ import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks import ParameterGrowthCallback, PredictionWriter, TrainingMonitor
+from callbacks import LossGuard, ParameterGrowthCallback, PredictionWriter, RunSummary, TrainingMonitor
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import_weights
 from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.restored_state import check_restored_state
+from lit_tokenformer.cli.run_identity import RunIdentity
 from lit_tokenformer.data import Tokenizer
 from lit_tokenformer.data.images.sources import decode_image
 from lit_tokenformer.distributed.checkpoint import INDEX, REST, read_folder
@@ -115,6 +119,40 @@ class TestWriting:
         with atomic_folder(tmp_path / "below" / "a") as folder:
             (folder / "x").touch()
         assert os.listdir(tmp_path / "below" / "a") == ["x"]
+
+    def test_what_a_killed_process_left_of_a_folder_is_removed_by_the_next_with_its_target(self, tmp_path):
+        fork = multiprocessing.get_context("fork")
+
+        def write(name, folders):
+            with atomic_folder(tmp_path / name) as folder:
+                (folder / "x").touch()
+                folders.put(folder)
+                time.sleep(60)
+
+        def leave(name):
+            folders = fork.SimpleQueue()
+            process = fork.Process(target=write, args=(name, folders))
+            process.start()
+            return process, folders.get()
+
+        (killed, left), (other, of_another), (running, busy) = (leave(name) for name in ("a", "b", "a"))
+        try:
+            for process in (killed, other):
+                process.kill()
+                process.join()
+            own = tmp_path / f"{left.name[:25]}{'x' * 24}.part"  # a user's
+            for path in (own, tmp_path / "elsewhere"):
+                path.mkdir()
+                (path / "thesis.txt").touch()
+            link = left.with_name(f"{left.name[:25]}{'0' * 24}.part")
+            link.symlink_to("elsewhere")
+            assert left.is_dir() and busy.is_dir()
+            with atomic_folder(tmp_path / "a"):
+                assert not left.exists() and busy.is_dir() and of_another.is_dir()
+            assert (own / "thesis.txt").exists() and (tmp_path / "elsewhere" / "thesis.txt").exists()
+        finally:
+            running.kill()
+            running.join()
 
     @pytest.mark.parametrize("name", ["model{}.ckpt.part", "model{}.ckpt", "tokenizer.json"])
     @pytest.mark.parametrize("command", ["grow", "import"])
@@ -421,12 +459,14 @@ def places(value, at=()):
             yield from places(inner, (*at, number))
 
 
-def with_another_type(value, at):
-    """A copy in which the value at a place has another type."""
+def with_another_type(value, at, given=None):
+    """A copy in which the value at a place has another type, or is another one."""
     if at:
         found = list(value) if isinstance(value, tuple) else copy.copy(value)
-        found[at[0]] = with_another_type(value[at[0]], at[1:])
+        found[at[0]] = with_another_type(value[at[0]], at[1:], given)
         return found
+    if given is not None:
+        return given
     for kind, other in ((str, 7), (dict, [1]), (list, {"a": 1}), (tuple, {"a": 1}), (type(None), [3])):
         if isinstance(value, kind):
             return other
@@ -458,6 +498,71 @@ def test_a_value_of_another_type_is_one_line_or_does_no_harm(command, good, tmp_
         except Exception as error:
             pytest.fail(f"{'.'.join(map(str, at))}: {error!r}")
     assert refused >= 10
+
+
+class Counter(Callback):
+    """A callback of a user, whose state may be of any type."""
+
+    def state_dict(self):
+        return {"count": 0}
+
+    def load_state_dict(self, state_dict):
+        state_dict["count"] + 1
+
+
+class TestResume:
+    def resumable(self, folder, epochs):
+        callbacks = [ParameterGrowthCallback({1: 16}), TrainingMonitor(), EarlyStopping("val/loss"), LossGuard()]
+        callbacks += [RunSummary(), RunIdentity({}, None, "a file"), Counter()]
+        callbacks.append(ModelCheckpoint(folder, "best", "val/loss", save_last=True))
+        settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        settings["default_root_dir"] = folder
+        fit = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **settings)
+        fit.strategy.checkpoint_io = WholeCheckpointIO()
+        check_restored_state(fit)
+        return fit
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        loader = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+        self.resumable(tmp_path, 2).fit(language_model(), loader, loader)
+        return torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+    def resume(self, saved, at, folder, given=None):
+        """Resumes from a checkpoint with another value at a place."""
+        torch.save(with_another_type(saved, at, given), folder / "last.ckpt")
+        loader = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+        self.resumable(folder, 3).fit(language_model(), loader, loader, ckpt_path=folder / "last.ckpt")
+
+    @pytest.mark.slow
+    def test_a_value_of_another_type_is_one_line_or_does_no_harm(self, saved, tmp_path):
+        parts = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "rng_states")
+        every = {kind: at for at, kind in places({part: saved[part] for part in parts}) if at}.values()
+        counts = {"ready", "started", "processed", "completed"}  # those are tested with a validation
+        every = [at for at in every if at[-1] not in counts and at[:2] != ("callbacks", "Counter")]
+        refused = 0
+        for at in every:
+            try:
+                self.resume(saved, at, tmp_path)
+            except UserError as error:
+                assert str(error).startswith(("ckpt_path: ", "optimizer state: "))
+                refused += 1
+            except Exception as error:
+                pytest.fail(f"{'.'.join(map(str, at))}: {error!r}")
+        assert refused > 60
+
+    @pytest.mark.parametrize(
+        ("name", "value", "told"),
+        [("wait_count", "x", r"\.wait_count: expected type int"), ("stopping_reason", 7, ": unexpected values")],
+    )
+    def test_the_line_names_checkpoint_and_callback(self, name, value, told, saved, tmp_path):
+        key = next(key for key in saved["callbacks"] if key.startswith("EarlyStopping"))
+        with pytest.raises(UserError, match=rf"ckpt_path: \S+/last.ckpt: callbacks: EarlyStopping{{.*}}{told}"):
+            self.resume(saved, ("callbacks", key, name), tmp_path, value)
+
+    def test_an_error_in_the_users_own_callback_stays_as_it_is(self, saved, tmp_path):
+        with pytest.raises(TypeError, match="can only concatenate str"):
+            self.resume(saved, ("callbacks", "Counter", "count"), tmp_path)
 
 
 def test_the_command_line_reports_a_damaged_checkpoint_in_one_line(good, tmp_path, capfd):

@@ -1,1 +1,1 @@
-"""Checkpoints and folders of runs: atomic writes, reading without execution, and what killed processes left."""
+"""Checkpoints of a fit: read without executing what is in them, written atomically."""

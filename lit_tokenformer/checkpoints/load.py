@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import torch
 
 from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.distributed.checkpoint import is_sharded, read_folder
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, raised_by_user_code
 from lit_tokenformer.tensor_files import load_pickle
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -71,6 +74,28 @@ def _loop_problems(state: Mapping[str, Any], place: str) -> Iterator[str]:
             yield f"{inner}: expected type {kind.__name__}, got {type(value).__name__}"
         if isinstance(value, dict):
             yield from _loop_problems(value, inner)
+
+
+@contextmanager
+def state_errors(ckpt_path: str | os.PathLike[str], place: str) -> Iterator[None]:
+    """Turn whatever values of other types raise into one line; errors of a user's own code stay as they are.
+
+    Args:
+        ckpt_path: The checkpoint that has the values.
+        place: Where they are in it.
+
+    Raises:
+        UserError: For an error in this project or a library; where a callback raised it, with its key.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or raised_by_user_code(error):
+            raise
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        keys = [f"{place}: {one.state_key}" for one in frames if isinstance(one, lightning.pytorch.Callback)]
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"ckpt_path: {ckpt_path}: {[place, *keys][-1]}: unexpected values ({problem})") from None
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
+from callbacks.growth_steps import row_map
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
-from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
+from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
 from lit_tokenformer.data.text.tokenizer import checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import grow
-from lit_tokenformer.growth.optimizer import NEW_STATES, grow_optimizer
+from lit_tokenformer.growth import grow, grow_with_optimizers
+from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
+from lit_tokenformer.growth.optimizer import NEW_STATES
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
 from lit_tokenformer.interop import read_published, write_published
 from lit_tokenformer.interop.tokenformer import find_weights
-from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, param_tokens, preset_config
+from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -38,22 +40,23 @@ def grow_checkpoint(
     new_state: str = "mean",
     seed: int = 0,
 ) -> Path:
-    """Makes a checkpoint larger between two runs, optimizer state and moving averages included.
+    """Grow a checkpoint between two runs, optimizer state and moving averages included.
 
     Args:
         ckpt_path: A checkpoint of a fit.
-        tokens: Totals of parameter tokens: a number n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
-        output: Where the larger one is written; by default beside the first, with ``-grown`` in its name.
-        method: How new rows are made: split, zero_keys or random.
-        noise: Size of the differences between the copies of a split, in standard deviations of values at birth.
-        new_state: Second moments of rows that are not copies: mean or zeros; reset drops the optimizer's state.
-        seed: Seed of the new rows.
+        tokens: Totals: a number n of parameter tokens (qkv n, proj n, ffn 4n) or totals by kind,
+            ``{qkv: n, proj: n, ffn: m, hidden: h, heads: H, depth: L}``.
+        output: Path of the larger checkpoint; by default next to the first, with ``-grown`` in its name.
+        method: Growth method: split, zero or random.
+        noise: Size of the differences between the copies of a split, in standard deviations of initial values.
+        new_state: Second moments of units that are no copies: mean or zeros; reset drops the optimizer's state.
+        seed: Seed of the new units.
 
     Returns:
-        The path of what was written.
+        The path of the new checkpoint.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, the tokens do not fit it, or the output exists already.
+        UserError: If the checkpoint cannot be read, the totals do not fit it, or the output exists already.
     """
     target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-grown.ckpt")
     if target.exists():
@@ -62,8 +65,8 @@ def grow_checkpoint(
         raise unknown_name("new_state", new_state, NEW_STATES)
     checkpoint = read_checkpoint(ckpt_path)
     task = rebuild_task(ckpt_path, checkpoint)
-    before = param_tokens(task)
     settings: dict[str, Any] = {"method": method, "noise": noise, "seed": seed}
+    before = grown_sizes(task, tokens)
 
     averaged = checkpoint.get("current_model_state") is not None  # then state_dict holds the moving average
     if averaged:
@@ -72,40 +75,31 @@ def grow_checkpoint(
         task = rebuild_task(ckpt_path, checkpoint)
         task.load_state_dict(checkpoint["current_model_state"])
     optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    with _state_errors(ckpt_path, "optimizer_states"):
+    with state_errors(ckpt_path, "optimizer_states"):
         for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
             optimizer.load_state_dict(state)
-    grown = grow(task, tokens, **settings)
-    with _state_errors(ckpt_path, "optimizer_states"):
-        for optimizer in optimizers:
-            grow_optimizer(optimizer, grown, new_state)
+    rows: dict[str, list[int]] = {}
+    with state_errors(ckpt_path, "optimizer_states"):
+        for grown in grow_with_optimizers(task, tokens, optimizers, new_state=new_state, **settings):
+            rows |= row_map(grown.name, grown.grown)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
     if "optimizer_states" in checkpoint:  # else it is of weights only, and stays so
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
-    checkpoint["param_tokens"] = param_tokens(task)
+    task.save_size(checkpoint)
+    after = grown_sizes(task, tokens)
     event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
-    with _state_errors(ckpt_path, "callbacks"):
+    event |= {**settings, "after": after, "rows": rows}
+    with state_errors(ckpt_path, "callbacks"):
         for key, state in checkpoint.get("callbacks", {}).items():
             if key.startswith("ParameterGrowthCallback"):
-                state["events"].append({**event, **settings, "after": param_tokens(task)})
+                state["events"].append(event)
             elif key.startswith("TrainingMonitor"):
-                state["growth"] = {"before": before, "after": param_tokens(task), "method": method}
+                state["growth"] = {name: event[name] for name in ("before", "after", "method", "rows")}
 
     write_checkpoint(checkpoint, target)
-    sizes = ", ".join(f"{kind} {before[kind]} -> {now}" for kind, now in param_tokens(task).items())
-    print(f"{target}: {sizes} tokens")
+    pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items()}
+    print(f"{target}: {describe_sizes(pairs)}")
     return target
-
-
-@contextmanager
-def _state_errors(ckpt_path: str, key: str) -> Iterator[None]:
-    """Turn whatever values of other types raise into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"ckpt_path: {ckpt_path}: {key}: unexpected values ({_first_line(error)})") from None
 
 
 def import_weights(

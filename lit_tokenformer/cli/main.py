@@ -31,7 +31,7 @@ from lit_tokenformer.cli.commands import (
     import_weights,
     split_checkpoint,
 )
-from lit_tokenformer.errors import UserError, raised_by_library, unknown_name, unwrap
+from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
     from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
@@ -53,6 +53,7 @@ from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.preflight import (
     WarmupCheck,
     check_data_fit,
+    check_end,
     check_environment,
     check_monitors,
     check_optimizer,
@@ -61,6 +62,7 @@ from lit_tokenformer.cli.preflight import (
     check_writable,
     replace_repeated,
 )
+from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.version import __version__
@@ -109,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
-        status = 1
+        status, error = 1, from_process(error)
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
             status = 128 + signal.SIGPIPE
@@ -282,13 +284,15 @@ class TokenformerCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
+        self._shapes: dict[str, Any] = {}
         if "ckpt_path" in config:
             self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
         if path == "best":
             folder = config["trainer"].get("default_root_dir") or "."
             raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
         if path and path not in ("last", "hpc") and not Path(path).is_dir():
-            read_shapes(path)
+            found = read_shapes(path)
+            self._shapes = found if isinstance(found, dict) else {}
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
@@ -305,8 +309,12 @@ class TokenformerCLI(LightningCLI):
         elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
+        saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
+        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else when the data and the depth are known
+            self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
+            check_end(self.model, self.trainer)
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -323,6 +331,7 @@ class TokenformerCLI(LightningCLI):
                 places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
                 clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
             claim_log_folder(self.trainer, unversioned)
+        check_restored_state(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":

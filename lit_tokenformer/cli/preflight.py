@@ -106,6 +106,18 @@ def check_optimizer(task: LitTask) -> None:
         raise
 
 
+def check_end(task: LitTask, trainer: Trainer) -> None:
+    """Refuse a schedule that needs an end in a fit that has none.
+
+    Args:
+        task: The task.
+        trainer: The trainer that fits it.
+    """
+    endless = trainer.max_epochs == trainer.max_steps == -1
+    if endless and task.make_lr_scheduler is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        task.schedule.check_endless()
+
+
 def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
     """Warns of a warm-up that does not end within the fit; one that is shortened to try something is not refused.
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from lit_tokenformer.distributed.sharding import reshard
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.shards import ShardedParameters, like, local, owned_rows
-from lit_tokenformer.models import Pattention
+from lit_tokenformer.models.axes import find_axes, refresh, resize, resized_shape
 from lit_tokenformer.tensor_files import check_archive, check_size, load_pickle, reading_errors
 
 try:
@@ -491,17 +491,24 @@ def _own_part(target: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _resize(task: nn.Module, optimizers: list[torch.optim.Optimizer], weights: Mapping[str, Any]) -> None:
-    """Gives every Pattention layer the number of tokens that a checkpoint has; what is in them means nothing."""
+    """Give the parts of a task the sizes that a checkpoint has; the values mean nothing."""
     reshard(task)
     sharded = ShardedParameters(task)
-    for name, layer in task.named_modules():
-        for part in layer.PARTS if isinstance(layer, Pattention) else ():
-            old = getattr(layer, part)
-            total = len(weights[f"{name}.{part}"]) if old is not None else 0
-            if old is None or len(old) == total:
+    for name, part, axis in find_axes(task):
+        for tensor in axis.tensors:
+            saved = weights.get(f"{name}.{tensor.name}".lstrip("."))
+            (owner, attribute), old = tensor.owner(part), tensor.of(part)
+            if saved is None:
+                continue  # a buffer that is not saved before its axis grows
+            if attribute in owner._buffers:
+                resize(part, tensor, saved.shape[tensor.dim])
                 continue
-            rows = len(owned_rows(old, total)) if isinstance(old, DTensor) else total
-            new = sharded.replace(layer, part, local(old).new_empty(rows, *old.shape[1:]), total)
+            if old.shape[tensor.dim] == saved.shape[tensor.dim]:
+                continue
+            shape = resized_shape(old, tensor.dim, saved.shape[tensor.dim])
+            rows = len(owned_rows(old, shape[0])) if isinstance(old, DTensor) else shape[0]
+            new = sharded.replace(owner, attribute, local(old).new_empty(rows, *shape[1:]), shape)
+            refresh(owner)
             for optimizer in optimizers:
                 optimizer.state.pop(old, None)
                 for group in optimizer.param_groups:

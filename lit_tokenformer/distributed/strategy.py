@@ -77,10 +77,10 @@ class GrowingModelParallelStrategy(ModelParallelStrategy):
             ValueError: If it cannot be read, or is of another architecture.
         """
         task: Any = self.lightning_module
-        if not hasattr(task, "check_architecture"):
+        if not hasattr(task, "check_weights"):
             return super().load_checkpoint(checkpoint_path, weights_only)
         path = self.broadcast(checkpoint_path)
-        return load_into(task, self.optimizers, path, task.take_trained_weights, task.check_architecture)
+        return load_into(task, self.optimizers, path, task.take_trained_weights, task.check_weights)
 
 
 def make_growing(strategy: ModelParallelStrategy) -> None:

@@ -1,24 +1,32 @@
-"""Growth of a model: parameter tokens, depth, and the optimizer that trains it. Pure torch: no trainer, no schedule."""
+"""Growth of a model by its axes and its depth, with the optimizer that trains it. Pure torch: no trainer, no schedule.
 
+:mod:`~lit_tokenformer.growth.axes` checks and replaces tensors, :mod:`~lit_tokenformer.growth.methods` has the ways in
+which new units are made, :mod:`~lit_tokenformer.growth.depth` inserts blocks, and
+:mod:`~lit_tokenformer.growth.optimizer` carries optimizer state over.
+"""
+
+from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, planned_rows, target_sizes
 from lit_tokenformer.growth.grow import grow, grow_with_optimizers
-from lit_tokenformer.growth.tokens import (
-    METHODS,
-    GrownParameter,
-    Rows,
-    grow_one_by_one,
-    plan_rows,
-    regrown,
-    target_tokens,
-)
+from lit_tokenformer.growth.methods import METHODS, GrowthMethod, Split, growth_method
+from lit_tokenformer.growth.rows import GrownTensor, Rows, regrown
+from lit_tokenformer.models.axes import Axis, AxisTensor, input_units, output_units
 
 __all__ = [
     "METHODS",
+    "Axis",
+    "AxisTensor",
     "GrownParameter",
+    "GrownTensor",
+    "GrowthMethod",
     "Rows",
+    "Split",
     "grow",
     "grow_one_by_one",
     "grow_with_optimizers",
-    "plan_rows",
+    "growth_method",
+    "input_units",
+    "output_units",
+    "planned_rows",
     "regrown",
-    "target_tokens",
+    "target_sizes",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth.tokens import check_memory
+from lit_tokenformer.growth.axes import check_memory
 from lit_tokenformer.models import Tokenformer
 
 

@@ -1,9 +1,4 @@
-"""Growth of a whole model: parameter tokens, depth, and the optimizer that trains it. Knows no trainer and no schedule.
-
-How new tokens are made is in :mod:`~lit_tokenformer.growth.tokens`, how blocks are inserted in
-:mod:`~lit_tokenformer.growth.depth`, and how optimizer state is carried over in
-:mod:`~lit_tokenformer.growth.optimizer`.
-"""
+"""Growth of a whole model: its axes, its depth, and the optimizer that trains it."""
 
 from __future__ import annotations
 
@@ -12,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, target_sizes
 from lit_tokenformer.growth.depth import deepen, insert_parameters
 from lit_tokenformer.growth.optimizer import grow_optimizer, watch_optimizers
-from lit_tokenformer.growth.tokens import GrownParameter, grow_one_by_one, target_tokens
-from lit_tokenformer.models import Tokens, model_size, param_tokens
+from lit_tokenformer.models import Tokens, model_size
 
 
 def grow(
@@ -28,14 +23,15 @@ def grow(
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     new_state: str = "mean",
 ) -> list[GrownParameter]:
-    """Append parameter tokens to every Pattention layer of a module, and insert blocks, in place.
+    """Append units to the axes of a module (parameter tokens, hidden units, heads), and insert blocks, in place.
 
     Args:
-        module: Any module with Pattention layers.
-        tokens: Totals, never increments: a number n (qkv n, proj n, ffn 4n; layers without a kind n) or totals by kind,
-            ``{qkv: n, proj: n, ffn: m, other: k, depth: L}``. Kinds that are left out keep theirs.
-        method: ``split``, ``zero_keys`` or ``random``; see :mod:`~lit_tokenformer.growth.tokens`.
-        generator: Draws all new rows, layer after layer. Without it each layer has a generator of its own, seeded by
+        module: Any module with Pattention layers, or with parts that declare :class:`~lit_tokenformer.models.Axis`.
+        tokens: Totals, never increments: a number n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or
+            totals by kind, ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``. Kinds that are left
+            out keep theirs.
+        method: ``split``, ``zero`` or ``random``; see :mod:`~lit_tokenformer.growth.methods`.
+        generator: Draws all new units, part after part. Without it each part has a generator of its own, seeded by
             ``seed``, its name and its new size, so that nothing else decides what is drawn.
         noise: Size of the differences between the copies of a split, in standard deviations of initial values.
         seed: See ``generator``.
@@ -84,11 +80,10 @@ def grow_with_optimizers(
     No more than one parameter is twice in memory, if the caller lets go of each item.
     """
     optimizers = list(optimizers)
-    deepens = isinstance(tokens, Mapping) and "depth" in tokens
-    targets = target_tokens(tokens, model_size(module) if deepens else param_tokens(module))
+    targets = target_sizes(tokens, model_size(module))
     depth = targets.pop("depth", None)
     grow_one_by_one(module, targets, method, generator, noise, seed)  # raises before anything changes
-    if depth is not None:
+    if depth is not None and isinstance(tokens, Mapping) and "depth" in tokens:
         inserted = deepen(module, depth)
         for optimizer in optimizers:
             insert_parameters(optimizer, module, inserted)

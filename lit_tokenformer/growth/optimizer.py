@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth.axes import GrownParameter
+from lit_tokenformer.growth.rows import regrown
 from lit_tokenformer.growth.shards import like
-from lit_tokenformer.growth.tokens import GrownParameter, regrown
 
 NEW_STATES = ("mean", "zeros", "reset")
 
@@ -136,14 +137,21 @@ watch_optimizers = _StaleOptimizers().watch
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raises a ``ValueError`` if any state of the optimizer has not the shape of its parameter.
+    """Raises a ``ValueError`` if any state of the optimizer is no tensor of the shape of its parameter.
 
     ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
     """
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                if key not in _MOMENTS or not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+                if key not in _MOMENTS or value is None:
+                    continue
+                if not isinstance(value, Tensor):
+                    raise UserError(
+                        f"optimizer state: {key} of parameter {index} in group {number}: expected a tensor, "
+                        f"got {type(value).__name__}"
+                    )
+                if value.ndim != parameter.ndim:
                     continue
                 pairs = zip(value.shape, parameter.shape, strict=True)
                 if any(have not in (want, 1) for have, want in pairs):
@@ -166,15 +174,16 @@ def _can_carry(key: str, value: Any, grown: GrownParameter) -> bool:
         return value is None or isinstance(value, (int, float, str))  # a step count or a flag
     if value.numel() == 1 and key not in _MOMENTS:
         return True
-    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[0] in (1, grown.rows.before)
+    units = grown.grown.rows.before * grown.grown.block
+    return key in _MOMENTS and value.ndim == grown.old.ndim and value.shape[grown.grown.dim] in (1, units)
 
 
 @torch.no_grad()
 def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> Any:
     if not isinstance(value, Tensor) or (value.numel() == 1 and key not in _MOMENTS):
         return value
-    degree, rows = _MOMENTS[key], grown.rows
-    if value.shape[0] != rows.before:
+    degree, rows = _MOMENTS[key], grown.grown.rows
+    if value.shape[grown.grown.dim] != rows.before * grown.grown.block:
         return value * grown.gradient_scale**degree  # a factor without rows
 
     def fill(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
@@ -184,5 +193,5 @@ def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> 
         else:
             appended.zero_()
 
-    local = regrown(value, rows, fill)
+    local = regrown(value, grown.grown, fill)
     return like(grown.new, local) if isinstance(value, DTensor) else local

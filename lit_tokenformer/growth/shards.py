@@ -94,14 +94,14 @@ class ShardedParameters:
                 _check_torch(group, kept)
                 self._places[kept._module_info.module, kept._module_info.param_name] = group, index
 
-    def replace(self, module: nn.Module, name: str, local: Tensor, total: int) -> nn.Parameter:
-        """Puts a parameter with another number of rows in the place of one.
+    def replace(self, module: nn.Module, name: str, local: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+        """Put a parameter of another shape in the place of one.
 
         Args:
             module: What holds it.
             name: Its name there.
             local: The rows of the new one that this process holds.
-            total: Rows of the new one.
+            shape: Shape of the whole new one.
 
         Returns:
             The new parameter.
@@ -113,10 +113,10 @@ class ShardedParameters:
             return new
         group, index = self._places[module, name]
         kept = group.fsdp_params[index]
-        whole = torch.empty((total, *old.shape[1:]), device="meta", dtype=old.dtype)
+        whole = torch.empty(shape, device="meta", dtype=old.dtype)
         if kept.is_dtensor:  # divided by tokens before FSDP came
             tokens = kept._unsharded_dtensor_spec if hasattr(kept, "_unsharded_dtensor_spec") else kept._tp_spec
-            share = shares(total, [(tokens.mesh.size(), tokens.mesh.get_local_rank())])
+            share = shares(shape[0], [(tokens.mesh.size(), tokens.mesh.get_local_rank())])
             part = whole[share.start : share.stop]
             whole = DTensor.from_local(part, tokens.mesh, tokens.placements, shape=whole.shape, stride=whole.stride())
         place = kept.fsdp_placement

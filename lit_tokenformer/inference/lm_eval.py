@@ -6,6 +6,8 @@ the Hugging Face hub, as ever with the harness; ``include_path`` adds tasks of o
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -91,9 +93,14 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the task's stop texts."""
+        """What the model writes after each context, up to one of the task's stop texts.
+
+        Draws are seeded by the context and by how often it was requested before, so that a text does not depend on its
+        batch, and repeated requests get different samples.
+        """
         written = [""] * len(requests)
-        groups: dict[Any, list[tuple[list[int], int]]] = {}
+        groups: dict[Any, list[tuple[list[int], int, int]]] = {}
+        repeats: Counter[str] = Counter()
         for number, request in enumerate(requests):
             context, settings = request.args
             length = min(int(settings.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
@@ -102,13 +109,14 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(temperature, settings.get("top_k"), settings.get("top_p"))
             stop = (until,) if isinstance(until, str) else tuple(until)
             kept = self.tok_encode(context)[length - self.max_length :]
-            groups.setdefault((length, sampling, stop), []).append((kept, number))
+            seed = int.from_bytes(hashlib.sha256(context.encode()).digest()[:7], "big") + repeats[context]
+            repeats[context] += 1
+            groups.setdefault((length, sampling, stop), []).append((kept, number, seed))
         for (length, sampling, stop), group in groups.items():
             group.sort(key=lambda one: -len(one[0]))  # rows of similar length need little padding
-            size = self.batch_size if sampling.greedy else 1  # what a row draws depends on its place
-            for start in range(0, len(group), size):
-                prompts, numbers = zip(*group[start : start + size], strict=True)
-                *_, completions = self.generator.run(prompts, length, sampling, stop)
+            for start in range(0, len(group), self.batch_size):
+                prompts, numbers, seeds = zip(*group[start : start + self.batch_size], strict=True)
+                *_, completions = self.generator.run(prompts, length, sampling, stop, seeds)
                 for number, completion in zip(numbers, completions, strict=True):
                     written[number] = completion.text
         return written

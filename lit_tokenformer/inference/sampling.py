@@ -134,7 +134,7 @@ def generate_tokens(
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     vocab_size: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     cache: bool = True,
 ) -> Generator[Tensor, None, None]:
     """Goes on from prompts, token by token.
@@ -150,7 +150,8 @@ def generate_tokens(
         sampling: How they are chosen.
         stop: Token ids that end a row; the one that did is given too.
         vocab_size: Ids from there on are never chosen (rows of a vocabulary that was rounded up).
-        seed: Of the draws; ``None`` takes one from torch's global generator.
+        seed: Of the draws; ``None`` takes one from torch's global generator. One for each row gives each what it gets
+            alone with its seed.
         cache: Whether keys and values are kept; without, every row is computed anew, alone, for each token.
 
     Yields:
@@ -187,9 +188,13 @@ def generate_tokens(
             raise UserError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    places = [(one, 0) for one in seed] if isinstance(seed, Sequence) else [(seed, row) for row in range(len(rows))]
+    if len(places) != len(rows):
+        raise UserError(f"seed: expected one, or one for each of the {len(rows)} prompts, got {len(places)}")
+    generators = [] if sampling.greedy else [_row_generator(*place) for place in places]
     limit = config.length_limit
     limits = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in rows]
-    return _generate(model, rows, limits, sampling, frozenset(stop), size, seed, cache)
+    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
 
 
 def check_writes_text(model: Tokenformer) -> None:
@@ -239,11 +244,10 @@ def _generate(
     sampling: Sampling,
     stop: frozenset[int],
     vocab_size: int,
-    seed: int,
+    generators: list[torch.Generator],
     cache: bool,
 ) -> Generator[Tensor, None, None]:
     device = next(model.parameters()).device
-    generators = [] if sampling.greedy else [_row_generator(seed, number) for number in range(len(rows))]
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)

@@ -201,7 +201,7 @@ class TextGenerator:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008  (frozen)
         stop: str | Sequence[str] | None = None,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
     ) -> Iterator[list[Completion]]:
         """What :meth:`generate` and :meth:`stream` are made of: all completions, as far as they are.
 
@@ -210,7 +210,7 @@ class TextGenerator:
             max_new_tokens: Tokens that are written for each at most.
             sampling: How the next token is chosen.
             stop: Texts that end a text.
-            seed: Of the draws.
+            seed: Of the draws; one for each prompt gives each what it gets alone with its seed.
 
         Yields:
             The same list before the first and after each token, its completions longer each time.

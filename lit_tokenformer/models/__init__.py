@@ -1,5 +1,6 @@
 """Architectures in plain torch and timm layers: no loss, no logging, no lightning."""
 
+from lit_tokenformer.models.axes import Axis, AxisTensor, input_units, output_units
 from lit_tokenformer.models.backbone import Tokenformer, model_size, param_tokens
 from lit_tokenformer.models.config import ParamTokens, TokenformerConfig, Tokens
 from lit_tokenformer.models.pattention import SCORE_NORMS, SERIES_STD, Pattention, pattention
@@ -8,6 +9,8 @@ from lit_tokenformer.models.presets import BackboneOverrides, create_backbone, l
 __all__ = [
     "SCORE_NORMS",
     "SERIES_STD",
+    "Axis",
+    "AxisTensor",
     "BackboneOverrides",
     "ParamTokens",
     "Pattention",
@@ -15,8 +18,10 @@ __all__ = [
     "TokenformerConfig",
     "Tokens",
     "create_backbone",
+    "input_units",
     "list_presets",
     "model_size",
+    "output_units",
     "param_tokens",
     "pattention",
     "preset_config",

@@ -19,6 +19,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.models.axes import axis_sizes, find_axes
 from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.heads import ImageHead, make_head
@@ -47,17 +48,20 @@ class DecodingState:
         self.length = length
         self.padding = padding
         self.start = 0
-        self._layers = [layer for layer in model.modules() if isinstance(layer, Pattention)]
-        self._sizes = [layer.num_tokens for layer in self._layers]
+        self._axes = [(axis.tensors[0], part) for _, part, axis in find_axes(model)]
+        self._sizes = self._axis_lengths()
         self._model_blocks = model.blocks
         learned = model.config.positions == "learned"
         most = 0 if padding is None else int(padding.max())
         self._positions = model.config.context_length + most if learned else None
 
+    def _axis_lengths(self) -> list[int]:
+        return [tensor.of(part).shape[tensor.dim] for tensor, part in self._axes]
+
     def check(self, more: int) -> None:
         """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
         grown = len(self._model_blocks) != len(self.blocks)
-        if grown or [layer.num_tokens for layer in self._layers] != self._sizes:
+        if grown or self._axis_lengths() != self._sizes:
             raise UserError("state: it is from before a growth of the model; begin with a new one")
         if self.start + more > self.length:
             raise UserError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
@@ -105,14 +109,16 @@ class Tokenformer(nn.Module):
 
     @property
     def size(self) -> dict[str, int]:
-        """What growth changes: parameter tokens of each kind, and ``depth``, the number of blocks."""
-        return {**self.param_tokens, "depth": len(self.blocks)}
+        """What growth changes: units of each kind of axis, and ``depth``, the number of blocks."""
+        return model_size(self)
 
     @property
     def grown(self) -> bool:
         """Whether the size is not that of the config: after a growth, or with weights of another size."""
-        born = {**dict(self.config.tokens.items()), "depth": self.config.depth}
-        return any(total != born[name] for name, total in self.size.items())
+        config = self.config
+        born = {"depth": config.depth, "hidden": config.mlp_hidden, "heads": config.num_heads}
+        born |= config.tokens.items()
+        return any(total != born.get(name, total) for name, total in self.size.items())
 
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""
@@ -394,7 +400,9 @@ class Tokenformer(nn.Module):
             mask = before if mask is None else mask & before
         if not alibi:
             return mask
-        bias = alibi_bias(config.num_heads, start, length, x)  # (1, H, T, S)
+        mixers: Any = [block.attn for block in self.blocks]
+        heads = next((mixer.slope_of_head for mixer in mixers if hasattr(mixer, "slope_of_head")), None)
+        bias = alibi_bias(config.num_heads, start, length, x, heads)  # (1, H, T, S)
         bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         autocast = torch.is_autocast_enabled(device.type)
         return bias.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
@@ -417,13 +425,13 @@ class Tokenformer(nn.Module):
 
 
 def model_size(module: nn.Module) -> dict[str, int]:
-    """Report what growth changes: parameter tokens of each kind and, where there is a model, ``depth``.
+    """Report what growth changes: units of each kind of axis and, where there is a model, ``depth``.
 
     Args:
         module: Any module; of models with different numbers of blocks the smallest counts.
     """
     depths = [len(model.blocks) for model in module.modules() if isinstance(model, Tokenformer)]
-    return {**param_tokens(module), **({"depth": min(depths)} if depths else {})}
+    return {**axis_sizes(module), **({"depth": min(depths)} if depths else {})}
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:

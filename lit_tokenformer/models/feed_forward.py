@@ -8,9 +8,10 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tokenformer.models.axes import Axis, AxisTensor, follow_sizes, input_units, output_units
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.mixers import Context, RecurrentState, layer_ratios, mixed, token_shift
-from lit_tokenformer.models.pattention import Pattention, new_series, series_activation
+from lit_tokenformer.models.pattention import Pattention, new_series, series_activation, series_tensors
 from lit_tokenformer.models.projections import make_projection, pattention_value_std
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,6 +35,10 @@ class Activation(nn.Module):
         self.series = config.series
         if config.series > 1:
             self.scale, self.shift = new_series(config.mlp_hidden, config.series)
+
+    def units(self, name: str) -> list[AxisTensor]:
+        """The tensors that have an index for each channel; none without a series."""
+        return series_tensors(f"{name}.scale", f"{name}.shift") if self.series > 1 else []
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed."""
@@ -106,6 +111,12 @@ class MLP(FeedForward):
         self.activation = Activation(config)
         self.fc2 = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
         self.dropout = nn.Dropout(config.dropout)
+        follow_sizes(self)
+
+    def axes(self) -> list[Axis]:
+        """The axis of hidden units."""
+        reads, writes = output_units("fc1", self.fc1), input_units("fc2", self.fc2)
+        return [Axis("hidden", (*reads, *self.activation.units("activation"), *writes))]
 
     @property
     def output_layer(self) -> nn.Module:
@@ -134,6 +145,12 @@ class GLU(FeedForward):
         self.activation = Activation(config)
         self.dropout = nn.Dropout(config.dropout)
         self.down = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True)
+        follow_sizes(self)
+
+    def axes(self) -> list[Axis]:
+        """The axis of hidden units."""
+        reads = output_units("gate", self.gate) + output_units("up", self.up)
+        return [Axis("hidden", (*reads, *self.activation.units("activation"), *input_units("down", self.down)))]
 
     @property
     def output_layer(self) -> nn.Module:
@@ -164,6 +181,11 @@ class ChannelMix(FeedForward):
         self.value = make_projection(config, "ffn", config.mlp_hidden, config.dim, residual=True, zero=True)
         self.receptance = make_projection(config, "ffn", config.dim, config.dim, zero=True)
         self.dropout = nn.Dropout(config.dropout)
+        follow_sizes(self)
+
+    def axes(self) -> list[Axis]:
+        """The axis of hidden units."""
+        return [Axis("hidden", (*output_units("key", self.key), *input_units("value", self.value)))]
 
     @property
     def output_layer(self) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tokenformer.models.axes import OWN, Axis, AxisTensor, follow_sizes, input_units, output_units
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.positions import Rotary, turn
 from lit_tokenformer.models.projections import make_projection
@@ -105,14 +107,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
-        dim = config.dim
-        self.num_heads = config.num_heads
-        self.query = make_projection(config, "qkv", dim, dim)
-        self.key = make_projection(config, "qkv", dim, dim)
-        self.value = make_projection(config, "qkv", dim, dim)
-        self.proj = make_projection(config, "proj", dim, dim, residual=True)
+        dim, inner = config.dim, config.num_heads * config.head_width
+        self.head_dim = config.head_width
+        self.query = make_projection(config, "qkv", dim, inner)
+        self.key = make_projection(config, "qkv", dim, inner)
+        self.value = make_projection(config, "qkv", dim, inner)
+        self.proj = make_projection(config, "proj", inner, dim, residual=True)
         self.attn_dropout = config.attn_dropout
         self.dropout = nn.Dropout(config.dropout)
+        self._has_slopes = config.positions == "alibi"
+        if self._has_slopes:  # part of the state dict once heads have grown
+            self.register_buffer("slope_of_head", torch.arange(config.num_heads), persistent=False)
+        follow_sizes(self)
+
+    def axes(self) -> list[Axis]:
+        """The axis of attention heads."""
+        reads = [unit for name in ("query", "key", "value") for unit in output_units(name, getattr(self, name))]
+        units = [replace(unit, block=self.head_dim) for unit in (*reads, *input_units("proj", self.proj))]
+        slopes = [AxisTensor("slope_of_head", 0, OWN, 0.0)] if self._has_slopes else []
+        return [Axis("heads", (*units, *slopes))]
 
     @property
     def output_layer(self) -> nn.Module:
@@ -142,7 +155,7 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: KeyValueCache | None = None
     ) -> Tensor:
         """Queries, keys and values (B, T, D) -> mixed values (B, T, D)."""
-        split = (*query.shape[:2], self.num_heads, -1)
+        split = (*query.shape[:2], -1, self.head_dim)
         query = query.view(split).transpose(1, 2)  # (B, H, T, d)
         key = key.view(split).transpose(1, 2)  # (B, H, T, d)
         value = value.view(split).transpose(1, 2)  # (B, H, T, d)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.models.axes import IN, OUT, OWN, Axis, AxisTensor, follow_sizes
 from lit_tokenformer.models.config import KINDS, OTHER
 from lit_tokenformer.models.pattention_kernels import l2_gelu, l2_scale
 
@@ -98,6 +99,15 @@ def new_series(size: int, terms: int) -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(scale), nn.Parameter(shift)
 
 
+def series_tensors(scale: str, shift: str) -> list[AxisTensor]:
+    """Scale and shift of a series along an axis; the series of a new unit starts near the plain activation."""
+
+    def settle(new: Tensor) -> None:
+        new[:, 0] = 1.0
+
+    return [AxisTensor(scale, 0, OWN, SERIES_STD, settle), AxisTensor(shift, 0, OWN, 0.0)]
+
+
 def pattention(
     x: Tensor,
     key_tokens: Tensor,
@@ -162,7 +172,7 @@ class Pattention(nn.Module):
     """
 
     PARTS = ("key_tokens", "value_tokens", "scale_tokens", "shift_tokens")
-    """The tensors that have a row for each parameter token."""
+    """The parameters with a row for each parameter token."""
 
     tau: Tensor
     scale_tokens: nn.Parameter | None
@@ -202,11 +212,30 @@ class Pattention(nn.Module):
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("tau", torch.tensor(math.sqrt(num_tokens), dtype=wide))
         self.reset_parameters()
+        follow_sizes(self)
 
     @property
     def num_tokens(self) -> int:
         """Parameter tokens the layer holds now, N."""
         return self.key_tokens.shape[0]
+
+    def axes(self) -> list[Axis]:
+        """The axis of parameter tokens."""
+        tensors = [
+            AxisTensor("key_tokens", 0, IN, self.key_std),
+            AxisTensor("value_tokens", 0, OUT, self.value_std),
+        ]
+        if self.scale_tokens is not None:
+            tensors += series_tensors("scale_tokens", "shift_tokens")
+        return [Axis(self.kind, tuple(tensors), tau=self.tau, zero_exact=SCORE_NORMS[self.score_norm].zero_keys_exact)]
+
+    def output_units(self, name: str) -> list[AxisTensor]:
+        """What has an index for each output: the columns of the values."""
+        return [AxisTensor(f"{name}.value_tokens", 1, IN, self.value_std)]
+
+    def input_units(self, name: str) -> list[AxisTensor]:
+        """What has an index for each input: the columns of the keys."""
+        return [AxisTensor(f"{name}.key_tokens", 1, OUT, self.key_std)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed: those of a series."""
@@ -242,17 +271,3 @@ class Pattention(nn.Module):
         if self.tau.dtype.itemsize < 4:  # a half-precision tau would be off by up to 0.4 %
             self.tau = before.to(self.tau.device)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = {part: state_dict[prefix + part] for part in self.PARTS if prefix + part in state_dict}
-        if {"key_tokens", "value_tokens"} <= saved.keys() and len({len(tensor) for tensor in saved.values()}) == 1:
-            for part, tensor in saved.items():
-                parameter = getattr(self, part)
-                if (
-                    parameter is not None
-                    and tensor.shape[1:] == parameter.shape[1:]
-                    and tensor.shape != parameter.shape
-                ):
-                    parameter.grad = None
-                    parameter.data = parameter.data.new_empty(tensor.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)

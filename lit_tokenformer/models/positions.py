@@ -43,7 +43,7 @@ def alibi_slopes(num_heads: int, dtype: torch.dtype, device: torch.device | None
     return torch.cat([torch.exp2(-8 * head / whole), torch.exp2(-4 * (2 * head - 1) / whole)])[:num_heads]
 
 
-def alibi_bias(num_heads: int, start: int, length: int, like: Tensor) -> Tensor:
+def alibi_bias(num_heads: int, start: int, length: int, like: Tensor, heads: Tensor | None = None) -> Tensor:
     """What is added to the scores of T data tokens with all S = start + T, (1, H, T, S): minus slope times distance.
 
     Args:
@@ -51,8 +51,10 @@ def alibi_bias(num_heads: int, start: int, length: int, like: Tensor) -> Tensor:
         start: Data tokens that came before.
         length: Data tokens, T.
         like: What it is on the device of, in its precision or in float32, whichever is wider.
+        heads: Which of ``num_heads`` slopes each head has, (H',) int64; ``None`` for one each.
     """
     slopes = alibi_slopes(num_heads, torch.promote_types(like.dtype, torch.float32), like.device)
+    slopes = slopes if heads is None else slopes[heads]
     rows = torch.arange(start, start + length, device=like.device)
     distance = (rows[:, None] - torch.arange(start + length, device=like.device)).abs()  # (T, S)
     return -(slopes[:, None, None] * distance)[None]

@@ -13,17 +13,20 @@ from lit_tokenformer.models.pattention import Pattention
 
 
 class Init(NamedTuple):
-    """How weights are born, in place.
+    """Weight initialization, in place.
 
     Args:
         projection: Of a linear projection, given the config and whether it writes to the residual stream.
         embedding: Of an embedding of token ids, (V, D).
         head: Of a language head of its own, (V, D).
+        std: Standard deviation of a linear projection's weights, given the config, whether it writes to the residual
+            stream, and its inputs.
     """
 
     projection: Callable[[Tensor, TokenformerConfig, bool], object]
     embedding: Callable[[Tensor], object]
     head: Callable[[Tensor], object]
+    std: Callable[[TokenformerConfig, bool, int], float] = lambda config, residual, inputs: 0.02
 
 
 def _normal(weight: Tensor) -> object:
@@ -35,24 +38,31 @@ def _orthogonal(weight: Tensor, scale: float = 1.0) -> object:
     return nn.init.orthogonal_(weight, gain=scale * math.sqrt(max(1.0, rows / columns)))
 
 
-def _gpt2(weight: Tensor, config: TokenformerConfig, residual: bool) -> object:
-    return nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
+def _gpt2_std(config: TokenformerConfig, residual: bool, inputs: int) -> float:
+    return 0.02 / math.sqrt(2 * config.depth) if residual else 0.02
 
 
-def _neox(weight: Tensor, config: TokenformerConfig, residual: bool) -> object:
-    into, out = math.sqrt(2 / (5 * config.dim)), 2 / (config.depth * math.sqrt(config.dim))
-    return nn.init.normal_(weight, std=out if residual else into)
+def _neox_std(config: TokenformerConfig, residual: bool, inputs: int) -> float:
+    return 2 / (config.depth * math.sqrt(config.dim)) if residual else math.sqrt(2 / (5 * config.dim))
+
+
+def _normal_of(std: Callable[[TokenformerConfig, bool, int], float]) -> Init:
+    def projection(weight: Tensor, config: TokenformerConfig, residual: bool) -> object:
+        return nn.init.normal_(weight, std=std(config, residual, weight.shape[1]))
+
+    return Init(projection, _normal, _normal, std)
 
 
 INITS = {
     "trunc_normal": Init(lambda weight, config, residual: nn.init.trunc_normal_(weight, std=0.02), _normal, _normal),
     "normal": Init(lambda weight, config, residual: _normal(weight), _normal, _normal),
-    "gpt2": Init(_gpt2, _normal, _normal),  # Radford et al. 2019, section 2.3
-    "neox": Init(_neox, _normal, _normal),  # arXiv 2204.06745, section 2.1
+    "gpt2": _normal_of(_gpt2_std),  # Radford et al. 2019, section 2.3
+    "neox": _normal_of(_neox_std),  # arXiv 2204.06745, section 2.1
     "rwkv": Init(  # the official code's; its norm makes an embedding so small one of unit size
         lambda weight, config, residual: _orthogonal(weight),
         lambda weight: nn.init.uniform_(weight, -1e-4, 1e-4),
         lambda weight: _orthogonal(weight, 0.5),
+        lambda config, residual, inputs: inputs**-0.5,
     ),
 }
 
@@ -61,6 +71,7 @@ def _linear(
     config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
 ) -> nn.Module:
     layer = nn.Linear(dim_in, dim_out, bias=bias)
+    layer.init_std = INITS[config.init].std(config, residual, dim_in)  # type: ignore[assignment]  # of units that grow
     if zero:
         nn.init.zeros_(layer.weight)
     else:

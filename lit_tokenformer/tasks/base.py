@@ -20,7 +20,7 @@ from lit_tokenformer.distributed.sharding import clip_gradients, shard
 from lit_tokenformer.distributed.strategy import make_growing
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.optimizer import check_optimizer_state
-from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
+from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.tasks.optimization import OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
@@ -295,10 +295,7 @@ class LitTask(OptimizedTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.save_extras(checkpoint)
         checkpoint["task"] = type(self).__name__.removeprefix("FSDP")  # which torch names the class of a divided model
-        checkpoint["param_tokens"] = param_tokens(self)
-        born = {model.config.depth for model in self.modules() if isinstance(model, Tokenformer)}
-        if (depth := model_size(self).get("depth")) not in {*born, None}:
-            checkpoint["grown_depth"] = depth
+        self.save_size(checkpoint)
         states: list[Any] = [rng_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
@@ -306,6 +303,13 @@ class LitTask(OptimizedTask):
         checkpoint["rng_states"] = states
         if self._settings is not None:
             checkpoint["fit_settings"] = self._settings
+
+    def save_size(self, checkpoint: dict[str, Any]) -> None:
+        """Write into a checkpoint what its tensors do not tell before a model is built: totals of growth."""
+        checkpoint["param_tokens"] = param_tokens(self)
+        initial = {model.config.depth for model in self.modules() if isinstance(model, Tokenformer)}
+        if (depth := model_size(self).get("depth")) not in {*initial, None}:
+            checkpoint["grown_depth"] = depth
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
@@ -321,12 +325,16 @@ class LitTask(OptimizedTask):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
                 model.set_depth(depth)
+        self.check_architecture(checkpoint)
+        self._rng_states = checkpoint.get("rng_states")
+
+    def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise a ``UserError`` if the weights of a checkpoint, or their shapes, are not of this model."""
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
-            self.check_architecture(checkpoint["state_dict"])
-        self._rng_states = checkpoint.get("rng_states")
+            self.check_weights(checkpoint["state_dict"])
 
     def take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
         """Replace the moving average in a checkpoint by the trained weights, where this fit has no average."""
@@ -334,7 +342,7 @@ class LitTask(OptimizedTask):
             # the optimizer's state belongs to the weights that were trained, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
-    def check_architecture(self, state_dict: Mapping[str, Any]) -> None:
+    def check_weights(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse the weights of another architecture; only names and shapes are read.
 
         Raises:
@@ -368,33 +376,36 @@ class LitTask(OptimizedTask):
             loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
         self.update_schedule()
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
-            set_rng_state(self._rng_states[self.global_rank])
+            set_rng_state(self._rng_states[self.global_rank], str(self.trainer.ckpt_path))
         self._rng_states = None
 
 
 def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
-    own, free = module.state_dict(), resizable_names(module)
+    own, free = module.state_dict(), resizable_dims(module)
     for name in own:
         if name not in state_dict:
             yield f"{name} is missing"
     for name, tensor in state_dict.items():
         if name not in own:
-            yield f"{name} is not part of this model"
-        elif name not in free and tensor.shape != own[name].shape:
-            yield f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        elif name in free and tensor.shape[-1:] != own[name].shape[-1:]:
-            yield f"{name} has shape {tuple(tensor.shape)}, expected width {own[name].shape[-1]}"
+            if name not in free:
+                yield f"{name} is not part of this model"
+            continue
+        shape, dims = own[name].shape, free.get(name, set())
+        if tensor.ndim != len(shape) or any(
+            have != want for dim, (have, want) in enumerate(zip(tensor.shape, shape, strict=True)) if dim not in dims
+        ):
+            wanted = ", ".join("any" if dim in dims else str(want) for dim, want in enumerate(shape))
+            yield f"{name} has shape {tuple(tensor.shape)}, expected ({wanted}{',' if len(shape) == 1 else ''})"
 
 
-def resizable_names(module: nn.Module) -> set[str]:
-    """Names of the tensors in ``module`` that take the size of what is loaded."""
-    layers = module.named_modules(remove_duplicate=False)  # a layer that tasks share has a name in each of them
-    return {f"{name}.{part}" for name, layer in layers for part in _free_parts(layer)}
-
-
-def _free_parts(layer: nn.Module) -> tuple[str, ...]:
-    """Tensors of a layer that take the size of what is loaded."""
-    if isinstance(layer, Pattention):
-        return Pattention.PARTS
-    return ("pos_embed",) if isinstance(getattr(layer, "pos_embed", None), Tensor) else ()
+def resizable_dims(module: nn.Module) -> dict[str, set[int]]:
+    """Dimensions that take the size of what is loaded, by the names of the tensors."""
+    found: dict[str, set[int]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):  # a part that tasks share has a name in each
+        for axis in part.axes() if callable(getattr(part, "axes", None)) else ():  # type: ignore[operator]
+            for tensor in axis.tensors:
+                found.setdefault(f"{name}.{tensor.name}".lstrip("."), set()).add(tensor.dim)
+        if isinstance(positions := getattr(part, "pos_embed", None), Tensor):
+            found[f"{name}.pos_embed"] = set(range(positions.ndim - 1))
+    return found

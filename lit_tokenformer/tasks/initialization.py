@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, model_size
-from lit_tokenformer.tasks.base import LitTask, resizable_names, state_dict_problems
+from lit_tokenformer.tasks.base import LitTask, resizable_dims, state_dict_problems
 from lit_tokenformer.tasks.language import LitLanguageTask
 
 
@@ -85,7 +85,7 @@ def initialize_from(
     def is_open(name: str) -> bool:  # part of a head, or of what a task has besides its backbones
         return all(not name.startswith(prefix) or name.startswith(f"{prefix}head.") for prefix, _ in backbones)
 
-    resizable = resizable_names(module)
+    resizable = resizable_dims(module)
     fits = {name for name in own if name in weights and (weights[name].shape == own[name].shape or name in resizable)}
     new = [name for name in own if name not in fits and is_open(name)]
     unused = [name for name in weights if name not in own and is_open(name)]

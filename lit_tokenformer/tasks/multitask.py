@@ -213,7 +213,7 @@ class LitMultiTask(LitTask):
         for task in self.tasks.values():
             task.on_train_start()
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
         terms: dict[str, Sequence[Tensor]] = {}
         losses: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
@@ -227,7 +227,8 @@ class LitMultiTask(LitTask):
         self._terms = terms if self._trainer and self.trainer.accumulate_grad_batches > 1 else {}
         if self._terms and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._gradients = {}
-        return loss
+        # FSDP2 gathers the parameters for each backward pass that begins at an output
+        return {"loss": loss, "terms": list(terms.values())} if self._terms else loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Keep the gradients of accumulated micro-batches apart by task, until each task's items are counted."""
@@ -243,12 +244,15 @@ class LitMultiTask(LitTask):
             scaled = [weights[term] * factors[name] for name, own in terms.items() for term in own]
             torch.autograd.backward(roots, scaled)
             return
+        # those of the optimizer: a sharded module has others between its forward and its backward pass
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group["params"]]
         for name, own in terms.items():
             kept = self._gradients.setdefault(name, {})
-            for parameter in self.parameters():
+            for parameter in parameters:
                 parameter.grad = kept.pop(parameter, None)
             torch.autograd.backward(own, [weights[term] for term in own])
-            for parameter in self.parameters():
+            for parameter in parameters:
                 if parameter.grad is not None:
                     kept[parameter], parameter.grad = parameter.grad, None
 

@@ -81,10 +81,8 @@ class OptimizedTask(pl.LightningModule):
             config: Any = {"scheduler": scheduler, **self.lr_scheduler_config.resolve(scheduler, self.trainer)}
             return {"optimizer": optimizer, "lr_scheduler": config}
         total, per_epoch = self.measure_schedule()
-        if math.isinf(total) and (self.schedule.name != "constant" or self.schedule.unit == "share"):
-            raise UserError(
-                f"schedule.name: {self.schedule.name!r} needs an end; set trainer.max_epochs or trainer.max_steps"
-            )
+        if math.isinf(total):
+            self.schedule.check_endless()
 
         def factor(step: int) -> float:
             return self.schedule.factor(step, *(self._lengths or (total, per_epoch)))

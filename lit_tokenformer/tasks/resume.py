@@ -134,12 +134,23 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned."""
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+def set_rng_state(state: dict[str, Any], ckpt_path: str) -> None:
+    """Restore what :func:`rng_state` returned.
+
+    Args:
+        state: The state.
+        ckpt_path: The checkpoint that it is from, for errors.
+
+    Raises:
+        UserError: If a value has another type.
+    """
+    try:
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    except Exception as error:  # those of wrong types have no common class
+        raise UserError(f"ckpt_path: {ckpt_path}: rng_states: unexpected values ({error})") from None

@@ -56,6 +56,11 @@ class LRSchedule:
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.restarts))):
             raise UserError(f"schedule.restarts: expected steps above 0 in rising order, got {list(self.restarts)}")
 
+    def check_endless(self) -> None:
+        """Raise a ``UserError`` if the schedule cannot do without the length of the fit."""
+        if self.name != "constant" or self.unit == "share":
+            raise UserError(f"schedule.name: {self.name!r} needs an end; set trainer.max_epochs or trainer.max_steps")
+
     def factor(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
         """The factor on the learning rate.
 
