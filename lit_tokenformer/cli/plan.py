@@ -109,8 +109,9 @@ def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], p
         twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
         return model_cost(first, twice).parameters - model_cost(first, size).parameters
 
+    size = models.model_size(model)
     return propose(
-        models.model_size(model),
+        {kind: size[kind] for kind in (*models.param_tokens(model), "depth")},  # heads and hidden units stay
         deepens=all(backbone.config.norm_position != "post" for backbone in backbones.values()),
         budget=budget,
         step_flops=flops,
