@@ -54,27 +54,30 @@ def run_picture(log_dir: str, output: str) -> None:
 
 
 def scaling_picture(
-    found: Sequence[Any], axes_of: Mapping[str, Any], exponents: Mapping[tuple[str, str], float], file: Path
+    found: Sequence[list[dict[str, Any]]], labels: Mapping[str, str], exponents: Sequence[float], file: Path
 ) -> None:
     """Draw ``speed.scaling``: time above and memory below, a column for each axis."""
     colors = {"layer": "tab:green", "training": "tab:blue", "decoding": "tab:orange"}
     names = {"layer": "one layer, forward + backward", "training": "training step", "decoding": "decoding one token"}
     figure = Figure(figsize=(13, 7.5))
     axes = figure.subplots(2, 3, sharex="col", sharey="row")
-    for column, (axis, (label, _)) in enumerate(axes_of.items()):
+    for column, (axis, label) in enumerate(labels.items()):
         upper, lower = axes[:, column]
-        for curve in (one for one in found if one.axis == axis):
-            color, sizes = colors[curve.what], curve.sizes
-            speed = curve.operations[-1] / curve.seconds[-1]
-            closed = [1000 * one / speed for one in curve.operations]
-            given = {"color": color, "marker": "o", "markersize": 4}
-            upper.plot(sizes, [1000 * one for one in curve.seconds], label=names[curve.what], **given)
-            upper.plot(sizes, closed, color=color, linestyle="--", linewidth=1)
-            lower.plot(sizes, [one / 1e6 for one in curve.bytes], **given)
-            lower.plot(sizes, [one / 1e6 for one in curve.closed_bytes], color=color, linestyle="--", linewidth=1)
-            place = (sizes[-1], 1000 * curve.seconds[-1])
-            text = f"{exponents[curve.what, axis]:.2f}"
-            upper.annotate(text, place, xytext=(0, 6), textcoords="offset points", ha="right", color=color)
+        for curve, exponent in zip(found, exponents, strict=True):
+            if curve[0]["axis"] != axis:
+                continue
+            values = {name: np.array([row[name] for row in curve]) for name in curve[0]}
+            kind, sizes, milliseconds = curve[0]["what"], values["size"], 1000 * values["seconds"]
+            closed = values["operations"] * milliseconds[-1] / values["operations"][-1]
+            solid: dict[str, Any] = {"color": colors[kind], "marker": "o", "markersize": 4}
+            dashed: dict[str, Any] = {"color": colors[kind], "linestyle": "--", "linewidth": 1}
+            upper.plot(sizes, milliseconds, label=names[kind], **solid)
+            upper.plot(sizes, closed, **dashed)
+            lower.plot(sizes, values["bytes"] / 1e6, **solid)
+            lower.plot(sizes, values["closed_bytes"] / 1e6, **dashed)
+            place = (sizes[-1], milliseconds[-1])
+            offset: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
+            upper.annotate(f"{exponent:.2f}", place, color=colors[kind], **offset)
         upper.plot([], [], color="k", linestyle="--", linewidth=1, label="closed form")
         for one in (upper, lower):
             one.set_xscale("log", base=2)
@@ -182,7 +185,7 @@ def search_picture(found: Findings, path: Path) -> None:
     names = found.names("search")
     if not names:
         return
-    losses = {name.removeprefix("grown: "): float(found.of(name, ("search",))[0].loss) for name in names}  # type: ignore[arg-type]
+    losses = {name.removeprefix("grown: "): found.of(name, ("search",))[0].loss for name in names}
     ordered = sorted(losses, key=lambda name: -losses[name])
     first = losses[names[0].removeprefix("grown: ")]
     figure = Figure(figsize=(7, 0.28 * len(ordered) + 1))

@@ -1,11 +1,11 @@
-"""Kills a training run at random moments, starts it again, and says whether it ends as one that was left alone does.
+"""Kill a training run at random moments, resume it, and compare its end bit by bit with an undisturbed run.
 
     python tests/kill_loop.py --runs 50 [--config vit_small] [--seed 0] [--logs FOLDER] [--output JSON] [OPTION ...]
 
 The run is a short form of a config that grows: a tiny model, 40 optimizer steps, two growths; it saves checkpoints as
-the config says. What is not known here goes to ``lit-tokenformer fit`` (``--trainer.max_epochs 8``). Each gets SIGKILL
+the config says. Unknown options go to ``lit-tokenformer fit`` (``--trainer.max_epochs 8``). Each gets SIGKILL
 once or twice: at any time, between two parameters of a growth, after some bytes of a checkpoint, or just before or
-after the checkpoint gets its name; then ``fit --ckpt_path last`` goes on. Compared to the last bit are weights, their
+after the checkpoint gets its name; then ``fit --ckpt_path last`` resumes it. Compared bit by bit are weights, their
 moving average, optimizer, schedule, parameter tokens and random generators in the last checkpoint.
 """
 
@@ -40,7 +40,7 @@ from lit_tokenformer.comparison.meter import environment
 
 COMPARED = (
     *("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"),
-    *("param_tokens", "global_step", "rng_states"),  # not "epoch": begun again after its last step, a fit counts on
+    *("param_tokens", "global_step", "rng_states"),  # not "epoch": a fit resumed after its last step increments it
 )
 SHORT = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}
 SCHEDULE = {1: 16, 3: 32}
@@ -53,25 +53,25 @@ OPTIONS = [
 
 @dataclass
 class Ending:
-    """How a run ended that was killed."""
+    """End of a killed run."""
 
     kills: list[str] = field(default_factory=list)
-    """What it was doing; ``not reached`` where it was over before."""
+    """Moments of the kills; ``not reached`` if the run ended earlier."""
     resumed_at: list[int] = field(default_factory=list)
-    """The optimizer step of the checkpoint that each start went on from; 0 is the beginning."""
+    """Optimizer step of the checkpoint that each start resumed from; 0 for a fresh start."""
     status: int = -1
     """Exit status of the last start."""
     differing: list[str] = field(default_factory=list)
-    """Parts of the last checkpoint that are not those of the run that was left alone."""
+    """Parts of the last checkpoint that differ from those of the undisturbed run."""
 
     @property
     def equal(self) -> bool:
-        """Whether it came to its end, and to the same one."""
+        """Whether it finished with the same checkpoint."""
         return self.status == 0 and not self.differing
 
 
 def short_config(name: str, folder: Path) -> Path:
-    """A file with a short form of a shipped config, whose callbacks are as they are but for when it grows."""
+    """Write a short form of a shipped config; only its sizes and its growth schedule change."""
     config = yaml.safe_load(shipped_configs()[name].read_text(encoding="utf-8"))
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"] == "callbacks.ParameterGrowthCallback":
@@ -83,16 +83,16 @@ def short_config(name: str, folder: Path) -> Path:
 
 
 def start(args: list[str], output: Path, prepare: Callable[[], None], kill_after: float | None = None) -> int:
-    """Runs the command line in a fork of this process, which has imported what takes long.
+    """Run the command line in a fork of this process, which has imported the slow packages.
 
     Args:
         args: Arguments of ``fit``.
-        output: File that what it prints is added to.
+        output: File that its output is appended to.
         prepare: Called in the fork before.
         kill_after: Seconds until it gets SIGKILL.
 
     Returns:
-        Its exit status; minus nine where it was killed.
+        Its exit status; -9 if it was killed.
     """
     child = os.fork()
     if not child:
@@ -119,12 +119,12 @@ def start(args: list[str], output: Path, prepare: Callable[[], None], kill_after
 
 
 def die() -> None:
-    """Ends this process as a machine does that loses its power."""
+    """Kill this process, as a power failure does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_in_growth(draw: random.Random) -> None:
-    """Lets this process die between two parameters of a growth."""
+    """Arrange for a kill between two parameters of a growth."""
     left = draw.randrange(1, 40)
     grow = growth.grow_optimizer
 
@@ -139,7 +139,7 @@ def die_in_growth(draw: random.Random) -> None:
 
 
 def die_in_writing(draw: random.Random) -> None:
-    """Lets this process die when some bytes of a checkpoint are written."""
+    """Arrange for a kill after some bytes of a checkpoint."""
     left = draw.randrange(1, 2_000_000)
     save = torch.save
 
@@ -163,7 +163,7 @@ def die_in_writing(draw: random.Random) -> None:
 
 
 def die_in_naming(draw: random.Random) -> None:
-    """Lets this process die just before or after a checkpoint gets its name."""
+    """Arrange for a kill just before or after a checkpoint is renamed."""
     left, before = draw.randrange(1, 8), draw.random() < 0.5
     replace = os.replace
 
@@ -184,11 +184,11 @@ MOMENTS: dict[str, Callable[[random.Random], None]] = {
     "writing": die_in_writing,
     "naming": die_in_naming,
 }
-"""What the process is doing when it dies; beside any time."""
+"""Moments of a kill, in addition to any time."""
 
 
 def differences(one: Any, other: Any) -> bool:
-    """Whether anything differs in two parts of checkpoints, to the last bit."""
+    """Whether two parts of checkpoints differ in any bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype != other.dtype or not torch.equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
@@ -199,13 +199,13 @@ def differences(one: Any, other: Any) -> bool:
 
 
 def kill_and_resume(args: list[str], folder: Path, whole: dict[str, Any], seconds: float, moments: list[str]) -> Ending:
-    """Kills a run at each of the moments and then lets it come to its end.
+    """Kill a run at each of the moments, then let it finish.
 
     Args:
         args: Arguments of ``fit``.
-        folder: Where it keeps its checkpoints.
-        whole: The last checkpoint of the run that was left alone.
-        seconds: What that run took.
+        folder: Folder of its checkpoints.
+        whole: Last checkpoint of the undisturbed run.
+        seconds: Duration of that run.
         moments: Keys of :data:`MOMENTS`, or ``any time``.
     """
     ending, draw = Ending(), random.Random(str(folder.name))
@@ -229,7 +229,7 @@ def kill_and_resume(args: list[str], folder: Path, whole: dict[str, Any], second
 
 
 def report(endings: list[Ending]) -> str:
-    """How many runs ended alike, by the moment of their first kill, and what the others did, in Markdown."""
+    """Count bit-equal runs by the moment of their first kill, in Markdown, and describe the others."""
     lines = ["| first kill | runs | bit-equal |", "|---|---:|---:|"]
     counts = Counter(ending.kills[0] for ending in endings)
     for moment, count in sorted(counts.items()):
@@ -244,7 +244,7 @@ def report(endings: list[Ending]) -> str:
 
 
 def main(runs: int, config: str, seed: int, logs: str | None, output: str | None, options: list[str]) -> int:
-    """Does it; returns 0 if all runs ended alike."""
+    """Run the loop; 0 if all runs end bit-equal."""
     torch.set_num_threads(1)
     folder = Path(logs or tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ def main(runs: int, config: str, seed: int, logs: str | None, output: str | None
         print((alone / "output.txt").read_text(encoding="utf-8"), file=sys.stderr)
         return 1
     whole, draw, endings = read_checkpoint(found), random.Random(seed), []
-    print(f"left alone: {whole['global_step']} steps, {seconds:.1f} s", flush=True)
+    print(f"undisturbed: {whole['global_step']} steps, {seconds:.1f} s", flush=True)
     kinds = ["any time", "growing", "writing", "any time", "naming"]
     for number in range(runs):
         place = folder / f"{seed}-{number}"
@@ -293,7 +293,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--config", default="vit_small")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", help="folder for the runs; those that end alike are removed from it")
-    parser.add_argument("--output", help="JSON file for what came out")
+    parser.add_argument("--logs", help="folder for the runs; bit-equal ones are removed")
+    parser.add_argument("--output", help="JSON file of the results")
     known, rest = parser.parse_known_args()
     sys.exit(main(**vars(known), options=rest))

@@ -132,7 +132,7 @@ class Study:
 
     def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
         """Combine the winners of all factors; the best single arm if that is better."""
-        losses = {one.arm.name: one.loss for one in self.outcomes if one.phase == "search" and one.loss is not None}
+        losses = {one.arm.name: one.loss for one in self.outcomes if one.phase == "search" and math.isfinite(one.loss)}
         best, together = [base], base
         (fresh,) = load_arms(self.domain)["base"]
         for arms in policies(self.domain).values():
@@ -157,7 +157,7 @@ class Study:
         together = replace(together, name="grown: the best of each factor")
         (found,) = self.train("search", [together], seeds)
         ranked = [*best, together]
-        losses[together.name] = found.loss if found.loss is not None else float("inf")
+        losses[together.name] = found.loss
         return replace(min(ranked, key=lambda arm: losses[arm.name]), name="grown")
 
     def family(self, winner: Arm, known: Sequence[Arm]) -> list[Arm]:
@@ -187,7 +187,7 @@ class Study:
 
 def best(outcomes: Sequence[Outcome]) -> Arm:
     """Find the arm with the lowest loss; the first if all failed."""
-    return min(outcomes, key=lambda one: one.loss if one.loss is not None else math.inf).arm
+    return min(outcomes, key=lambda one: one.loss).arm
 
 
 def is_size(arm: Arm) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.growth_study.outcome import table
+from lit_tokenformer.comparison.results import table
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
@@ -123,7 +123,7 @@ def cheapest(law: Law, sizes: Sequence[Size], target: float, begin: float = math
 
 def show(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table."""
-    print(f"\n{title}\n", *table(head, rows), sep="\n")
+    print(f"\n{title}\n\n{table([dict(zip(head, row, strict=True)) for row in rows])}", end="")
 
 
 def row_of(values: Iterable[float], form: str) -> str:
@@ -152,8 +152,14 @@ def published() -> None:
     show("Computed: all stages together, with 15B / 30B / 60B tokens in each further one:", head, costs)
     head = ["size", "Transformer, 300B", "Transformer, 30B", "grown, 15B / 30B / 60B", "share of TPU hours"]
     show("Published: perplexity and hours; computed: FLOPs:", [*head, "share of FLOPs"], results)
-    head = ["size", "30B from scratch, published", "by the law", "grown, 15B / 30B / 60B, published", "by the law"]
-    show("Nats above those of 300B tokens from scratch:", head, gaps)
+    head = [
+        "size",
+        "30B from scratch, published",
+        "by the law",
+        "grown, 15B / 30B / 60B, published",
+        "grown, by the law",
+    ]
+    show("Nats above those of 300B tokens from scratch:", [*head, "grown, by the law"], gaps)
 
 
 def on_paper() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.growth_study.arms import Arm, Domain, family_steps
+from lit_tokenformer.comparison.results import table
 
 
 @dataclass
@@ -37,9 +38,9 @@ class Outcome:
     folder: Path
 
     @property
-    def loss(self) -> float | None:
-        """Final validation loss in nats; None if it failed."""
-        return self.result.get("loss")
+    def loss(self) -> float:
+        """Final validation loss in nats; infinite if it failed."""
+        return float(self.result.get("loss", math.inf))
 
     @property
     def tflops(self) -> float:
@@ -53,9 +54,13 @@ class Outcome:
             return []  # the steps were unknown
         file = self.folder / "growths.json"
         lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        places = self.result["curve"]["growths"] if self.loss is not None else []
-        pairs = zip(places, lines, strict=False)
-        return [(place, before, after) for place, (_, before, after) in pairs]
+        places = self.result["curve"]["growths"] if "curve" in self.result else []
+        return [(place, before, after) for place, (_, before, after) in zip(places, lines, strict=False)]
+
+    @property
+    def largest_jump(self) -> float | None:
+        """Largest change of the validation loss at a growth."""
+        return max((abs(after - before) for _, before, after in self.jumps), default=None)
 
     def loss_before(self, place: float) -> float | None:
         """Last validation loss within 1 % before ``place`` (TFLOP); None without one."""
@@ -65,7 +70,7 @@ class Outcome:
 
     def row(self) -> dict[str, Any]:
         """Row of the CSV."""
-        done = self.loss is not None
+        measured = self.result
         return {
             "domain": self.domain,
             "phase": self.phase,
@@ -73,15 +78,13 @@ class Outcome:
             "seed": self.seed,
             "share_of_budget": self.arm.share,
             "lr": self.arm.lr * self.arm.rate_factor,
-            "steps": self.result.get("steps"),
-            "parameters": self.result.get("parameters"),
-            "tflop": self.tflops if done else None,
-            "loss": self.loss,
-            "score": self.result.get("score"),
-            "score_name": self.result.get("score_name"),
-            "largest_jump": max((abs(after - before) for _, before, after in self.jumps), default=None),
-            "train_seconds": self.result.get("seconds"),
-            "failed": self.result.get("failed"),
+            "steps": measured.get("steps"),
+            "parameters": measured.get("parameters"),
+            "tflop": self.tflops if "curve" in measured else None,
+            **{name: measured.get(name) for name in ("loss", "score", "score_name")},
+            "largest_jump": self.largest_jump,
+            "train_seconds": measured.get("seconds"),
+            "failed": measured.get("failed"),
         }
 
 
@@ -99,16 +102,15 @@ class Findings:
 
     def __init__(self, domain: Domain, outcomes: Sequence[Outcome]) -> None:
         self.domain = domain
-        self.outcomes = [one for one in outcomes if one.loss is not None]
+        self.outcomes = [one for one in outcomes if math.isfinite(one.loss)]
         self.final = f"from scratch, {domain.ladder[-1]} tokens"
 
-    def of(self, name: str, phases: Iterable[str] = ("final",), share: float | None = None) -> list[Outcome]:
+    def of(self, name: str, phases: tuple[str, ...] = ("final",), share: float | None = None) -> list[Outcome]:
         """Outcomes of an arm."""
-        wanted = tuple(phases)
         return [
             one
             for one in self.outcomes
-            if one.arm.name == name and one.phase in wanted and (share is None or one.arm.share == share)
+            if one.arm.name == name and one.phase in phases and (share is None or one.arm.share == share)
         ]
 
     def names(self, phase: str) -> list[str]:
@@ -120,7 +122,7 @@ class Findings:
         pairs = []
         for share in sorted({one.arm.share for one in self.of(name, ("learning rate", "final"))}):
             tried = self.of(name, ("learning rate",), share)
-            runs = self.of(name, share=share) or [min(tried, key=lambda one: float(one.loss))]  # type: ignore[arg-type]
+            runs = self.of(name, share=share) or [min(tried, key=lambda one: one.loss)]
             pairs.append((statistics.mean(one.tflops for one in runs), mean_loss(runs)))
         return pairs
 
@@ -136,7 +138,7 @@ class Findings:
 
     def ratio(self, one: Outcome) -> float | None:
         """FLOPs over those of the final size from scratch at equal loss."""
-        needed = compute_for(self.curve(self.final), float(one.loss))  # type: ignore[arg-type]
+        needed = compute_for(self.curve(self.final), one.loss)
         return None if needed is None else one.tflops / needed
 
 
@@ -176,7 +178,7 @@ def loss_at(curve: Curve, tflops: float) -> float:
 
 def mean_loss(outcomes: Sequence[Outcome]) -> float:
     """Mean of the losses."""
-    return statistics.mean(float(one.loss) for one in outcomes)  # type: ignore[arg-type]
+    return statistics.mean(one.loss for one in outcomes)
 
 
 def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> str:
@@ -196,7 +198,7 @@ def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> s
     offsets: dict[int, list[float]] = {}
     for cost, mean in curve:
         for one in by_cost[cost]:
-            offsets.setdefault(one.seed, []).append(float(one.loss) - mean)  # type: ignore[arg-type]
+            offsets.setdefault(one.seed, []).append(one.loss - mean)
     shifted = (compute_for(curve, target - statistics.mean(each)) for each in offsets.values())
     others = [one for one in shifted if one is not None]
     deviation = f" ± {statistics.stdev(others):.2f}" if len(others) > 1 else ""
@@ -211,142 +213,121 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Format a Markdown table."""
-    body = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
-    return [body[0], "|---" + "|---:" * (len(head) - 1) + "|", *body[1:], ""]
-
-
 def report(found: Findings) -> str:
     """Format all tables of a domain."""
-    domain = found.domain
-    lines = ["## Which size is right for which budget", ""]
-    ladder = found.ladder()
-    whole = max(place for curve in ladder.values() for place, _ in curve)
-    heads = sorted({round(place / whole, 2) for curve in ladder.values() for place, _ in curve})
-    by_share = {
-        name: {round(place / whole, 2): f"{loss:.4f}" for place, loss in curve} for name, curve in ladder.items()
-    }
-    lines += table(
-        ["from scratch", *(f"{share:g} C" for share in heads)],
-        [
-            [name.removeprefix("from scratch, "), *(losses.get(share, "-") for share in heads)]
-            for name, losses in by_share.items()
-        ],
-    )
-    scratch = found.control
-    target = mean_loss(scratch)
-    cost = statistics.mean(one.tflops for one in scratch)
-    lines += [f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.", ""]
+    ladder, target = found.ladder(), mean_loss(found.control)
+    cost = statistics.mean(one.tflops for one in found.control)
+    parts = [
+        "## Which size is right for which budget\n",
+        sizes_table(ladder),
+        f"C = {cost:.3g} TFLOP. Validation loss in nats at the end of runs of that length.\n",
+    ]
     tokens = [ladder[name] for name in ladder if name.endswith("tokens")]
     depths = [ladder[name] for name in ("from scratch, 1 block", found.final) if name in ladder]
     for what, curves in (("tokens", tokens), ("depth", depths)):
-        bound = cheapest_schedule(curves, target) if len(curves) > 1 else None
-        if bound is not None:
-            lines += [
+        if len(curves) > 1 and (bound := cheapest_schedule(curves, target)) is not None:
+            parts.append(
                 "If a grown model were worth what one from scratch of its size with the same loss is, the "
-                f"cheapest growth in {what} to the final size's loss at C would cost {bound / cost:.2f} C.",
-                "",
-            ]
+                f"cheapest growth in {what} to the final size's loss at C would cost {bound / cost:.2f} C.\n"
+            )
+    parts += [
+        "## (a) One model is wanted\n",
+        arms_table(found, cost),
+        "Beside the best size: the loss less that of the best size from scratch on the same FLOPs. Ratio: FLOPs over "
+        "those that the final size from scratch needs for the same loss (all stages counted).\n",
+    ]
+    for name in found.names("final"):
+        shares = {one.arm.share for one in found.of(name)}
+        if name.startswith("grown") and len(shares) > 1:
+            by_share = {share: found.of(name, share=share) for share in shares}
+            parts.append(
+                f"**{name.capitalize()}, at the loss of the final size from scratch on C ({target:.4f}): "
+                f"{cost_of_loss(by_share, target)} of C.**\n"
+            )
+    if found.names("search"):
+        parts += ["## The search\n", search_table(found, cost)]
+    if found.names("family"):
+        parts += [
+            "## (b) The smaller size exists already\n",
+            family_table(found, cost, target),
+            "The smaller size is trained to its end on as many tokens or images as the final one from scratch, which "
+            f"has {target:.4f}. What it cost is not counted.\n",
+        ]
+    return "\n".join(parts)
 
-    lines += ["## (a) One model is wanted", ""]
+
+def sizes_table(ladder: dict[str, Curve]) -> str:
+    """Format the final losses of each size from scratch by the length of the run."""
+    whole = max(place for curve in ladder.values() for place, _ in curve)
+    by_share = {
+        name: {round(place / whole, 2): f"{loss:.4f}" for place, loss in curve} for name, curve in ladder.items()
+    }
+    shares = sorted({share for losses in by_share.values() for share in losses})
+    return table(
+        [
+            {"from scratch": name.removeprefix("from scratch, ")}
+            | {f"{share:g} C": losses.get(share, "-") for share in shares}
+            for name, losses in by_share.items()
+        ]
+    )
+
+
+def arms_table(found: Findings, cost: float) -> str:
+    """Format the final runs of each arm at each share of the budget C (``cost``, in TFLOP)."""
     rows = []
     for name in found.names("final"):
         for share in sorted({one.arm.share for one in found.of(name)}):
             runs = found.of(name, share=share)
-            losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
-            tflops = runs[0].tflops
-            best = min(loss_at(curve, tflops) for curve in ladder.values() if curve)
-            ratios = [ratio for one in runs if (ratio := found.ratio(one)) is not None]
-            jump = max((abs(after - before) for one in runs for _, before, after in one.jumps), default=None)
+            best = min(loss_at(curve, runs[0].tflops) for curve in found.ladder().values())
+            jump = max((one.largest_jump for one in runs if one.largest_jump is not None), default=None)
             rows.append(
-                [
-                    name,
-                    f"{tflops / cost:.2f} C",
-                    spread(losses, 4),
-                    f"{statistics.mean(losses) - best:+.4f}",
-                    spread(ratios, 2),
-                    "-" if jump is None else f"{jump:.1e}",
-                    f"{runs[0].arm.lr * runs[0].arm.rate_factor:g}",
-                    str(len(runs)),
-                ]
+                {
+                    "arm": name,
+                    "FLOPs": f"{runs[0].tflops / cost:.2f} C",
+                    "validation loss": spread([one.loss for one in runs], 4),
+                    "beside the best size": f"{mean_loss(runs) - best:+.4f}",
+                    "ratio": spread([ratio for one in runs if (ratio := found.ratio(one)) is not None], 2),
+                    "jump at growth": "-" if jump is None else f"{jump:.1e}",
+                    "learning rate": f"{runs[0].arm.lr * runs[0].arm.rate_factor:g}",
+                    "seeds": len(runs),
+                }
             )
-    head = [
-        "arm",
-        "FLOPs",
-        "validation loss",
-        "beside the best size",
-        "ratio",
-        "jump at growth",
-        "learning rate",
-        "seeds",
-    ]
-    lines += table(head, rows)
-    lines += [
-        "Beside the best size: the loss less that of the best size from scratch on the same FLOPs. Ratio: FLOPs over "
-        "those that the final size from scratch needs for the same loss (all stages counted).",
-        "",
-    ]
-    for name in found.names("final"):
-        runs = found.of(name)
-        if not name.startswith("grown") or len({one.arm.share for one in runs}) < 2:
-            continue
-        by_share = {one.arm.share: found.of(name, share=one.arm.share) for one in runs}
-        lines += [
-            f"**{name.capitalize()}, at the loss of the final size from scratch on C ({target:.4f}): "
-            f"{cost_of_loss(by_share, target)} of C.**",
-            "",
-        ]
+    return table(rows)
 
-    lines += search_table(found, cost)
-    if not found.names("family"):
-        return "\n".join(lines)
-    lines += ["## (b) The smaller size exists already", ""]
+
+def family_table(found: Findings, cost: float, target: float) -> str:
+    """Format the further sizes of a family, with their cost at the target loss."""
     rows = []
-    for small, large in family_steps(domain):
+    for small, large in family_steps(found.domain):
         best: dict[float, list[Outcome]] = {}
         for name in found.names("family"):
             if not name.startswith(f"family: {small} to {large} at "):
                 continue
             runs = found.of(name, ("family",))
             share = round((runs[0].tflops - runs[0].jumps[0][0]) / cost, 2)
-            losses = [float(one.loss) for one in runs]  # type: ignore[arg-type]
             best[share] = min(best.get(share, runs), runs, key=mean_loss)
-            begun = spread([loss for one in runs if (loss := one.loss_before(one.jumps[0][0])) is not None], 4)
-            rows.append([name.removeprefix("family: "), f"{share:.2f}", spread(losses, 4), begun, str(len(runs))])
-        rows.append([f"{small} to {large}, at equal loss", cost_of_loss(best, target), f"{target:.4f}", "", ""])
-    head = ["further size", "its cost / from scratch", "validation loss", "the smaller one", "seeds"]
-    lines += table(head, rows)
-    lines += [
-        f"The smaller size is trained to its end on as many tokens or images as the final one from scratch, which has "
-        f"{target:.4f}. What it cost is not counted.",
-        "",
-    ]
-    return "\n".join(lines)
+            begun = [loss for one in runs if (loss := one.loss_before(one.jumps[0][0])) is not None]
+            losses = spread([one.loss for one in runs], 4)
+            rows.append((name.removeprefix("family: "), f"{share:.2f}", losses, spread(begun, 4), len(runs)))
+        rows.append((f"{small} to {large}, at equal loss", cost_of_loss(best, target), f"{target:.4f}", "", ""))
+    head = ("further size", "its cost / from scratch", "validation loss", "the smaller one", "seeds")
+    return table([dict(zip(head, row, strict=True)) for row in rows])
 
 
-def search_table(found: Findings, cost: float) -> list[str]:
-    """Format the policies of the search relative to the first of them; empty without a search.
-
-    Args:
-        found: The outcomes.
-        cost: C in TFLOP.
-    """
+def search_table(found: Findings, cost: float) -> str:
+    """Format the policies of the search relative to the first of them."""
     outcomes = [found.of(name, ("search",))[0] for name in found.names("search")]
     rows = []
     for one in outcomes:
         ratio = found.ratio(one)
-        difference = float(one.loss) - float(outcomes[0].loss)  # type: ignore[arg-type]
-        jump = max((abs(after - before) for _, before, after in one.jumps), default=0.0)
         rows.append(
-            [
-                one.arm.name.removeprefix("grown: "),
-                f"{one.tflops / cost:.2f} C",
-                f"{one.loss:.4f}",
-                f"{difference:+.4f}",
-                "-" if ratio is None else f"{ratio:.2f}",
-                f"{jump:.1e}",
-            ]
+            {
+                "policy": one.arm.name.removeprefix("grown: "),
+                "FLOPs": f"{one.tflops / cost:.2f} C",
+                "validation loss": f"{one.loss:.4f}",
+                "to the first": f"{one.loss - outcomes[0].loss:+.4f}",
+                "ratio": "-" if ratio is None else f"{ratio:.2f}",
+                "largest jump": f"{one.largest_jump or 0:.1e}",
+            }
         )
-    head = ["policy", "FLOPs", "validation loss", "to the first", "ratio", "largest jump"]
-    return ["## The search", "", *table(head, rows)] if rows else []
+    return table(rows)

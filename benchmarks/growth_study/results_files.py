@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from benchmarks.growth_study.arms import Domain
 from benchmarks.growth_study.outcome import Findings, Outcome, report
 from benchmarks.plots import search_picture, sizes_picture, study_picture
 from lit_tokenformer.comparison.fits import NOT_RUN
+from lit_tokenformer.comparison.results import write_csv
 
 
 def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], options: argparse.Namespace) -> None:
@@ -31,14 +31,11 @@ def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], opti
             "loss": loss,
         }
         for one in unique
-        if one.loss is not None and one.phase in ("final", "family")
+        if "curve" in one.result and one.phase in ("final", "family")
         for place, loss in zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True)
     ]
-    for suffix, lines in (("fits", rows), ("curves", curves)):
-        with (folder / f"{name}_{suffix}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+    write_csv(folder / f"{name}_fits.csv", rows)
+    write_csv(folder / f"{name}_curves.csv", curves)
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
     root = domain.data["init_args"].get("root")  # of images
     told = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def measure(shape: tuple[int, int, int], dtype: str, mode: str, rounds: int, dev
     keys, values = ((0.02 * torch.randn(tokens, dim, **kind)).requires_grad_() for _ in range(2))
     out = values.detach().T.contiguous().requires_grad_()
     tau = torch.tensor(math.sqrt(tokens), device=device)
-    mlp_, pattention_ = (torch.compile(one) if mode == "compiled" else one for one in (mlp, pattention))
+    compiled: Any = torch.compile if mode == "compiled" else lambda function: function
+    mlp_, pattention_ = compiled(mlp), compiled(pattention)
     forward = {
         "MLP": lambda: mlp_(x, keys, out),
         "formula": lambda: formula(x, keys, values, tau),

@@ -19,10 +19,8 @@ points, ``scaling.png`` the picture, where the closed form is dashed (its time a
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.plots import scaling_picture
 from benchmarks.speed.lines import Line
 from benchmarks.speed.timing import arguments, kept_bytes, main, median, take_turns
+from lit_tokenformer.comparison.results import write_csv
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, preset_config
 from lit_tokenformer.tasks.losses import linear_cross_entropy
@@ -44,40 +43,10 @@ AXES = {
 ROWS, WIDTH = 256, 256  # data tokens and width of the layer by itself
 
 
-@dataclass
-class Curve:
-    """Measurements along an axis, a number for each of its values.
-
-    Args:
-        what: Quantity.
-        axis: A name in ``AXES``.
-        seconds: Medians.
-        operations: FLOPs in closed form.
-        bytes: Measured memory.
-        closed_bytes: Memory in closed form.
-    """
-
-    what: str
-    axis: str
-    seconds: list[float] = field(default_factory=list)
-    operations: list[float] = field(default_factory=list)
-    bytes: list[float] = field(default_factory=list)
-    closed_bytes: list[float] = field(default_factory=list)
-
-    @property
-    def sizes(self) -> list[int]:
-        """The values of the axis."""
-        return AXES[self.axis][1]
-
-
-@dataclass
-class Point:
-    """One measurement: a function to time, its FLOPs in closed form, and its memory as counted and in closed form."""
-
-    run: Callable[[], object]
-    operations: float
-    bytes: float
-    closed_bytes: float
+Point = tuple[Callable[[], object], float, float, float]
+"""A function to time, its FLOPs in closed form, and its memory as counted and in closed form."""
+Curve = list[dict[str, Any]]
+"""Rows of the CSV: what, axis, size, seconds, operations, bytes, closed_bytes."""
 
 
 def layer(axis: str, size: int, dtype: torch.dtype, device: str) -> Point:
@@ -86,9 +55,7 @@ def layer(axis: str, size: int, dtype: torch.dtype, device: str) -> Point:
     one = Pattention(WIDTH, WIDTH, size).to(device)
     x = torch.randn(ROWS, WIDTH, device=device, requires_grad=True)
     run = trained(one, lambda: one(x).sum(), dtype)
-    return Point(
-        run, 12 * ROWS * WIDTH * size, kept_bytes(run, one.parameters()), dtype.itemsize * ROWS * (WIDTH + size)
-    )
+    return run, 12 * ROWS * WIDTH * size, kept_bytes(run, one.parameters()), dtype.itemsize * ROWS * (WIDTH + size)
 
 
 def config_of(axis: str, size: int) -> TokenformerConfig:
@@ -110,9 +77,8 @@ def training(axis: str, size: int, dtype: torch.dtype, device: str) -> Point:
         return linear_cross_entropy(model(tokens, pre_logits=True), weight, tokens)[0]  # type: ignore[arg-type]
 
     run = trained(model, loss, dtype)
-    return Point(
-        run, cost.training_flops, kept_bytes(run, [*model.parameters(), *model.buffers()]), dtype.itemsize * cost.kept
-    )
+    kept = kept_bytes(run, [*model.parameters(), *model.buffers()])
+    return run, cost.training_flops, kept, dtype.itemsize * cost.kept
 
 
 def decoding(axis: str, size: int, dtype: torch.dtype, device: str) -> Point:
@@ -134,7 +100,7 @@ def decoding(axis: str, size: int, dtype: torch.dtype, device: str) -> Point:
     run()
     cached = [one for mixer, _ in state.blocks for one in vars(mixer).values() if isinstance(one, Tensor)]
     numbers = 2 * config.depth * read * config.dim
-    return Point(run, model_cost(config).flops / read, sum(one.nbytes for one in cached), numbers * dtype.itemsize)
+    return run, model_cost(config).flops / read, sum(one.nbytes for one in cached), numbers * dtype.itemsize
 
 
 def trained(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], None]:
@@ -160,42 +126,32 @@ MEASURED = (
 def curves(rounds: int, dtype: torch.dtype, device: str) -> Iterator[Curve]:
     """Measure all curves."""
     for what, axis, make in MEASURED:
-        curve = Curve(what, axis)
-        for size in curve.sizes:
-            point = make(axis, size, dtype, device)
-            curve.seconds.append(median(take_turns({"run": point.run}, rounds, device, warmup=1)["run"]))
-            curve.operations.append(point.operations)
-            curve.bytes.append(point.bytes)
-            curve.closed_bytes.append(point.closed_bytes)
+        curve = []
+        for size in AXES[axis][1]:
+            run, *numbers = make(axis, size, dtype, device)
+            passed = median(take_turns({"run": run}, rounds, device, warmup=1)["run"])
+            closed = dict(zip(("operations", "bytes", "closed_bytes"), numbers, strict=True))
+            curve.append({"what": what, "axis": axis, "size": size, "seconds": float(f"{passed:.6g}"), **closed})
         yield curve
 
 
-def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Fit the slope through the upper half of the points, in logarithms of both."""
-    half = len(sizes) // 2
-    return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
+def exponent(curve: Curve, name: str) -> float:
+    """Fit the slope of a column through the upper half of the points, in logarithms of both."""
+    upper = curve[len(curve) // 2 :]
+    sizes, values = (np.log([row[key] for row in upper]) for key in ("size", name))
+    return float(np.polyfit(sizes, values, 1)[0])
 
 
 def lines_of(found: Sequence[Curve], dtype: str) -> Iterator[Line]:
     """Compare the exponents with the closed form."""
     for curve in found:
-        memory = "memory of the cache" if curve.what == "decoding" else "memory kept"
-        pairs = (("time", curve.seconds, curve.operations), (memory, curve.bytes, curve.closed_bytes))
-        for what, measured, closed in pairs:
-            mine, theirs = exponent(curve.sizes, measured), exponent(curve.sizes, closed)
-            title = f"{curve.what}, {dtype}, {what} against {curve.axis}"
+        kind, axis = curve[0]["what"], curve[0]["axis"]
+        memory = "memory of the cache" if kind == "decoding" else "memory kept"
+        for what, measured, closed in (("time", "seconds", "operations"), (memory, "bytes", "closed_bytes")):
+            mine, theirs = exponent(curve, measured), exponent(curve, closed)
             if theirs > 0.01:  # a KV cache does not depend on N
+                title = f"{kind}, {dtype}, {what} against {axis}"
                 yield Line(title, "the closed form", mine, theirs, "(exponent)", mine / theirs)
-
-
-def write(found: Sequence[Curve], file: Path) -> None:
-    """Write the points as CSV."""
-    with file.open("w", newline="", encoding="utf-8") as target:
-        rows = csv.writer(target, lineterminator="\n")
-        rows.writerow(["what", "axis", "size", "seconds", "operations", "bytes", "closed_bytes"])
-        for one in found:
-            columns = zip(one.sizes, one.seconds, one.operations, one.bytes, one.closed_bytes, strict=True)
-            rows.writerows([one.what, one.axis, size, f"{seconds:.6g}", *rest] for size, seconds, *rest in columns)
 
 
 def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
@@ -206,9 +162,9 @@ def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
         lines += lines_of(found, dtype)
         given.output.mkdir(parents=True, exist_ok=True)
         name = "scaling" if dtype == given.dtypes[0] else f"scaling-{dtype}"
-        write(found, given.output / f"{name}.csv")
-        exponents = {(one.what, one.axis): exponent(one.sizes, one.seconds) for one in found}
-        scaling_picture(found, AXES, exponents, given.output / f"{name}.png")
+        write_csv(given.output / f"{name}.csv", [row for curve in found for row in curve])
+        labels = {axis: label for axis, (label, _) in AXES.items()}
+        scaling_picture(found, labels, [exponent(one, "seconds") for one in found], given.output / f"{name}.png")
     return lines, []
 
 

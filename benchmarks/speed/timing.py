@@ -49,7 +49,7 @@ def take_turns(
     """Time each function in each round, (rounds,) by name; every second round runs in reverse order."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + warmup):
-        names = list(functions) if number % 2 == 0 else list(reversed(functions))
+        names = list(functions) if number % 2 == 0 else list(functions)[::-1]
         for name in names:
             passed = seconds(functions[name], device)
             if number >= warmup:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,28 @@ def sort_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ordered
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows, each a mapping from column to cell, as a Markdown table that ends in an empty line.
+
+    Example:
+        >>> print(table([{"arm": "a", "loss": 1.5}]), end="")
+        | arm | loss |
+        |---|---:|
+        | a | 1.5 |
+    """
+    head = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+    body = ["| " + " | ".join(map(str, cells)) + " |" for cells in (rows[0], *(row.values() for row in rows))]
+    return "\n".join([body[0], head, *body[1:], ""])
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, each a mapping from column to value, as CSV."""
+    with file.open("w", encoding="utf-8", newline="") as target:
+        writer = csv.DictWriter(target, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def markdown(rows: list[dict[str, Any]], unit: str, reference: str, matched: str, jobs: int) -> str:
     """Format the table and its footnotes.
 
@@ -86,10 +109,8 @@ def markdown(rows: list[dict[str, Any]], unit: str, reference: str, matched: str
     """
     score = next((one["score_name"] for one in rows if one["score_name"]), None)
     cells = [_cells(one, unit, matched, score) for one in rows]
-    lines = ["| " + " | ".join(cells[0]) + " |", "|---" + "|---:" * (len(cells[0]) - 1) + "|"]
-    lines += ["| " + " | ".join(one.values()) + " |" for one in cells]
-    lines += [
-        "",
+    lines = [
+        table(cells),
         "Sorted by the loss at the end of the fit: mean ± sample standard deviation over seeds. FLOPs: of one "
         f"sample's forward pass at the final size, and of all training steps. {unit}/s: the median step. Peak memory: "
         "of a training step beyond that before the model, weights and optimizer included.",
@@ -158,17 +179,15 @@ def write(
     rows = sort_rows([row(setting, one, results[one.arm.label]) for one in planned])
     unit = "tokens" if "context_length" in setting.sizes else "images"
     reference = reference_of([one.arm for one in planned], settings["reference"]).label
-    table = markdown(rows, unit, reference, settings["match"] or "parameters", settings["jobs"])
+    text = markdown(rows, unit, reference, settings["match"] or "parameters", settings["jobs"])
     base = Path(settings["output"]) / NAME
     base.parent.mkdir(parents=True, exist_ok=True)
-    base.with_suffix(".md").write_text(table, encoding="utf-8")
-    with base.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [key for key in rows[0] if key != "notes"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(
-            {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in one.items()}
-            for one in rows
-        )
+    base.with_suffix(".md").write_text(text, encoding="utf-8")
+    columns = [
+        {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in one.items()}
+        for one in rows
+    ]
+    write_csv(base.with_suffix(".csv"), [{key: one[key] for key in one if key != "notes"} for one in columns])
     environments = [one["environment"] for own in results.values() for one in own.values() if "environment" in one]
     summary = getattr(setting.data, "corpus_summary", None)
     everything = {
@@ -182,7 +201,7 @@ def write(
     curves = {
         one["label"]: [run["curve"] for run in results[one["label"]].values() if not run["failed"]] for one in rows
     }
-    print(f"\n{table}")
+    print(f"\n{text}")
     try:
         from lit_tokenformer.comparison.picture import draw
     except ModuleNotFoundError as error:
