@@ -101,10 +101,10 @@ def mean_curve(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray, np.ndar
     places: list[float] = []
     losses: list[list[float]] = []
     for number, one in enumerate(runs):
-        logged = list(zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True))
-        points = list(logged)
+        curve = one.result["curve"]
+        points = list(zip(curve["tflops"], curve["losses"], strict=True))
         for place, before, after in one.jumps:
-            between = float(np.interp(place, *zip(*logged, strict=True)))
+            between = float(np.interp(place, curve["tflops"], curve["losses"]))
             jump = max(0.0, after - before)
             points += [(place - 1e-9, between - jump / 2), (place + 1e-9, between + jump / 2)]
         points.sort()

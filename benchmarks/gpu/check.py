@@ -146,7 +146,7 @@ def make_table(found: Sequence[dict[str, Any]]) -> str:
         remark = error[-1][:150] if error else "; ".join(one.get("skipped", []))
         rows.append(f"| {one['part']} | {one['status']} | {one.get('seconds', 0):.0f} | {remark} |")
     blocks = ["\n".join(rows)]
-    environment = next((one["environment"] for one in found if "environment" in one), {})
+    environment: dict[str, Any] = next((one["environment"] for one in found if "environment" in one), {})
     blocks.append(", ".join(f"{name} {value}" for name, value in environment.items()))
     for one in found:
         if one.get("lines"):

@@ -69,8 +69,8 @@ def run(findings: Findings) -> None:
     for mode, backend in MODES.items():
         for pair in TINY[: 1 if backend else 2] if findings.tiny else PAIRS:
             if findings.fits(pair.seconds + 2 * COMPILING * bool(backend), f"{mode} {pair.ours}"):
-                sides = [measure(name, pair, backend, findings) for name in (pair.ours, pair.theirs)]
-                findings.add(*compare(pair, mode, *sides, peak))
+                ours, theirs = (measure(name, pair, backend, findings) for name in (pair.ours, pair.theirs))
+                findings.add(*compare(pair, mode, ours, theirs, peak))
 
 
 def compare(pair: Pair, mode: str, ours: Measured, theirs: Measured, peak: float) -> list[Line]:

@@ -114,7 +114,7 @@ class Arm:
         preset = domain.twin if self.twin else domain.preset
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **domain.of_data}
         *before, last = (preset_config(preset, **{**shared, **size}) for size in self.sizes)
-        short = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
+        short: dict[str, Any] = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
         return [*(replace(config, **short) for config in before), last]
 
     def steps(self, domain: Domain) -> int:

@@ -163,8 +163,7 @@ class LearnedTau(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for layer in pl_module.modules():
-            if isinstance(layer, Pattention) and "tau" in layer._buffers:
-                tau = layer._buffers.pop("tau")
+            if isinstance(layer, Pattention) and (tau := layer._buffers.pop("tau", None)) is not None:
                 layer.register_parameter("tau", nn.Parameter(tau))
 
 

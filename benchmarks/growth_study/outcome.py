@@ -297,7 +297,7 @@ def arms_table(found: Findings, cost: float) -> str:
 
 def family_table(found: Findings, cost: float, target: float) -> str:
     """Format the further sizes of a family, with their cost at the target loss."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for small, large in family_steps(found.domain):
         best: dict[float, list[Outcome]] = {}
         for name in found.names("family"):

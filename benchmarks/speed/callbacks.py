@@ -89,9 +89,11 @@ def fit(callbacks: list[Callback], epochs: int, args: argparse.Namespace) -> Non
     """Train a new model for some epochs of ``args.steps`` steps, with a validation after each."""
     adamw = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
-    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, LENGTH, overrides={"param_tokens": 32}, optimizer=adamw)
-    blocks = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, LENGTH + 1))
-    training, validation = (DataLoader(some, batch_size=BATCH_SIZE) for some in (blocks, blocks[: 5 * BATCH_SIZE]))
+    overrides: Any = {"param_tokens": 32}
+    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, LENGTH, overrides=overrides, optimizer=adamw)
+    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, LENGTH + 1))
+    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE)
+    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator=args.device.split(":")[0],

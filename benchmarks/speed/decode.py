@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GPTNeoXForCausalLM
@@ -61,7 +61,7 @@ class Turns(BaseStreamer):
 
 
 @torch.inference_mode()
-def multiply(weights: list[torch.Tensor], vectors: torch.Tensor) -> None:
+def multiply(weights: Sequence[torch.Tensor], vectors: torch.Tensor) -> None:
     """Multiply each weight (N, D) with one vector (D,) or several (D, B)."""
     for weight in weights:
         torch.matmul(weight, vectors)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def make_images(folder: Path, number: int, seed: int = 0) -> None:
         split = "train" if index < number else "val"
         place = folder / split / f"class_{index % 4}"
         place.mkdir(parents=True, exist_ok=True)
-        width, height = generator.integers(440, 561), generator.integers(330, 421)
+        width, height = int(generator.integers(440, 561)), int(generator.integers(330, 421))
         pixels = np.zeros((height, width, 3))
         for cells in (4, 16, 64):  # structure, coarse to fine
             small = generator.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
@@ -97,7 +98,7 @@ def their_loader(folder: str, recipe: Augmentation, batch_size: int, workers: in
         scale=recipe.scale,
         ratio=recipe.ratio,
         hflip=0.5,
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]
         auto_augment=recipe.auto_augment,
         interpolation="bicubic",
         re_prob=recipe.reprob,
@@ -127,7 +128,7 @@ def first_batch(loader: DataLoader) -> float:
 
 def read_epoch(loader: DataLoader, device: str) -> None:
     """Read an epoch, each batch to the device."""
-    sampler = loader.sampler
+    sampler: Any = loader.sampler
     if hasattr(sampler, "set_epoch"):  # as Lightning does; every epoch has other crops
         sampler.set_epoch(sampler.epoch + 1)
     for image, _ in loader:

@@ -67,7 +67,7 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
     shape, lines = SHAPES[preset], []
     tasks: dict[str, Any] = {}
     for form in ("padded", "unpadded"):
-        overrides = {"unpad": form == "unpadded", "dropout": 0.0, "attn_dropout": 0.0}
+        overrides: Any = {"unpad": form == "unpadded", "dropout": 0.0, "attn_dropout": 0.0}
         task = LitMaskedLM(preset, shape.vocabulary, shape.length, overrides=overrides)
         tasks[form] = unlogged(task.to(device).train())
     tasks["unpadded"].load_state_dict(tasks["padded"].state_dict())
