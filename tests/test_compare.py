@@ -226,6 +226,23 @@ def test_images_and_masked_text_are_planned(config):
     assert abs(found[1].differs) < 0.02
 
 
+def test_the_stored_comparison_is_planned_as_it_was_trained(capsys):
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    command = ["compare", "--config", "causal_lm_small", "--config", str(folder / "compare_language_data.yaml")]
+    command += [f"--presets={folder / 'compare_language.yaml'}", "--reference=Transformer", "--budget=steps=1000"]
+    command += ["--overrides={dim: 64, num_heads: 4}", "--output=nowhere", "--plan_only=true"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    planned = capsys.readouterr().out.splitlines()
+    arms = json.loads((folder / "compare_language.json").read_text())["arms"]
+    assert len(planned) == len(arms) == 8
+    for arm in arms:
+        (line,) = (one for one in planned if one.startswith(f"{arm['label']}: "))
+        assert f"{arm['parameters']:,} parameters ({arm['non_embedding']:,} non-embedding" in line
+        assert line.endswith(f"{arm['steps']} steps, {arm['training_flops']:.3g} FLOPs")
+
+
 @pytest.mark.slow
 def test_presets_are_trained_resumed_and_written(config, tmp_path, capfd):
     broken = {"preset": "gpt2_tiny", "label": "broken", "lr": 1e30}

@@ -49,17 +49,14 @@ class StepTimes(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._marks = [time.perf_counter()]
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def mark(self, *_: Any) -> None:
+        """Note the time."""
         self._marks.append(time.perf_counter())
 
-    def on_before_backward(self, *_: Any) -> None:
-        self._marks.append(time.perf_counter())
-
-    def on_after_backward(self, *_: Any) -> None:
-        self._marks.append(time.perf_counter())
+    on_train_batch_start = on_before_backward = on_after_backward = mark  # type: ignore[assignment]
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._marks.append(time.perf_counter())
+        self.mark()
         self._times.append([after - before for before, after in zip(self._marks, self._marks[1:], strict=False)])
         self._marks = self._marks[-1:]
 
