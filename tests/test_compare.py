@@ -208,6 +208,21 @@ def test_bad_input_is_one_line_before_anything_is_trained(config, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_broken_files_are_one_line(config, tmp_path, capsys):
+    (output := tmp_path / "out").write_text("a file")
+    (broken := tmp_path / "broken.yaml").write_text("[gpt2_tiny")
+    for given, changed, error in (
+        ("gpt2_tiny", {}, f"output: cannot write to {output}: {output} is not a writable folder"),
+        (broken, {}, f"presets: cannot read {broken}: while parsing"),
+        ("gpt2_tiny", {"trainer": 5}, "config: trainer: expected settings by their names, got 5"),
+        ("gpt2_tiny", {"trainer": {"max_steps": "many"}}, "config: trainer.max_steps: expected a whole number, got"),
+        ("gpt2_tiny", {"model": {"class_path": "Other"}}, "config: model.class_path: expected LitImageClassifier or"),
+    ):
+        assert run({**config, **changed}, tmp_path, given) == 2
+        found = capsys.readouterr().err
+        assert error in found and found.count("\n") == 1
+
+
 def test_images_and_masked_text_are_planned(config):
     config["model"] = {
         "class_path": "LitImageClassifier",

@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from lit_tokenformer.cli.parser import load_settings
 from lit_tokenformer.errors import UserError
 
@@ -73,15 +75,18 @@ def compare_presets(
             raise UserError(f"{name}: expected at least {least}, got {settings[name]}")
     if not all(rate > 0 for rate in lrs):
         raise UserError(f"lrs: expected positive numbers, got {lrs}")
+    folder = next(one for one in (Path(output), *Path(output).absolute().parents) if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"output: cannot write to {output}: {folder} is not a writable folder")
     if not config:
         raise UserError("--config: expected a config with a model and data")
     if isinstance(presets, str):
-        presets = load_settings(Path(presets).read_text("utf-8")) if Path(presets).is_file() else [presets]
+        presets = _read(presets, "presets") if Path(presets).is_file() else [presets]
     if not isinstance(presets, list) or not presets:
         raise UserError(f"presets: expected a list of at least one, got {presets!r}")
     given: dict[str, Any] = {}
     for path in config:
-        given = _merged(given, load_settings(Path(path).read_text(encoding="utf-8")))
+        given = _merged(given, _read(path, "--config"))
     setting = Setting(given, overrides, evaluations)
     planned = plan_arms(setting, [parse_arm(entry) for entry in presets], match, reference)
     reading = draw_only or plan_only
@@ -106,6 +111,14 @@ def compare_presets(
     rows = write(setting, planned, fits, settings)
     if all(one["loss"] is None for one in rows):
         raise UserError(f"presets: every fit failed; see {output}")
+
+
+def _read(path: str, setting: str) -> Any:
+    """Read a YAML file."""
+    try:
+        return load_settings(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{setting}: cannot read {path}: {' '.join(str(error).split())}") from None
 
 
 def _merged(one: Any, other: Any) -> Any:

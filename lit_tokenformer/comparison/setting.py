@@ -37,6 +37,9 @@ class Setting:
     """
 
     def __init__(self, config: dict[str, Any], common: dict[str, Any], evaluations: int) -> None:
+        for name in ("model", "trainer", "data"):
+            if not isinstance(config.get(name) or {}, dict):
+                raise UserError(f"config: {name}: expected settings by their names, got {config[name]!r}")
         self.config = config
         self.evaluations = evaluations
         model = config.get("model") or {}
@@ -51,6 +54,12 @@ class Setting:
         callbacks = self.trainer.get("callbacks") or []
         self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         self.data: Any = _built(LightningDataModule, "data", config.get("data") or {})
+        if not hasattr(self.data, "batch_size") or not hasattr(self.data, "num_train_samples"):
+            raise UserError(f"config: data: expected a data module of this project, got {type(self.data).__name__}")
+        for name in ("max_steps", "max_epochs", "accumulate_grad_batches"):
+            value = self.trainer.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UserError(f"config: trainer.{name}: expected a whole number, got {value!r}")
         self.accumulated = int(self.trainer.get("accumulate_grad_batches") or 1)
         self.samples_per_step = int(self.data.batch_size) * self.accumulated
         names = inspect.signature(getattr(tasks, self.task)).parameters
