@@ -4,7 +4,7 @@
 
 This process imports no PyTorch. A worker runs part after part and writes ``PART.json`` as soon as a part ends; where it
 dies or overruns the budget, the parts that it finished are kept, and another worker takes those that are left. The exit
-status is 0 if no part failed, else 1; a part that was skipped for lack of time is no failure.
+status is 0 if no part failed, else 1; a part skipped for lack of time does not count as a failure.
 """
 
 from __future__ import annotations

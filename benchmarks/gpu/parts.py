@@ -25,7 +25,7 @@ from lit_tokenformer.comparison.meter import environment
 
 @dataclass
 class Findings:
-    """What a part finds; ``PART.json`` is written again whenever something is added.
+    """Findings of a part; each addition rewrites ``PART.json``.
 
     Args:
         part: Name of the part.

@@ -103,7 +103,7 @@ def cheapest(law: Law, sizes: Sequence[Size], target: float, begin: float = math
     """Tokens of each size on the cheapest way to a loss: each decrement by the size for which it costs least.
 
     Args:
-        law: What losses follow.
+        law: Law of the loss.
         sizes: In rising order; the last one reaches the target.
         target: The loss where it ends.
         begin: The loss where it begins; infinite before any training.
@@ -137,12 +137,12 @@ def published() -> None:
     for number, one in enumerate(LADDER):
         path, whole = LADDER[: number + 1], one.flops * BUDGET
         shares = [[flops(path, [base, *[extra] * number]) / whole for extra in EXTRA] for base in (300e9, 60e9)]
-        told = [row_of(ways if number else ways[:1], ".0%") for ways in shares]
-        costs.append([one.name, f"{one.parameters:,}", f"{one.flops / 1e9:.2f}", f"{whole:.2e}", *told])
+        cells = [row_of(ways if number else ways[:1], ".0%") for ways in shares]
+        costs.append([one.name, f"{one.parameters:,}", f"{one.flops / 1e9:.2f}", f"{whole:.2e}", *cells])
         if number:
             long, short, hours = TRANSFORMER[one.name]
             spent = row_of((value / hours for value in HOURS[one.name]), ".0%")
-            results.append([one.name, long, short, row_of(GROWN[one.name], ".2f"), spent, told[0]])
+            results.append([one.name, long, short, row_of(GROWN[one.name], ".2f"), spent, cells[0]])
             ladders = [grown_loss(HOFFMANN, path, [BUDGET, *[extra] * number]) for extra in EXTRA]
             law = [loss - HOFFMANN.loss(one, BUDGET) for loss in (HOFFMANN.loss(one, 30e9), *ladders)]
             found = [math.log(value / long) for value in (short, *GROWN[one.name])]
@@ -187,8 +187,8 @@ def on_paper() -> None:
                     left.append(flops([before, one], stages) / whole)
             stages = cheapest(HOFFMANN, path, HOFFMANN.loss(one, tokens))
             ends = row_of((end / sum(stages) for end in list(accumulate(stages))[:-1]), ".0%")
-            told = row_of((stage / 1e9 for stage in stages), ".1f")
-            ways.append([one.name, f"{tokens / 1e9:.1f}B", told, ends, *(f"{ratio:.3f}" for ratio in found)])
+            cells = row_of((stage / 1e9 for stage in stages), ".1f")
+            ways.append([one.name, f"{tokens / 1e9:.1f}B", cells, ends, *(f"{ratio:.3f}" for ratio in found)])
             more = f"{4 * OPTIMAL * before.parameters / 1e9:.1f}B"
             ratios = [row_of(left[case::2], ".2f") for case in (0, 1)]
             existing.append([f"{before.name} to {one.name}", f"{tokens / 1e9:.1f}B", ratios[0], more, ratios[1]])

@@ -233,7 +233,7 @@ def report(found: Findings) -> str:
     parts += [
         "## (a) One model is wanted\n",
         arms_table(found, cost),
-        "Beside the best size: the loss less that of the best size from scratch on the same FLOPs. Ratio: FLOPs over "
+        "To the best size: the loss less that of the best size from scratch on the same FLOPs. Ratio: FLOPs over "
         "those that the final size from scratch needs for the same loss (all stages counted).\n",
     ]
     for name in found.names("final"):
@@ -285,7 +285,7 @@ def arms_table(found: Findings, cost: float) -> str:
                     "arm": name,
                     "FLOPs": f"{runs[0].tflops / cost:.2f} C",
                     "validation loss": spread([one.loss for one in runs], 4),
-                    "beside the best size": f"{mean_loss(runs) - best:+.4f}",
+                    "to the best size": f"{mean_loss(runs) - best:+.4f}",
                     "ratio": spread([ratio for one in runs if (ratio := found.ratio(one)) is not None], 2),
                     "jump at growth": "-" if jump is None else f"{jump:.1e}",
                     "learning rate": f"{runs[0].arm.lr * runs[0].arm.rate_factor:g}",

@@ -38,14 +38,14 @@ def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], opti
     write_csv(folder / f"{name}_curves.csv", curves)
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
     root = domain.data["init_args"].get("root")  # of images
-    told = {
+    record = {
         "command": {"reduced": options.reduced, "seeds": options.seeds, "jobs": options.jobs},
         "domain": {key: value for key, value in vars(domain).items() if key != "data"},
         "data": {key: value for key, value in domain.data["init_args"].items() if key != "root"},
         "corpus": kept_images.summary(root) if root else corpus(unique),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
-    (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=list) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
     found = Findings(domain, unique)
     text = report(found)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ The training step is forward, backward, clipping and AdamW at the new size on 8 
 sequence is computed unless ``--whole`` is given, and its forward and backward count eight times: they are products
 with the same weights, so their work is that of one sequence times their number.
 
-Peak memory is the highest in the event: of the process on a CPU, less what it had before the event beside weights,
+Peak memory is that of the event: of the process on a CPU, less that before the event without weights,
 gradients and moments; on CUDA what is allocated there. It may reach weights and moments at the new size and two copies
 of the largest tensor; a second line takes two copies of the largest of the tensors that grow.
 """

@@ -91,8 +91,8 @@ class Fit:
             return json.loads(file.read_text(encoding="utf-8"))
         output = self.folder / "output.txt"
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
-        told = [line for line in lines if re.match(r"\S*(Error|Exception|error)\b", line)] or lines
-        return {"failed": told[-1].strip()[:200] if told else NOT_RUN}
+        causes = [line for line in lines if re.match(r"\S*(Error|Exception|error)\b", line)] or lines
+        return {"failed": causes[-1].strip()[:200] if causes else NOT_RUN}
 
     @cached_property
     def curve(self) -> Run:
@@ -164,7 +164,7 @@ class Runner:
 
     def _start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
-        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a fork cannot initialize CUDA twice
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # no CUDA before the fork
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         command = [sys.executable, "-c", SERVER]

@@ -190,12 +190,12 @@ def set_rates(
     runner.run(list(fits.values()))
     for one in searched:
         losses = {rate: fits[one.arm.label, rate].result for rate in rates}
-        told = {rate: found["loss"] for rate, found in losses.items() if not found["failed"]}
-        if not told:
+        tried = {rate: found["loss"] for rate, found in losses.items() if not found["failed"]}
+        if not tried:
             one.notes.append(f"every learning rate failed: {losses[rates[0]]['failed']}")
             continue
-        one.lr = min(told, key=lambda rate: told[rate])
-        note = ", ".join(f"{rate:g}: {told[rate]:.4f}" if rate in told else f"{rate:g}: failed" for rate in rates)
+        one.lr = min(tried, key=lambda rate: tried[rate])
+        note = ", ".join(f"{rate:g}: {tried[rate]:.4f}" if rate in tried else f"{rate:g}: failed" for rate in rates)
         edge = " (the best is at the edge)" if len(rates) > 1 and one.lr in (min(rates), max(rates)) else ""
         one.notes.append(f"loss by learning rate after {steps} steps {note}{edge}")
 

@@ -220,8 +220,8 @@ def _built(kind: type, name: str, given: dict[str, Any]) -> Any:
     try:
         return build(parser.parse_object({name: given}))[name]
     except Exception as error:
-        told = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{name}: {told[-1] if told else type(error).__name__}") from None
+        causes = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{name}: {causes[-1] if causes else type(error).__name__}") from None
 
 
 def _name(callback: dict[str, Any]) -> str:
