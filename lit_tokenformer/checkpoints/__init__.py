@@ -1,0 +1,1 @@
+"""Checkpoints of a fit: read without executing what is in them, written atomically."""
