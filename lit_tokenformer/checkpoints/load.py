@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.distributed.checkpoint import is_sharded, read_folder
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.tensor_files import load_pickle
-from lit_tokenformer.distributed.checkpoint import is_sharded, read_folder
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state_dict", "current_model_state", "hyper_parameters", "callbacks", "loops"), (dict,)),
