@@ -227,20 +227,14 @@ def peak_elsewhere(name: str, given: argparse.Namespace, dtype: str) -> dict[str
 
 
 def peak(name: str, given: argparse.Namespace) -> dict[str, int]:
-    """Peak memory of three steps in bytes: beyond that before the model, and beyond weights, gradients and moments.
-
-    ``process`` is the peak of the whole process, libraries included, without this fixed state. ``flops`` are those of
-    one step.
-    """
+    """Peak memory of three steps in bytes, that beyond the fixed state, and the FLOPs of one step."""
     before = 0 if given.device.startswith("cuda") else resident_bytes("VmRSS")
     model = MODELS.get(name, our_lm)(name, given, getattr(torch, given.dtypes[0]))
     for _ in range(3):
         model.step()
     most = peak_bytes(given.device, before)
     fixed = sum(4 * one.numel() * one.element_size() for one in model.model.parameters())
-    process = peak_bytes(given.device) - fixed
-    flops = 0 if given.checkpointing else model.flops()
-    return {"peak": most, "beyond": most - fixed, "process": process, "flops": flops}
+    return {"peak": most, "beyond": most - fixed, "flops": 0 if given.checkpointing else model.flops()}
 
 
 def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
