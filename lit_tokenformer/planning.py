@@ -83,7 +83,7 @@ FEW_EPOCHS = 1
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """How a model grows on a budget, as ``benchmarks/growth`` measured it.
+    """How a model grows on a budget, as ``benchmarks/growth_study`` measured it.
 
     Args:
         depth: Blocks at birth, as a share of the final ones.

@@ -31,6 +31,7 @@ from lit_tokenformer.cli.commands import (
     import_weights,
     split_checkpoint,
 )
+from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
@@ -71,12 +72,13 @@ from lit_tokenformer.version import __version__
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
     "evaluate": evaluate_checkpoint,
+    "compare": compare_presets,
     "grow": grow_checkpoint,
     "split": split_checkpoint,
     "import": import_weights,
     "export": export_weights,
 }
-"""Commands that take neither model nor data from a config."""
+"""Commands that build neither model nor data from the options of ``fit``."""
 
 _ENV_PREFIX = "LIT_TOKENFORMER"
 """What the names of environment variables that set options begin with."""
@@ -85,6 +87,8 @@ _HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 """Settings that Lightning checks against the machine, and does not always name."""
 
 TEXTS = {
+    "config": "A config with model and data: a YAML file, or the name of one that ships. Repeat the option to merge "
+    "several; later ones override.",
     "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
     "stop": "A text that ends what is written where it appears; repeat the option for several.",
 }
