@@ -18,17 +18,16 @@ from typing import Any
 import yaml
 from runs import Run
 
+from lit_tokenformer import tasks
 from lit_tokenformer.models import preset_config
-from lit_tokenformer.tasks.multitask import PARTS
 
-CLASSES = {"image": "LitImageClassifier", "text": "LitCausalLM"}
-SCORES = {"image": "acc1", "text": "bits_per_byte"}
-"""What each task is judged by."""
-MISSING = {
-    "image": ("image", "text", "loss_weights", "z_loss", "cross_documents"),
-    "text": ("image", "text", "loss_weights"),
-}
-"""Settings of the model that a task by itself does not have."""
+SCORES = {"LitImageClassifier": "acc1", "LitCausalLM": "bits_per_byte", "LitMaskedLM": "accuracy"}
+"""Score that each task is judged by."""
+
+
+def kind_of(task: dict[str, Any]) -> str:
+    """Name of a task's class."""
+    return str(task["class_path"]).rpartition(".")[2]
 
 
 def alone(config: dict[str, Any], name: str, batches: int) -> dict[str, Any]:
@@ -41,11 +40,15 @@ def alone(config: dict[str, Any], name: str, batches: int) -> dict[str, Any]:
     """
     config = copy.deepcopy(config)
     model = config["model"]["init_args"]
-    parts = {} if preset_config(model["preset"]).head == PARTS[name]["head"] else PARTS[name]
-    overrides = {**parts, **model.get("overrides", {}), **model.get(name, {})}
-    settings = {key: value for key, value in model.items() if key not in MISSING[name]}
-    config["model"] = {"class_path": CLASSES[name], "init_args": {**settings, "overrides": overrides}}
-    config["data"] = config["data"]["init_args"][name]
+    task = model["tasks"][name]
+    required = getattr(tasks, kind_of(task)).required_fields
+    parts = {} if preset_config(model["preset"]).head == required["head"] else required
+    own = task.get("init_args", {})
+    overrides = {**parts, **model.get("overrides", {}), **own.get("overrides", {})}
+    settings = {key: value for key, value in model.items() if key not in ("tasks", "loss_weights")}
+    settings |= {**own, "overrides": overrides}
+    config["model"] = {"class_path": kind_of(task), "init_args": settings}
+    config["data"] = config["data"]["init_args"]["tasks"][name]
     trainer = config["trainer"]
     trainer["callbacks"] = [one for one in trainer["callbacks"] if not one["class_path"].endswith("ModelCheckpoint")]
     trainer["limit_train_batches"] = batches
@@ -77,11 +80,12 @@ def main(config: str, seeds: list[int], logs: str, show_only: bool) -> None:
     for seed in seeds:
         given = {**yaml.safe_load(Path(config).read_text(encoding="utf-8")), "seed_everything": seed}
         folder = Path(logs) / f"seed{seed}"
+        scores = {name: SCORES[kind_of(task)] for name, task in given["model"]["init_args"]["tasks"].items()}
         if not show_only:
             fit(given, folder / "joint")
-        steps = last(folder / "joint", f"image/{SCORES['image']}")[1]
+        steps = last(folder / "joint", "loss")[1]
         batches = steps // given["trainer"]["max_epochs"]
-        for name, score in SCORES.items():
+        for name, score in scores.items():
             if not show_only:
                 fit(alone(given, name, batches), folder / name)
             (single, taken), (joint, _) = last(folder / name, score), last(folder / "joint", f"{name}/{score}")

@@ -34,7 +34,6 @@ from runs import resident_bytes
 from side_by_side import Line, arguments, median, report, seconds
 
 from callbacks import ParameterGrowthCallback
-from lit_tokenformer.growth import METHODS
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.models.presets import PRESETS
 from lit_tokenformer.tasks import LitCausalLM
@@ -52,6 +51,9 @@ class Event(NamedTuple):
     largest: int
     growing: int
     difference: float
+
+
+METHODS = ("split", "zero", "random")
 
 
 def main(args: argparse.Namespace) -> None:

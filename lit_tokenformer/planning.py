@@ -96,6 +96,7 @@ def propose(
     parameters: Callable[[Size], int],
     rule: GrowthRule = GrowthRule(),
     max_steps: float = math.inf,
+    pattern: int = 1,
 ) -> Proposal:
     """The most parameter tokens that a budget is enough for at a given depth, and the way to them.
 
@@ -108,6 +109,7 @@ def propose(
         parameters: Parameters at a size, embedding and head not counted.
         rule: What was measured.
         max_steps: Most optimizer steps, by how often the data may be read.
+        pattern: Blocks in a repeat of those that differ; depth grows by whole repeats.
 
     Raises:
         ValueError: If the model cannot grow, or if the budget is too small.
@@ -125,7 +127,7 @@ def propose(
     if not 0 < budget < math.inf:
         raise UserError(f"budget: expected a number of operations above 0, got {budget}")
     depth = birth["depth"]
-    first = max(1, round(rule.depth * depth))
+    first = pattern * max(1, round(rule.depth * depth / pattern))
     deepens = deepens and first < depth
     shares, at = (rule.tokens, rule.tokens_at) if not deepens else ((1.0, 1.0), rule.at)
     depths = [first, depth] if deepens else [depth] * len(shares)
@@ -230,12 +232,13 @@ class PlanningTrainer(CheckpointingTrainer):
                 return model_cost(config, twice).parameters - model_cost(config, size).parameters
 
             data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
+            pattern = max(config.pattern_length for config in configs.values())
             deepens = all(config.norm_position != "post" for config in configs.values())
             size = models.model_size(model)
             images = all(config.stem == "patch" for config in configs.values())
             epochs = GrowthRule.image_epochs if images else GrowthRule.epochs
             most = math.inf if per_epoch is None else epochs * per_epoch
-            proposal = propose(size, deepens, budget, flops, data_tokens, parameters, max_steps=most)
+            proposal = propose(size, deepens, budget, flops, data_tokens, parameters, max_steps=most, pattern=pattern)
             first = proposal.sizes[0]
             tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
             configs = {

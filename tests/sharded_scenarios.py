@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
@@ -42,12 +43,13 @@ FITS = {
     },
     "axes": {
         "growth": {1: {"hidden": 256, "heads": 4}, 2: {"hidden": 300, "heads": 5}},
-        "overrides": {"projection": "linear", "feed_forward": "mlp", "bias": True},
+        "overrides": {"projection": "linear", "feed_forward": "mlp"},  # a bias of the keys has a gradient of rounding
         "steps": {"ramp_steps": 2, "freeze_old_steps": 1},
     },
     "token axes": {
         "growth": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 150, "heads": 5}},
         "overrides": {"feed_forward": "mlp"},
+        "dtype": torch.float64,  # keys of a few heads divide by small norms
     },
     "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
@@ -56,6 +58,7 @@ FITS = {
         "overrides": {"drop_path": 0.3, "patch_drop_rate": 0.5},
         "max_epochs": 2,
     },
+    "tasks": {"growth": {1: 12}, "max_epochs": 2},
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -80,6 +83,11 @@ class Gathered(Callback):
         self.epochs.append({**state, "lr": torch.tensor(optimizer.param_groups[0]["lr"])})
 
 
+def both_tasks(samples):
+    image, label = default_collate(samples)
+    return {"digit": (image, label), "parity": (image, label % 2)}
+
+
 def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """A fit of 4 epochs of 6 global batches.
 
@@ -93,16 +101,21 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """
     seed_everything(0)
     settings = dict(FITS[name])
-    task = LitImageClassifier(
-        "tokenformer_vit_tiny_patch16_224",
-        num_classes=10,
-        image_size=8,
-        overrides={**SIZES, **settings.pop("overrides", {})},
-        schedule=LRSchedule("cosine", min_factor=0.1),
-    )
+    dtype = settings.pop("dtype", torch.float32)
+    torch.set_default_dtype(dtype)
+    given = {"overrides": {**SIZES, **settings.pop("overrides", {})}, "schedule": LRSchedule("cosine", min_factor=0.1)}
+    make, collate = partial(LitImageClassifier, num_classes=10, image_size=8), default_collate
+    if name == "tasks":
+        make = partial(LitMultiTask, tasks={"digit": make, "parity": partial(make, num_classes=2)})
+        collate = both_tasks
+    task = make("tokenformer_vit_tiny_patch16_224", **given)
     generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(96, 3, 8, 8, generator=generator), torch.randint(10, (96,), generator=generator)
-    samples = TensorDataset(images, labels)
+    images, labels = (
+        torch.randn(96, 3, 8, 8, generator=generator, dtype=torch.float32),
+        torch.randint(10, (96,), generator=generator),
+    )
+    torch.set_default_dtype(torch.float32)
+    samples = TensorDataset(images.to(dtype), labels)
     sampler = DistributedSampler(samples, num_replicas=data, rank=RANK // tokens, shuffle=False)
     strategy = "auto"
     if folders is not None:
@@ -123,14 +136,16 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         callbacks=[growth, *patches, gathered, keep, TrainingMonitor(log_images=0)],
         use_distributed_sampler=False,
     )
-    trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
+    loader = DataLoader(samples, 16 // data, sampler=sampler, collate_fn=collate)
+    trainer.fit(task, loader, ckpt_path=ckpt_path, weights_only=True)
     found = {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
-    if folders is not None and ckpt_path is not None:  # another trainer takes the model, divided as it is
+    if (
+        folders is not None and ckpt_path is not None and name != "tasks"
+    ):  # another trainer takes the model, divided as it is
         strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
         other = Trainer(
             accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, use_distributed_sampler=False
         )
-        loader = DataLoader(samples, 16 // data, sampler=sampler)
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
     return found
@@ -300,9 +315,10 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        found["axes"] = fit(folder / "axes", "axes", data=WORLD, folders=True)
+        for name in ("axes", "tasks"):
+            found[name] = fit(folder / name, name, data=WORLD, folders=True)
         found["token axes"] = fit(folder / "token axes", "token axes", tokens=WORLD, folders=True)
-        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0"):
+        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0"):
             name, path = name.split("/")[0], f"{name}.ckpt"
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
@@ -315,7 +331,7 @@ def main(folder):
         found["several"] = several()
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
-        for name in ("axes", "token axes"):
+        for name in ("axes", "token axes", "tasks"):
             found[name] = fit(folder / f"one-{name}", name)
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.atomic_io import atomic_write, clear_parts
 from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.distributed.checkpoint import clear_folders, mend_folders
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.tensor_files import load_pickle
-from lit_tokenformer.distributed.checkpoint import clear_folders, mend_folders
 
 LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt", "hpc_ckpt_*.ckpt")
 """Where runs have their checkpoints, below ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""

@@ -13,9 +13,9 @@ import lightning.pytorch
 import torch
 
 from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.distributed.checkpoint import is_sharded, read_folder
 from lit_tokenformer.errors import UserError, raised_by_user_code
 from lit_tokenformer.tensor_files import load_pickle
-from lit_tokenformer.distributed.checkpoint import is_sharded, read_folder
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state_dict", "current_model_state", "hyper_parameters", "callbacks", "loops"), (dict,)),
@@ -25,7 +25,9 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Types of what Lightning puts into a checkpoint."""
 
-OWN_KINDS: dict[str, tuple[type, ...]] = {"tokenizer": (str, type(None)), "grown_depth": (int,), "rng_states": (list,)}
+OWN_KINDS: dict[str, tuple[type, ...]] = {
+    **{"tokenizer": (str, type(None)), "extras": (dict,), "grown_depth": (int,), "rng_states": (list,)}
+}
 """Types of what the tasks of this project add to it; others may use the same names."""
 
 _COUNTS = {"ready", "started", "processed", "completed"}

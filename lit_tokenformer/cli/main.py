@@ -60,6 +60,7 @@ from lit_tokenformer.cli.preflight import (
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
 from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.trainer import keep_logging
 from lit_tokenformer.version import __version__
@@ -122,6 +123,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
     """Run a command, with an error log and a checkpoint at the end of fits."""
+    plugins, args = _without_plugins(args)
+    if plugins:
+        sys.path.append(os.getcwd())  # where a module of the user may be, whichever way this was started
+        import_plugins(plugins)
     arguments = _with_texts(_with_shipped_configs(args))
     if arguments and arguments[0] in TokenformerCLI.subcommands():
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
@@ -137,6 +142,8 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
         parser_kwargs={
             "prog": "lit-tokenformer",
             "description": "Trains models that grow while they train.",
+            "epilog": "--plugins MODULE, before or after any command, imports a module that registers parts, data or "
+            "tasks of your own; repeatable.",
             "version": __version__,
             "parser_mode": MODE,
             "default_env": True,
@@ -194,6 +201,8 @@ class TokenformerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        # from all data, so that jsonargparse does not open every loader to describe those without sizes of tasks
+        parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
         add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -342,9 +351,33 @@ class TokenformerCLI(LightningCLI):
         return kwargs
 
 
+def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | None:
+    return getattr(datamodule, "sizes", None)
+
+
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
     with torch.device("meta"):
         return kind(*args, **kwargs)
+
+
+def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
+    """The modules that ``--plugins`` names, and the other arguments.
+
+    Example:
+        >>> _without_plugins(["fit", "--plugins", "a,b", "--config", "c.yaml", "--plugins=d"])
+        (['a', 'b', 'd'], ['fit', '--config', 'c.yaml'])
+    """
+    modules: list[str] = []
+    rest: list[str] = []
+    given = iter(args)
+    for arg in given:
+        option, _, value = arg.partition("=")
+        if option == "--plugins":
+            names = (value or next(given, "")).strip("[]").split(",")
+            modules += [name.strip() for name in names if name.strip()]
+        else:
+            rest.append(arg)
+    return modules, rest
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:

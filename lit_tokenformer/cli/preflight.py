@@ -17,7 +17,7 @@ from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
 from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
 from lit_tokenformer.errors import UserError, raised_by_library
-from lit_tokenformer.tasks import LitTask
+from lit_tokenformer.tasks import LitMultiTask, LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -156,6 +156,8 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
     Raises:
         ValueError: If the task needs classes or a vocabulary, and the data have none.
     """
+    if isinstance(task, LitMultiTask) and isinstance(datamodule, MultiTaskDataModule):
+        return  # which has given the sizes of each task's data
     needed = {"num_classes", "vocab_size"} & inspect.signature(type(task)).parameters.keys()
     if isinstance(datamodule, (ImageDataModule, TextDataModule, MultiTaskDataModule)):
         for name in sorted(needed):

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -56,6 +56,8 @@ class LitTask(OptimizedTask):
     """Whether parameters get the multiples of the learning rate that their architecture declares."""
     scores: tuple[str, ...] = ("loss",)
     """Names of the scores of an evaluation."""
+    required_fields: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the architecture, ``head`` among them, that make a preset with another head one of this task."""
 
     def __init__(
         self,
@@ -166,6 +168,14 @@ class LitTask(OptimizedTask):
         """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
 
+    def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Training loss with the auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
+        loss, count = self.training_loss(batch)
+        for name, extra in self.backbone.take_aux_losses().items():
+            self.log(f"train/aux/{name}", extra.detach())
+            loss = loss + extra
+        return loss, count
+
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
         if self.device_mesh is None:
@@ -219,6 +229,12 @@ class LitTask(OptimizedTask):
         stage, _, score = name.partition("/")
         return name if self._within is None else f"{stage}/{self._within[1]}/{score}"
 
+    @property
+    def task_data(self) -> Any:
+        """The trainer's data module; of a part of another task, the part of it with the same name."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if self._within is None else getattr(data, self._within[1], data)
+
     def log(self, name: str, value: Any, **settings: Any) -> None:  # type: ignore[override]
         """Lightning's ``log``; the task that this one is a part of does it, if there is one."""
         if self._within is None:
@@ -228,7 +244,9 @@ class LitTask(OptimizedTask):
 
     def logged_metrics(self) -> set[str]:
         """Names of the training and validation metrics that a callback can monitor."""
-        return {self.metric(name) for name in ("train/loss", *(f"val/{score}" for score in self.scores))}
+        model = self.backbones.get("")
+        own = [f"train/aux/{name}" for name in model.loss_names] if model is not None else []
+        return {self.metric(name) for name in ("train/loss", *own, *(f"val/{score}" for score in self.scores))}
 
     def log_scores(self, stage: str) -> None:
         """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.

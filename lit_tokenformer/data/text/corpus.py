@@ -10,10 +10,11 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from lit_tokenformer.data.text.sources import SOURCES, Documents, HubStream, Split, TextSettings, TextSplits
+from lit_tokenformer.data.text.sources import Documents, HubStream, Split, TextSettings, TextSplits
 from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import TEXT_SOURCES
 
 _BPE_TRAINING_BYTES = 200_000_000
 """A vocabulary is trained on so much of the training documents, from the first on."""
@@ -54,7 +55,7 @@ class TextCorpus:
     """The documents of a source, their splits, their tokenizer and their tokens; everything is made at first use.
 
     Args:
-        dataset: A row of ``SOURCES``.
+        dataset: A name in :data:`~lit_tokenformer.registry.TEXT_SOURCES`.
         settings: Where the text lies and how it is split.
         tokenizer: The setting ``data.tokenizer``.
         separator: The setting ``data.separator``.
@@ -69,7 +70,7 @@ class TextCorpus:
     @cached_property
     def splits(self) -> TextSplits:
         """The source's documents."""
-        return SOURCES[self.dataset](self.settings)
+        return TEXT_SOURCES[self.dataset](self.settings)
 
     @cached_property
     def hash_split(self) -> HashSplit:

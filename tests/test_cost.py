@@ -9,16 +9,9 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_tokenformer import cost
 from lit_tokenformer.cost import ModelCost, model_cost, plan_stages
 from lit_tokenformer.growth import grow
-from lit_tokenformer.models import SCORE_NORMS, Tokenformer, TokenformerConfig, preset_config
-from lit_tokenformer.models.config import PARTS
-from lit_tokenformer.models.feed_forward import ACTIVATIONS, FEED_FORWARDS
-from lit_tokenformer.models.heads import HEADS
-from lit_tokenformer.models.mixers import MIXERS
-from lit_tokenformer.models.projections import INITS, PROJECTIONS
-from lit_tokenformer.models.stems import STEMS
+from lit_tokenformer.models import Tokenformer, TokenformerConfig, list_presets, preset_config
 
 TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
 LANGUAGE = {
@@ -123,15 +116,23 @@ def test_plan_of_a_shipped_language_model_equals_counting_and_measuring(name, ch
     assert planned == pytest.approx(measured, rel=0.05)  # without statistics of norms and position biases
 
 
-def test_every_part_has_a_name_a_class_and_a_cost():
-    assert set(PARTS["mixer"]) == set(MIXERS) == set(cost._MIXERS)
-    assert set(PARTS["feed_forward"]) == set(FEED_FORWARDS) == set(cost._FEED_FORWARDS)
-    assert set(PARTS["projection"]) == set(PROJECTIONS) == set(cost._PROJECTIONS)
-    assert set(PARTS["stem"]) == set(STEMS) == set(cost._STEMS)
-    assert set(PARTS["head"]) == set(HEADS) == set(cost._HEADS)
-    assert set(PARTS["init"]) == set(INITS)
-    assert set(PARTS["activation"]) == set(ACTIVATIONS)
-    assert set(PARTS["score_norm"]) == set(SCORE_NORMS)
+@pytest.mark.parametrize("preset", ["gpt2_tiny", "pangu_pi_tiny", "rwkv4_tiny", "bert_tiny", "tokenformer_lm_tiny"])
+def test_cost_is_right_at_every_size(preset):
+    """Hidden units, heads and blocks, as growth leads to them."""
+    sizes = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8, "vocab_size": 19, "context_length": 9}
+    config = preset_config(preset, **sizes, rotary_fraction=0.5, dropout=0.0, shortcut_reduction=0)
+    for size in ({"hidden": 40}, {"heads": 3}, {"hidden": 72, "heads": 4, "depth": 3, "ffn": 40}):
+        model = Tokenformer(config.at_size(size))
+        found = model_cost(config, size)
+        assert found == model_cost(model.config)
+        assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert found.flops == counted(model.eval(), training=False)
+
+
+def test_every_part_declares_its_cost(recwarn):
+    for preset in list_presets():
+        model_cost(preset_config(preset))
+    assert not [warning for warning in recwarn if "declares no cost" in str(warning.message)]
 
 
 def test_tokens_at_birth_are_the_default():
