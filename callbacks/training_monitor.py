@@ -26,14 +26,13 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from callbacks.growth_steps import latest_rows
-from lit_tokenformer.checkpoints.run_folder import run_folder
+from lit_tokenformer.checkpoints.run_folder import run_folder, write_if_room
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
 from lit_tokenformer.growth.shards import gather, like, local
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.models.axes import axis_sizes
-from lit_tokenformer.trainer import write_if_room
 
 
 class TrainingMonitor(Callback):

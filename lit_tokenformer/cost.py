@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model in closed form, and what a growth schedule costs.
+"""Parameters and floating-point operations of a model in closed form.
 
 The cost of a model is the sum over its parts, which declare theirs (:mod:`lit_tokenformer.models.part_cost`): they are
 made without memory, at the size that is asked for. The numbers agree with arXiv 2410.23168, Table 3 (camera-ready).
@@ -6,7 +6,6 @@ made without memory, at the size that is asked for. The numbers agree with arXiv
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -190,60 +189,3 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     if tokens["ffn"] < 1:
         raise UserError(f"match: all but the feed-forward has more {by} than the model to be matched")
     return tokens
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The part of a training run between two growths.
-
-    Args:
-        start: The epoch or step at which it begins.
-        steps: Optimizer steps in it.
-        tokens: Parameter tokens of each kind.
-        cost: What the model costs at this size, at the beginning of the stage.
-        training_flops: Operations of all its steps together.
-    """
-
-    start: int
-    steps: int
-    tokens: dict[str, int]
-    cost: ModelCost
-    training_flops: int
-
-
-def plan_stages(
-    config: TokenformerConfig,
-    growths: Sequence[tuple[int, int, dict[str, int]]],
-    total_steps: int,
-    samples_per_step: int,
-    patch_drop_rates: Mapping[int, float] | None = None,
-    checkpointing: bool = False,
-) -> list[Stage]:
-    """The stages of a run.
-
-    Args:
-        config: The architecture at birth.
-        growths: For each growth in order: its key in the schedule, the step at which it is due, the totals.
-        total_steps: Optimizer steps of the whole run.
-        samples_per_step: Samples in one optimizer step, over all processes.
-        patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
-        checkpointing: Whether blocks are computed again in the backward pass.
-
-    Returns:
-        One stage more than there are growths; the last one's size is the final one.
-    """
-    starts = [(0, 0, dict(config.tokens.items())), *growths]
-    ends = [min(step, total_steps) for _, step, _ in growths] + [total_steps]
-    rates = {0: config.patch_drop_rate, **(patch_drop_rates or {})}
-    stages = []
-    for (key, first, tokens), last in zip(starts, ends, strict=True):
-        end = max(first, last)
-
-        def cost(step: int, tokens: dict[str, int] = tokens) -> ModelCost:
-            rate = next(rate for begin, rate in reversed(rates.items()) if begin <= step)
-            return model_cost(replace(config, patch_drop_rate=rate), tokens, checkpointing)
-
-        marks = [first, *(step for step in rates if first < step < end), end]
-        flops = sum(cost(begin).training_flops * (until - begin) for begin, until in itertools.pairwise(marks))
-        stages.append(Stage(key, end - first, tokens, cost(first), flops * samples_per_step))
-    return stages

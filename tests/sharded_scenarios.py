@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -24,8 +25,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, defa
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.cli.main import main as command_line
 from lit_tokenformer.distributed.checkpoint import save_folder
-from lit_tokenformer.distributed.sharding import divide, reshard
+from lit_tokenformer.distributed.sharding import reshard, shard
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
@@ -226,7 +228,7 @@ def divided_tokens():
                     Pattention(5, 6, num_tokens=9, score_norm=norm, series=series.series),
                 ).double()
                 model.load_state_dict({name: tensor.detach().clone() for name, tensor in plain.state_dict().items()})
-                divide(model, mesh, ())
+                shard(model, mesh, ())
             given = x.clone().requires_grad_()
             with CommDebugMode() as counted, torch.no_grad():
                 model(given)
@@ -290,7 +292,7 @@ def growth_memory(method):
     )
     before = resident("VmRSS")
     model = Tokenformer(config)
-    divide(model, mesh, ())
+    shard(model, mesh, ())
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -304,6 +306,26 @@ def growth_memory(method):
     local = sum(parameter.to_local().nbytes for parameter in model.parameters())
     layer = 2 * 16384 * config.dim * 4
     return {"peak": peak, "allowed": 3 * local + 2 * layer, "final": 3 * local, "layer": layer}
+
+
+def fsdp2(folder, max_epochs, *more):
+    """Status of a fit of two steps each epoch on the command line, which grows after the first."""
+    folder.mkdir(exist_ok=True)
+    config = folder / f"config{RANK}.yaml"
+    growth = {"class_path": "callbacks.ParameterGrowthCallback", "init_args": {"schedule": {1: 16}}}
+    last = {"filename": "last", "enable_version_counter": False}
+    saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": last}
+    trainer = {"strategy": "fsdp2", "accelerator": "cpu", "devices": WORLD, "max_epochs": max_epochs}
+    trainer |= {"callbacks": [growth, saves], "enable_progress_bar": False, "default_root_dir": str(folder)}
+    model = {"overrides": {**SIZES, "patch_size": 2}, "schedule": {"name": "constant"}}
+    data = {"dataset": "digits", "batch_size": 8, "num_workers": 0}
+    content = {
+        "trainer": {**trainer, "limit_train_batches": 2, "limit_val_batches": 1},
+        "model": {"class_path": "LitImageClassifier", "init_args": model},
+        "data": {"class_path": "ImageDataModule", "init_args": data},
+    }
+    config.write_text(yaml.safe_dump(content))
+    return command_line(["fit", "--config", str(config), *more])
 
 
 def main(folder):
@@ -323,6 +345,11 @@ def main(folder):
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
+        found["fsdp2"] = [
+            fsdp2(folder / "fsdp2", 3),
+            fsdp2(folder / "fsdp2-stopped", 2),
+            fsdp2(folder / "fsdp2-stopped", 3, "--ckpt_path", "last"),
+        ]
         found["several"] = several(folders=True)
         found["layers"] = divided_tokens()
         found["folders"] = folders(folder / "folders")

@@ -9,9 +9,10 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_tokenformer.cost import ModelCost, model_cost, plan_stages
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, list_presets, preset_config
+from lit_tokenformer.planning import plan_stages
 
 TINY = TokenformerConfig(dim=16, depth=2, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
 LANGUAGE = {

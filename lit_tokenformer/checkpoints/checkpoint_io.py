@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.atomic_io import atomic_write, clear_parts
 from lit_tokenformer.checkpoints.load import read_checkpoint
-from lit_tokenformer.distributed.checkpoint import clear_folders, mend_folders
+from lit_tokenformer.distributed.checkpoint import NON_FINITE, clear_folders, mend_folders
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.tensor_files import load_pickle
 
@@ -44,8 +44,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     when it is loaded. Addresses such as ``s3://...`` are left to Lightning.
 
     Args:
-        on_full_disk: ``warn`` goes on with the fit, keeps the checkpoints that are there and says so; ``stop`` ends the
-            fit with an error.
+        on_full_disk: ``warn`` continues the fit with a warning and keeps the checkpoints that exist; ``stop`` raises.
 
     Raises:
         ValueError: For another word.
@@ -60,7 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise unknown_name("on_full_disk", on_full_disk, ("warn", "stop"))
         self.on_full_disk = on_full_disk
         self.unsaved: str | None = None
-        """The latest checkpoint, if it found no place; nothing that it was to replace is removed then."""
+        """The latest checkpoint, if it was not saved; nothing that it was to replace is removed then."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves a checkpoint; called in the first process only.
@@ -73,10 +72,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If it cannot be written; for a full disk only with ``on_full_disk: stop``.
         """
+        self.unsaved = None
+        if NON_FINITE in checkpoint:
+            self.reject_non_finite(checkpoint, path)
+            return
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        self.unsaved = None
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +98,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise OSError(f"{message}; the checkpoints before it are kept") from error
             self.unsaved = str(path)
             rank_zero_warn(f"{message}; the fit goes on, and the checkpoints before it are kept")
+
+    def reject_non_finite(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Report a checkpoint that is not saved because of what :class:`~callbacks.PreemptionCheckpoint` found in it.
+
+        Args:
+            checkpoint: The state that Lightning collected, with the key ``NON_FINITE``.
+            path: The file or folder.
+        """
+        self.unsaved = str(path)
+        found = f"non-finite {checkpoint[NON_FINITE]} at step {checkpoint['global_step']}"
+        rank_zero_warn(f"{found}: {path} is not saved, and the checkpoints before it are kept")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

@@ -1,18 +1,32 @@
-"""Folder of a run: where its checkpoints and logs are, and files in it that no other run overwrites."""
+"""Folder of a run: its checkpoints and logs, files that no other run overwrites, loggers that survive a full disk."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_tokenformer.checkpoints.checkpoint_io import is_disk_full
+
+_WRITING: dict[type[Logger], tuple[str, ...]] = {
+    TensorBoardLogger: ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"),
+    CSVLogger: ("save",),  # keeps in memory what it could not write
+}
+"""Methods of loggers that write to the disk."""
+_LOG_ROOM = 2**18
+"""Bytes that must be free for a logger to write, so that a log never ends within a record."""
 
 
 def run_folder(trainer: Trainer) -> str:
@@ -100,3 +114,36 @@ def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
         except FileExistsError:
             for logger in shared:
                 logger._version += 1
+
+
+def keep_logging(trainer: Trainer) -> None:
+    """Let a fit continue when the disk is full for its loggers.
+
+    Args:
+        trainer: Its TensorBoard and CSV loggers are changed in place.
+    """
+    for logger in trainer.loggers:
+        for kind, methods in _WRITING.items():
+            for name in methods if isinstance(logger, kind) else ():
+                setattr(logger, name, partial(write_if_room, logger, partial(getattr(type(logger), name), logger)))
+
+
+def write_if_room(logger: Any, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call a function that writes to a log; on a full disk, warn and drop the record.
+
+    Args:
+        logger: The logger it writes for.
+        write: The function.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+    """
+    folder = logger.log_dir if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
+    if folder is None or not Path(folder).is_dir() or shutil.disk_usage(folder).free >= _LOG_ROOM:
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            if isinstance(logger, TensorBoardLogger):
+                logger._experiment = None  # it repeats its error for ever; the next one writes a new file
+    rank_zero_warn(f"no space left for the log in {folder}; the fit continues, and the log has a gap")

@@ -42,6 +42,9 @@ except ImportError:  # not on Windows: what a killed process left there stays
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a folder: torch's index of tensors, and what Lightning keeps beside them."""
 
+NON_FINITE = "non_finite"
+"""Key in a checkpoint that must not be saved: a parameter that is not finite, in itself or its optimizer state."""
+
 _INDEX_TYPES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),

@@ -27,8 +27,8 @@ DATA, TOKENS = "data_parallel", "tensor_parallel"
 """The dimensions of Lightning's mesh."""
 
 
-def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
-    """Divides a model among the processes of a mesh, in place: block by block, and what is no block at the root.
+def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
+    """Shard a model over a device mesh, in place: block by block, and the remaining parameters at the root.
 
     Args:
         root: What holds the model; it may be called by other methods than ``forward``.
@@ -36,7 +36,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
         forward_methods: Methods of ``root`` that compute with its parameters.
 
     Raises:
-        ValueError: If there is a tensor-parallel group, and no parameter tokens to divide.
+        ValueError: If there is a tensor-parallel group, and no parameter tokens to shard.
     """
     if isinstance(root, FSDPModule):
         return
@@ -48,7 +48,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
                 "set data_parallel_size to the number of processes, and tensor_parallel_size to 1"
             )
         for layer in layers:
-            _divide_tokens(layer, mesh[TOKENS])
+            _shard_tokens(layer, mesh[TOKENS])
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
     for block in (module for module in root.modules() if module in blocks):  # in the model's order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
@@ -57,7 +57,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
         register_fsdp_forward_method(root, method)
 
 
-def _divide_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
+def _shard_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
     for part in layer.PARTS:
         old = getattr(layer, part)
         if old is not None:

@@ -120,10 +120,8 @@ class Tokenformer(nn.Module):
     @property
     def grown(self) -> bool:
         """Whether the size is not that of the config: after a growth, or with weights of another size."""
-        config = self.config
-        born = {"depth": config.depth, "hidden": config.mlp_hidden, "heads": config.num_heads}
-        born |= config.tokens.items()
-        return any(total != born.get(name, total) for name, total in self.size.items())
+        initial = self.config.size
+        return any(total != initial.get(name, total) for name, total in self.size.items())
 
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""

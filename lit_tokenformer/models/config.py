@@ -360,6 +360,12 @@ class TokenformerConfig:
         """Hidden width of feed-forwards that have one."""
         return round(self.dim * self.mlp_ratio)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Initial totals of all that can grow, by kind."""
+        tokens = dict(self.tokens.items())
+        return {**tokens, "hidden": self.mlp_hidden, "heads": self.num_heads, "depth": self.depth}
+
     def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
         """The same architecture at another size, as a growth leads to it.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.cost import ModelCost, match_tokens, model_cost
-from lit_tokenformer.distributed.checkpoint import check_has_optimizers, load_into, save_folder
-from lit_tokenformer.distributed.sharding import clip_gradients, divide
+from lit_tokenformer.distributed.checkpoint import check_has_optimizers
+from lit_tokenformer.distributed.sharding import clip_gradients, shard
+from lit_tokenformer.distributed.strategy import make_growing
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
@@ -177,7 +177,7 @@ class LitTask(OptimizedTask):
         return loss, count
 
     def configure_model(self) -> None:
-        """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
+        """Shard the model, block by block, under ``fsdp2`` or a plain ``ModelParallelStrategy``."""
         if self.device_mesh is None:
             return
         averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
@@ -192,21 +192,8 @@ class LitTask(OptimizedTask):
                     f"model.overrides.depth: expected {len(model.blocks)}, the blocks of the initial weights, got "
                     f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
                 )
-        divide(self, self.device_mesh, COMPUTING_METHODS)
-        strategy: Any = self.trainer.strategy
-        save = partial(type(strategy).save_checkpoint, strategy)
-
-        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            if strategy._save_distributed_checkpoint:
-                save_folder(strategy, save, checkpoint, filepath)
-            else:
-                save(checkpoint, filepath, storage_options)
-
-        def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            path = strategy.broadcast(checkpoint_path)
-            return load_into(self, strategy.optimizers, path, self._take_trained_weights, self._check_architecture)
-
-        strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+        shard(self, self.device_mesh, COMPUTING_METHODS)
+        make_growing(self.trainer.strategy)  # type: ignore[arg-type]
 
     def configure_gradient_clipping(
         self,
@@ -351,7 +338,7 @@ class LitTask(OptimizedTask):
             saved = checkpoint.get("fit_settings")
             self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)
-        self._take_trained_weights(checkpoint)
+        self.take_trained_weights(checkpoint)
         for model in (module for module in self.modules() if isinstance(module, Tokenformer)):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
@@ -365,14 +352,20 @@ class LitTask(OptimizedTask):
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
-            self._check_architecture(checkpoint["state_dict"])
+            self.check_weights(checkpoint["state_dict"])
 
-    def _take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
+    def take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Replace the moving average in a checkpoint by the trained weights, where this fit has no average."""
         if "current_model_state" in checkpoint and self._trains_without_average():
             # the optimizer's state belongs to the weights that were trained, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
-    def _check_architecture(self, state_dict: Mapping[str, Any]) -> None:
+    def check_weights(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse the weights of another architecture; only names and shapes are read.
+
+        Raises:
+            UserError: For the first tensor that does not fit.
+        """
         for problem in state_dict_problems(self, state_dict):
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {problem}")
 
