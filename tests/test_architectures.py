@@ -139,11 +139,11 @@ def test_new_tokens_move_at_the_first_steps(case, method, tokens):
     train(model, optimizer, x, steps=2)
     grown = grow(model, tokens, method)
     grow_optimizer(optimizer, grown)
-    born = {one.name: one.new.detach()[one.rows.new()].clone() for one in grown}
+    born = {one.name: one.new.detach()[one.grown.rows.new()].clone() for one in grown}
     for late in (("value_tokens", "scale_tokens"), ()):
         train(model, optimizer, x)
         for one in grown:
-            moved = (one.new.detach()[one.rows.new()] != born[one.name]).any(dim=1)
+            moved = (one.new.detach()[one.grown.rows.new()] != born[one.name]).any(dim=1)
             assert one.name.endswith(late) or moved.all(), one.name
 
 

@@ -45,11 +45,12 @@ def load(name):
     registry.import_plugins([name])
 
 
-def fit(folder, *args, config="causal_lm_small"):
+def fit(folder, *args, config="causal_lm_small", method_of_growth=None):
     overrides = [f"--model.overrides.{name}={value}" for name, value in SIZES.items()]
     trainer = {"max_steps": 2, "limit_val_batches": 1, "accelerator": "cpu", "enable_progress_bar": "false"}
     trainer = [f"--trainer.{name}={value}" for name, value in trainer.items()]
-    return run("fit", "--config", config, *overrides, *trainer, *GROWS, f"--trainer.default_root_dir={folder}", *args)
+    grows = GROWS if method_of_growth is None else [*GROWS[:3], method_of_growth, *GROWS[3:]]
+    return run("fit", "--config", config, *overrides, *trainer, *grows, f"--trainer.default_root_dir={folder}", *args)
 
 
 TEXT = ["--data.tokenizer=bytes", "--data.block_size=16", "--data.batch_size=4", "--trainer.val_check_interval=1"]
@@ -78,6 +79,23 @@ def test_mixer_trains_grows_generates_and_is_costed(tmp_path, capfd):
         for cache in (True, False)
     ]
     assert torch.equal(*written)
+
+
+def test_growth_method_grows_a_running_fit_and_a_checkpoint(tmp_path, capfd):
+    method = "--trainer.callbacks.method=split_or_initialize"
+    grows = ["--plugins", "toy_growth", "--data.dataset=python_docs", *TEXT]
+    assert fit(tmp_path, *grows, method_of_growth=method) == 0
+    checkpoint = last(tmp_path)
+    (events,) = (state["events"] for key, state in read_checkpoint(checkpoint)["callbacks"].items() if "Growth" in key)
+    assert [event["method"] for event in events] == ["split_or_initialize"]
+    assert events[0]["rows"]["backbone.blocks.0.attn.query.key_tokens"] == [8, 16, 2, 0, 1]
+    grown = tmp_path / "grown.ckpt"
+    command = ["grow", "--plugins", "toy_growth", "--ckpt_path", checkpoint, "--tokens", "{qkv: 40, heads: 4}"]
+    assert run(*command, "--method", "split_or_initialize", "--output", grown) == 0
+    model = rebuild_task(grown, read_checkpoint(grown)).backbone
+    assert model.size["qkv"] == 40 and model.size["heads"] == 4
+    assert run(*command, "--method", "split_or_initialise", "--output", tmp_path / "x.ckpt") == 2
+    assert "method: unknown value 'split_or_initialise', did you mean 'split_or_initialize'?" in capfd.readouterr().err
 
 
 def test_combinations_of_a_plugin_are_checked():
