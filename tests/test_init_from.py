@@ -280,7 +280,7 @@ def test_the_same_architecture_computes_the_same(tmp_path):
     initialize_from(task, saved(old, tmp_path / "old.ckpt"))
     image = torch.randn(2, 3, 8, 8)
     assert torch.equal(task(image), old(image))
-    assert model_size(task) == {"qkv": 16, "proj": 16, "ffn": 64, "depth": 2} and task.backbone.grown
+    assert model_size(task) == {"heads": 2, "qkv": 16, "proj": 16, "ffn": 64, "depth": 2} and task.backbone.grown
 
 
 def made_by(kind, digits, folder):
@@ -311,7 +311,7 @@ def test_checkpoints_of_every_make_are_read(kind, digits, tmp_path):
     initialize_from(task, path)
     state = torch.load(digits, weights_only=True)["current_model_state"]
     if kind == "grow":
-        assert model_size(task) == {"qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
+        assert model_size(task) == {"heads": 2, "qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
         old = classifier(param_tokens=16, depth=3)
         old.load_state_dict(state)
         image = torch.randn(2, 3, 8, 8)
@@ -493,7 +493,7 @@ def test_a_task_whose_head_was_reset_is_trained_and_saved(digits, tmp_path):
     trainer.fit(task, samples, samples)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     loaded = LitImageClassifier.load_from_checkpoint(tmp_path / "new.ckpt", weights_only=True)
-    assert loaded.backbone.num_classes == 3 and model_size(loaded) == {"qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
+    assert loaded.backbone.num_classes == 3 and model_size(loaded) == {"heads": 2, "qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
     assert len(growth.events) == 1
 
 
