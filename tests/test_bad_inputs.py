@@ -332,7 +332,7 @@ COMMANDS = [
     (
         "import_empty_folder",
         lambda given: ["import", "--source", str(given.folder)],
-        "source: there is no model.safetensors or",
+        "source: no model.safetensors or",
     ),
     ("generate_from_images", on("image.ckpt", "generate"), "ckpt_path: .* is of a LitImageClassifier"),
     ("generate_temperature", on("text.ckpt", "generate", "--temperature", "-1"), "temperature: expected"),

@@ -1,4 +1,4 @@
-"""Folder of a run: where its checkpoints and logs are, and files in it that no other run overwrites."""
+"""Folder of a run: its location, and writes that never overwrite files of another run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: Trainer) -> str:
-    """The folder that belongs to one run alone, as far as its first logger has such a folder.
+    """Return the folder of a run, unique to it if its first logger has such a folder.
 
     Lightning's ``log_dir`` of W&B and MLflow is shared by all runs; their checkpoints are in ``save_dir/name/version``.
     All processes must call this.
 
     Args:
-        trainer: A trainer whose loggers are initialized.
+        trainer: Trainer with initialized loggers.
 
     Returns:
-        A path or an fsspec URL; ``default_root_dir`` without a logger.
+        Path or fsspec URL; ``default_root_dir`` without a logger.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
@@ -36,19 +36,19 @@ def run_folder(trainer: Trainer) -> str:
 
 
 def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool] = lambda _: False) -> str:
-    """Write a file under the first free name: ``config.yaml``, ``config-v1.yaml``, ...; one with this content is kept.
+    """Write a file under the first free name (``config.yaml``, ``config-v1.yaml``, ...) or reuse an equal one.
 
     Args:
-        folder: A path or an fsspec URL; it is created.
-        name: The name of the file.
-        text: Its content.
-        replaces: Whether an existing file with this content may be replaced.
+        folder: Path or fsspec URL; created if missing.
+        name: File name.
+        text: Content to write.
+        replaces: Predicate on the content of an existing file; if true, that file is replaced.
 
     Returns:
-        The path of the file.
+        Path of the file.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
@@ -74,7 +74,7 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
 
 
 def unversioned_loggers(trainer: Trainer) -> list[Any]:
-    """Loggers that choose their version by the folders that exist; asked before anything reads their ``log_dir``."""
+    """Return the loggers that derive their version from existing folders; call before their ``log_dir`` is read."""
     return [
         logger
         for logger in trainer.loggers
@@ -83,11 +83,11 @@ def unversioned_loggers(trainer: Trainer) -> list[Any]:
 
 
 def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
-    """Create the log folder of a run, so that a run that starts at the same moment takes the next version.
+    """Create the log folder of a run; a run that starts at the same moment takes the next version.
 
     Args:
-        trainer: A trainer before its loggers are initialized; only its first process creates the folder.
-        loggers: Its loggers whose version may change.
+        trainer: Trainer before its loggers are initialized; only rank zero creates the folder.
+        loggers: Loggers of the trainer whose version may change.
     """
     folder = loggers[0].log_dir if loggers else ""
     if not folder or not trainer.is_global_zero or not _is_local_file_protocol(folder):

@@ -1,1 +1,1 @@
-"""Models sharded over several processes: FSDP2, tensor parallelism, and their checkpoints."""
+"""Distributed training: FSDP2, tensor parallelism and sharded checkpoints."""
