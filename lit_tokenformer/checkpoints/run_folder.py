@@ -60,7 +60,7 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
                 file.write(text.encode())
             return path
         except OSError as error:
-            if not isinstance(error, FileExistsError):  # a full disk, say
+            if not isinstance(error, FileExistsError):  # for example, a full disk
                 with contextlib.suppress(OSError):
                     fs.rm_file(path)
                 raise

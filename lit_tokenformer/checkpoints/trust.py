@@ -69,8 +69,8 @@ def trusted_optimizer(spec: Any, path: object) -> Callable[[Any], torch.optim.Op
             raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
         try:
             return found(params, **settings)
-        except Exception as error:  # settings of other types, say
-            raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # for example, settings of other types
+            raise UserError(f"ckpt_path: {path}: invalid settings of {name} ({' '.join(str(error).split())})") from None
 
     return make
 

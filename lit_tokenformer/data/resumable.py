@@ -338,7 +338,7 @@ class ResumableDataModule(LightningDataModule):
 
     @property
     def _spare_workers(self) -> int:
-        """Default number of workers: this process's share of the cores, at most 8, and 0 for a single core."""
+        """Default number of workers: available cores per training process, at most 8, and 0 for a single core."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // (self.trainer.num_devices if self.trainer is not None else 1)
         return 0 if share < 2 else min(share, 8)

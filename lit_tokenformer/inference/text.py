@@ -328,7 +328,9 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
     if text is None:
         file = ckpt_path.with_name(TOKENIZER_FILE)
         if not file.is_file():
-            raise UserError(f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)")
+            raise UserError(
+                f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)"
+            )
         text, source = file.read_text(encoding="utf-8"), str(file)
     try:
         added = [token["content"] for token in json.loads(text)["added_tokens"] if token["id"] == separator_id]

@@ -102,8 +102,8 @@ class ImageDataModule(ResumableDataModule):
             cifar10 and cifar100, else 224.
         batch_size: Training batch size per process.
         eval_batch_size: Batch size of validation, test and prediction per process. Default: ``batch_size``.
-        num_workers: Number of worker processes per training process. Default: the cores of this machine divided by
-            its training processes, at most 8; 0 for digits or a single core.
+        num_workers: Number of worker processes per training process. Default: the available cores divided by the
+            training processes on this machine, at most 8; 0 for digits or a single core.
         pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
         augmentation: Augmentation of training images, and resizing of all images.
         val_fraction: Fraction of the training images held out if the data set has no validation split; 0 validates on
@@ -213,7 +213,7 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def splits(self) -> Splits:
-        """Splits of the data set, opened at first use."""
+        """Data set splits, opened at first use."""
         splits = self.source.open(self.settings)
         if len(splits.class_names) < 2:
             raise UserError(f"data.dataset: expected at least two classes, got {splits.class_names}")

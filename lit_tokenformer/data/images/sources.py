@@ -47,7 +47,7 @@ class SourceSettings:
 
 @dataclass
 class Splits:
-    """Splits of a data set. A stream is a ``HubStream``; all other types support random access."""
+    """Data set splits. A stream is a ``HubStream``; all other types support random access."""
 
     class_names: list[str]
     train: Samples | HubStream
