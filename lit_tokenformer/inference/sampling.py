@@ -169,7 +169,7 @@ def generate_tokens(
         6
     """
     config = model.config
-    check_writes_text(model)
+    check_causal_lm(model)
     if isinstance(max_new_tokens, bool) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
     size = config.vocab_size if vocab_size is None else vocab_size
@@ -198,7 +198,7 @@ def generate_tokens(
     return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
 
 
-def check_writes_text(model: Tokenformer) -> None:
+def check_causal_lm(model: Tokenformer) -> None:
     """Reject a model that is not a causal language model with a ``ValueError``."""
     if model.config.head != "language" or not model.config.causal:
         kind = f"head: {model.config.head}, causal: {str(model.config.causal).lower()}"

@@ -24,7 +24,7 @@ import torch
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.inference.sampling import ENDED, Sampling, check_writes_text, generate_tokens
+from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.tasks.rebuild import rebuild_task
@@ -75,7 +75,7 @@ class TextGenerator:
     """
 
     def __init__(self, backbone: Tokenformer, tokenizer: Tokenizer) -> None:
-        check_writes_text(backbone)
+        check_causal_lm(backbone)
         if tokenizer.size > backbone.config.vocab_size:
             raise UserError(
                 f"tokenizer: it has {tokenizer.size} tokens, the model's vocab_size is {backbone.config.vocab_size}; "
@@ -113,7 +113,7 @@ class TextGenerator:
         checkpoint = read_checkpoint(ckpt_path, map_location="meta")
         task = rebuild_task(ckpt_path, checkpoint)
         try:
-            check_writes_text(task.backbone)
+            check_causal_lm(task.backbone)
         except ValueError as error:
             raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
         tokenizer = _tokenizer(Path(ckpt_path), checkpoint.get("tokenizer"), getattr(task, "separator_id", None))
