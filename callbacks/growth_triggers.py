@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.training_monitor import num_samples
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import TRIGGERS
 
 
 class Trigger(Protocol):
@@ -113,16 +114,14 @@ class Slope:
         self._steepest = state_dict["steepest"]
 
 
+@TRIGGERS.register("slope")
 def _slope(patience: int, min_delta: float, threshold: float) -> Trigger:
     return Slope(patience, threshold)
 
 
+@TRIGGERS.register("plateau")
 def _plateau(patience: int, min_delta: float, threshold: float) -> Trigger:
     return Plateau(patience, min_delta)
-
-
-TRIGGERS: dict[str, Callable[[int, float, float], Trigger]] = {"slope": _slope, "plateau": _plateau}
-"""How each trigger is made from ``patience``, ``min_delta`` and ``threshold``."""
 
 
 class LossSignal:

@@ -20,7 +20,7 @@ from torch import nn
 from callbacks.growth_check import OutputCheck
 from callbacks.growth_steps import StepSettings, add_step_hooks, row_map
 from callbacks.growth_strategies import growth_context
-from callbacks.growth_triggers import TRIGGERS, LossSignal
+from callbacks.growth_triggers import LossSignal
 from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
 from lit_tokenformer.errors import UserError, nearest_name, unknown_name
 from lit_tokenformer.growth import Rows, grow_with_optimizers, growth_method, target_sizes
@@ -32,6 +32,7 @@ from lit_tokenformer.growth.shards import ShardedParameters
 from lit_tokenformer.models import Tokenformer, Tokens, model_size
 from lit_tokenformer.models.axes import find_axes, follow_sizes
 from lit_tokenformer.models.config import KINDS, OTHER
+from lit_tokenformer.registry import TRIGGERS
 
 
 class ParameterGrowthCallback(Callback):
@@ -236,9 +237,10 @@ class ParameterGrowthCallback(Callback):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
-        for model in pl_module.modules():
-            if isinstance(model, Tokenformer) and len(model.blocks) < final:
-                check_depth(model, final, setting="schedule: depth")
+        models = [model for model in pl_module.modules() if isinstance(model, Tokenformer)]
+        for model, (_, tokens) in itertools.product(models, stages):
+            if len(model.blocks) < tokens.get("depth", 0):
+                check_depth(model, tokens["depth"], setting="schedule: depth")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         stages = dict(self.remaining_stages(pl_module))

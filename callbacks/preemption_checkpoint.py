@@ -1,4 +1,4 @@
-"""How a fit ends: normally, or by a signal that asks it to make room."""
+"""Checkpoints that resume exactly: at the end of a fit, after a signal, and never of a non-finite state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.distributed import GrowingModelParallelStrategy
+from lit_tokenformer.distributed.checkpoint import NON_FINITE
 from lit_tokenformer.growth.shards import like, local
 
 NOTHING, STOP, REQUEUE = 0, 1, 2
@@ -44,6 +48,12 @@ class PreemptionCheckpoint(Callback):
 
     With ``accumulate_grad_batches``, a checkpoint saved between two micro-batches of an optimizer step contains the
     gradients so far (the size of the trainable parameters for each process), so any checkpoint resumes exactly.
+
+    A checkpoint is not saved while a weight or an optimizer state is NaN or infinite: a warning names the parameter,
+    and the checkpoints before it are kept. The check is one pass over weights and optimizer state, without a copy. With
+    a ``CheckpointIO`` other than ``WholeCheckpointIO``, or a strategy that writes by itself (FSDP1, DeepSpeed), the fit
+    ends with ``FloatingPointError``. Checkpoints saved with ``save_weights_only`` are not checked: Lightning calls no
+    callback for them.
 
     Attributes:
         status: Exit status of a command that ends by the signal: 130 after Ctrl-C, 129 after SIGHUP, else 143.
@@ -72,6 +82,8 @@ class PreemptionCheckpoint(Callback):
             root = trainer.log_dir or trainer.default_root_dir  # asks all processes
             self._folder = os.path.join(root, "checkpoints")
             _warn_if_only_best(trainer)
+            for callback in _saving(trainer) if trainer.fast_dev_run else ():  # type: ignore[attr-defined]
+                callback.save_last = False  # the one checkpoint that Lightning saves then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._connect(trainer)
@@ -141,6 +153,11 @@ class PreemptionCheckpoint(Callback):
         rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: {result}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        name = _non_finite(trainer)
+        if not trainer.strategy.reduce_boolean_decision(name is None):
+            checkpoint[NON_FINITE] = name or "weights"  # of another process
+            if not _rejects_non_finite(trainer.strategy):
+                raise FloatingPointError(f"non-finite {checkpoint[NON_FINITE]} at step {trainer.global_step}")
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.fit_loop._should_accumulate():
@@ -162,7 +179,7 @@ class PreemptionCheckpoint(Callback):
         """Saves the newest state as ``last.ckpt``; the path, unless it could not be saved."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        saving = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        saving = _saving(trainer)
         folder = next((str(one.dirpath) for one in saving if one.dirpath), self._folder)
         last = [one for one in saving if one.save_last]
         path = next((one.last_model_path for one in last if one.last_model_path), os.path.join(folder, "last.ckpt"))
@@ -214,13 +231,43 @@ class PreemptionCheckpoint(Callback):
             trainer._signal_connector.received_sigterm = True  # the loops end with a SIGTERMException
 
 
+def _saving(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+
+
+def _rejects_non_finite(strategy: Strategy) -> bool:
+    """Return whether whatever writes a checkpoint looks for the key ``NON_FINITE``."""
+    by_io = type(strategy).save_checkpoint is Strategy.save_checkpoint
+    growing = isinstance(strategy, GrowingModelParallelStrategy)
+    return (by_io or growing) and isinstance(strategy.checkpoint_io, WholeCheckpointIO)
+
+
+@torch.no_grad()
+def _non_finite(trainer: Trainer) -> str | None:
+    """The first parameter that is not finite in itself, its moving average or its optimizer state.
+
+    Buffers may be infinite. The host waits for the device once, unless it finds one.
+    """
+    averages = [one._average_model for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore
+    states = {parameter: state for one in trainer.optimizers for parameter, state in one.state.items()}
+    found: dict[str, Tensor] = {}
+    for module in (trainer.lightning_module, *averages):
+        for name, parameter in module.named_parameters() if module is not None else ():
+            tensors = [parameter, *states.get(parameter, {}).values()]
+            numbers = [local(one) for one in tensors if isinstance(one, Tensor)]
+            found[name] = torch.stack([one.isfinite().all().to(parameter.device) for one in numbers]).all()
+    if not found or torch.stack([*found.values()]).all():
+        return None
+    return next(name for name, finite in found.items() if not finite)
+
+
 def _validates_in_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def _warn_if_only_best(trainer: Trainer) -> None:
     """Warns where every ``ModelCheckpoint`` saves improved scores alone, as ``save_last`` then does too."""
-    saving = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    saving = _saving(trainer)
     if not trainer.fast_dev_run and saving and all(one.monitor and one.save_top_k != -1 for one in saving):  # type: ignore[attr-defined]
         rank_zero_warn(
             f"trainer.callbacks: checkpoints are saved only when {saving[0].monitor!r} improves (save_last too); to "

@@ -1,200 +1,78 @@
-"""Parameters and floating-point operations of a model in closed form, and what a growth schedule costs.
+"""Parameters and floating-point operations of a model in closed form.
 
-A multiply-add counts as two operations, and only matrix products and convolutions count, as in
-``torch.utils.flop_counter``. The formulas agree with arXiv 2410.23168, Table 3 (camera-ready).
+The cost of a model is the sum over its parts, which declare theirs (:mod:`lit_tokenformer.models.part_cost`): they are
+made without memory, at the size that is asked for. The numbers agree with arXiv 2410.23168, Table 3 (camera-ready).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.models import SCORE_NORMS, TokenformerConfig
+from lit_tokenformer.models import Tokenformer, TokenformerConfig
+from lit_tokenformer.models.config import KINDS
+from lit_tokenformer.models.part_cost import Cost, part_cost
 
 Totals = Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one map of the model costs: parameters, operations for each data token, and activations kept for backward.
+class _Parts(NamedTuple):
+    """Costs of the parts of a model.
 
     Args:
-        parameters: Numbers that are learned.
-        flops: Operations of the forward pass for each data token.
-        kept: Numbers kept for the backward pass for each data token.
+        stem: For each sample.
+        blocks: Each kind of block of the pattern, for each data token.
+        norm: The final norm.
+        head: For each sample.
+        kinds: Parameters and operations of the projections of each kind, one entry for each kind of block.
     """
 
-    parameters: int
-    flops: int
-    kept: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.parameters + other.parameters, self.flops + other.flops, self.kept + other.kept)
-
-
-NOTHING = Cost(0, 0, 0)
-
-Parts = dict[str, Cost]
-"""Costs of the projections of each kind, and of what is not a projection (``rest``)."""
+    stem: Cost
+    blocks: list[Cost]
+    norm: Cost
+    head: Cost
+    kinds: list[dict[str, Cost]]
 
 
-def _linear(config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: int, bias: bool) -> Cost:
-    return Cost(dim_in * dim_out + bias * dim_out, 2 * dim_in * dim_out, dim_in)
+def _parts(config: TokenformerConfig, length: int) -> _Parts:
+    """Costs at the size of the config, for sequences of this length."""
+    fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0, param_tokens=1))
+    return _measured((*fields.items(), ("param_tokens", tuple(config.tokens.items()))), length)
 
 
-def _pattention(config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: int, bias: bool) -> Cost:
-    size = num_tokens * (dim_in + dim_out)
-    kept = num_tokens + 1 if _by_hand(config) else 3 * num_tokens  # scores, normalised scores, weights
-    return Cost(size, 2 * size, dim_in + kept)
+@lru_cache(maxsize=1024)
+def _measured(fields: tuple[tuple[str, Any], ...], length: int) -> _Parts:
+    given = dict(fields)
+    given["param_tokens"] = dict(given["param_tokens"])
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = Tokenformer(TokenformerConfig(**given))
+    blocks = [part_cost(block, length) for block in model.blocks]
+    kinds = [{kind: _projections(block, kind, length) for kind in KINDS} for block in model.blocks]
+    stem, head = _for_sample(model.stem, length), _for_sample(model.head, length)
+    return _Parts(stem, blocks, part_cost(model.norm, length), head, kinds)
 
 
-def _by_hand(config: TokenformerConfig, series: int = 1) -> bool:
-    """Whether a Pattention has a backward pass by hand."""
-    return SCORE_NORMS[config.score_norm].whole is not None and series == 1
+def _sum(blocks: Sequence[Any], depth: int, field: str) -> int:
+    """Sum of a field over ``depth`` blocks, whose kinds repeat."""
+    repeats, rest = divmod(depth, len(blocks))
+    return sum((repeats + (place < rest)) * getattr(block, field) for place, block in enumerate(blocks))
 
 
-_PROJECTIONS = {"linear": _linear, "pattention": _pattention}
+def _for_sample(part: nn.Module, length: int) -> Cost:
+    """Cost of a stem or head; one without its own is estimated for each data token."""
+    cost = part_cost(part, length)
+    return cost if hasattr(part, "cost") else Cost(cost.parameters, length * cost.flops, length * cost.kept)
 
 
-def _project(
-    config: TokenformerConfig, num_tokens: int, dim_in: int, dim_out: int, count: int = 1, bias: bool | None = None
-) -> Cost:
-    """``count`` projections (..., dim_in) -> (..., dim_out) of one input, which is kept once."""
-    wanted = config.bias if bias is None else bias
-    one = _PROJECTIONS[config.projection](config, num_tokens, dim_in, dim_out, wanted)
-    return Cost(count * one.parameters, count * one.flops, dim_in + count * (one.kept - dim_in))
-
-
-def _attention(config: TokenformerConfig, tokens: Totals) -> Parts:
-    dim, length = config.dim, config.num_data_tokens
-    return {
-        "qkv": _project(config, tokens.get("qkv", 0), dim, dim, count=3),
-        "proj": _project(config, tokens.get("proj", 0), dim, dim),
-        "rest": Cost(0, 4 * length * dim, 4 * dim),  # scores and mixing; queries, keys, values and outputs are kept
-    }
-
-
-def _wkv(config: TokenformerConfig, tokens: Totals) -> Parts:
-    dim = config.dim
-    return {
-        "qkv": _project(config, tokens.get("qkv", 0), dim, dim, count=3),
-        "proj": _project(config, tokens.get("proj", 0), dim, dim),
-        # inputs of their own (two more), key, value, the sums (two), gate, what it is made from, and what it gates
-        "rest": Cost(5 * dim, 0, 9 * dim),
-    }
-
-
-_MIXERS = {"attention": _attention, "wkv": _wkv}
-
-
-def _activation(config: TokenformerConfig) -> Cost:
-    width = config.mlp_hidden
-    return Cost(2 * width * config.series if config.series > 1 else 0, 0, width * config.series)
-
-
-def _mlp(config: TokenformerConfig, tokens: Totals) -> Parts:
-    dim, hidden, total = config.dim, config.mlp_hidden, tokens.get("ffn", 0)
-    up, down = _project(config, total, dim, hidden), _project(config, total, hidden, dim)
-    return {"ffn": up + down, "rest": _activation(config)}
-
-
-def _glu(config: TokenformerConfig, tokens: Totals) -> Parts:
-    dim, hidden, total = config.dim, config.mlp_hidden, tokens.get("ffn", 0)
-    into, down = _project(config, total, dim, hidden, count=2, bias=False), _project(config, total, hidden, dim)
-    return {"ffn": into + down, "rest": _activation(config) + Cost(0, 0, 2 * hidden)}
-
-
-def _channel_mix(config: TokenformerConfig, tokens: Totals) -> Parts:
-    dim, hidden, total = config.dim, config.mlp_hidden, tokens.get("ffn", 0)
-    key, value = _project(config, total, dim, hidden), _project(config, total, hidden, dim)
-    gate = _project(config, total, dim, dim)
-    return {"ffn": key + value + gate, "rest": Cost(2 * dim, 0, 2 * dim + hidden)}
-
-
-def _pattention_ffn(config: TokenformerConfig, tokens: Totals) -> Parts:
-    one = _pattention(config, tokens["ffn"], config.dim, config.dim, False)
-    if config.series == 1:
-        return {"ffn": one, "rest": NOTHING}
-    wide = config.series * tokens["ffn"]
-    kept = config.dim + tokens["ffn"] * 2 + wide - one.kept  # scores, normalised scores, terms
-    return {"ffn": one + Cost(2 * wide, 0, kept), "rest": NOTHING}
-
-
-_FEED_FORWARDS = {"mlp": _mlp, "glu": _glu, "channel_mix": _channel_mix, "pattention": _pattention_ffn}
-
-
-def _norm(config: TokenformerConfig, affine: bool = True) -> Cost:
-    parameters = {"layer_norm": 2, "rms_norm": 1}[config.norm] * config.dim
-    return Cost(parameters if affine else 0, 0, config.dim)
-
-
-def _block(config: TokenformerConfig, tokens: Totals) -> Parts:
-    """What a block costs, by the kind of its projections."""
-    mixer, feed_forward = _MIXERS[config.mixer](config, tokens), _FEED_FORWARDS[config.feed_forward](config, tokens)
-    shortcut, norm = 2 * config.dim * config.shortcut_dim, _norm(config, config.norm_affine)
-    beside = Cost(shortcut, 2 * shortcut, 2 * config.shortcut_dim)
-    rest = mixer["rest"] + feed_forward["rest"] + norm + norm + beside
-    return {"qkv": mixer["qkv"], "proj": mixer["proj"], "ffn": feed_forward["ffn"], "rest": rest}
-
-
-def _sum(parts: Parts) -> Cost:
-    return sum(parts.values(), start=NOTHING)
-
-
-def _recomputed(config: TokenformerConfig, tokens: Totals) -> int:
-    """Operations, for each data token, of the second forward pass through all blocks under checkpointing.
-
-    It ends where everything that the backward pass needs is there again. The last product of a block is not needed, but
-    where something multiplies or normalises it: channel mix, dropout, a norm after it, or stochastic depth (every
-    block but the first, whose rate is 0). A Pattention with a backward pass by hand is computed as a whole.
-    """
-    dropped = config.dropout > 0 and config.feed_forward != "glu"
-    linear = config.feed_forward != "pattention" and config.projection == "linear"
-    whole = not linear and _by_hand(config, config.series if config.feed_forward == "pattention" else 1)
-    if config.feed_forward == "channel_mix" or config.norm_position == "post" or dropped or whole:
-        spared = 0
-    else:
-        spared = 1 if config.drop_path > 0 else config.depth
-    last = 2 * config.dim * (config.mlp_hidden if linear else tokens.get("ffn", 0))
-    return config.depth * _sum(_block(config, tokens)).flops - spared * last
-
-
-def _patch_stem(config: TokenformerConfig) -> Cost:
-    dim, length = config.dim, config.num_positions  # patches are left out after the stem
-    pixels = config.in_chans * config.patch_size**2
-    patches = length - config.num_prefix_tokens
-    parameters = pixels * dim + dim + length * dim + config.num_prefix_tokens * dim
-    return Cost(parameters, 2 * patches * pixels * dim, length * dim)
-
-
-def _token_stem(config: TokenformerConfig) -> Cost:
-    rows = config.vocab_size + (config.context_length if config.positions == "learned" else 0)
-    norm = _norm(config).parameters if config.stem_norm else 0
-    return Cost(rows * config.dim + norm, 0, config.num_data_tokens * config.dim)
-
-
-def _image_head(config: TokenformerConfig) -> Cost:
-    size = config.dim * config.num_classes
-    return Cost(size + config.num_classes, 2 * size, config.num_data_tokens * config.dim)
-
-
-def _language_head(config: TokenformerConfig) -> Cost:
-    size, length = config.dim * config.vocab_size, config.num_data_tokens
-    return Cost(0 if config.tie_embeddings else size, 2 * size * length, length * config.dim)
-
-
-def _masked_language_head(config: TokenformerConfig) -> Cost:
-    logits, dense, length = _language_head(config), config.dim**2, config.num_data_tokens
-    parameters = config.vocab_size + dense + config.dim + _norm(config).parameters
-    return logits + Cost(parameters, 2 * dense * length, 2 * length * config.dim)
-
-
-_STEMS = {"patch": _patch_stem, "token": _token_stem}
-"""What stems cost: parameters, and operations and kept numbers for each sample."""
-_HEADS = {"image": _image_head, "language": _language_head, "masked_language": _masked_language_head}
-"""What heads cost: parameters, and operations and kept numbers for each sample."""
+def _projections(block: nn.Module, kind: str, length: int) -> Cost:
+    layers = [layer for layer in block.modules() if getattr(layer, "kind", None) == kind]
+    return sum((part_cost(layer, length) for layer in layers), start=Cost())
 
 
 @dataclass(frozen=True)
@@ -231,8 +109,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
 
     Args:
         config: The architecture.
-        tokens: Parameter tokens of each kind, and ``depth`` where it is another than at birth; ``None`` takes those at
-            birth.
+        tokens: The size, as of :meth:`TokenformerConfig.at_size`; ``None`` takes that at birth.
         checkpointing: Whether blocks are computed again in the backward pass.
 
     Example:
@@ -240,21 +117,25 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         >>> model_cost(preset_config("tokenformer_vit_base_matched_patch16_224")).parameters
         86447848
     """
-    totals = dict(config.tokens.items()) if tokens is None else tokens
-    config = replace(config, depth=totals.get("depth", config.depth))
-    dim, depth, length = config.dim, config.depth, config.num_data_tokens
-    norm = NOTHING if config.norm_position == "post" else _norm(config)
-    block, stem, head = _sum(_block(config, totals)), _STEMS[config.stem](config), _HEADS[config.head](config)
-    again = _recomputed(config, totals) * length if checkpointing else 0
-    every = replace(config, patch_drop_rate=0.0)  # out of training nothing is left out
-    forward = depth * _sum(_block(every, totals)).flops * every.num_data_tokens
+    config = config.at_size(tokens or {})
+    dim, depth, length, full = config.dim, config.depth, config.num_data_tokens, config.num_positions
+    parts, whole = _parts(config, length), _parts(config, full)  # out of training no patch is left out
+    stem, norm, head = parts.stem, parts.norm, parts.head
+    parameters, flops = _sum(parts.blocks, depth, "parameters"), _sum(parts.blocks, depth, "flops")
+    kept, again = _sum(parts.blocks, depth, "kept"), 0
+    if checkpointing:
+        # stochastic depth, whose rate is 0 in the first block, multiplies the last product of a block
+        spared = parts.blocks[0].spared if config.drop_path > 0 else _sum(parts.blocks, depth, "spared")
+        again = (flops - spared) * length
+        kept = depth * dim + max(block.kept for block in parts.blocks)
+    forward = _sum(whole.blocks, depth, "flops") * full
     return ModelCost(
-        parameters=stem.parameters + depth * block.parameters + norm.parameters + head.parameters,
+        parameters=stem.parameters + parameters + norm.parameters + head.parameters,
         data_tokens=length,
-        flops=stem.flops + forward + head.flops,
+        flops=stem.flops + forward + whole.head.flops,
         # the stem's input needs no gradient, so its backward pass is one product instead of two
-        training_flops=2 * stem.flops + 3 * depth * block.flops * length + again + 3 * head.flops,
-        kept=stem.kept + head.kept + length * (depth * dim + block.kept if checkpointing else depth * block.kept),
+        training_flops=2 * stem.flops + 3 * flops * length + again + 3 * head.flops,
+        kept=stem.kept + head.kept + length * kept,
     )
 
 
@@ -284,77 +165,27 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     if by not in ("parameters", "flops"):
         raise unknown_name("match", by, ("parameters", "flops"))
 
-    def cost(config: TokenformerConfig, tokens: Totals) -> dict[str, int]:
-        return {kind: config.depth * getattr(part, by) for kind, part in _block(config, tokens).items()}
+    def kinds(config: TokenformerConfig, tokens: Totals) -> dict[str, int]:
+        """Cost of all blocks, by the kind of their projections; ``rest`` is that of everything else."""
+        config = config.at_size(tokens)
+        parts = _parts(config, config.num_data_tokens)
+        found = {kind: _sum([kinds[kind] for kinds in parts.kinds], config.depth, by) for kind in KINDS}
+        return {**found, "rest": _sum(parts.blocks, config.depth, by) - sum(found.values())}
 
-    wanted = cost(reference, dict(reference.tokens.items()))
+    def cost(config: TokenformerConfig, tokens: Totals) -> int:
+        return sum(kinds(config, tokens).values())
+
+    wanted = kinds(reference, {})
     tokens = dict(config.tokens.items())
     ones, twos = (dict.fromkeys(tokens, n) for n in (1, 2))
-    step = {kind: cost(config, twos)[kind] - cost(config, ones)[kind] for kind in tokens}
+    step = {kind: kinds(config, twos)[kind] - kinds(config, ones)[kind] for kind in tokens}
     if not step["ffn"]:
         raise UserError("match: the feed-forward has no Pattention layer whose tokens could be chosen")
     for kind in ("qkv", "proj"):
         if step[kind]:
             tokens[kind] = max(1, round(wanted[kind] / step[kind]))
-    left = sum(wanted.values()) - sum(cost(config, {**tokens, "ffn": 1}).values())
+    left = sum(wanted.values()) - cost(config, {**tokens, "ffn": 1})
     tokens["ffn"] = 1 + round(left / step["ffn"])
     if tokens["ffn"] < 1:
         raise UserError(f"match: all but the feed-forward has more {by} than the model to be matched")
     return tokens
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The part of a training run between two growths.
-
-    Args:
-        start: The epoch or step at which it begins.
-        steps: Optimizer steps in it.
-        tokens: Parameter tokens of each kind.
-        cost: What the model costs at this size, at the beginning of the stage.
-        training_flops: Operations of all its steps together.
-    """
-
-    start: int
-    steps: int
-    tokens: dict[str, int]
-    cost: ModelCost
-    training_flops: int
-
-
-def plan_stages(
-    config: TokenformerConfig,
-    growths: Sequence[tuple[int, int, dict[str, int]]],
-    total_steps: int,
-    samples_per_step: int,
-    patch_drop_rates: Mapping[int, float] | None = None,
-    checkpointing: bool = False,
-) -> list[Stage]:
-    """The stages of a run.
-
-    Args:
-        config: The architecture at birth.
-        growths: For each growth in order: its key in the schedule, the step at which it is due, the totals.
-        total_steps: Optimizer steps of the whole run.
-        samples_per_step: Samples in one optimizer step, over all processes.
-        patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
-        checkpointing: Whether blocks are computed again in the backward pass.
-
-    Returns:
-        One stage more than there are growths; the last one's size is the final one.
-    """
-    starts = [(0, 0, dict(config.tokens.items())), *growths]
-    ends = [min(step, total_steps) for _, step, _ in growths] + [total_steps]
-    rates = {0: config.patch_drop_rate, **(patch_drop_rates or {})}
-    stages = []
-    for (key, first, tokens), last in zip(starts, ends, strict=True):
-        end = max(first, last)
-
-        def cost(step: int, tokens: dict[str, int] = tokens) -> ModelCost:
-            rate = next(rate for begin, rate in reversed(rates.items()) if begin <= step)
-            return model_cost(replace(config, patch_drop_rate=rate), tokens, checkpointing)
-
-        marks = [first, *(step for step in rates if first < step < end), end]
-        flops = sum(cost(begin).training_flops * (until - begin) for begin, until in itertools.pairwise(marks))
-        stages.append(Stage(key, end - first, tokens, cost(first), flops * samples_per_step))
-    return stages

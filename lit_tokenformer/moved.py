@@ -38,7 +38,7 @@ MOVED = {
     "lit_tokenformer.interop.files": "lit_tokenformer.tensor_files",
     "lit_tokenformer.models.generation": "lit_tokenformer.inference.sampling",
     "lit_tokenformer.models.l2_gelu": "lit_tokenformer.models.pattention_kernels",
-    "lit_tokenformer.monitored_metrics": "lit_tokenformer.cli.monitors",
+    "lit_tokenformer.monitored_metrics": "lit_tokenformer.cli.preflight",
     "lit_tokenformer.optimizer_growth": "lit_tokenformer.growth.optimizer",
     "lit_tokenformer.parallel": "lit_tokenformer.distributed.sharding",
     "lit_tokenformer.parsing": "lit_tokenformer.cli.parser",

@@ -1,24 +1,81 @@
-"""What a fit would cost, stage by stage; and a schedule of growth for a budget of training operations."""
+"""Growth plans: the cost of a fit stage by stage, and a growth schedule for a compute budget."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import yaml
-from lightning.pytorch import LightningDataModule
 
-from callbacks import ParameterGrowthCallback, PatchDropSchedule
-from lit_tokenformer import models, tasks
-from lit_tokenformer.cost import Stage, model_cost, plan_stages
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import TokenformerConfig
 from lit_tokenformer.models.config import KINDS
-from lit_tokenformer.tasks.multitask import joint_cost
-from lit_tokenformer.trainer import CheckpointingTrainer
+
+Growth = tuple[int, int, dict[str, int]]
+"""Key in the schedule, the optimizer step at which it is due, and the totals of each kind."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a training run between two growths.
+
+    Args:
+        start: The epoch or step at which it begins.
+        steps: Optimizer steps in it.
+        tokens: Parameter tokens of each kind.
+        cost: What the model costs at this size, at the beginning of the stage.
+        training_flops: Operations of all its steps together.
+    """
+
+    start: int
+    steps: int
+    tokens: dict[str, int]
+    cost: ModelCost
+    training_flops: int
+
+
+def plan_stages(
+    config: TokenformerConfig,
+    growths: Sequence[Growth],
+    total_steps: int,
+    samples_per_step: int,
+    patch_drop_rates: Mapping[int, float] | None = None,
+    checkpointing: bool = False,
+) -> list[Stage]:
+    """Split a run into stages and compute what each costs.
+
+    Args:
+        config: The initial architecture.
+        growths: The growths in order.
+        total_steps: Optimizer steps of the whole run.
+        samples_per_step: Samples in one optimizer step, over all processes.
+        patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
+        checkpointing: Whether blocks are computed again in the backward pass.
+
+    Returns:
+        One stage more than there are growths; the last one's size is the final one.
+    """
+    named = {kind for _, _, size in growths for kind in size}
+    initial = {kind: total for kind, total in config.size.items() if kind in KINDS or kind in named}
+    starts = [(0, 0, initial), *growths]
+    ends = [min(step, total_steps) for _, step, _ in growths] + [total_steps]
+    rates = {0: config.patch_drop_rate, **(patch_drop_rates or {})}
+    stages = []
+    for (key, first, tokens), last in zip(starts, ends, strict=True):
+        end = max(first, last)
+
+        def cost(step: int, tokens: dict[str, int] = tokens) -> ModelCost:
+            rate = next(rate for begin, rate in reversed(rates.items()) if begin <= step)
+            return model_cost(replace(config, patch_drop_rate=rate), tokens, checkpointing)
+
+        marks = [first, *(step for step in rates if first < step < end), end]
+        flops = sum(cost(begin).training_flops * (until - begin) for begin, until in itertools.pairwise(marks))
+        stages.append(Stage(key, end - first, tokens, cost(first), flops * samples_per_step))
+    return stages
+
 
 FEW_EPOCHS = 1
 """How often data were read at most where the rule was measured."""
@@ -26,7 +83,7 @@ FEW_EPOCHS = 1
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """How a model grows on a budget, as ``benchmarks/growth`` measured it.
+    """How a model grows on a budget, as ``benchmarks/growth_study`` measured it.
 
     Args:
         depth: Blocks at birth, as a share of the final ones.
@@ -96,6 +153,7 @@ def propose(
     parameters: Callable[[Size], int],
     rule: GrowthRule = GrowthRule(),
     max_steps: float = math.inf,
+    pattern: int = 1,
 ) -> Proposal:
     """The most parameter tokens that a budget is enough for at a given depth, and the way to them.
 
@@ -108,6 +166,7 @@ def propose(
         parameters: Parameters at a size, embedding and head not counted.
         rule: What was measured.
         max_steps: Most optimizer steps, by how often the data may be read.
+        pattern: Blocks in a repeat of those that differ; depth grows by whole repeats.
 
     Raises:
         ValueError: If the model cannot grow, or if the budget is too small.
@@ -125,7 +184,7 @@ def propose(
     if not 0 < budget < math.inf:
         raise UserError(f"budget: expected a number of operations above 0, got {budget}")
     depth = birth["depth"]
-    first = max(1, round(rule.depth * depth))
+    first = pattern * max(1, round(rule.depth * depth / pattern))
     deepens = deepens and first < depth
     shares, at = (rule.tokens, rule.tokens_at) if not deepens else ((1.0, 1.0), rule.at)
     depths = [first, depth] if deepens else [depth] * len(shares)
@@ -168,213 +227,3 @@ def propose(
 
 def _tokens(size: Mapping[str, int]) -> dict[str, int]:
     return {kind: total for kind, total in size.items() if kind != "depth"}
-
-
-class PlanningTrainer(CheckpointingTrainer):
-    """Lightning's trainer, which can also say what a fit would cost."""
-
-    def plan(
-        self, model: tasks.LitTask, datamodule: LightningDataModule | None = None, budget: float | None = None
-    ) -> list[Stage]:
-        """Shows what each stage of a fit costs, before it is run; with a budget, of a schedule that is proposed for it.
-
-        Args:
-            model: The task, at the size it is born with.
-            datamodule: Its data; what is read of them is the number of training samples.
-            budget: Operations of all training steps together. Parameter tokens, growths and length of the fit are
-                chosen for it and told as YAML; the config's own are left out. Width, depth at the end, data and batches
-                are the config's.
-
-        Returns:
-            The stages, which are printed too.
-
-        Raises:
-            ValueError: If the number of steps cannot be told, the budget is too small, or a fit would refuse the
-                schedule.
-        """
-        if not isinstance(model, tasks.LitTask):
-            raise UserError(
-                f"model: plan knows no cost of a {type(model).__name__} (expected a task of lit_tokenformer)"
-            )
-        from rich.console import Console
-        from rich.table import Table
-
-        samples = getattr(datamodule, "num_train_samples", None)
-        batch = getattr(datamodule, "batch_size", 1)
-        batches = {
-            name: getattr(getattr(datamodule, name) if name else datamodule, "batch_size", 1)
-            for name in model.backbones
-        }
-        per_step = {name: size * self.accumulate_grad_batches * self.world_size for name, size in batches.items()}
-        per_epoch = None if samples is None else self._steps_per_epoch(samples // (batch * self.world_size))
-        checkpointing = any(backbone.grad_checkpointing for backbone in model.backbones.values())
-        born = models.param_tokens(model)
-        configs = {name: _present_config(backbone) for name, backbone in model.backbones.items()}
-        growths: list[tuple[int, int, dict[str, int]]] = []
-        rates = self._patch_drop_rates(per_epoch, model)
-        proposal: Proposal | None = None
-        if budget is not None and rates:
-            raise UserError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
-        if budget is not None:
-
-            def flops(size: Size) -> float:
-                costs = {
-                    name: model_cost(backbone.config, size, backbone.grad_checkpointing)
-                    for name, backbone in model.backbones.items()
-                }
-                return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
-
-            def parameters(size: Size) -> int:
-                config = next(iter(configs.values()))  # tasks share their blocks
-                twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
-                return model_cost(config, twice).parameters - model_cost(config, size).parameters
-
-            data_tokens = sum(config.num_data_tokens * per_step[name] for name, config in configs.items())
-            deepens = all(config.norm_position != "post" for config in configs.values())
-            size = models.model_size(model)
-            images = all(config.stem == "patch" for config in configs.values())
-            epochs = GrowthRule.image_epochs if images else GrowthRule.epochs
-            most = math.inf if per_epoch is None else epochs * per_epoch
-            proposal = propose(size, deepens, budget, flops, data_tokens, parameters, max_steps=most)
-            first = proposal.sizes[0]
-            tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that it lacks means nothing
-            configs = {
-                name: dataclasses.replace(config, param_tokens=tokens, depth=first["depth"])
-                for name, config in configs.items()
-            }
-            growths = [(step, step, size) for step, size in zip(proposal.starts, proposal.sizes[1:], strict=True)]
-            total = proposal.steps
-        else:
-            total, growths = self._length_and_growths(per_epoch, model)
-        planned = [
-            plan_stages(
-                config, growths, total, per_step[name], rates if config.stem == "patch" else None, checkpointing
-            )
-            for name, config in configs.items()
-        ]
-        by_stage = [list(parts) for parts in zip(*planned, strict=True)]
-        stages = [_together(model, parts) for parts in by_stage]
-        memory = [
-            f"{_training_memory(stage, parts, batches.values()) / 2**30:.2f} GiB"
-            for stage, parts in zip(stages, by_stage, strict=True)
-        ]
-        sum_flops = sum(stage.training_flops for stage in stages)
-        scratch = 0
-        for name, config in configs.items():
-            rate = [config.patch_drop_rate, *(rates.values() if config.stem == "patch" else ())][-1]
-            whole = model_cost(dataclasses.replace(config, patch_drop_rate=rate), stages[-1].tokens, checkpointing)
-            scratch += whole.training_flops * per_step[name] * total
-
-        told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
-        table = Table(title=f"{total} optimizer steps of {told} samples")
-        for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
-            table.add_column(name, justify="right")
-        for number, stage in enumerate(stages):
-            table.add_row(
-                str(number),
-                ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in (*born, "depth")) or "-",
-                f"{stage.steps}",
-                "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
-                f"{stage.cost.parameters:,}",
-                f"{stage.cost.flops:.3g}",
-                memory[number],
-                f"{stage.training_flops:.3g}",
-                f"{stage.training_flops / sum_flops:.1%}",
-            )
-        last = stages[-1].cost
-        table.add_section()
-        table.add_row(
-            "all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", f"{sum_flops / scratch:.1%} of scratch"
-        )
-        table.add_row(
-            "scratch",
-            "the final size from the start",
-            str(total),
-            "",
-            f"{last.parameters:,}",
-            f"{last.flops:.3g}",
-            memory[-1],
-            f"{scratch:.3g}",
-            "",
-        )
-        Console(width=None if sys.stdout.isatty() else 150).print(table)
-        if proposal is not None and budget is not None:
-            print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
-            if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
-                print(
-                    f"note: {total / per_epoch:.2g} epochs (at most {epochs:g} are proposed; the rule was measured on "
-                    f"{FEW_EPOCHS}) use {sum_flops / budget:.2g} of the budget",
-                    file=sys.stderr,
-                )
-        return stages
-
-    def _steps_per_epoch(self, batches: int) -> int:
-        """Optimizer steps of an epoch of so many batches for each process."""
-        limit: float = self.limit_train_batches  # type: ignore[attr-defined]
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return -(-batches // self.accumulate_grad_batches)
-
-    def _patch_drop_rates(self, per_epoch: int | None, model: tasks.LitTask) -> dict[int, float]:
-        """The steps from which another share of the patches is left out."""
-        rates: dict[int, float] = {}
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PatchDropSchedule):
-                callback.setup(self, model, "fit")  # refuses what a fit would
-                if callback.unit == "epoch" and per_epoch is None:
-                    raise UserError("schedule: epochs of a stream have no known length; use unit: step")
-                scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                rates |= {key * scale: rate for key, rate in callback.schedule.items()}
-        return rates
-
-    def _length_and_growths(
-        self, per_epoch: int | None, model: tasks.LitTask
-    ) -> tuple[int, list[tuple[int, int, dict[str, int]]]]:
-        """Optimizer steps and growths of the config."""
-        total = self.max_steps if self.max_steps >= 0 else 0
-        if per_epoch is not None and (self.max_epochs or 0) > 0:
-            by_epochs = per_epoch * (self.max_epochs or 0)
-            total = min(total, by_epochs) if total else by_epochs
-        if not total:
-            raise UserError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
-        growths: list[tuple[int, int, dict[str, int]]] = []
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ParameterGrowthCallback):
-                if callback.unit == "epoch" and per_epoch is None:
-                    raise UserError("schedule: epochs of a stream have no known length; use unit: step")
-                scale = per_epoch or 1 if callback.unit == "epoch" else 1
-                callback.setup(self, model, "fit")  # refuses what a fit would
-                growths += [(k, k * scale, tokens) for k, tokens in callback.remaining_stages(model)]
-                beyond = [key for key in callback.schedule if callback.unit == "step" and key >= total]
-                if beyond:
-                    raise UserError(
-                        f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)"
-                    )
-        return total, growths
-
-
-def _present_config(model: models.Tokenformer) -> models.TokenformerConfig:
-    """The architecture of a model at its present size, which ``init_from`` may have set."""
-    tokens = {**dict(model.config.tokens.items()), **model.param_tokens}
-    return dataclasses.replace(model.config, param_tokens=tokens, depth=len(model.blocks))
-
-
-def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
-    """One stage of all tasks of a model; its cost is of one sample of each, parameters that they share counted once.
-
-    Args:
-        model: The task at the size it is born with.
-        parts: The stage, for each task.
-    """
-    born = sum(parameter.numel() for parameter in model.parameters())
-    grown = parts[0].cost.parameters - model_cost(_present_config(next(iter(model.backbones.values())))).parameters
-    cost = joint_cost((part.cost for part in parts), born + grown)
-    return dataclasses.replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
-
-
-def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
-    """Bytes that a stage takes with a batch of this size for each task."""
-    kept = [
-        part.cost.training_memory(batch) - part.cost.training_memory(0)
-        for part, batch in zip(parts, batches, strict=True)
-    ]
-    return stage.cost.training_memory(0) + sum(kept)

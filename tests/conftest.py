@@ -12,7 +12,8 @@ import torch
 from docstring_parser.attrdoc import AttributeDocstrings
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from lit_tokenformer.data.images.sources import SOURCES, SubsetSamples
+from lit_tokenformer.data.images.sources import SubsetSamples
+from lit_tokenformer.registry import IMAGE_SOURCES
 
 torch.set_num_threads(1)
 
@@ -78,7 +79,7 @@ def text_cache(tmp_path_factory):
         yield folder / "lit_tokenformer"
 
 
-_DIGITS = SOURCES["digits"]
+_DIGITS = IMAGE_SOURCES["digits"]
 
 
 def _open_few(settings):
@@ -91,5 +92,5 @@ def _open_few(settings):
 def few_digits():
     """A tenth of the digits: reading images is most of what a fit of a tiny model costs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SOURCES, "digits", replace(_DIGITS, open=_open_few))
+        patch.setitem(IMAGE_SOURCES.entries, "digits", replace(_DIGITS, open=_open_few))
         yield

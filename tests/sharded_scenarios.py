@@ -7,10 +7,12 @@ import errno
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -19,12 +21,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule, TrainingMonitor
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_tokenformer.cli.main import main as command_line
 from lit_tokenformer.distributed.checkpoint import save_folder
-from lit_tokenformer.distributed.sharding import divide, reshard
+from lit_tokenformer.distributed.sharding import reshard, shard
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
@@ -42,12 +45,13 @@ FITS = {
     },
     "axes": {
         "growth": {1: {"hidden": 256, "heads": 4}, 2: {"hidden": 300, "heads": 5}},
-        "overrides": {"projection": "linear", "feed_forward": "mlp", "bias": True},
+        "overrides": {"projection": "linear", "feed_forward": "mlp"},  # a bias of the keys has a gradient of rounding
         "steps": {"ramp_steps": 2, "freeze_old_steps": 1},
     },
     "token axes": {
         "growth": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 150, "heads": 5}},
         "overrides": {"feed_forward": "mlp"},
+        "dtype": torch.float64,  # keys of a few heads divide by small norms
     },
     "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
@@ -56,6 +60,7 @@ FITS = {
         "overrides": {"drop_path": 0.3, "patch_drop_rate": 0.5},
         "max_epochs": 2,
     },
+    "tasks": {"growth": {1: 12}, "max_epochs": 2},
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -80,6 +85,11 @@ class Gathered(Callback):
         self.epochs.append({**state, "lr": torch.tensor(optimizer.param_groups[0]["lr"])})
 
 
+def both_tasks(samples):
+    image, label = default_collate(samples)
+    return {"digit": (image, label), "parity": (image, label % 2)}
+
+
 def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """A fit of 4 epochs of 6 global batches.
 
@@ -93,16 +103,21 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     """
     seed_everything(0)
     settings = dict(FITS[name])
-    task = LitImageClassifier(
-        "tokenformer_vit_tiny_patch16_224",
-        num_classes=10,
-        image_size=8,
-        overrides={**SIZES, **settings.pop("overrides", {})},
-        schedule=LRSchedule("cosine", min_factor=0.1),
-    )
+    dtype = settings.pop("dtype", torch.float32)
+    torch.set_default_dtype(dtype)
+    given = {"overrides": {**SIZES, **settings.pop("overrides", {})}, "schedule": LRSchedule("cosine", min_factor=0.1)}
+    make, collate = partial(LitImageClassifier, num_classes=10, image_size=8), default_collate
+    if name == "tasks":
+        make = partial(LitMultiTask, tasks={"digit": make, "parity": partial(make, num_classes=2)})
+        collate = both_tasks
+    task = make("tokenformer_vit_tiny_patch16_224", **given)
     generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(96, 3, 8, 8, generator=generator), torch.randint(10, (96,), generator=generator)
-    samples = TensorDataset(images, labels)
+    images, labels = (
+        torch.randn(96, 3, 8, 8, generator=generator, dtype=torch.float32),
+        torch.randint(10, (96,), generator=generator),
+    )
+    torch.set_default_dtype(torch.float32)
+    samples = TensorDataset(images.to(dtype), labels)
     sampler = DistributedSampler(samples, num_replicas=data, rank=RANK // tokens, shuffle=False)
     strategy = "auto"
     if folders is not None:
@@ -123,14 +138,16 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
         callbacks=[growth, *patches, gathered, keep, TrainingMonitor(log_images=0)],
         use_distributed_sampler=False,
     )
-    trainer.fit(task, DataLoader(samples, 16 // data, sampler=sampler), ckpt_path=ckpt_path, weights_only=True)
+    loader = DataLoader(samples, 16 // data, sampler=sampler, collate_fn=collate)
+    trainer.fit(task, loader, ckpt_path=ckpt_path, weights_only=True)
     found = {"epochs": gathered.epochs, "events": len(growth.events), "step": trainer.global_step}
-    if folders is not None and ckpt_path is not None:  # another trainer takes the model, divided as it is
+    if (
+        folders is not None and ckpt_path is not None and name != "tasks"
+    ):  # another trainer takes the model, divided as it is
         strategy = ModelParallelStrategy(data, tokens, folders, process_group_backend="gloo")
         other = Trainer(
             accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, use_distributed_sampler=False
         )
-        loader = DataLoader(samples, 16 // data, sampler=sampler)
         other.validate(task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         found["sizes of the checkpoint"] = param_tokens(task)
     return found
@@ -211,7 +228,7 @@ def divided_tokens():
                     Pattention(5, 6, num_tokens=9, score_norm=norm, series=series.series),
                 ).double()
                 model.load_state_dict({name: tensor.detach().clone() for name, tensor in plain.state_dict().items()})
-                divide(model, mesh, ())
+                shard(model, mesh, ())
             given = x.clone().requires_grad_()
             with CommDebugMode() as counted, torch.no_grad():
                 model(given)
@@ -275,7 +292,7 @@ def growth_memory(method):
     )
     before = resident("VmRSS")
     model = Tokenformer(config)
-    divide(model, mesh, ())
+    shard(model, mesh, ())
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -291,6 +308,26 @@ def growth_memory(method):
     return {"peak": peak, "allowed": 3 * local + 2 * layer, "final": 3 * local, "layer": layer}
 
 
+def fsdp2(folder, max_epochs, *more):
+    """Status of a fit of two steps each epoch on the command line, which grows after the first."""
+    folder.mkdir(exist_ok=True)
+    config = folder / f"config{RANK}.yaml"
+    growth = {"class_path": "callbacks.ParameterGrowthCallback", "init_args": {"schedule": {1: 16}}}
+    last = {"filename": "last", "enable_version_counter": False}
+    saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": last}
+    trainer = {"strategy": "fsdp2", "accelerator": "cpu", "devices": WORLD, "max_epochs": max_epochs}
+    trainer |= {"callbacks": [growth, saves], "enable_progress_bar": False, "default_root_dir": str(folder)}
+    model = {"overrides": {**SIZES, "patch_size": 2}, "schedule": {"name": "constant"}}
+    data = {"dataset": "digits", "batch_size": 8, "num_workers": 0}
+    content = {
+        "trainer": {**trainer, "limit_train_batches": 2, "limit_val_batches": 1},
+        "model": {"class_path": "LitImageClassifier", "init_args": model},
+        "data": {"class_path": "ImageDataModule", "init_args": data},
+    }
+    config.write_text(yaml.safe_dump(content))
+    return command_line(["fit", "--config", str(config), *more])
+
+
 def main(folder):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -300,13 +337,19 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        found["axes"] = fit(folder / "axes", "axes", data=WORLD, folders=True)
+        for name in ("axes", "tasks"):
+            found[name] = fit(folder / name, name, data=WORLD, folders=True)
         found["token axes"] = fit(folder / "token axes", "token axes", tokens=WORLD, folders=True)
-        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0"):
+        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0"):
             name, path = name.split("/")[0], f"{name}.ckpt"
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
         found["tokens as data"] = fit(folder / "more", "uneven", WORLD, folders=False, ckpt_path=path)
+        found["fsdp2"] = [
+            fsdp2(folder / "fsdp2", 3),
+            fsdp2(folder / "fsdp2-stopped", 2),
+            fsdp2(folder / "fsdp2-stopped", 3, "--ckpt_path", "last"),
+        ]
         found["several"] = several(folders=True)
         found["layers"] = divided_tokens()
         found["folders"] = folders(folder / "folders")
@@ -315,7 +358,7 @@ def main(folder):
         found["several"] = several()
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
-        for name in ("axes", "token axes"):
+        for name in ("axes", "token axes", "tasks"):
             found[name] = fit(folder / f"one-{name}", name)
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)

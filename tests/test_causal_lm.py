@@ -159,8 +159,8 @@ def test_growth_keeps_the_logits(method):
     [
         ({"rotary_fraction": 0.1}, "rotary_fraction: 0.1 of 16 dimensions in a head are 1"),
         ({"rotary_fraction": 1.5}, "rotary_fraction: expected a share"),
-        ({"mixer": "wkv"}, "no model is put together from stem: token, head: language, mixer: wkv, positions: rotary"),
-        ({"head": "image"}, "no model is put together"),
+        ({"mixer": "wkv"}, "mixer: unsupported combination: 'wkv' needs positions: none, got rotary"),
+        ({"head": "image"}, "head: unsupported combination"),
         ({"vocab_size": 0}, "vocab_size: expected a whole number of at least 1"),
         ({"positions": "rotray"}, "did you mean 'rotary'"),
     ],

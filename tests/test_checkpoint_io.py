@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +27,6 @@ from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, last_ch
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.models import Pattention
 from lit_tokenformer.tensor_files import write_tensors
-from lit_tokenformer.trainer import CheckpointingTrainer
 
 STATE = {"state_dict": {"weight": torch.arange(200_000.0)}}
 
@@ -214,7 +213,8 @@ def fit(folder, io, *callbacks, **growth):
     data = DataLoader(TensorDataset(torch.randn(4, 2, 4)), batch_size=2)
     best = ModelCheckpoint(folder, "{epoch}", monitor="score", mode="max", save_last=True)
     summary = RunSummary()
-    trainer = CheckpointingTrainer(
+    grows = [ParameterGrowthCallback(**growth)] if growth else []
+    trainer = Trainer(
         max_epochs=4,
         accelerator="cpu",
         logger=False,
@@ -222,29 +222,21 @@ def fit(folder, io, *callbacks, **growth):
         enable_model_summary=False,
         default_root_dir=folder,
         plugins=[io],
-        callbacks=[best, summary, *callbacks, *([ParameterGrowthCallback(**growth)] if growth else [])],
+        callbacks=[best, summary, *callbacks, PreemptionCheckpoint(), *grows],
     )
     trainer.fit(Scored(), data, data)
-    return best, summary
+    return summary
 
 
 @pytest.mark.filterwarnings("ignore:no space left")
-def test_a_fit_knows_the_best_checkpoint_that_is_on_the_disk(tmp_path):
-    best, _ = fit(tmp_path / "a", FullAt(2, 3))
-    assert sorted(os.listdir(tmp_path / "a")) == ["epoch=1.ckpt", "last.ckpt", "summary.json"]
-    assert (best.best_model_path, float(best.best_model_score)) == (str(tmp_path / "a" / "epoch=1.ckpt"), 1)
-    assert torch.load(best.last_model_path, weights_only=True)["epoch"] == 1
-    best, _ = fit(tmp_path / "b", FullAt(2))
-    assert best.best_model_path == str(tmp_path / "b" / "epoch=3.ckpt")
-    assert sorted(os.listdir(tmp_path / "b")) == ["epoch=3.ckpt", "last.ckpt", "summary.json"]
-
-
-@pytest.mark.filterwarnings("ignore:no space left")
-def test_full_disk_after_a_growth_does_not_bring_back_scores_of_the_size_before(tmp_path):
-    best, summary = fit(tmp_path, FullAt(2), schedule={2: {"qkv": 8}})
-    assert float(best.best_model_score) == 3
+def test_a_full_disk_removes_no_checkpoint_and_the_fit_saves_again(tmp_path):
+    full, _ = tmp_path / "full", fit(tmp_path / "full", FullAt(2, 3))
+    assert sorted(os.listdir(full)) == ["epoch=1.ckpt", "last.ckpt", "summary.json"]
+    assert torch.load(full / "last.ckpt", weights_only=True)["epoch"] == 1
+    again, summary = tmp_path / "again", fit(tmp_path / "again", FullAt(2), schedule={2: {"qkv": 8}})
+    assert sorted(os.listdir(again)) == ["epoch=1.ckpt", "epoch=3.ckpt", "last.ckpt", "summary.json"]
+    assert torch.load(again / "last.ckpt", weights_only=True)["epoch"] == 3
     assert [os.path.basename(stage["best"]["path"]) for stage in summary.stages] == ["epoch=1.ckpt", "epoch=3.ckpt"]
-    assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "epoch=3.ckpt", "last.ckpt", "summary.json"]
 
 
 TINY = [
@@ -330,9 +322,8 @@ def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tmp_path, of):
     with pytest.warns(
         UserWarning, match=r"non-finite layer\.key_tokens at step 6: .*last\.ckpt is not saved, and the check"
     ):
-        best, _ = fit(tmp_path, WholeCheckpointIO(), NotFinite(2, of), last, PreemptionCheckpoint())
+        fit(tmp_path, WholeCheckpointIO(), NotFinite(2, of), last)
     assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "last.ckpt", "summary.json"]
-    assert best.best_model_path == str(tmp_path / "epoch=1.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
@@ -382,7 +373,7 @@ def test_a_start_clears_what_killed_processes_left(tmp_path, few_digits):
 
 def test_the_command_line_writes_whole_checkpoints_and_takes_the_setting(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(CheckpointingTrainer, "fit", lambda self, *_, **__: seen.append(self.strategy.checkpoint_io))
+    monkeypatch.setattr(Trainer, "fit", lambda self, *_, **__: seen.append(self.strategy.checkpoint_io))
     fit = ["fit", "--config", "vit_small", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
     assert main(fit) == 0
     plugin = tmp_path / "plugin.yaml"

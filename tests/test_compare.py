@@ -1,35 +1,26 @@
-"""The comparison of architectures: what is written is what is planned, and what is planned is what is trained."""
+"""The ``compare`` command: entries are planned as written, and trained as planned."""
 
 import csv
-import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.comparison.arms import Arm, parse_arm
+from lit_tokenformer.comparison.fits import Runner
+from lit_tokenformer.comparison.plan import plan_arms, set_steps, training_flops
+from lit_tokenformer.comparison.results import markdown, row, sort_rows
+from lit_tokenformer.comparison.setting import Setting
 from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.models import preset_config
 
-pytest.importorskip("matplotlib")
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"vocab_size": 257, "context_length": 16}
+GROWS = {"preset": "tokenformer_lm_tiny", "grow": True}
+GROWN = {"preset": "tokenformer_lm_tiny", "label": "grown", "lr": 1e-2, "grow": {0.5: "matched"}}
 TINY = {"dim": 32, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def compare():
-    """The script and the modules that it is made of, as one."""
-    names = ["compare", *(file.stem for file in FOLDER.glob("comparison_*.py"))]
-    sys.path.insert(0, str(FOLDER))
-    yield SimpleNamespace(
-        **{key: value for name in names for key, value in vars(importlib.import_module(name)).items()}
-    )
-    sys.path.remove(str(FOLDER))
-    for name in names:
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -64,30 +55,47 @@ def config(text_cache):
     }
 
 
-def planned(compare, config, *arms, match=None, to=None, **common):
-    setting = compare.Setting(config, common, 2)
-    return setting, compare.plan_arms(setting, [compare.parse_arm(arm) for arm in arms], match, to)
+def planned(config, *entries, match=None, reference=None, **common):
+    setting = Setting(config, common, 2)
+    return setting, plan_arms(setting, [parse_arm(entry) for entry in entries], match, reference)
 
 
-def run(compare, config, folder, *words):
+def run(config, folder, presets, *options):
     file = folder / "given.yaml"
     file.write_text(yaml.safe_dump(config))
-    return compare.main([str(file), str(folder / "out"), "--logs", str(folder / "logs"), *words])
+    command = ["compare", "--config", str(file), "--output", str(folder / "out"), f"--presets={presets}", *options]
+    try:
+        return main(command)
+    except SystemExit as error:
+        return error.code
 
 
-def test_arm_is_read_as_written(compare):
-    arm = compare.parse_arm(
-        "gpt2_tiny projection=pattention dropout=0.1 lr=1e-3 label='a b' grow={0.3:16, 12: {ffn:64}}"
-    )
-    assert arm == compare.Arm(
-        "a b", "gpt2_tiny", {"projection": "pattention", "dropout": 0.1}, 1e-3, {0.3: 16, 12: {"ffn": 64}}
-    )
-    assert compare.parse_arm("gpt2_tiny grow") == compare.Arm("gpt2_tiny grow", "gpt2_tiny", grow=True)
+def test_entries_are_read_as_written():
+    given = {"preset": "gpt2_tiny", "overrides": {"dropout": 0.1}, "lr": 1e-3, "grow": {0.3: 16, 12: {"ffn": 64}}}
+    label = "gpt2_tiny dropout=0.1 grow"
+    assert parse_arm(given) == Arm(label, "gpt2_tiny", {"dropout": 0.1}, 1e-3, {0.3: 16, 12: {"ffn": 64}})
+    assert parse_arm({"preset": "gpt2_tiny", "label": "a b", "grow": True}) == Arm("a b", "gpt2_tiny", grow=True)
+    assert parse_arm("gpt2_tiny") == Arm("gpt2_tiny", "gpt2_tiny")
 
 
-def test_pattention_arms_are_matched_and_the_others_are_not(compare, config):
-    arms = ["transformer_tiny", "tokenformer_lm_tiny", "gpt2_tiny projection=pattention", "pythia_tiny"]
-    _, found = planned(compare, config, *arms, "tokenformer_lm_tiny param_tokens=5", match="parameters")
+def test_configs_are_merged_and_presets_read_from_a_file(config, tmp_path, capsys):
+    changes, presets = tmp_path / "changes.yaml", tmp_path / "presets.yaml"
+    changes.write_text("data: {init_args: {block_size: 8}}\ntrainer: {max_steps: 10}\n")
+    presets.write_text("- gpt2_tiny\n- {preset: tokenformer_lm_tiny, label: grown, lr: 1e-3, grow: {0.5: matched}}\n")
+    assert run(config, tmp_path, presets, "--config", str(changes), "--plan_only=true", "--overrides.dim=16") == 0
+    lines = capsys.readouterr().out.splitlines()
+    given = {**TINY, "dim": 16, "vocab_size": 257, "context_length": 8}
+    numbers = model_cost(preset_config("gpt2_tiny", **given)).parameters
+    assert lines[0].startswith(f"gpt2_tiny: {numbers:,} parameters") and ", 10 steps, " in lines[0]
+    assert lines[1].startswith("grown: ") and "tokens qkv/proj/ffn 8/8/32 -> " in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_pattention_arms_are_matched_and_the_others_are_not(config):
+    with_pattention = {"preset": "gpt2_tiny", "overrides": {"projection": "pattention"}}
+    small = {"preset": "tokenformer_lm_tiny", "overrides": {"param_tokens": 5}}
+    arms = ["transformer_tiny", "tokenformer_lm_tiny", with_pattention, "pythia_tiny", small]
+    _, found = planned(config, *arms, match="parameters")
     reference = preset_config("transformer_tiny", **TINY, **SIZES)
     for one in found[1:3]:
         own = preset_config(one.arm.preset, **{**TINY, **SIZES, **one.arm.overrides})
@@ -98,10 +106,10 @@ def test_pattention_arms_are_matched_and_the_others_are_not(compare, config):
     assert found[0].blocks == 2 * 12 * 32**2
 
 
-def test_steps_budget_is_the_same_for_all_and_schedules_keep_their_shares(compare, config, tmp_path):
-    setting, found = planned(compare, config, "transformer_tiny", "tokenformer_lm_tiny grow")
-    with compare.Runner(tmp_path, 1, True) as runner:
-        compare.set_steps(setting, found, "steps=40", None, runner)
+def test_steps_budget_is_the_same_for_all_and_schedules_keep_their_shares(config, tmp_path):
+    setting, found = planned(config, "transformer_tiny", GROWS)
+    with Runner(tmp_path, 1, True) as runner:
+        set_steps(setting, found, "steps=40", None, runner)
     assert [one.steps for one in found] == [40, 40]
     given = setting.fit_config(found[1], 40, 7, 2e-3)
     growth = next(one for one in given["trainer"]["callbacks"] if "Growth" in one["class_path"])["init_args"]
@@ -115,18 +123,18 @@ def test_steps_budget_is_the_same_for_all_and_schedules_keep_their_shares(compar
     assert names == ["TrainingMonitor", "Meter"]
 
 
-def test_flops_budget_is_filled_and_not_exceeded(compare, config, tmp_path):
-    arms = ["transformer_tiny", "gpt2_tiny depth=4", "tokenformer_lm_tiny label=grown grow={0.5:matched}"]
+def test_flops_budget_is_filled_and_not_exceeded(config, tmp_path):
+    arms = ["transformer_tiny", {"preset": "gpt2_tiny", "overrides": {"depth": 4}}, GROWN]
     config["trainer"]["max_steps"] = 500
-    setting, found = planned(compare, config, *arms, match="flops")
-    with compare.Runner(tmp_path, 1, True) as runner:
-        compare.set_steps(setting, found, "flops", None, runner)
-        total = compare.training_flops(setting, found[0], 500)
+    setting, found = planned(config, *arms, match="flops")
+    with Runner(tmp_path, 1, True) as runner:
+        set_steps(setting, found, "flops", None, runner)
+        total = training_flops(setting, found[0], 500)
         assert found[0].steps == 500 and found[1].steps < 400 and found[2].steps > 500
         for one in found:
-            assert 0.99 * total < compare.training_flops(setting, one, one.steps) <= total
-        compare.set_steps(setting, found, "flops=1e9", None, runner)
-    assert all(0.9e9 < compare.training_flops(setting, one, one.steps) <= 1e9 for one in found)
+            assert 0.99 * total < training_flops(setting, one, one.steps) <= total
+        set_steps(setting, found, "flops=1e9", None, runner)
+    assert all(0.9e9 < training_flops(setting, one, one.steps) <= 1e9 for one in found)
 
 
 def outcomes(*losses, growths=()):
@@ -138,53 +146,85 @@ def outcomes(*losses, growths=()):
     }
 
 
-def test_table_is_sorted_and_tells_ties_mismatch_and_failures(compare, config, tmp_path):
-    arms = ["transformer_tiny", "gpt2_tiny", "pythia_tiny", "rwkv4_tiny", "pangu_pi_tiny depth=3"]
-    setting, found = planned(compare, config, *arms)
+def test_table_is_sorted_and_tells_ties_mismatch_and_failures(config, tmp_path):
+    arms = [
+        "transformer_tiny",
+        "gpt2_tiny",
+        "pythia_tiny",
+        "rwkv4_tiny",
+        {"preset": "pangu_pi_tiny", "overrides": {"depth": 3}},
+    ]
+    setting, found = planned(config, *arms)
+    labels = [one.arm.label for one in found]
     results = [outcomes(3.0, 3.2), outcomes(2.9, 3.1), outcomes(4.0, 4.1), outcomes(5.0), {0: {"failed": "killed"}}]
     for one in found:
         one.steps = 20
-    rows = compare.sort_rows([compare.row(setting, *pair) for pair in zip(found, results, strict=True)])
-    assert [one["label"] for one in rows] == ["gpt2_tiny", "transformer_tiny", *arms[2:]]
+    rows = sort_rows([row(setting, *pair) for pair in zip(found, results, strict=True)])
+    assert [one["label"] for one in rows] == ["gpt2_tiny", "transformer_tiny", *labels[2:]]
     assert rows[0]["loss"] == pytest.approx(3.0) and rows[0]["loss_std"] == pytest.approx(0.1 * 2**0.5)
     assert [one["ties"] for one in rows] == [False, True, False, False, False]
     assert rows[0]["seen"] == 20 * 4 * 16 and rows[0]["throughput"] == pytest.approx(640)
-    table = compare.markdown(rows, "tokens", "transformer_tiny", "parameters", 1)
+    table = markdown(rows, "tokens", "transformer_tiny", "parameters", 1)
     assert "| 3.0000 ± 0.1414 |" in table and "| 3.1000 ± 0.1414 ≈ |" in table
     assert "pangu_pi_tiny depth=3: seed 0 failed: killed" in table
     assert "† non-embedding parameters differ by more than 5 %" in table and "pangu_pi_tiny depth=3 +5" in table
-    curves = {label: [one["curve"] for one in outcomes(3.0, 3.2, growths=[1.5]).values()] for label in arms * 2}
-    compare.draw(curves, tmp_path / "picture.png")
+    curves = {label: [one["curve"] for one in outcomes(3.0, 3.2, growths=[1.5]).values()] for label in labels * 2}
+    pytest.importorskip("lit_tokenformer.comparison.picture").draw(curves, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def entry(preset, **settings):
+    return json.dumps([{"preset": preset, **settings}])
+
+
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("presets", "options", "error"),
     [
-        (["--arms", "gpt2_tony"], "'gpt2_tony': preset: unknown value 'gpt2_tony', did you mean 'gpt2_tiny'?"),
-        (["--arms", "gpt2_tiny", "bert_tiny"], "arm 'bert_tiny': it does not fit LitCausalLM; its head is"),
-        (["--arms", "gpt2_tiny vocab_size=300"], "vocab_size: 300, the data have 257"),
-        (["--arms", "gpt2_tiny hidden=3"], "arm 'gpt2_tiny hidden=3': overrides: unknown value 'hidden'"),
-        (["--arms", "gpt2_tiny", "gpt2_tiny"], "arm 'gpt2_tiny': there are two of this label"),
-        (["--arms", "gpt2_tiny grow"], "arm 'gpt2_tiny grow': grow: it has no Pattention layer"),
-        (["--arms", "tokenformer_lm_tiny grow={0.5:2}"], "qkv would shrink from 8 to 2"),
-        (["--arms", "tokenformer_lm_tiny grow={0.5:matched}"], "grow: 'matched' needs --match"),
-        (["--arms", "gpt2_tiny", "pythia_tiny", "--match", "flops"], "--match: none of 'pythia_tiny' has a Pattention"),
-        (["--arms", "gpt2_tiny", "--budget", "wall"], "--budget: wall needs seconds"),
-        (["--arms", "gpt2_tiny", "--budget", "hours=2"], "--budget: expected steps[=N], flops[=F] or wall=SECONDS"),
-        (["--arms", "gpt2_tiny", "--budget", "flops=10"], "arm 'gpt2_tiny': 10 FLOPs are less than two of its steps"),
-        (["--arms", "gpt2_tiny lr=fast"], "lr: expected a positive number, got 'fast'"),
-        (["--arms", "gpt2_tiny", "--set", "dim"], "--set: expected KEY=VALUE, got 'dim'"),
+        ("[gpt2_tony]", [], "'gpt2_tony': preset: unknown value 'gpt2_tony', did you mean 'gpt2_tiny'?"),
+        ("gpt2_tony", [], "'gpt2_tony': preset: unknown value 'gpt2_tony', did you mean 'gpt2_tiny'?"),
+        ("[]", [], "presets: expected a list of at least one, got []"),
+        ("[{name: gpt2_tiny}]", [], "presets: unknown value 'name'"),
+        ("[gpt2_tiny, bert_tiny]", [], "presets: 'bert_tiny': preset: expected one for LitCausalLM, got head"),
+        (entry("gpt2_tiny", overrides={"vocab_size": 300}), [], "overrides.vocab_size: expected 257 as in the data"),
+        (entry("gpt2_tiny", overrides={"hidden": 3}), [], "'gpt2_tiny hidden=3': overrides: unknown value 'hidden'"),
+        ("[gpt2_tiny, gpt2_tiny]", [], "presets: 'gpt2_tiny': more than one entry with this label"),
+        (entry("gpt2_tiny", grow=True), [], "'gpt2_tiny grow': grow: no Pattention layer to grow"),
+        ("[{preset: tokenformer_lm_tiny, grow: {0.5: 2}}]", [], "qkv would shrink from 8 to 2"),
+        ("[{preset: tokenformer_lm_tiny, grow: {0.5: matched}}]", [], "grow: 'matched' needs a value of match"),
+        ("[gpt2_tiny]", ["--match=size"], "match: expected 'parameters'"),
+        ("[gpt2_tiny]", ["--budget=wall"], "budget: wall needs seconds"),
+        ("[gpt2_tiny]", ["--budget=hours=2"], "budget: expected steps[=N], flops[=F] or wall=SECONDS"),
+        ("[gpt2_tiny]", ["--budget=flops=10"], "budget: 10 FLOPs are less than two steps of 'gpt2_tiny'"),
+        (entry("gpt2_tiny", lr="fast"), [], "lr: expected a positive number, got 'fast'"),
+        ("[gpt2_tiny]", ["--seeds=0"], "seeds: expected at least 1, got 0"),
+        ("[gpt2_tiny]", ["--lrs=[-1]"], "lrs: expected positive numbers, got [-1.0]"),
+        ("[gpt2_tiny]", ["--config=nowhere"], "--config: unknown value 'nowhere'"),
     ],
 )
-def test_refused_before_anything_is_trained(compare, config, tmp_path, capsys, words, told):
-    assert run(compare, config, tmp_path, *words) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
-    assert not (tmp_path / "logs").exists()
+def test_bad_input_is_one_line_before_anything_is_trained(config, tmp_path, capsys, presets, options, error):
+    assert run(config, tmp_path, presets, *options) == 2
+    found = capsys.readouterr().err
+    assert error in found and found.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
-def test_images_and_masked_text_are_planned(compare, config):
+def test_broken_files_are_one_line(config, tmp_path, capsys):
+    (output := tmp_path / "out").write_text("a file")
+    (broken := tmp_path / "broken.yaml").write_text("[gpt2_tiny")
+    for given, changed, error in (
+        ("gpt2_tiny", {}, f"output: cannot write to {output}: {output} is not a writable folder"),
+        (broken, {}, f"presets: cannot read {broken}: while parsing"),
+        ("gpt2_tiny", {"trainer": 5}, "config: trainer: expected settings by their names, got 5"),
+        ("gpt2_tiny", {"trainer": {"max_steps": "many"}}, "config: trainer.max_steps: expected a whole number, got"),
+        ("gpt2_tiny", {"model": {"class_path": "Other"}}, "config: model.class_path: expected LitImageClassifier or"),
+    ):
+        assert run({**config, **changed}, tmp_path, given) == 2
+        found = capsys.readouterr().err
+        assert error in found and found.count("\n") == 1
+        output.unlink(missing_ok=True)  # only the first case is about it
+
+
+def test_images_and_masked_text_are_planned(config):
     config["model"] = {
         "class_path": "LitImageClassifier",
         "init_args": {"overrides": {"dim": 32, "depth": 2, "num_heads": 2}},
@@ -192,26 +232,44 @@ def test_images_and_masked_text_are_planned(compare, config):
     config["data"] = {"class_path": "lit_tokenformer.data.ImageDataModule"}
     config["trainer"] = {"max_epochs": 2}
     arms = ["vit_tiny_patch16_224", "tokenformer_vit_tiny_patch16_224"]
-    setting, found = planned(compare, config, *arms, match="flops", patch_size=4)
+    setting, found = planned(config, *arms, match="flops", patch_size=4)
     assert setting.sizes == {"num_classes": 10, "image_size": 8} and setting.steps == 2 * (1437 // 32)
     assert found[0].config.num_data_tokens == 5 and abs(found[1].differs) < 0.02
     config["model"]["class_path"] = "lit_tokenformer.tasks.LitMaskedLM"
     config["data"] = {"class_path": "lit_tokenformer.data.MaskedTextDataModule", "init_args": {"block_size": 16}}
     config["trainer"] = {"max_steps": 2}
-    _, found = planned(compare, config, "bert_tiny", "tokenformer_mlm_tiny", match="parameters")
+    _, found = planned(config, "bert_tiny", "tokenformer_mlm_tiny", match="parameters")
     assert abs(found[1].differs) < 0.02
 
 
+def test_the_stored_comparison_is_planned_as_it_was_trained(capsys):
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    command = ["compare", "--config", "causal_lm_small", "--config", str(folder / "compare_language_data.yaml")]
+    command += [f"--presets={folder / 'compare_language.yaml'}", "--reference=Transformer", "--budget=steps=1000"]
+    command += ["--overrides={dim: 64, num_heads: 4}", "--output=nowhere", "--plan_only=true"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    planned = capsys.readouterr().out.splitlines()
+    arms = json.loads((folder / "compare_language.json").read_text())["arms"]
+    assert len(planned) == len(arms) == 8
+    for arm in arms:
+        (line,) = (one for one in planned if one.startswith(f"{arm['label']}: "))
+        assert f"{arm['parameters']:,} parameters ({arm['non_embedding']:,} non-embedding" in line
+        assert line.endswith(f"{arm['steps']} steps, {arm['training_flops']:.3g} FLOPs")
+
+
 @pytest.mark.slow
-def test_two_arms_are_trained_resumed_and_written(compare, config, tmp_path, capsys):
-    grown = "tokenformer_lm_tiny label=grown lr=1e-2 grow={0.5:matched}"  # one search is enough
-    words = ["--arms", "transformer_tiny", grown, "gpt2_tiny lr=1e30"]
-    words += ["--match", "parameters", "--seeds", "0", "1", "--evaluations", "3", "--lrs", "1e-3", "1e-2"]
-    words += ["--search-steps", "6"]
-    assert run(compare, config, tmp_path, *words) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
+def test_presets_are_trained_resumed_and_written(config, tmp_path, capfd):
+    broken = {"preset": "gpt2_tiny", "label": "broken", "lr": 1e30}
+    presets = tmp_path / "presets.yaml"
+    presets.write_text(yaml.safe_dump(["transformer_tiny", GROWN, broken]))
+    options = ["--seeds=2", "--evaluations=3", "--lrs=[1e-3, 1e-2]", "--search_steps=6"]
+    assert run(config, tmp_path, presets, *options) == 0
+    folder = tmp_path / "out"
+    found = json.loads((folder / "comparison.json").read_text())
     rows = {one["label"]: one for one in found["arms"]}
-    assert rows["gpt2_tiny lr=1e30"]["failed"] == [0, 1] and rows["gpt2_tiny lr=1e30"]["loss"] is None
+    assert rows["broken"]["failed"] == [0, 1] and rows["broken"]["loss"] is None
     for label in ("transformer_tiny", "grown"):
         one = rows[label]
         assert one["lr"] == 1e-2 and one["seeds"] == [0, 1] and one["loss_std"] > 0
@@ -221,23 +279,29 @@ def test_two_arms_are_trained_resumed_and_written(compare, config, tmp_path, cap
             assert len(curve["growths"]) == (label == "grown")
         assert one["runs"]["0"]["samples"] == 80 and one["peak_memory_mb"] > 0 and one["throughput"] > 0
         assert one["runs"]["0"]["parameters"] == one["parameters"]
+    assert found["settings"]["seeds"] == 2 and found["settings"]["match"] == "parameters"
     assert "python_docs: 79 documents" in found["data"] and found["environments"][0]["threads"] >= 1
-    assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 3 and (tmp_path / "out.png").exists()
+    with (folder / "comparison.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+    assert (folder / "comparison.md").read_text() in capfd.readouterr().out
+    assert (folder / "comparison.png").exists() == ("matplotlib" in sys.modules)
 
     half_done = Path(rows["grown"]["runs"]["1"]["folder"])
     (half_done / "measured.json").unlink()
-    capsys.readouterr()
-    assert run(compare, config, tmp_path, *words) == 0
-    told = capsys.readouterr().out
-    assert "[1/1] grown, seed 1" in told
-    again = {one["label"]: one["loss"] for one in json.loads((tmp_path / "out.json").read_text())["arms"]}
+    assert run(config, tmp_path, presets, *options) == 0
+    assert "[1/1] grown, seed 1" in capfd.readouterr().out
+    again = {one["label"]: one["loss"] for one in json.loads((folder / "comparison.json").read_text())["arms"]}
     assert again == {label: one["loss"] for label, one in rows.items()}
 
 
 @pytest.mark.slow
-def test_wall_budget_measures_first(compare, config, tmp_path):
-    assert (
-        run(compare, config, tmp_path, "--arms", "transformer_tiny", "--budget", "wall=0.3", "--evaluations", "1") == 0
-    )
-    (one,) = json.loads((tmp_path / "out.json").read_text())["arms"]
-    assert one["steps"] > 2 and "by a measurement of 12 steps" in one["notes"][0]
+def test_wall_budget_measures_speed_first(config, tmp_path):
+    assert run(config, tmp_path, "[transformer_tiny]", "--budget=wall=0.3", "--evaluations=1") == 0
+    (one,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["arms"]
+    assert one["steps"] > 2 and "measured over 12 steps" in one["notes"][0]
+
+
+def test_every_fit_that_fails_is_an_error(config, tmp_path, capsys):
+    assert run(config, tmp_path, "[gpt2_tiny]", "--draw_only=true") == 2
+    assert "presets: every fit failed" in capsys.readouterr().err
+    assert "seed 0 failed: not run" in (tmp_path / "out" / "comparison.md").read_text()

@@ -59,7 +59,7 @@ def embedded_text(_, cache):
 
 
 def embedded_images_and_text(_, cache):
-    return ["--data.text.cache_dir", str(cache)]
+    return ["--data.tasks.text.cache_dir", str(cache)]
 
 
 def hugging_face_text(folder, cache):

@@ -49,6 +49,25 @@ def test_pangu_pi_with_its_shortcut_keeps_its_function():
     torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
 
 
+def test_blocks_that_differ_grow_by_whole_repeats_of_their_pattern():
+    model = shaken("hybrid_tiny", depth=3)
+    before, kinds = model(TOKENS), [type(block.attn) for block in model.blocks]
+    deepen(model, 6)
+    assert [type(block.attn) for block in model.blocks] == 2 * kinds
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
+    state = model.new_state(8)
+    steps = torch.cat([model(token, state=state) for token in TOKENS.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(steps, before, rtol=1e-10, atol=1e-10)
+    for depth in (9, 12):  # a fresh model takes the blocks of a checkpoint of any depth
+        deepen(model, depth)
+        fresh = shaken("hybrid_tiny", depth=3)
+        fresh.load_state_dict(model.state_dict())
+        torch.testing.assert_close(fresh(TOKENS), before, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"^depth: blocks that differ grow by whole repeats .* of 3 \(got 12 -> 14\)"):
+        deepen(model, 14)
+    assert len(model.blocks) == 12
+
+
 def test_what_cannot_grow_is_refused_and_left_alone():
     model = shaken("tokenformer_lm_tiny", norm_position="post")
     with pytest.raises(ValueError, match=r"^depth: blocks with norm_position 'post' cannot be identities"):

@@ -24,7 +24,9 @@ def images(name, projection):
 
 def texts(name, projection):
     data = TextDataModule("python_docs", block_size=16, batch_size=2)
-    return LitCausalLM(name, data.vocab_size, 16, overrides={**SIZES, "projection": projection}), data
+    depth = len(preset_config(name).layers or range(2))  # of blocks that differ, one of each kind
+    overrides = {**SIZES, "projection": projection, "depth": depth}
+    return LitCausalLM(name, data.vocab_size, 16, overrides=overrides), data
 
 
 def masked_texts(name, projection):

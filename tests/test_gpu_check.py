@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks.gpu import check
 
-from benchmarks.gpu import check  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 PARTS = ["right", "pattention", "training", "decode", "growth", "profile"]
 

@@ -2,12 +2,9 @@
 right."""
 
 import hashlib
-import importlib
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,20 +17,8 @@ from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("study", "arms", "outcome", "pictures", "results_files", "model_growth", "kept_images", "at_scale")
-
-
-@pytest.fixture(scope="module")
-def growth():
-    """The study's modules."""
-    before, places = set(sys.modules), [str(FOLDER), str(FOLDER / "growth")]
-    sys.path[:0] = places
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    sys.path[:] = [place for place in sys.path if place not in places]
-    for name in set(sys.modules) - before:
-        if name in NAMES or name.startswith(("comparison_", "runs")):
-            del sys.modules[name]
+from benchmarks.growth_study import __main__ as study
+from benchmarks.growth_study import arms, at_scale, kept_images, model_growth, outcome
 
 
 def model(preset="tokenformer_lm_tiny", **overrides):
@@ -48,10 +33,10 @@ def model(preset="tokenformer_lm_tiny", **overrides):
 TEXT = torch.arange(24).view(2, 12) % 31
 
 
-def test_a_widened_twin_gives_the_same_and_its_copies_differ(growth):
+def test_a_widened_twin_gives_the_same_and_its_copies_differ():
     twin = model("transformer_tiny")
     before = twin(TEXT)
-    growth.model_growth.widen(twin, 32)
+    model_growth.widen(twin, 32)
     twin.double()
     torch.testing.assert_close(twin(TEXT), before, rtol=1e-6, atol=1e-6)
     query = (
@@ -62,10 +47,10 @@ def test_a_widened_twin_gives_the_same_and_its_copies_differ(growth):
 
 
 @pytest.mark.parametrize("way", ["insert_copies", "stack"])
-def test_blocks_are_added_and_change_the_function(growth, way):
+def test_blocks_are_added_and_change_the_function(way):
     backbone = model()
     before, first = backbone(TEXT), backbone.blocks[0]
-    origins = growth.model_growth.WAYS[way][1](backbone, 4)
+    origins = model_growth.WAYS[way][1](backbone, 4)
     assert len(backbone.blocks) == backbone.config.depth == 4 and backbone.blocks[0] is first
     assert len({id(block) for block in backbone.blocks}) == 4
     assert not torch.allclose(backbone(TEXT), before)
@@ -74,32 +59,25 @@ def test_blocks_are_added_and_change_the_function(growth, way):
     assert all(block.mlp.value_tokens.grad.abs().sum() > 0 for block in backbone.blocks)
 
 
-def test_stacking_puts_the_model_above_itself_and_copies_stand_beside_their_originals(growth):
+def test_stacking_puts_the_model_above_itself_and_copies_stand_beside_their_originals():
     for way, order in (("stack", [0, 1, 0, 1]), ("insert_copies", [0, 0, 1, 1])):
         backbone = model()
         keys = [block.mlp.key_tokens.clone() for block in backbone.blocks]
-        growth.model_growth.WAYS[way][1](backbone, 4)
+        model_growth.WAYS[way][1](backbone, 4)
         found = [block.mlp.key_tokens for block in backbone.blocks]
         assert all(torch.equal(one, keys[number]) for one, number in zip(found, order, strict=True))
 
 
 @pytest.mark.parametrize("name", ["text", "images"])
-def test_every_arm_costs_its_share_of_the_budget(growth, name):
-    domain = growth.arms.DOMAINS[name]
-    factors = growth.arms.policies(domain)
+def test_every_arm_costs_its_share_of_the_budget(name):
+    domain = arms.DOMAINS[name]
+    groups = arms.load_arms(domain)
     short = []
     if name == "images":
-        (inserted,) = (arm for arm in factors["depth"] if arm.name == "grown: blocks inserted")
-        for arm in (growth.arms.controls(domain)[0], inserted):
-            short += [growth.arms.few_patches(arm), growth.arms.small_images(arm, domain)]
-    for arm in [
-        *growth.arms.controls(domain),
-        *growth.arms.reduced_arms(domain),
-        growth.arms.base_policy(domain),
-        growth.arms.tokens_alone(domain),
-        *short,
-        *(a for one in factors.values() for a in one),
-    ]:
+        (inserted,) = (arm for arm in groups["depth"] if arm.name == "grown: blocks inserted")
+        for arm in (arms.controls(domain)[0], inserted):
+            short += [arms.few_patches(arm), arms.small_images(arm, domain)]
+    for arm in [*short, *(arm for group in groups.values() for arm in group)]:
         steps, starts = arm.steps(domain), arm.starts(domain)
         ends = [*starts, steps]
         lengths = [end - start for start, end in zip([0, *starts], ends, strict=True)]
@@ -109,10 +87,10 @@ def test_every_arm_costs_its_share_of_the_budget(growth, name):
         assert all(length > 0 for length in lengths)
 
 
-def test_twins_have_the_parameters_of_the_final_size(growth):
-    for domain in growth.arms.DOMAINS.values():
-        final, *_ = growth.arms.controls(domain)
-        twin = next(arm for arm in growth.arms.controls(domain) if arm.name.startswith("transformer twin"))
+def test_twins_have_the_parameters_of_the_final_size():
+    for domain in arms.DOMAINS.values():
+        final, *_ = arms.controls(domain)
+        twin = next(arm for arm in arms.controls(domain) if arm.name.startswith("transformer twin"))
         blocks = []
         for arm in (final, twin):
             (config,) = arm.configs(domain)
@@ -121,49 +99,49 @@ def test_twins_have_the_parameters_of_the_final_size(growth):
         assert blocks[1] == pytest.approx(blocks[0], rel=0.03)
 
 
-def test_the_compute_for_a_loss_is_that_of_the_line_in_its_logarithm(growth):
+def test_the_compute_for_a_loss_is_that_of_the_line_in_its_logarithm():
     curve = [(1.0, 3.0), (math.e, 2.0), (math.e**3, 1.0)]
-    assert growth.outcome.compute_for(curve, 2.5) == pytest.approx(math.e**0.5)
-    assert growth.outcome.compute_for(curve, 1.5) == pytest.approx(math.e**2)
-    assert growth.outcome.compute_for(curve, 0.5) == pytest.approx(math.e**4)  # the last piece goes on
-    assert growth.outcome.compute_for([(1.0, 2.0), (2.0, 2.5)], 2.2) is None
-    assert growth.outcome.loss_at(curve, math.e**2) == pytest.approx(1.5)
+    assert outcome.compute_for(curve, 2.5) == pytest.approx(math.e**0.5)
+    assert outcome.compute_for(curve, 1.5) == pytest.approx(math.e**2)
+    assert outcome.compute_for(curve, 0.5) == pytest.approx(math.e**4)  # the last piece goes on
+    assert outcome.compute_for([(1.0, 2.0), (2.0, 2.5)], 2.2) is None
+    assert outcome.loss_at(curve, math.e**2) == pytest.approx(1.5)
 
 
-def test_a_loss_that_the_longest_runs_do_not_reach_has_no_cost(growth):
+def test_a_loss_that_the_longest_runs_do_not_reach_has_no_cost():
     def runs(*losses):
         return [SimpleNamespace(seed=seed, loss=loss) for seed, loss in enumerate(losses)]
 
     by_cost = {0.5: runs(3.0, 3.0), 1.0: runs(2.0, 2.5)}  # the means fall by 0.75; the seeds lie 0.125 beside them
     mean, low, high = (0.5 * 2 ** ((3.0 - 2.4 + offset) / 0.75) for offset in (0, -0.125, 0.125))
-    assert growth.outcome.cost_of_loss(by_cost, 2.4) == f"{mean:.2f} ± {(high - low) / math.sqrt(2):.2f}"
-    assert growth.outcome.cost_of_loss(by_cost, 2.2) == "more than 1"
+    assert outcome.cost_of_loss(by_cost, 2.4) == f"{mean:.2f} ± {(high - low) / math.sqrt(2):.2f}"
+    assert outcome.cost_of_loss(by_cost, 2.2) == "more than 1"
 
 
-def test_the_cheapest_schedule_changes_size_where_the_larger_one_is_cheaper_for_the_same_loss(growth):
+def test_the_cheapest_schedule_changes_size_where_the_larger_one_is_cheaper_for_the_same_loss():
     small = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.5)]
     large = [(4.0, 4.0), (20.0, 3.0), (80.0, 2.0)]
-    found = growth.outcome.cheapest_schedule([small, large], 2.0)
+    found = outcome.cheapest_schedule([small, large], 2.0)
     by_hand = min(  # change at one of many losses
-        growth.outcome.compute_for(small, loss) + 80 - growth.outcome.compute_for(large, loss)
+        outcome.compute_for(small, loss) + 80 - outcome.compute_for(large, loss)
         for loss in [4.0 - 0.001 * number for number in range(1500)]
     )
     assert found == pytest.approx(min(by_hand, 80), rel=1e-3)
     assert found < 80
 
 
-def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain(growth):
-    text, images = growth.arms.DOMAINS["text"], growth.arms.DOMAINS["images"]
-    arm = growth.arms.policies(text)["how much"][-1]
-    sizes = growth.study.moved(arm, text, images).sizes
+def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain():
+    text, images = arms.DOMAINS["text"], arms.DOMAINS["images"]
+    arm = arms.policies(text)["how much"][-1]
+    sizes = study.moved(arm, text, images).sizes
     assert sizes[1]["param_tokens"] == {"qkv": 2, "proj": 2, "ffn": 32}
-    (deepened,) = (arm for arm in growth.arms.policies(text)["depth"] if arm.name == "grown: blocks inserted")
-    assert growth.study.moved(deepened, text, images).sizes == growth.arms.depth_ladder(images, 1, 2)
+    (deepened,) = (arm for arm in arms.policies(text)["depth"] if arm.name == "grown: blocks inserted")
+    assert study.moved(deepened, text, images).sizes == arms.depth_ladder(images, 1, 2)
 
 
-def test_kept_images_are_those_of_the_data_module_and_each_comes_once(growth, tmp_path):
+def test_kept_images_are_those_of_the_data_module_and_each_comes_once(tmp_path):
     write_fashion_mnist(tmp_path)
-    kept = growth.kept_images.KeptImages(str(tmp_path), 8, 4)
+    kept = kept_images.KeptImages(str(tmp_path), 8, 4)
     whole = ImageDataModule("fashion_mnist", str(tmp_path), eval_batch_size=4, val_fraction=0.0, num_workers=0)
     for own, other in zip(kept.val_dataloader(), whole.val_dataloader(), strict=True):
         assert torch.equal(own[0].expand(-1, 3, -1, -1), other[0]) and torch.equal(own[1], other[1])
@@ -176,20 +154,20 @@ def test_kept_images_are_those_of_the_data_module_and_each_comes_once(growth, tm
     plain = b"".join(bytes(part.flatten().tolist()) for one in files for part in (one.data, one.targets))
     counts = f"{len(files[0])} and {len(files[1])} images"
     told = f"fashion_mnist: {counts}, sha256 {hashlib.sha256(plain).hexdigest()[:12]}"
-    assert growth.kept_images.summary(str(tmp_path)) == told
+    assert kept_images.summary(str(tmp_path)) == told
 
 
 @pytest.mark.slow
-def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(growth, tmp_path, monkeypatch, text_cache):
-    text = growth.arms.DOMAINS["text"]
+def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(tmp_path, monkeypatch, text_cache):
+    text = arms.DOMAINS["text"]
     data = {
         **text.data,
         "init_args": {**text.data["init_args"], "dataset": "python_docs", "cache_dir": str(text_cache)},
     }
     tiny = replace(text, budget=text.budget / 200, data=data, val_batches=1, ladder=(2, 4, 8))
-    monkeypatch.setattr(growth.study, "DOMAINS", {"text": tiny})
+    monkeypatch.setattr(study, "DOMAINS", {"text": tiny})
     command = [str(tmp_path / "out"), "--domains", "text", "--reduced", "--jobs", "2", "--logs", str(tmp_path / "logs")]
-    assert growth.study.main(command) == 0
+    assert study.main(command) == 0
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made == {f"text{end}" for end in (".md", ".json", ".png", "_sizes.png", "_fits.csv", "_curves.csv")}
     told = (tmp_path / "out" / "text.md").read_text()
@@ -199,12 +177,12 @@ def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(growth, tmp_path
     settings = json.loads((tmp_path / "out" / "text.json").read_text())
     assert "sha256" in settings["corpus"] and settings["environments"][0]["torch"]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
-    assert growth.study.main([*command, "--draw-only"]) == 0
+    assert study.main([*command, "--draw-only"]) == 0
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
 
 
-def test_at_scale_no_other_places_to_grow_are_cheaper(growth):
-    scale = growth.at_scale
+def test_at_scale_no_other_places_to_grow_are_cheaper():
+    scale = at_scale
     law, sizes = scale.HOFFMANN, scale.LADDER[:2]
     target = law.loss(sizes[1], 20 * sizes[1].parameters)
     found = scale.flops(sizes, scale.cheapest(law, sizes, target))

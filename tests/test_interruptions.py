@@ -407,7 +407,7 @@ def test_a_process_does_not_wait_for_a_dead_one_longer_than_its_timeout(scenario
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_ends_bit_equal(tmp_path):
     options = ("--trainer.limit_train_batches", 5, "--logs", tmp_path / "runs", "--output", tmp_path / "found.json")
-    run_script("benchmarks/faults.py", "--runs", 3, *options)
+    run_script("tests/kill_loop.py", "--runs", 3, *options)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["equal"] == len(found["runs"]) == 3
     kills = [kill for run in found["runs"] for kill in run["kills"]]

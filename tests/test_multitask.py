@@ -1,21 +1,33 @@
-"""Two tasks on one backbone: each is as if it were alone, in what it logs, and in what is left when they are split."""
+"""Tasks on one backbone: each is as if it were alone, in what it logs, and in what is left when they are split."""
 
+import json
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
 from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint, split_checkpoint
 from lit_tokenformer.cli.main import main
-from lit_tokenformer.data import Augmentation, ImageDataModule, MultiTaskDataModule, TextDataModule
+from lit_tokenformer.data import (
+    Augmentation,
+    ImageDataModule,
+    MaskedTextDataModule,
+    MultiTaskDataModule,
+    TextDataModule,
+)
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import param_tokens
-from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LitMultiTask, LRSchedule
+from lit_tokenformer.tasks.initialization import initialize_from
 from lit_tokenformer.tasks.rebuild import rebuild_task
 
 pytestmark = pytest.mark.usefixtures("few_digits", "text_cache")
@@ -39,6 +51,49 @@ def make_data(folder, epoch="image", mixup=0.0, image_batch=16, text_batch=4, va
     image = ImageDataModule("digits", batch_size=image_batch, eval_batch_size=10, seed=3, augmentation=augmentation)
     text = TextDataModule("files", **files, block_size=16, batch_size=text_batch, eval_batch_size=3, seed=3)
     return MultiTaskDataModule(image, text, epoch)
+
+
+class Smoothed(LitImageClassifier):
+    """A user's task: label smoothing, and arguments that it passes on."""
+
+    def __init__(self, smoothing: float = 0.1, **kwargs):
+        super().__init__(**kwargs)
+        self.smoothing = smoothing
+
+    def training_loss(self, batch):
+        image, label = batch
+        loss = F.cross_entropy(self(image), label, label_smoothing=self.smoothing)
+        self.log("train/loss", loss)
+        return loss, len(image)
+
+
+def make_three(**settings):
+    """Digits, three shades and prose."""
+    pictures = {"image_size": 8, "overrides": {"patch_size": 4}}
+    tasks = {
+        "digits": partial(LitImageClassifier, num_classes=10, **pictures),
+        "shades": partial(Smoothed, smoothing=0.2, num_classes=3, **pictures),
+        "prose": partial(LitCausalLM, vocab_size=257, context_length=16, separator_id=256),
+    }
+    given = {"overrides": SIZES, "schedule": LRSchedule("constant"), "tasks": tasks}
+    return LitMultiTask("tokenformer_lm_tiny", **{**given, **settings})
+
+
+def write_shades(folder, classes=3):
+    """24, 6 and 6 images, told apart by their brightness."""
+    for number in range(36):
+        place = folder / ("train", "val", "test")[number // 24 + number // 30] / f"shade{number % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 80 * (number % classes) + number, np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+def make_data_of_three(folder):
+    """8 batches of digits, 6 of shades, 5 of prose."""
+    pair = make_data(folder)
+    root = folder / "shades" if (folder / "shades").exists() else write_shades(folder / "shades")
+    shades = ImageDataModule("imagefolder", root=str(root), image_size=8, batch_size=4, seed=3)
+    return MultiTaskDataModule(tasks={"digits": pair.image, "shades": shades, "prose": pair.text})
 
 
 def make_trainer(*callbacks, **settings):
@@ -69,6 +124,111 @@ def test_metrics_that_can_be_monitored_are_those_that_are_logged(tmp_path):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(task, make_data(tmp_path))
     assert {name for name in trainer.callback_metrics if not name.startswith("size/")} == task.logged_metrics()
+
+
+# -- any number of tasks
+
+
+def test_image_and_text_are_two_tasks_like_any_others(tmp_path):
+    tasks = {
+        "image": partial(LitImageClassifier, num_classes=10, image_size=8, overrides={"patch_size": 4}),
+        "text": partial(LitCausalLM, vocab_size=257, context_length=16, separator_id=256, z_loss=0.01),
+    }
+    ends = []
+    for settings in ({"z_loss": 0.01}, {"image": {}, "tasks": tasks}):
+        seed_everything(0)
+        task = make_task(**settings, loss_weights={"text": 0.5})
+        growth, data = ParameterGrowthCallback({1: 16}), make_data(tmp_path)
+        data = data if "tasks" not in settings else MultiTaskDataModule(tasks=data.parts)
+        make_trainer(growth, max_epochs=2, limit_train_batches=3).fit(task, data)
+        ends.append(task)
+    assert_equal_weights(*ends)
+    assert ends[0].text.hparams == {"cross_documents": True, **ends[1].text.hparams}
+
+
+@pytest.mark.parametrize("weights", [{"shades": 0.5, "prose": 3.0}, "uncertainty"])
+def test_loss_of_three_tasks_is_the_weighted_sum(tmp_path, weights):
+    task, data = make_three(loss_weights=weights), make_data_of_three(tmp_path)
+    blocks = {id(part.backbone.blocks) for part in task.tasks.values()}
+    assert len(blocks) == 1 and task.digits.backbone.stem is not task.shades.backbone.stem
+    losses = {}
+    task.log = lambda name, value, **_: losses.update({name: value})
+    ((batch, _, _),) = [next(iter(data.train_dataloader()))]
+    total = task.training_step(batch, 0)
+    factors = {name: float(weight) for name, weight in task.weights().items()}
+    torch.testing.assert_close(total, sum(factors[name] * losses[f"train/{name}/loss"] for name in task.tasks))
+    image, label = batch["shades"]
+    torch.testing.assert_close(
+        losses["train/shades/loss"], F.cross_entropy(task(image, "shades"), label, label_smoothing=0.2)
+    )
+
+
+def test_three_tasks_resume_bit_equal_through_growth_of_tokens_and_depth(tmp_path):
+    def fit(ckpt_path=None):
+        seed_everything(7 if ckpt_path is None else 99)
+        callbacks = [ParameterGrowthCallback({1: {"qkv": 16, "depth": 3}}), *([every_step(tmp_path)] * (not ckpt_path))]
+        trainer, task = make_trainer(*callbacks, max_epochs=2, limit_train_batches=7), make_three()
+        trainer.fit(task, make_data_of_three(tmp_path / "data"), ckpt_path=ckpt_path, weights_only=True)
+        logged = {name for name in trainer.callback_metrics if not name.startswith("size/")}
+        assert logged == task.logged_metrics() > {"val/digits/acc1", "val/shades/loss", "val/prose/bits_per_byte"}
+        return task
+
+    whole = fit()
+    assert len(whole.prose.backbone.blocks) == 3 and param_tokens(whole)["qkv"] == 16
+    for step in (6, 11):  # the first passes through shades and prose are over
+        assert_equal_weights(fit(tmp_path / f"step{step}.ckpt"), whole)
+    loaded = LitMultiTask.load_from_checkpoint(tmp_path / "step14.ckpt", weights_only=True)  # Smoothed is imported
+    assert_equal_weights(loaded, whole)
+    assert loaded.shades.smoothing == 0.2 and isinstance(loaded.shades, Smoothed)
+
+
+def test_two_corpora_keep_their_own_tokenizers(tmp_path):
+    def data_of_two(tokenizer="bpe:280"):
+        text = make_data(tmp_path).text
+        files = {"files": [str(tmp_path / "train.txt")], "val_files": [str(tmp_path / "val.txt")]}
+        words = MaskedTextDataModule("files", **files, tokenizer=tokenizer, block_size=16, batch_size=4)
+        return MultiTaskDataModule(tasks={"words": words, "prose": text})  # not in the order of the model
+
+    def task_of_two():
+        return make_task(image={}, tasks={"prose": LitCausalLM, "words": LitMaskedLM}, sizes=data.sizes)
+
+    data = data_of_two()
+    task = task_of_two()
+    assert (task.prose.backbone.config.vocab_size, task.words.backbone.config.causal) == (257, False)
+    last = ModelCheckpoint(tmp_path, "last")
+    make_trainer(last, max_epochs=1, limit_train_batches=2, limit_val_batches=1).fit(task, data)
+    folder = split_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "parts"))
+    files = ["prose.tokenizer.json", "words.tokenizer.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["prose.ckpt", files[0], "words.ckpt", files[1]]
+    for name in ("prose", "words"):
+        own = json.loads(data.parts[name].tokenizer.to_json())
+        for place in (tmp_path, folder):
+            assert json.loads((place / f"{name}.tokenizer.json").read_text()) == own
+    assert TextGenerator.load(folder / "prose.ckpt", "cpu").generate("import", max_new_tokens=3).startswith("import")
+    initialize_from(task_of_two(), tmp_path / "last.ckpt", data)
+    other = data_of_two("bytes")
+    with pytest.raises(ValueError, match=r"data.tokenizer: .*words.tokenizer.json beside the checkpoint"):
+        make_trainer().validate(task_of_two(), other, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"init_from: .* has another vocabulary"):
+        initialize_from(task_of_two(), tmp_path / "last.ckpt", other)
+
+
+def test_the_first_task_chooses_the_tokens_of_all():
+    tasks = {"prose": partial(LitCausalLM, context_length=64), "lines": partial(LitCausalLM, context_length=8)}
+    sizes = {name: size for name, size in SIZES.items() if name != "param_tokens"}
+    task = make_task(image={}, tasks=tasks, overrides=sizes, match="flops", match_to="gpt2_tiny", layerwise_lr=True)
+    alone = LitCausalLM("tokenformer_lm_tiny", 50304, 64, overrides=sizes, match="flops", match_to="gpt2_tiny")
+    assert param_tokens(task) == param_tokens(alone) == param_tokens(task.lines)
+    assert task.layerwise_lr
+
+
+def test_a_checkpoint_of_before_there_were_names_is_split_too(tmp_path):
+    _, path = fitted(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint |= checkpoint.pop("extras")["text"]
+    checkpoint["hyper_parameters"].pop("layerwise_lr")
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert (split_checkpoint(str(tmp_path / "old.ckpt"), str(tmp_path / "parts")) / "tokenizer.json").is_file()
 
 
 # -- one set of parameter tokens
@@ -309,16 +469,38 @@ def test_split_gives_identical_outputs(tmp_path, average):
 
 # -- what a user may give
 
+PAIR = {"image": partial(LitImageClassifier, image_size=8, overrides={"patch_size": 4}), "text": LitCausalLM}
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": {"patch_size": 4, "dim": 64}}, "model.image.dim: 64 for images and 32 for text"),
-        ({"text": {"depth": 3}}, "model.image.depth: 2 for images and 3 for text"),
-        ({"image": {"patch_size": 4, "param_tokens": 16}}, "model.image.param_tokens: 16 for images and 8 for text"),
+        ({"image": {"patch_size": 4, "dim": 64}}, "model.image.dim: 64 for image and 32 for text"),
+        ({"text": {"depth": 3}}, "model.image.depth: 2 for image and 3 for text"),
+        ({"image": {"patch_size": 4, "param_tokens": 16}}, "model.image.param_tokens: 16 for image and 8 for text"),
         ({"image": {"patch_sice": 4}}, "overrides: unknown value 'patch_sice', did you mean 'patch_size'"),
         ({"loss_weights": "uncertanty"}, "model.loss_weights: unknown value 'uncertanty', did you mean 'uncertainty'"),
         ({"loss_weights": {"audio": 1.0}}, "model.loss_weights: unknown value 'audio'. Known: image, text"),
+        (
+            {"loss_weights": {"txt": 1.0}, "image": {}, "tasks": PAIR},
+            "model.loss_weights: unknown value 'txt', did you",
+        ),
+        ({"tasks": PAIR}, "model.image: set it in model.tasks"),
+        ({"image": {}, "tasks": {}}, "model.tasks: expected at least one task"),
+        ({"image": {}, "tasks": {"log": LitCausalLM}}, "model.tasks: 'log' cannot be the name of a task: it is in use"),
+        ({"image": {}, "tasks": {"a/b": LitCausalLM}}, "model.tasks: 'a/b' cannot be .* expected letters"),
+        ({"image": {}, "tasks": {"a": dict}}, "model.tasks.a: expected a task class .* got 'dict'"),
+        ({"image": {}, "tasks": {"a": {"class_path": "os.system"}}}, "model.tasks.a: expected a task class"),
+        (
+            {"image": {}, "tasks": {"a": partial(LitCausalLM, z_los=1)}},
+            "model.tasks.a: unknown value 'z_los', did you mean 'z_loss'",
+        ),
+        ({"image": {}, "tasks": {"a": partial(LitCausalLM, compile=True)}}, "model.tasks.a.compile: all tasks share"),
+        ({"image": {}, "tasks": PAIR, "sizes": {"text": {}}}, "data.tasks: expected data for image, text, got text"),
+        (
+            {"image": {}, "tasks": {**PAIR, "c": partial(LitCausalLM, overrides={"dim": 64})}},
+            "model.tasks.image.dim: 32 for image and 64 for c; .* set model.overrides.dim for all tasks",
+        ),
         ({"loss_weights": {"text": -1.0}}, "model.loss_weights.text: expected a number of at least 0, got -1.0"),
         ({"loss_weights": {"text": float("nan")}}, "model.loss_weights.text: expected a number of at least 0, got nan"),
         ({"loss_weights": {"text": 0.0, "image": 0.0}}, "model.loss_weights: all are 0"),
@@ -333,6 +515,12 @@ def test_bad_settings_of_the_data_are_named(tmp_path):
     data = make_data(tmp_path)
     with pytest.raises(ValueError, match="data.text: expected a data module"):
         MultiTaskDataModule(data.image)
+    with pytest.raises(ValueError, match=r"data.text: set it in data.tasks"):
+        MultiTaskDataModule(text=data.text, tasks=data.parts)
+    with pytest.raises(ValueError, match=r"data.tasks.setup: 'setup' cannot be the name of a task"):
+        MultiTaskDataModule(tasks={"setup": data.text})
+    with pytest.raises(ValueError, match="data.tasks: expected data for image, text, got image, prose"):
+        make_trainer().validate(make_task(), MultiTaskDataModule(tasks={"image": data.image, "prose": data.text}))
     with pytest.raises(ValueError, match="data.epoch: unknown value 'both'"):
         MultiTaskDataModule(data.image, data.text, "both")
     with pytest.raises(ValueError, match=r"data.image: ImageDataModule has none; use MultiTaskDataModule"):
@@ -402,7 +590,11 @@ def run(*args):
         ({"data__init_args__epoch": "txt"}, "data.epoch: unknown value 'txt', did you mean 'text'"),
         ({"model__init_args__loss_weights": "uncertanty"}, "did you mean 'uncertainty'"),
         ({"model__init_args__loss_weights": {"text": "much"}}, "loss_weights"),
-        ({"model__init_args__image__dim": 64}, "model.image.dim: 64 for images and 32 for text"),
+        (
+            {"model__init_args__loss_weights": {"txt": 1.0}},
+            "error: model.loss_weights: unknown value 'txt', did you mean 'text'? Known: image, text",
+        ),
+        ({"model__init_args__image__dim": 64}, "model.image.dim: 64 for image and 32 for text"),
         ({"model__init_args__image__patch": 4}, "Group 'image' does not accept option 'patch'"),
     ],
 )
@@ -410,6 +602,69 @@ def test_an_error_in_a_config_is_one_line(tmp_path, capsys, changes, message):
     assert run("plan", "--config", given(tmp_path, **changes)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
+
+
+def named(config):
+    """The same config with a mapping of tasks."""
+    config = yaml.safe_load(config.read_text())
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    image = {"class_path": "LitImageClassifier", "init_args": {"overrides": model.pop("image")}}
+    model["tasks"] = {"image": image, "text": {"class_path": "LitCausalLM"}}
+    data["tasks"] = {name: data.pop(name) for name in ("image", "text")}
+    return config
+
+
+@pytest.mark.slow
+def test_configs_of_both_forms_train_the_same_model(tmp_path):
+    old, found = given(tmp_path), []
+    new = tmp_path / "new.yaml"
+    new.write_text(yaml.safe_dump(named(old), sort_keys=False))
+    for config in (old, new):
+        assert run("fit", "--config", config, "--trainer.default_root_dir", tmp_path / config.stem) == 0
+        (path,) = (tmp_path / config.stem).glob("lightning_logs/version_0/checkpoints/last.ckpt")
+        found.append(torch.load(path, weights_only=True))
+    ours, theirs = (one["state_dict"] for one in found)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_two_sets_of_images_and_a_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # of the tables of scores
+    config = yaml.safe_load(given(tmp_path).read_text())
+    model, text = config["model"]["init_args"], config["data"]["init_args"]["text"]
+    text["init_args"]["test_fraction"] = 0.1
+    config["data"]["init_args"] = {"tasks": {"prose": text}}
+    for classes in (3, 2):
+        images = {
+            "dataset": "imagefolder",
+            "root": str(write_shades(tmp_path / str(classes), classes)),
+            "batch_size": 8,
+        }
+        images = {"class_path": "ImageDataModule", "init_args": {**images, "image_size": 8}}
+        config["data"]["init_args"]["tasks"][f"shades{classes}"] = images
+    smoothed = {"class_path": "test_multitask.Smoothed", "init_args": {"smoothing": 0.2}}
+    tasks = {"prose": "LitCausalLM", "shades3": "LitImageClassifier"}
+    model["tasks"] = {**{name: {"class_path": kind} for name, kind in tasks.items()}, "shades2": smoothed}
+    model |= {"overrides": {**SIZES, "patch_size": 4}, "loss_weights": {"shades2": 0.5}}
+    del model["image"]
+    file = tmp_path / "three.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert run("plan", "--config", file, "--model.tasks.shades3.overrides.patch_size", 2) == 0
+    assert "4 optimizer steps of 4 prose and 8 shades3 and 8 shades2 samples" in capsys.readouterr().out
+    assert run("fit", "--config", file) == 0
+    assert run("fit", "--config", file, "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    (path,) = tmp_path.glob("lightning_logs/version_1/checkpoints/last.ckpt")
+    capsys.readouterr()
+    for command, stage in (("validate", "val"), ("test", "test")):
+        assert run(command, "--config", file, "--ckpt_path", path) == 0
+        shown = capsys.readouterr().out
+        for name in ("loss", "prose/bits_per_byte", "shades3/acc1", "shades2/acc1"):
+            assert f"{stage}/{name}" in shown
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    assert [len(weights[f"shades{number}.backbone.head.fc.bias"]) for number in (3, 2)] == [3, 2]
+    assert weights["shades2.backbone.blocks.0.attn.query.key_tokens"].shape == (16, 32)
+    assert run("split", "--ckpt_path", path, "--output", tmp_path / "parts") == 2
+    assert "names 'test_multitask.Smoothed', which was not imported" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -67,9 +67,7 @@ ALONE = [  # no package has them; the first three stand in configs
     "lit_tokenformer.tasks.causal_lm.published_adamw",
     "lit_tokenformer.tasks.masked_lm.mosaic_adamw",
     "lit_tokenformer.initialization.initialize_from",
-    "lit_tokenformer.planning.PlanningTrainer",
     "lit_tokenformer.text_generation.TextGenerator",
-    "lit_tokenformer.trainer.CheckpointingTrainer",
 ]
 
 SAVE_NEXT = (

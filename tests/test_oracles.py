@@ -209,6 +209,46 @@ def mosaic_bert(unpad: bool = True) -> Pair:
     return Pair(theirs, ours, lambda weights: rename(split(weights, "both", ("gate", "up")), names))
 
 
+class TheirAttention(nn.Module):
+    """PyTorch's attention in the place of RWKV's time mix."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(DIM, HEADS, bias=False, batch_first=True)
+
+    def forward(self, x, state=None, use_cache=False):
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.mha(x, x, x, attn_mask=future, need_weights=False)[0], state
+
+
+class TheirMLP(nn.Sequential):
+    """An MLP in the place of RWKV's channel mix."""
+
+    def forward(self, x, state=None):
+        return super().forward(x), state
+
+
+def hybrid() -> Pair:
+    theirs, _, renamed = rwkv()
+    block = theirs.rwkv.blocks[2]
+    block.attention = TheirAttention()
+    block.feed_forward = TheirMLP(nn.Linear(DIM, 4 * DIM, bias=False), nn.GELU(), nn.Linear(4 * DIM, DIM, bias=False))
+    names = {
+        r"rwkv\.blocks\.2\.attention\.mha\.(query|key|value)_weight": r"blocks.2.attn.\1.weight",
+        r"rwkv\.blocks\.2\.attention\.mha\.out_proj\.weight": "blocks.2.attn.proj.weight",
+        r"rwkv\.blocks\.2\.feed_forward\.0\.weight": "blocks.2.mlp.fc1.weight",
+        r"rwkv\.blocks\.2\.feed_forward\.2\.weight": "blocks.2.mlp.fc2.weight",
+    }
+
+    def split_and_rename(weights: Weights) -> Weights:
+        weights = split(weights, "in_proj")
+        own = {name for name in weights if any(re.fullmatch(pattern, name) for pattern in names)}
+        rest = renamed({name: tensor for name, tensor in weights.items() if name not in own})
+        return {**rest, **rename({name: weights[name] for name in own}, names)}
+
+    return Pair(theirs, create_backbone("hybrid_tiny", **SIZES), split_and_rename)
+
+
 def rwkv() -> Pair:
     theirs = transformers.RwkvForCausalLM(
         transformers.RwkvConfig(
@@ -295,6 +335,7 @@ BUILDERS = {
     "mosaic_bert": mosaic_bert,
     "mosaic_bert-padded": lambda: mosaic_bert(unpad=False),
     "rwkv4": rwkv,
+    "hybrid": hybrid,
     "pangu_pi-plain": lambda: llama(**PLAIN),
     "pangu_pi-degenerate": lambda: llama(shortcut_reduction=4),
 }

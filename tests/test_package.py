@@ -1,6 +1,7 @@
 """What ships: packages, notebooks, and what the README says."""
 
 import configparser
+import importlib.util
 import json
 import re
 import subprocess
@@ -43,6 +44,15 @@ def test_configs_and_files_that_the_readme_names_exist():
         assert (ROOT / next(filter(None, path))).exists(), path
     for name in re.findall(r"--config (\w+)", README):
         assert name in ("configs", "CONFIG") or (ROOT / "configs" / f"{name}.yaml").exists()
+
+
+def test_scripts_that_the_documents_name_exist():
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").rglob("README.md")):
+        text = file.read_text(encoding="utf-8")
+        for module in re.findall(r"python -m (benchmarks[a-z_.]*)", text):
+            assert importlib.util.find_spec(module.rstrip(".")), f"{file}: {module}"
+        for path in re.findall(r"python ([\w/]+\.py)|(benchmarks/[\w/]+\.\w+)", text):
+            assert (ROOT / next(filter(None, path))).exists(), f"{file}: {path}"
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from lit_tokenformer.cli.main import main
-from lit_tokenformer.cost import model_cost, plan_stages
+from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
-from lit_tokenformer.planning import GrowthRule, propose
+from lit_tokenformer.planning import GrowthRule, plan_stages, propose
 
 CONFIG = preset_config("tokenformer_lm_tiny", vocab_size=257, context_length=64)
 BATCH = 8

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     Metadata,
@@ -18,9 +19,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.commands import grow_checkpoint
-from lit_tokenformer.distributed.checkpoint import INDEX, REST, is_sharded, mend_folders, read_folder, read_index
+from lit_tokenformer.distributed.checkpoint import (
+    INDEX,
+    NON_FINITE,
+    REST,
+    is_sharded,
+    mend_folders,
+    read_folder,
+    read_index,
+)
+from lit_tokenformer.distributed.strategy import GrowingModelParallelStrategy, make_growing
 from lit_tokenformer.growth.shards import shares
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks.rebuild import rebuild_task
@@ -63,13 +74,16 @@ def difference(one, other, epoch=-1):
 class TestTwoProcesses:
     @pytest.mark.parametrize(
         ("divided", "alone"),
-        [("even", "even"), ("uneven", "uneven"), ("tokens", "uneven"), ("axes", "axes"), ("token axes", "token axes")],
+        [(name, name) for name in ("even", "uneven", "axes", "token axes", "tasks")] + [("tokens", "uneven")],
         ids=str,
     )
-    def test_a_fit_with_two_growths_equals_that_of_one_process(self, found, divided, alone):
+    def test_a_growing_fit_equals_that_of_one_process(self, found, divided, alone):
         ranks, one, _ = found
-        assert ranks[0][divided]["events"] == ranks[1][divided]["events"] == one[alone]["events"] == 2
-        for epoch in range(4):  # weights, moments and step counts; before, between and after the growths
+        events = {"tasks": 1}.get(alone, 2)
+        assert ranks[0][divided]["events"] == ranks[1][divided]["events"] == one[alone]["events"] == events
+        for epoch in range(
+            len(one[alone]["epochs"])
+        ):  # weights, moments and step counts; before, between and after the growths
             assert difference(ranks[0][divided], one[alone], epoch) < 1e-6
 
     def test_tasks_that_accumulate_apart_train_as_one_process_with_one_large_batch(self, found):
@@ -79,13 +93,30 @@ class TestTwoProcesses:
             assert difference(rank["several"], one["several"]) < 1e-6
 
     @pytest.mark.parametrize(
-        "path", ["even/end1.ckpt", "uneven/end1.ckpt", "uneven/end0.ckpt", "axes/end1.ckpt", "axes/end0.ckpt"]
+        "path",
+        [
+            f"{name}.ckpt"
+            for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0")
+        ],
     )
     def test_a_resume_ends_bit_equal_to_the_fit_that_was_not_stopped(self, found, path):
         ranks, _, _ = found
         for rank in ranks:
             assert rank[f"{path} again"]["step"] == rank[path.split("/")[0]]["step"]
             assert difference(rank[f"{path} again"], rank[path.split("/")[0]]) == 0
+
+    def test_fsdp2_grows_and_resumes_bit_equal_on_the_command_line(self, found):
+        ranks, _, folder = found
+        assert ranks[0]["fsdp2"] == ranks[1]["fsdp2"] == [0, 0, 0]
+        runs = ["fsdp2/lightning_logs/version_0", "fsdp2-stopped/lightning_logs/version_1"]
+        whole, resumed = (read_checkpoint(folder / run / "checkpoints" / "last.ckpt") for run in runs)
+        assert whole["global_step"] == resumed["global_step"] == 6
+        assert whole["param_tokens"] == resumed["param_tokens"] == {"qkv": 16, "proj": 16, "ffn": 64}
+        for name, tensor in whole["state_dict"].items():
+            assert torch.equal(tensor, resumed["state_dict"][name])
+        moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, resumed))
+        assert moments.keys() == others.keys()
+        assert all(torch.equal(moments[name][key], others[name][key]) for name in moments for key in moments[name])
 
     def test_a_resume_on_another_division_ends_as_the_fit_that_was_not_stopped(self, found):
         ranks, one, _ = found
@@ -195,6 +226,27 @@ class TestTwoProcesses:
         (path / INDEX).unlink()
         with pytest.raises(ValueError, match=r"ckpt_path: .*\.metadata"):
             read_folder(path)
+
+
+def test_a_users_strategy_keeps_its_own_behavior_where_ours_has_none():
+    class Own(ModelParallelStrategy):
+        def barrier(self, name=None):
+            return f"own {name}"
+
+    strategy = Own(save_distributed_checkpoint=False)
+    make_growing(strategy)
+    make_growing(strategy)
+    assert isinstance(strategy, Own) and isinstance(strategy, GrowingModelParallelStrategy)
+    assert strategy.barrier("x") == "own x" and not strategy._save_distributed_checkpoint
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_a_state_that_is_not_finite_becomes_neither_folder_nor_file(tmp_path, folders):
+    strategy = GrowingModelParallelStrategy(save_distributed_checkpoint=folders)
+    strategy.checkpoint_io = WholeCheckpointIO()
+    with pytest.warns(UserWarning, match=r"non-finite weight at step 3: .*last\.ckpt is not saved"):
+        strategy.save_checkpoint({NON_FINITE: "weight", "global_step": 3}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def write_index(folder, saved):

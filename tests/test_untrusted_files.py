@@ -33,7 +33,6 @@ from lit_tokenformer.data.images.sources import decode_image
 from lit_tokenformer.distributed.checkpoint import INDEX, REST, read_folder
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.inference.text import TextGenerator
-from lit_tokenformer.planning import PlanningTrainer
 from lit_tokenformer.tasks import LitCausalLM
 from lit_tokenformer.tasks.rebuild import rebuild_task
 from lit_tokenformer.tensor_files import load_pickle
@@ -518,7 +517,7 @@ class TestResume:
         callbacks.append(ModelCheckpoint(folder, "best", "val/loss", save_last=True))
         settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         settings["default_root_dir"] = folder
-        fit = PlanningTrainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **settings)
+        fit = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **settings)
         fit.strategy.checkpoint_io = WholeCheckpointIO()
         check_restored_state(fit)
         return fit

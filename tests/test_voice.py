@@ -21,7 +21,24 @@ PROSE = [
     if path.name != "CHANGELOG.md"
 ]
 
-OPENERS = set("what how which who whose where when whether makes gives tells lets does is are has".split())
+OPENERS = {
+    "what",
+    "how",
+    "which",
+    "who",
+    "whose",
+    "where",
+    "when",
+    "whether",
+    "makes",
+    "gives",
+    "tells",
+    "lets",
+    "does",
+    "is",
+    "are",
+    "has",
+}
 """Words that begin no docstring."""
 
 THIRD_PERSON = re.compile(
@@ -70,8 +87,7 @@ def documented(path):
     """Docstrings of modules, classes and functions, with the line that each begins at."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                yield getattr(node, "lineno", 1), text
+            yield getattr(node, "lineno", 1), ast.get_docstring(node) or "-"
 
 
 def written(path):

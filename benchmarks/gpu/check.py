@@ -4,7 +4,7 @@
 
 This process imports no PyTorch. A worker runs part after part and writes ``PART.json`` as soon as a part ends; where it
 dies or overruns the budget, the parts that it finished are kept, and another worker takes those that are left. The exit
-status is 0 if no part failed, else 1; a part that was skipped for lack of time is no failure.
+status is 0 if no part failed, else 1; a part skipped for lack of time does not count as a failure.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.speed.lines import table
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"right": 80, "pattention": 50, "training": 60, "decode": 40, "growth": 30, "profile": 40, "study": 300}
@@ -62,9 +64,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 error = f"the worker ended with status {ended}: " + output.read().decode(errors="replace")[-2000:]
                 mark(options.output, stopped, "failed", error)
     found = [json.loads((options.output / f"{part}.json").read_text(encoding="utf-8")) for part in parts]
-    table = make_table(found)
-    (options.output / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}")
+    text = make_table(found)
+    (options.output / "table.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
     return int(any(one["status"] == "failed" for one in found))
 
 
@@ -88,7 +90,7 @@ def run_worker(parts: list[str], deadline: float, options: argparse.Namespace, o
     """
     command = [*WORKER, "--work", str(deadline), "--device", options.device]
     command += ["--output", str(options.output.resolve()), "--parts", *parts, *(["--tiny"] if options.tiny else [])]
-    places = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
     environment.setdefault("HF_HUB_OFFLINE", "1")
     shown = output.tell()
@@ -144,18 +146,11 @@ def make_table(found: Sequence[dict[str, Any]]) -> str:
         remark = error[-1][:150] if error else "; ".join(one.get("skipped", []))
         rows.append(f"| {one['part']} | {one['status']} | {one.get('seconds', 0):.0f} | {remark} |")
     blocks = ["\n".join(rows)]
-    environment = next((one["environment"] for one in found if "environment" in one), {})
+    environment: dict[str, Any] = next((one["environment"] for one in found if "environment" in one), {})
     blocks.append(", ".join(f"{name} {value}" for name, value in environment.items()))
     for one in found:
-        lines = [
-            f"| {line['what']} | {line['against']} | {line['ours']:,.4g} {line['unit']} "
-            f"| {line['theirs']:,.4g} {line['unit']} | {line['ratio']:.3f} | {line['goal']}"
-            f"{ {None: '', True: ' reached', False: ' **missed**'}[line['reached']] } |"
-            for line in one.get("lines", [])
-        ]
-        if lines:
-            head = f"| {one['part']} | against | ours | theirs | ratio | goal |\n|---|---|---:|---:|---:|---|"
-            blocks.append("\n".join([head, *lines]))
+        if one.get("lines"):
+            blocks.append(table(one["part"], one["lines"]))
         if one.get("notes"):
             blocks.append("\n".join(f"- {note}" for note in one["notes"]))
     return "\n\n".join(block for block in blocks if block) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -14,19 +13,19 @@ import time
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from runs import environment
-from side_by_side import Line
 
 from benchmarks.gpu.check import PARTS, RESTART, ROOT, RUNNING, write
+from benchmarks.speed.lines import Line
+from lit_tokenformer.comparison.meter import environment
 
 
 @dataclass
 class Findings:
-    """What a part finds; ``PART.json`` is written again whenever something is added.
+    """Findings of a part; each addition rewrites ``PART.json``.
 
     Args:
         part: Name of the part.
@@ -54,7 +53,7 @@ class Findings:
             "error": error,
             "skipped": self.skipped,
             "environment": environment(torch.device(self.device)),
-            "lines": [{**asdict(line), "reached": line.reached} for line in self.lines],
+            "lines": [line.as_dict() for line in self.lines],
             "notes": self.notes,
         }
         write(self.folder, self.part, found)
@@ -139,8 +138,8 @@ def _reason(case: ET.Element) -> str:
 
 
 def pattention(findings: Findings) -> None:
-    """Pattention against an MLP and the formula, eager and compiled (``benchmarks/speed_pattention.py``)."""
-    from speed_pattention import measure
+    """Pattention against an MLP and the formula, eager and compiled (``benchmarks.speed.pattention``)."""
+    from benchmarks.speed.pattention import measure, speedup
 
     shapes = [(16384, 768, 3072), (16384, 1536, 6144), (8192, 768, 8560)] if not findings.tiny else [(64, 16, 32)]
     for mode in ("eager", "compiled") if not findings.tiny else ("eager",):
@@ -153,14 +152,12 @@ def pattention(findings: Findings) -> None:
             faster.append(than_formula)
             findings.add(*lines)
         if faster:
-            mean = math.exp(sum(map(math.log, faster)) / len(faster))
-            goal = ">= 1.3" if mode == "compiled" else ">= 1.25"
-            findings.add(Line(f"time, bfloat16 {mode}, geometric mean", "formula", 1, mean, "x", mean, goal))
+            findings.add(speedup(f"bfloat16 {mode}", faster, ">= 1.3" if mode == "compiled" else ">= 1.25"))
 
 
 def decode(findings: Findings) -> None:
-    """Greedy decoding at batch 1 and 32 against transformers (``benchmarks/speed_decode.py``)."""
-    from speed_decode import PASS, PRESET, compare
+    """Greedy decoding at batch 1 and 32 against transformers (``benchmarks.speed.decode``)."""
+    from benchmarks.speed.decode import PASS, PRESET, compare
 
     for batch in (1, 32) if not findings.tiny else (1, 2):
         if findings.fits(20, f"batch {batch}"):
@@ -171,14 +168,14 @@ def decode(findings: Findings) -> None:
 
 
 def growth(findings: Findings) -> None:
-    """A growth event with AdamW against a training step (``benchmarks/speed_growth.py``)."""
-    from speed_growth import compare
+    """A growth event with AdamW against a training step (``benchmarks.speed.growth``)."""
+    from benchmarks.speed.growth import measure
 
     before, after, length = "tokenformer_owt_354m", "tokenformer_owt_757m", 1024
     if findings.tiny:
         before, after, length = "tokenformer_lm_tiny", "tokenformer_lm_small", 32
     settings = {"before": before, "after": after, "length": length, "rounds": 1, "whole": True, "threads": 1}
-    lines, notes = compare(argparse.Namespace(device=findings.device, **settings))
+    lines, notes = measure(argparse.Namespace(device=findings.device, **settings))
     findings.notes += notes
     findings.add(*lines)
 

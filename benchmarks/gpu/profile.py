@@ -81,7 +81,8 @@ def synchronizations(findings: Findings) -> None:
     """Note where the host waits for the device in ordinary steps of a fit with this project's callbacks."""
     cuda, length, vocabulary = findings.device == "cuda", 64, 128
     task = LitCausalLM("tokenformer_lm_tiny", vocab_size=vocabulary, context_length=length)
-    data = DataLoader(torch.randint(vocabulary, (8 * (WATCHED.stop + 4), length + 1)), 8, pin_memory=cuda)
+    tokens: Any = torch.randint(vocabulary, (8 * (WATCHED.stop + 4), length + 1))
+    data: DataLoader = DataLoader(tokens, 8, pin_memory=cuda)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Trainer(

@@ -1,4 +1,4 @@
-"""Does growing pay at ten million parameters? The reduced arms of ``benchmarks/growth`` on a GPU, one seed.
+"""Does growing pay at ten million parameters? The reduced arms of ``benchmarks/growth_study`` on a GPU, one seed.
 
 Byte language models on Python source that is on the machine: every ``.py`` file of the interpreter's ``site-packages``
 in the order of their paths, up to 100 MB. The final size has 9.8 million parameters in its blocks; the budget C is 60 s
@@ -10,24 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from side_by_side import Line
-
-from benchmarks.gpu.check import ROOT
 from benchmarks.gpu.parts import Findings
-
-GROWTH = str(ROOT / "benchmarks" / "growth")
-sys.path.insert(0, GROWTH)
-os.environ["PYTHONPATH"] = os.pathsep.join([GROWTH, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the fits
-from arms import DOMAINS, Arm, Domain, controls, reduced_arms  # noqa: E402
-from comparison_fits import Fit, Runner  # noqa: E402
+from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
+from benchmarks.speed.lines import Line
+from lit_tokenformer.comparison.fits import Runner
 
 CORPUS = 100_000_000
 """Bytes of source."""
@@ -60,7 +52,7 @@ def run(findings: Findings) -> None:
 
 def arms(domain: Domain, tiny: bool) -> list[Arm]:
     """The final size from scratch first, then grown models, then the smaller sizes from scratch."""
-    of_study = {arm.name: arm for arm in (*reduced_arms(domain), *controls(domain))}
+    of_study = {arm.name: arm for arm in (*load_arms(domain)["reduced"], *controls(domain))}
     final, *smaller = (f"from scratch, {tokens} tokens" for tokens in reversed(domain.ladder))
     names = [final, "grown", "grown in tokens alone", "published growth", *smaller, "from scratch, 1 block"]
     return [replace(of_study[name], lr=RATE) for name in (names[:2] if tiny else names)]
@@ -98,8 +90,8 @@ def train(arm: Arm, domain: Domain, folder: Path, device: str) -> dict[str, Any]
     """One fit in a process of its own."""
     config = arm.fit(domain, seed=0, evaluations=4)
     config["trainer"] |= {"accelerator": device, "precision": "bf16-mixed"}
-    fit = Fit(arm.name, "seed 0", config, folder)
-    with Runner(folder, jobs=1, draw_only=False) as runner:
+    with Runner(folder, jobs=1, read_only=False) as runner:
+        fit = runner.fit(arm.name, "seed 0", config)
         runner.run([fit])
     return fit.result
 

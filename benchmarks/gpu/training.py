@@ -13,17 +13,17 @@ import statistics
 from typing import NamedTuple
 
 import torch
-from runs import resident_bytes
-from side_by_side import Line, seconds
-from speed_training import MODELS, NEOX, Training, neox, our_lm, our_vit, timm_vit
 
 from benchmarks.gpu.parts import Findings
+from benchmarks.speed.lines import Line
+from benchmarks.speed.timing import peak_bytes, reset_peak, seconds
+from benchmarks.speed.training import MODELS, NEOX, Training, neox, our_lm, our_vit, timm_vit
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
 
 class Pair(NamedTuple):
-    """Two models that are compared: names in ``speed_training.MODELS``, and the architecture of each in closed form."""
+    """Two models that are compared: names in ``speed.training.MODELS``, and the architecture of each in closed form."""
 
     ours: str
     theirs: str
@@ -69,8 +69,8 @@ def run(findings: Findings) -> None:
     for mode, backend in MODES.items():
         for pair in TINY[: 1 if backend else 2] if findings.tiny else PAIRS:
             if findings.fits(pair.seconds + 2 * COMPILING * bool(backend), f"{mode} {pair.ours}"):
-                sides = [measure(name, pair, backend, findings) for name in (pair.ours, pair.theirs)]
-                findings.add(*compare(pair, mode, *sides, peak))
+                ours, theirs = (measure(name, pair, backend, findings) for name in (pair.ours, pair.theirs))
+                findings.add(*compare(pair, mode, ours, theirs, peak))
 
 
 def compare(pair: Pair, mode: str, ours: Measured, theirs: Measured, peak: float) -> list[Line]:
@@ -104,15 +104,14 @@ def measure(name: str, pair: Pair, backend: str | None, findings: Findings) -> M
     torch.compiler.reset()
     if cuda:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak(findings.device)
     training = make(name, pair.batch, pair.tokens, findings.device)
     if backend is not None:
         compile_model(training, "aot_eager" if findings.tiny else backend)
     for _ in range(1 if findings.tiny else 3):
         training.step()
     taken = [seconds(training.step, findings.device) for _ in range(2 if findings.tiny else 10)]
-    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
-    return Measured(statistics.median(taken), peak)
+    return Measured(statistics.median(taken), peak_bytes(findings.device))
 
 
 def make(name: str, batch: int, length: int, device: str) -> Training:

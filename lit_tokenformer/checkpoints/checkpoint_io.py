@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tokenformer.atomic_io import atomic_write, clear_parts
 from lit_tokenformer.checkpoints.load import read_checkpoint
-from lit_tokenformer.distributed.checkpoint import clear_folders, mend_folders
+from lit_tokenformer.distributed.checkpoint import NON_FINITE, clear_folders, mend_folders
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.tensor_files import load_pickle
 
@@ -73,10 +73,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the file cannot be written; for a full disk only with ``on_full_disk: stop``.
         """
+        self.unsaved = None
+        if NON_FINITE in checkpoint:
+            self.reject_non_finite(checkpoint, path)
+            return
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        self.unsaved = None
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
             if self.on_full_disk == "stop":
                 raise OSError(f"{message}; earlier checkpoints are kept") from error
             self.unsaved = str(path)
-            rank_zero_warn(f"{message}; training continues, and earlier checkpoints are kept")
+            rank_zero_warn(f"{message}; the fit continues, and earlier checkpoints are kept")
+
+    def reject_non_finite(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Report a checkpoint that is not saved because :class:`~callbacks.PreemptionCheckpoint` found it non-finite.
+
+        Args:
+            checkpoint: State collected by Lightning, with the key ``NON_FINITE``.
+            path: File or folder.
+        """
+        self.unsaved = str(path)
+        found = f"non-finite {checkpoint[NON_FINITE]} at step {checkpoint['global_step']}"
+        rank_zero_warn(f"{found}: {path} is not saved, and earlier checkpoints are kept")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

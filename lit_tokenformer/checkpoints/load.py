@@ -25,7 +25,9 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Types of the entries that Lightning writes to a checkpoint."""
 
-OWN_KINDS: dict[str, tuple[type, ...]] = {"tokenizer": (str, type(None)), "grown_depth": (int,), "rng_states": (list,)}
+OWN_KINDS: dict[str, tuple[type, ...]] = {
+    **{"tokenizer": (str, type(None)), "extras": (dict,), "grown_depth": (int,), "rng_states": (list,)}
+}
 """Types of the entries added by the tasks of this project; other projects may use the same names."""
 
 _COUNTS = {"ready", "started", "processed", "completed"}

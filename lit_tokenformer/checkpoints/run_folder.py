@@ -1,18 +1,32 @@
-"""Folder of a run: its location, and writes that never overwrite files of another run."""
+"""Folder of a run: its location, files that no other run overwrites, loggers that survive a full disk."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_tokenformer.checkpoints.checkpoint_io import is_disk_full
+
+_WRITING: dict[type[Logger], tuple[str, ...]] = {
+    TensorBoardLogger: ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"),
+    CSVLogger: ("save",),  # keeps unwritten rows in memory
+}
+"""Methods of loggers that write to the disk."""
+_LOG_SPACE = 2**18
+"""Free bytes required for a logger to write, so that a log never ends within a record."""
 
 
 def run_folder(trainer: Trainer) -> str:
@@ -70,7 +84,7 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
         if replaces(found):
             fs.mv(write_new(folder, f"{uuid.uuid4().hex}.part", text), path)
             return path
-    raise AssertionError  # names do not end
+    raise AssertionError  # unreachable
 
 
 def unversioned_loggers(trainer: Trainer) -> list[Any]:
@@ -100,3 +114,36 @@ def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
         except FileExistsError:
             for logger in shared:
                 logger._version += 1
+
+
+def keep_logging(trainer: Trainer) -> None:
+    """Continue a fit when the disk is full for its loggers.
+
+    Args:
+        trainer: Trainer whose TensorBoard and CSV loggers are modified in place.
+    """
+    for logger in trainer.loggers:
+        for kind, methods in _WRITING.items():
+            for name in methods if isinstance(logger, kind) else ():
+                setattr(logger, name, partial(write_if_space, logger, partial(getattr(type(logger), name), logger)))
+
+
+def write_if_space(logger: Any, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call a function that writes to a log; on a full disk, warn and drop the record.
+
+    Args:
+        logger: Logger that is written to.
+        write: Function that writes.
+        args: Positional arguments of the function.
+        kwargs: Keyword arguments of the function.
+    """
+    folder = logger.log_dir if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
+    if folder is None or not Path(folder).is_dir() or shutil.disk_usage(folder).free >= _LOG_SPACE:
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            if isinstance(logger, TensorBoardLogger):
+                logger._experiment = None  # it repeats its error forever; the next one writes a new file
+    rank_zero_warn(f"no space left for the log in {folder}; the fit continues, and the log has a gap")

@@ -24,10 +24,10 @@ from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
-from lit_tokenformer.interop import read_published, write_published
-from lit_tokenformer.interop.tokenformer import find_weights
+from lit_tokenformer.interop.tokenformer import WeightFormat
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
-from lit_tokenformer.tasks.language import TOKENIZER_FILE
+from lit_tokenformer.registry import WEIGHT_FORMATS
+from lit_tokenformer.tasks.language import TOKENIZER_FILE, LitLanguageTask
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
 
@@ -107,6 +107,7 @@ def import_weights(
     output: str | None = None,
     config_json: str | None = None,
     tokenizer: str | None = None,
+    project: str = "tokenformer",
 ) -> Path:
     """Makes a checkpoint of published TokenFormer weights, to generate from, to evaluate, to grow or to fit further.
 
@@ -118,6 +119,7 @@ def import_weights(
         output: Where the checkpoint is written; by default beside the weights, under their name with .ckpt.
         config_json: The architecture; by default the config.json beside the weights.
         tokenizer: Its tokenizer.json; by default the one beside the weights, if there is one.
+        project: Project in whose format the weights are: tokenformer, or a plugin's.
 
     Returns:
         The path of what was written; a tokenizer.json stands beside it.
@@ -126,7 +128,8 @@ def import_weights(
         ValueError: If a file cannot be read or holds pickled code, if a tensor is missing, superfluous or misshapen,
             if the tokenizer has more tokens than the embedding, or if the output exists already.
     """
-    weights = find_weights(source)
+    known: WeightFormat = WEIGHT_FORMATS[project]
+    weights = known.find(source)
     target = Path(output) if output else weights.with_suffix(".ckpt")
     vocabulary = Path(tokenizer) if tokenizer else weights.with_name(TOKENIZER_FILE)
     text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
@@ -135,7 +138,7 @@ def import_weights(
         raise UserError(f"output: {target} exists already")
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
         raise UserError(f"output: {copy} exists already, and is another tokenizer")
-    config, state = read_published(weights, config_json)
+    config, state = known.read(weights, config_json)
     size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
@@ -156,7 +159,13 @@ def import_weights(
     return target
 
 
-def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dtype: str | None = None) -> Path:
+def export_weights(
+    ckpt_path: str,
+    output: str,
+    format: str = "safetensors",
+    dtype: str | None = None,
+    project: str = "tokenformer",
+) -> Path:
     """Writes the model of a checkpoint as TokenFormer's are published; of a fit with a moving average, the average.
 
     Args:
@@ -164,6 +173,7 @@ def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dty
         output: A folder that is not there yet; it gets the weights, config.json and, if known, tokenizer.json.
         format: safetensors (model.safetensors) or bin (pytorch_model.bin).
         dtype: Precision of the weights: float32, float16 or bfloat16; by default that of the checkpoint.
+        project: Project in whose format they are written: tokenformer, or a plugin's.
 
     Returns:
         The folder.
@@ -172,14 +182,15 @@ def export_weights(ckpt_path: str, output: str, format: str = "safetensors", dty
         ValueError: If the checkpoint cannot be read, if the published format has no such architecture, if a tau is
             not the square root of its number of tokens, or if the output exists already.
     """
+    known: WeightFormat = WEIGHT_FORMATS[project]
     with _new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
         task = rebuild_task(ckpt_path, checkpoint, device="meta")
         weights = checkpoint["state_dict"]
         state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
         config = dataclasses.replace(task.backbone.config, depth=len(task.backbone.blocks))
-        write_published(folder, config, state, dtype, format)
-        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+        known.write(folder, config, state, dtype, format)
+        _write_tokenizer(folder / TOKENIZER_FILE, checkpoint.get("tokenizer"))
     return Path(output)
 
 
@@ -191,7 +202,8 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
 
     Args:
         ckpt_path: A checkpoint of LitMultiTask.
-        output: A folder that is not there yet; it gets image.ckpt, text.ckpt and, if known, tokenizer.json.
+        output: A folder that is not there yet; it gets NAME.ckpt of each task and, if known, tokenizer.json
+            (NAME.tokenizer.json, where several tasks have one).
 
     Returns:
         The folder.
@@ -208,7 +220,8 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
         for name, part in task.tasks.items():
             state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
             write_checkpoint(fresh_checkpoint(part, state), folder / f"{name}.ckpt")
-        _write_tokenizer(folder, checkpoint.get("tokenizer"))
+            if isinstance(part, LitLanguageTask):
+                _write_tokenizer(folder / part.tokenizer_file, part.tokenizer_json)
     return Path(output)
 
 
@@ -230,9 +243,9 @@ def _new_folder(output: str) -> Iterator[Path]:
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 
-def _write_tokenizer(folder: Path, text: str | None) -> None:
+def _write_tokenizer(path: Path, text: str | None) -> None:
     if text is not None:
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def _read_tokenizer(path: Path) -> str:

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -33,6 +31,7 @@ from lit_tokenformer.cli.commands import (
     import_weights,
     split_checkpoint,
 )
+from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
@@ -43,41 +42,53 @@ except ImportError as error:
         "run from another folder or with `python -P`, or uninstall it"
     ) from error
 
-from lit_tokenformer.checkpoints.run_folder import claim_log_folder, run_folder, unversioned_loggers, write_new
-from lit_tokenformer.cli.monitors import check_monitors
+from lit_tokenformer.checkpoints.run_folder import (
+    claim_log_folder,
+    keep_logging,
+    run_folder,
+    unversioned_loggers,
+    write_new,
+)
 from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
+from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.preflight import (
     WarmupCheck,
     check_data_fit,
     check_end,
     check_environment,
+    check_monitors,
     check_optimizer,
     check_processes,
     check_trainer_settings,
+    check_writable,
     replace_repeated,
-    trainer_error,
 )
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
-from lit_tokenformer.planning import PlanningTrainer
+from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
-from lit_tokenformer.trainer import keep_logging
 from lit_tokenformer.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_text,
     "evaluate": evaluate_checkpoint,
+    "compare": compare_presets,
     "grow": grow_checkpoint,
     "split": split_checkpoint,
     "import": import_weights,
     "export": export_weights,
 }
-"""Commands that take neither model nor data from a config."""
+"""Commands that build neither model nor data from the options of ``fit``."""
 
 _ENV_PREFIX = "LIT_TOKENFORMER"
 """What the names of environment variables that set options begin with."""
 
+_HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+"""Settings that Lightning checks against the machine, and does not always name."""
+
 TEXTS = {
+    "config": "A config with model and data: a YAML file, or the name of one that ships. Repeat the option to merge "
+    "several; later ones override.",
     "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
     "stop": "A text that ends what is written where it appears; repeat the option for several.",
 }
@@ -122,14 +133,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
     """Run a command, with an error log and a checkpoint at the end of fits."""
+    plugins, args = _without_plugins(args)
+    if plugins:
+        sys.path.append(os.getcwd())  # where a module of the user may be, whichever way this was started
+        import_plugins(plugins)
     arguments = _with_texts(_with_shipped_configs(args))
-    if arguments and arguments[0] in TokenformerCLI.subcommands():
+    if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     TokenformerCLI(
         LightningModule,
         LightningDataModule,
-        trainer_class=PlanningTrainer,
+        trainer_class=Trainer,
         trainer_defaults={"callbacks": [WarmupCheck(), preemption, log]},
         seed_everything_default=0,
         save_config_callback=_SaveConfig,
@@ -137,6 +152,8 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
         parser_kwargs={
             "prog": "lit-tokenformer",
             "description": "Trains models that grow while they train.",
+            "epilog": "--plugins MODULE, before or after any command, imports a module that registers parts, data or "
+            "tasks of your own; repeatable.",
             "version": __version__,
             "parser_mode": MODE,
             "default_env": True,
@@ -172,7 +189,7 @@ class TokenformerCLI(LightningCLI):
 
     def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
         named = args[0] if args else None
-        self._asked = named if named in {*self.subcommands(), *COMMANDS, "-h", "--help", "--version"} else None
+        self._asked = named if named in {*self.subcommands(), "plan", *COMMANDS, "-h", "--help", "--version"} else None
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -188,16 +205,24 @@ class TokenformerCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
             "test": {"model", "dataloaders", "datamodule", "weights_only"},
             "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
-            "plan": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        # from all data, so that jsonargparse does not open every loader to describe those without sizes of tasks
+        parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
         add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        planning = self._subcommand_parsers["plan"] = self.init_parser()
+        planning.description = (plan.__doc__ or "").splitlines()[0]
+        if self._asked in (None, "plan"):
+            self._add_arguments(planning)
+            given_by_config: set[str | int] = {"trainer", "model", "datamodule"}
+            self._subcommand_method_arguments["plan"] = planning.add_function_arguments(plan, skip=given_by_config)
+        parser._subcommands_action.add_subcommand("plan", planning, help=planning.description)  # type: ignore[union-attr]
         self._subcommand_parsers["predict"].add_argument(
             "--output",
             type=str | None,
@@ -211,7 +236,7 @@ class TokenformerCLI(LightningCLI):
                 "Without one, a run is known by the settings that change its result.",
             )
         for name in ("ckpt_path", "run_name"):
-            self._subcommand_parsers["plan"].add_argument(
+            planning.add_argument(
                 f"--{name}", type=str | None, help="Ignored, so that the config.yaml of a run can be planned."
             )
         for name, function in COMMANDS.items():
@@ -249,9 +274,12 @@ class TokenformerCLI(LightningCLI):
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except Exception as error:
-            if isinstance(error, MisconfigurationException) or raised_by_library(error):
-                raise trainer_error(error, config) from None
-            raise
+            if not isinstance(error, MisconfigurationException) and not raised_by_library(error):
+                raise
+            told = " ".join(str(error).split())
+            if not any(name in told for name in config):  # it names no setting
+                told += f" ({', '.join(f'trainer.{name}: {config[name]}' for name in _HARDWARE)})"
+            raise UserError(f"trainer: {told}") from None
         check_processes(os.environ, trainer)
         return trainer
 
@@ -309,9 +337,9 @@ class TokenformerCLI(LightningCLI):
             self._check_output()
         if self.subcommand in ("fit", "predict"):
             logs = {one.save_dir for one in self.trainer.loggers if isinstance(one, (CSVLogger, TensorBoardLogger))}
-            _check_writable("trainer.default_root_dir", self.trainer.default_root_dir)
+            check_writable("trainer.default_root_dir", self.trainer.default_root_dir)
             for folder in filter(None, logs):
-                _check_writable("trainer.logger: save_dir", folder)
+                check_writable("trainer.logger: save_dir", folder)
             if self.subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 places = {getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks}
                 clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
@@ -321,6 +349,12 @@ class TokenformerCLI(LightningCLI):
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":
             keep_logging(self.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "plan":
+            plan(self.trainer, **self._prepare_subcommand_kwargs(subcommand))
+        else:
+            super()._run_subcommand(subcommand)
 
     def _check_output(self) -> None:
         output = self.config[self.subcommand].get("output")
@@ -342,9 +376,33 @@ class TokenformerCLI(LightningCLI):
         return kwargs
 
 
+def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | None:
+    return getattr(datamodule, "sizes", None)
+
+
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
     with torch.device("meta"):
         return kind(*args, **kwargs)
+
+
+def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
+    """The modules that ``--plugins`` names, and the other arguments.
+
+    Example:
+        >>> _without_plugins(["fit", "--plugins", "a,b", "--config", "c.yaml", "--plugins=d"])
+        (['a', 'b', 'd'], ['fit', '--config', 'c.yaml'])
+    """
+    modules: list[str] = []
+    rest: list[str] = []
+    given = iter(args)
+    for arg in given:
+        option, _, value = arg.partition("=")
+        if option == "--plugins":
+            names = (value or next(given, "")).strip("[]").split(",")
+            modules += [name.strip() for name in names if name.strip()]
+        else:
+            rest.append(arg)
+    return modules, rest
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:
@@ -388,14 +446,3 @@ def _with_texts(args: list[str]) -> list[str]:
         else:
             found.append(arg)
     return found
-
-
-def _check_writable(setting: str, folder: str) -> None:
-    if not _is_local_file_protocol(folder):
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # a full disk still takes an empty file
-    except OSError as error:
-        raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""The parser of the command line, whose errors are one line that names the setting."""
+"""Parser of the command line: errors are one line, and YAML may hold interpolations."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ MODE = "interpolated"
 
 _INTERPOLATES = ContextVar("interpolates", default=True)
 _ROOMS = (tasks, data, models, callbacks)
-_NO_CAUSE = ("Not a valid subclass", "a class path", "a dict with", "Does not validate", "Expected a path")
 
 
 class Parser(LightningArgumentParser):
-    """Tells errors in one line, with the nearest right name for a misspelt one."""
+    """Report errors in one line, with the nearest known name for a misspelled one."""
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Dumps settings, whose text is text: interpolations in it are resolved already."""
@@ -57,31 +56,38 @@ class Parser(LightningArgumentParser):
         return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if ex is not None and raised_by_user_code(cause := unwrap(ex)):
+        cause = None if ex is None else unwrap(ex)
+        if cause is not None and raised_by_user_code(cause):
             raise cause from cause.__cause__
-        told = one_line(message)
-        if re.match(r"the following arguments are required: .*model", told):
+        message = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
+        setting = re.match(r'Parser key "([\w.]+)": ', message)
+        if isinstance(cause, UserError):
+            message = str(cause)
+        elif setting and cause is not None and "Got value" not in str(cause):
+            message = f"{setting[1]}: {' '.join(str(cause).split())}"
+        elif setting:  # the types of a union, without the report of each
+            union = re.search(r" Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
+            told = f"expected one of {union[1]}, got {union[2]}" if union else message.removeprefix(setting[0])
+            message = f"{setting[1]}: {told}"
+        elif "arguments are required" in message and "model" in message:
             shipped = ", ".join(shipped_configs())
-            told = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
-        if told.startswith("Key must be a string"):  # what the parser makes of numbers below a name it does not know
-            told = f"an unknown setting holds whole numbers as keys ({told}); did you mean 'schedule'?"
-        for pattern in (r"[Oo]ption '([\w.]+)'", r"arguments: --([\w.]+)", r"[Kk]ey '([\w.]+)' is not"):
-            for key in re.findall(pattern, told):
-                name = key.split(".")[-1]
-                near = nearest_name(name, self._names() - {name})
-                told += f" (did you mean {near!r}?)" if near else ""
-        print(f"error: {told}", file=sys.stderr)
+            message = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
+        known = self._names()
+        for path in re.findall(r"(?:[Oo]ption '|arguments: --|import path string: )([\w.]+)", message):
+            near = [nearest_name(name, known) for name in path.split(".") if name not in known]
+            message += "".join(f" (did you mean {name!r}?)" for name in near if name)
+        print(f"error: {message}", file=sys.stderr)
         self.exit(2)
 
     def _names(self) -> set[str]:
-        """Every name that an option may have, those of the classes that a config can name included."""
+        """Names of all options, and of the classes that a config can name with their arguments."""
         parsers: list[Any] = [self]
         if self._subcommands_action is not None:
             parsers += self._subcommands_action._name_parser_map.values()
         names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
-        for room in _ROOMS:
-            for part in (getattr(room, name) for name in room.__all__):
-                names |= set(inspect.signature(part).parameters) if isinstance(part, type) else set()
+        classes = [part for room in _ROOMS for name in room.__all__ if isinstance(part := getattr(room, name), type)]
+        for part in classes:
+            names |= {part.__name__, *inspect.signature(part).parameters}
         return names
 
 
@@ -192,38 +198,6 @@ def check_config(path: str) -> None:
     if not isinstance(found, dict):
         got = "an empty file" if found is None else f"a {type(found).__name__}"
         raise UserError(f"--config: expected settings by their names in {path}, got {got}")
-
-
-def one_line(message: str) -> str:
-    """What is wrong, in one line, out of a parser's report that repeats the types and the whole configuration.
-
-    Args:
-        message: The report.
-
-    Example:
-        >>> one_line('Parser key "trainer.max_epochs":\\n  Expected a <class \\'int\\'>. Got value: many')
-        "trainer.max_epochs: expected int, got 'many'"
-    """
-    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    value = re.search(r"Given value: (.*)|Got value: (.*)", message)
-    if not key and "Errors:" not in message:
-        return " ".join(message.split())
-    setting = f"{key[1]}: " if key else ""
-    causes = re.findall(r"^ *- (.+(?<=:)\n.*|.+)", message, flags=re.MULTILINE)
-    told = [" ".join(cause.split()) for cause in causes if not cause.startswith(_NO_CAUSE)]
-    given = [cause for cause in told if not cause.startswith(("Expected a ", "Expected an "))]
-    if given:
-        return given[0] if re.match(r"[\w.]+: ", given[0]) else f"{setting}{given[0]}"
-    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
-    kinds = [kind or choices for kind, choices in dict.fromkeys(expected) if kind != "NoneType"]
-    if value and kinds:
-        return f"{setting}expected {' or '.join(kinds)}, got {(value[1] or value[2] or '')!r}"
-    for name in re.findall(r"Expected a dot import path string: (.+)", message):
-        classes = [name for room in _ROOMS for name in room.__all__]
-        near = nearest_name(name, classes)
-        return f"{setting}unknown class {name!r}" + (f", did you mean {near!r}?" if near else "")
-    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
 
 
 set_loader(MODE, load_settings, exceptions=(yaml.YAMLError,))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -16,8 +20,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
 from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
-from lit_tokenformer.errors import UserError, raised_by_library
-from lit_tokenformer.tasks import LitTask
+from lit_tokenformer.errors import UserError, raised_by_library, unknown_name
+from lit_tokenformer.models import param_tokens
+from lit_tokenformer.tasks import LitMultiTask, LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -25,6 +30,8 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 _LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 """Settings of the trainer that Lightning does not check, and their least values."""
+
+_KNOWN_PACKAGES = {"lightning", "callbacks", "lit_tokenformer"}
 
 
 class WarmupCheck(Callback):
@@ -75,22 +82,6 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
     grows = any(isinstance(callback, ParameterGrowthCallback) for callback in callbacks)
     if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are refused when the fit starts
         refuse_strategy(StrategyRegistry[strategy]["strategy"])
-
-
-def trainer_error(error: Exception, settings: Mapping[str, Any]) -> UserError:
-    """Name the setting that an error of Lightning's trainer is about.
-
-    Args:
-        error: What the trainer raised.
-        settings: Its arguments.
-
-    Returns:
-        An exception to raise; its message is one line.
-    """
-    message = " ".join(str(error).split())
-    named = [name for name in re.findall(r"[a-z_]+", message.lower()) if name in settings]
-    named += [name for name, value in settings.items() if isinstance(value, str) and value in message]
-    return UserError(f"trainer{'.' + named[0] if named else ''}: {message}")
 
 
 def check_optimizer(task: LitTask) -> None:
@@ -146,6 +137,30 @@ def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
         )
 
 
+def check_monitors(trainer: Trainer, task: LightningModule) -> None:
+    """Refuse a callback that monitors a metric which the task does not log.
+
+    Args:
+        trainer: The trainer.
+        task: The task; nothing is checked where it or a callback is a user's own, since it may log other metrics.
+
+    Raises:
+        UserError: For an unknown metric, with the nearest known one.
+    """
+    parts = [task, *trainer.callbacks]  # type: ignore[attr-defined]
+    own = any(type(part).__module__.partition(".")[0] not in _KNOWN_PACKAGES for part in parts)
+    if own or not isinstance(task, LitTask):
+        return
+    known = {*task.logged_metrics(), *(f"size/tokens_{kind}" for kind in param_tokens(task))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or monitor is None:
+            continue
+        progress = {"epoch", "step"} if isinstance(callback, ModelCheckpoint) else set()
+        if monitor not in known | progress and not monitor.startswith("lr-"):  # of a LearningRateMonitor
+            raise unknown_name(f"trainer.callbacks: {type(callback).__name__}.monitor", monitor, known | progress)
+
+
 def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None) -> None:
     """Refuses data of another kind than a task takes.
 
@@ -156,6 +171,8 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
     Raises:
         ValueError: If the task needs classes or a vocabulary, and the data have none.
     """
+    if isinstance(task, LitMultiTask) and isinstance(datamodule, MultiTaskDataModule):
+        return  # which has given the sizes of each task's data
     needed = {"num_classes", "vocab_size"} & inspect.signature(type(task)).parameters.keys()
     if isinstance(datamodule, (ImageDataModule, TextDataModule, MultiTaskDataModule)):
         for name in sorted(needed):
@@ -205,3 +222,23 @@ def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
             f"trainer.devices: the trainer has {trainer.world_size} processes, and torchrun started {started}; "
             "give trainer.devices for each node, and trainer.num_nodes"
         )
+
+
+def check_writable(setting: str, folder: str) -> None:
+    """Reject a folder that cannot be written; it is created, and URLs are not checked.
+
+    Args:
+        setting: The setting that names it.
+        folder: A path.
+
+    Raises:
+        UserError: If it cannot be created, or its disk is full.
+    """
+    if not _is_local_file_protocol(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes an empty file
+    except OSError as error:
+        raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

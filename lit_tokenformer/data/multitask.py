@@ -1,4 +1,4 @@
-"""Images and text in the same training batch, each as its own data module gives them."""
+"""Several tasks in the same training batch, each as its own data module gives it."""
 
 from __future__ import annotations
 
@@ -10,63 +10,84 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from lit_tokenformer.data.images.datamodule import ImageDataModule
+from lit_tokenformer.data.resumable import ResumableDataModule
 from lit_tokenformer.data.text.datamodule import TextDataModule
-from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError, unknown_name
 
 
 class MultiTaskDataModule(LightningDataModule):
-    """Training batches ``{"image": (image, label), "text": tokens}``; for evaluation one loader for each task.
+    """Training batches ``{task name: that task's batch}``; for evaluation one loader for each task.
 
-    An epoch is one of the task that ``epoch`` names. The other task's loader begins anew as often as that needs, in
-    another order each time, and at the end of the epoch wherever it stands. Validation and test are each task's own,
+    An epoch is one of the task that ``epoch`` names. The other tasks' loaders start over as often as that needs, in
+    another order each time, and at the end of the epoch wherever they are. Validation and test are each task's own,
     whole and once. A run that was stopped anywhere and resumed sees the same batches as one that was not, bit for bit.
 
     Args:
-        image: The images.
-        text: The text.
-        epoch: Whose end is the end of an epoch: ``image``, ``text``, or ``longest`` (the task with more batches).
+        image: Data of a task ``image``; with ``text``, in place of ``tasks``.
+        text: Data of a task ``text``.
+        epoch: Task whose end is the end of an epoch, or ``longest`` (the task with most batches). Without a task
+            ``image``, the default is the first.
+        tasks: Data modules by the names of the model's tasks.
 
     Raises:
         ValueError: If a task is missing or ``epoch`` is not known (when created), if the longest of streams is asked
             for, or if the model has not these tasks.
 
     Example:
-        >>> data = MultiTaskDataModule(ImageDataModule("digits"), TextDataModule("python_docs"))
-        >>> data.num_classes, data.vocab_size, data.batch_size
-        (10, 257, 32)
+        >>> prose, digits = TextDataModule("python_docs"), ImageDataModule("digits")
+        >>> data = MultiTaskDataModule(tasks={"digits": digits, "prose": prose})
+        >>> data.sizes["digits"], data.batch_size
+        ({'num_classes': 10, 'image_size': 8}, 32)
     """
 
     def __init__(
-        self, image: ImageDataModule | None = None, text: TextDataModule | None = None, epoch: str = "image"
+        self,
+        image: ImageDataModule | None = None,
+        text: TextDataModule | None = None,
+        epoch: str = "image",
+        tasks: dict[str, ResumableDataModule] | None = None,
     ) -> None:
         super().__init__()
-        if image is None or text is None:
-            missing = "image" if image is None else "text"
-            raise UserError(f"data.{missing}: expected a data module; several tasks need data for each")
-        if epoch not in ("image", "text", "longest"):
-            raise unknown_name("data.epoch", epoch, ("image", "text", "longest"))
-        self.image = image
-        self.text = text
-        self.epoch = epoch
-
-    @property
-    def parts(self) -> dict[str, ImageDataModule | TextDataModule]:
+        pair: dict[str, Any] = {"image": image, "text": text}
+        given = pair if tasks is None else tasks
+        for name in pair if tasks is not None else ():
+            if pair[name] is not None:
+                raise UserError(f"data.{name}: set it in data.tasks, which replaces it")
+        for name, part in given.items():
+            where = "" if tasks is None else "tasks."
+            if part is None:
+                raise UserError(f"data.{where}{name}: expected a data module; several tasks need data for each")
+            if name in dir(self) or not name.isidentifier():
+                raise UserError(f"data.{where}{name}: {name!r} cannot be the name of a task")
+        if not given:
+            raise UserError("data.tasks: expected at least one task")
+        self.parts: dict[str, Any] = dict(given)
         """The data modules by the name of their task."""
-        return {"image": self.image, "text": self.text}
+        self.epoch = next(iter(given)) if epoch == "image" and epoch not in given else epoch
+        if self.epoch not in (*given, "longest"):
+            raise unknown_name("data.epoch", epoch, (*given, "longest"))
 
     @property
-    def ends(self) -> ImageDataModule | TextDataModule:
+    def ends(self) -> Any:
         """The data whose end is the end of an epoch."""
         if self.epoch != "longest":
             return self.parts[self.epoch]
         samples = {name: part.num_train_samples for name, part in self.parts.items()}
         for name, count in samples.items():
             if count is None:
-                raise UserError(f"data.epoch: the length of data.{name}, a stream, is not known; use image or text")
+                raise UserError(f"data.epoch: the length of data.{name}, a stream, is not known; name a task")
         return max(self.parts.values(), key=lambda part: (part.num_train_samples or 0) // part.batch_size)
 
-    # --- What is known of the data: of an epoch, of the images, of the text -----------------------------------------
+    # --- What is known of the data -----------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, dict[str, Any]]:
+        """Sizes that each task's model takes over from its data, by task name."""
+        known = ("num_classes", "image_size", "vocab_size", "context_length", "separator_id")
+        return {
+            task: {name: getattr(part, name) for name in known if hasattr(part, name)}
+            for task, part in self.parts.items()
+        }
 
     @property
     def num_train_samples(self) -> int | None:
@@ -80,64 +101,23 @@ class MultiTaskDataModule(LightningDataModule):
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        """Settings of both data modules, by ``image.NAME`` and ``text.NAME``."""
+        """Settings of all data modules, by ``TASK.NAME``."""
         return {
-            f"{kind}.{name}": value for kind, part in self.parts.items() for name, value in part.data_settings.items()
+            f"{task}.{name}": value for task, part in self.parts.items() for name, value in part.data_settings.items()
         }
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes C."""
-        return self.image.num_classes
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.parts)})"  # Lightning's opens all loaders
 
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.image.image_size
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes; a label is an index into it."""
-        return self.image.class_names
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel that was subtracted, as a share of the full range."""
-        return self.image.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel that was divided by, as a share of the full range."""
-        return self.image.std
-
-    @property
-    def masked(self) -> bool:
-        """Whether batches of the text hold masked tokens, which no task here is for."""
-        return self.text.masked
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text."""
-        return self.text.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary V."""
-        return self.text.vocab_size
-
-    @property
-    def separator_id(self) -> int:
-        """Id of the token that ends a document."""
-        return self.text.separator_id
-
-    @property
-    def context_length(self) -> int:
-        """Tokens T the model sees at once."""
-        return self.text.context_length
-
-    def bytes_per_token(self, stage: str) -> float:
-        """As :meth:`TextDataModule.bytes_per_token`."""
-        return self.text.bytes_per_token(stage)
+    def __getattr__(self, name: str) -> Any:
+        """The data module of a task by its name, or what the data of a single task know (``num_classes``)."""
+        parts = self.__dict__.get("parts", {})
+        if name in parts:
+            return parts[name]
+        found = [part for part in parts.values() if not name.startswith("_") and hasattr(part, name)]
+        if len(found) == 1:
+            return getattr(found[0], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 
@@ -153,14 +133,18 @@ class MultiTaskDataModule(LightningDataModule):
             stage: fit, validate or test.
         """
         model: Any = None if self.trainer is None else self.trainer.lightning_module
-        if model is not None and {*getattr(model, "tasks", {})} != {*self.parts}:
+        wanted = self.parts if model is None else getattr(model, "tasks", {})
+        if not wanted:
             raise UserError(f"data: MultiTaskDataModule is for LitMultiTask, the model is a {type(model).__name__}")
+        if {*wanted} != {*self.parts}:
+            raise UserError(f"data.tasks: expected data for {', '.join(wanted)}, got {', '.join(self.parts)}")
+        self.parts = {name: self.parts[name] for name in wanted}  # loaders in the order of the model's tasks
         for part in self.parts.values():
             part.trainer = self.trainer
             part.setup(stage)
 
     def train_dataloader(self) -> CombinedLoader:
-        """Both training loaders of this process."""
+        """The training loaders of this process, one for each task."""
         if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("trainer.overfit_batches: not with several tasks; use trainer.limit_train_batches")
         last = self.ends.train_dataloader()

@@ -42,6 +42,9 @@ except ImportError:  # not on Windows, where leftovers of killed processes are k
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a folder: torch's index of tensors, and Lightning's remaining entries."""
 
+NON_FINITE = "non_finite"
+"""Key in a checkpoint that must not be saved: name of a parameter with non-finite values or optimizer state."""
+
 _INDEX_TYPES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
@@ -220,7 +223,7 @@ def save_folder(
         raise OSError(f"cannot save {target}: {failed}")
     if strategy.is_global_zero:
         warnings.warn(
-            f"no space left to save {target}; training continues, and earlier checkpoints are kept", stacklevel=2
+            f"no space left to save {target}; the fit continues, and earlier checkpoints are kept", stacklevel=2
         )
 
 

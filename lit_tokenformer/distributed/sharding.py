@@ -27,7 +27,7 @@ DATA, TOKENS = "data_parallel", "tensor_parallel"
 """Dimensions of Lightning's device mesh."""
 
 
-def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
+def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
     """Shard a model over a device mesh in place: block by block, with the remaining parameters at the root.
 
     Args:
@@ -48,7 +48,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
                 "set data_parallel_size to the number of processes, and tensor_parallel_size to 1"
             )
         for layer in layers:
-            _divide_tokens(layer, mesh[TOKENS])
+            _shard_tokens(layer, mesh[TOKENS])
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
     for block in (module for module in root.modules() if module in blocks):  # the same order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
@@ -57,7 +57,7 @@ def divide(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) 
         register_fsdp_forward_method(root, method)
 
 
-def _divide_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
+def _shard_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
     for part in layer.PARTS:
         old = getattr(layer, part)
         if old is not None:

@@ -7,12 +7,11 @@ which new units are made, :mod:`~lit_tokenformer.growth.depth` inserts blocks, a
 
 from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, planned_rows, target_sizes
 from lit_tokenformer.growth.grow import grow, grow_with_optimizers
-from lit_tokenformer.growth.methods import METHODS, GrowthMethod, Split, growth_method
+from lit_tokenformer.growth.methods import GrowthMethod, Split, growth_method
 from lit_tokenformer.growth.rows import GrownTensor, Rows, regrown
 from lit_tokenformer.models.axes import Axis, AxisTensor, input_units, output_units
 
 __all__ = [
-    "METHODS",
     "Axis",
     "AxisTensor",
     "GrownParameter",

@@ -65,8 +65,8 @@ def deepen(module: nn.Module, depth: int) -> list[Inserted]:
         if len(blocks) == depth:
             continue  # or it shares them with one that has grown already
         order: list[nn.Module] = []
-        for number in range(depth):
-            block = blocks[number * len(blocks) // depth]
+        for number in model.origins(depth):
+            block = blocks[number]
             order.append(_identity(block, inserted) if block in order else block)
         model.set_blocks(order)
     return inserted
@@ -79,6 +79,12 @@ def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
     if depth > len(model.blocks) and model.config.norm_position == "post":
         raise UserError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
     if depth > len(model.blocks):
+        unit, present = model.config.pattern_length, len(model.blocks)
+        if present % unit or depth % unit:
+            raise UserError(
+                f"{setting}: blocks that differ grow by whole repeats of their pattern of {unit} "
+                f"(got {present} -> {depth})"
+            )
         for block in model.blocks:
             list(block.outputs())  # type: ignore[operator]  # raises where a part does not declare its last layer
         held = sum(parameter.nbytes for parameter in model.blocks.parameters())

@@ -21,9 +21,10 @@ import math
 import torch
 from torch import Tensor
 
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.rows import Fill, Rows, fill_normal, normal
 from lit_tokenformer.models.axes import OUT, OWN, Axis, AxisTensor
+from lit_tokenformer.registry import GROWTH_METHODS
 
 
 class GrowthMethod:
@@ -99,8 +100,9 @@ class Random(GrowthMethod):
         return torch.full_like(tau, math.sqrt(rows.after))
 
 
-METHODS: dict[str, GrowthMethod] = {"split": Split(), "zero": GrowthMethod(), "random": Random()}
-"""Growth methods by name."""
+GROWTH_METHODS.register("split")(Split())
+GROWTH_METHODS.register("zero")(GrowthMethod())
+GROWTH_METHODS.register("random")(Random())
 
 EARLIER_NAMES = {"zero_keys": "zero"}
 """Names of methods in earlier releases."""
@@ -112,10 +114,7 @@ def growth_method(name: str) -> GrowthMethod:
     Raises:
         UserError: For an unknown name.
     """
-    name = EARLIER_NAMES.get(name, name)
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    return METHODS[name]
+    return GROWTH_METHODS[EARLIER_NAMES.get(name, name)]
 
 
 def _share(copies: Tensor, old: Tensor, place: slice, before: int, std: float, generator: torch.Generator) -> None:

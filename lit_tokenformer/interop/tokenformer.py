@@ -15,7 +15,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,22 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
+from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import read_tensors, write_tensors
+
+
+class WeightFormat(NamedTuple):
+    """Weight format of another project.
+
+    Args:
+        find: Weights file of a file or folder, ``(source) -> Path``.
+        read: ``(weights, config_json) -> (config, state dict)``; ``config_json`` may be ``None``.
+        write: ``(folder, config, state dict, dtype, file format)``.
+    """
+
+    find: Callable[[str], Path]
+    read: Callable[[Path, str | None], tuple[TokenformerConfig, dict[str, Tensor]]]
+    write: Callable[[Path, TokenformerConfig, dict[str, Tensor], str | None, str], Any]
 
 
 class Row(NamedTuple):
@@ -352,3 +367,6 @@ def _cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
     if cast.isinf().any():
         raise UserError(f"dtype: {name} overflows {dtype} (got values up to {tensor.abs().max():.3g})")
     return cast
+
+
+WEIGHT_FORMATS.register("tokenformer")(WeightFormat(find_weights, read_published, write_published))

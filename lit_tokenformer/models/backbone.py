@@ -26,8 +26,9 @@ from lit_tokenformer.models.heads import ImageHead, make_head
 from lit_tokenformer.models.mixers import Context, Packing
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
-from lit_tokenformer.models.positions import alibi_bias, rotary_angles, token_positions
+from lit_tokenformer.models.positions import token_positions
 from lit_tokenformer.models.stems import make_stem
+from lit_tokenformer.registry import POSITIONS
 
 
 class DecodingState:
@@ -51,7 +52,7 @@ class DecodingState:
         self._axes = [(axis.tensors[0], part) for _, part, axis in find_axes(model)]
         self._sizes = self._axis_lengths()
         self._model_blocks = model.blocks
-        learned = model.config.positions == "learned"
+        learned = POSITIONS[model.config.positions].learned
         most = 0 if padding is None else int(padding.max())
         self._positions = model.config.context_length + most if learned else None
 
@@ -77,6 +78,8 @@ class Tokenformer(nn.Module):
 
     Attributes:
         config: As given; a growth does not change it.
+        loss_names: Names of the auxiliary losses that the parts declare.
+        aux_losses: Auxiliary losses of the last forward pass in training, by name, () each.
         num_classes: Outputs of the head.
         num_features: Width of what ``forward_features`` gives, D.
 
@@ -95,6 +98,8 @@ class Tokenformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = config.dim
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grad_checkpointing = False
+        self._positions = POSITIONS[config.positions]
+        self.aux_losses: dict[str, Tensor] = {}
         self.stem: Any = make_stem(config)
         self.patch_drop = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens, ordered=config.causal)
         self.blocks = nn.ModuleList()
@@ -115,14 +120,12 @@ class Tokenformer(nn.Module):
     @property
     def grown(self) -> bool:
         """Whether the size is not that of the config: after a growth, or with weights of another size."""
-        config = self.config
-        born = {"depth": config.depth, "hidden": config.mlp_hidden, "heads": config.num_heads}
-        born |= config.tokens.items()
-        return any(total != born.get(name, total) for name, total in self.size.items())
+        initial = self.config.size
+        return any(total != initial.get(name, total) for name, total in self.size.items())
 
     def new_block(self, number: int) -> Block:
         """A block with fresh weights, for a place in the stack."""
-        return Block(self.config, min(number, self.config.depth - 1))
+        return Block(self.config, number)
 
     def set_blocks(self, blocks: Iterable[nn.Module]) -> None:
         """Puts other blocks in the places of those that are there; the rates of stochastic depth rise through them."""
@@ -130,8 +133,27 @@ class Tokenformer(nn.Module):
         rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
         for block, rate in zip(found, rates, strict=True):
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        declared = (getattr(part, "aux_losses", ()) for block in found for part in block.modules())
+        self.loss_names = sorted({name for names in declared for name in names})
+        self._uses_mask = any(getattr(block.attn, "uses_mask", False) for block in found)
         del self.blocks[:]  # in place, for tasks may share them
         self.blocks.extend(found)
+
+    def origins(self, depth: int) -> Iterator[int]:
+        """Number of the block that stands, or whose copy stands, at each place of a stack with more blocks.
+
+        Copies stand behind their origins; where blocks differ, whole repeats of the pattern do.
+
+        Args:
+            depth: Total of blocks, a multiple of the pattern's.
+
+        Example:
+            >>> list(Tokenformer(TokenformerConfig(dim=4, depth=2, num_heads=1, param_tokens=2)).origins(4))
+            [0, 0, 1, 1]
+        """
+        unit = self.config.pattern_length
+        for number in range(depth):
+            yield number // unit * (len(self.blocks) // unit) // (depth // unit) * unit + number % unit
 
     def set_depth(self, depth: int) -> None:
         """Drop the last blocks, or append blocks with fresh weights, which a checkpoint is about to replace.
@@ -260,8 +282,15 @@ class Tokenformer(nn.Module):
             x = self._run(block, x, context, (None, None) if state is None else state.blocks[number])
         if state is not None:
             state.start += x.shape[1]
+        if self.loss_names:
+            self.aux_losses = context.aux_losses or {}
         x = self.norm(x)
         return x if context.packing is None else context.packing.unpack(x)
+
+    def take_aux_losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward pass in training, by name, () each; they are given once."""
+        found, self.aux_losses = self.aux_losses, {}
+        return found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits`` what they are made from."""
@@ -360,8 +389,8 @@ class Tokenformer(nn.Module):
         if documents is not None and not self.keeps_documents_apart:
             raise UserError("documents: a model with a token shift reads on from one to the next")
         rotary = None
-        if config.positions == "rotary":
-            rotary = rotary_angles(config, token_positions(start, length, padding, device), x.dtype)
+        if self._positions.rotary is not None:
+            rotary = self._positions.rotary(config, token_positions(start, length, padding, device), x.dtype)
         packing = self._packing(lengths, length) if config.unpad and lengths is not None else None
         alone = packing is not None and packing.lengths is not None  # and so without padding
         return Context(
@@ -371,22 +400,23 @@ class Tokenformer(nn.Module):
             start,
             None if padding is None else self._columns(start, length, device)[:, None] >= padding[:, None, None],
             packing,
+            {} if self.training and self.loss_names else None,
         )
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether ``documents`` can be given: whether data tokens meet in attention alone."""
-        return self.config.mixer == "attention" and self.config.feed_forward != "channel_mix"
+        """Whether ``documents`` can be given: whether data tokens meet nowhere but where a mask lets them."""
+        return all(block.keeps_documents_apart for block in self.blocks)
 
     def _mask(
         self, x: Tensor, documents: Tensor | None, start: int, padding: Tensor | None, lengths: Tensor | None
     ) -> Tensor | None:
         """Who attends to whom, bool or what is added to scores; ``None`` where all do, or all that come before."""
         config, length, device = self.config, x.shape[1], x.device
-        if config.mixer != "attention":
+        if not self._uses_mask:
             return None
         columns, rows = self._columns(0, start + length, device), self._columns(start, length, device)[:, None]
-        alibi = config.positions == "alibi"
+        bias = self._positions.bias
         mask = None
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
@@ -395,17 +425,17 @@ class Tokenformer(nn.Module):
             mask = given if mask is None else mask & (given | (columns == rows))
         if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
             mask = (columns >= padding[:, None, None, None]) | (columns == rows)  # (B, 1, T, S)
-        if config.causal and length > 1 and (mask is not None or start or alibi):
+        if config.causal and length > 1 and (mask is not None or start or bias is not None):
             before = (columns <= rows)[None, None]  # (1, 1, T, S)
             mask = before if mask is None else mask & before
-        if not alibi:
+        if bias is None:
             return mask
         mixers: Any = [block.attn for block in self.blocks]
         heads = next((mixer.slope_of_head for mixer in mixers if hasattr(mixer, "slope_of_head")), None)
-        bias = alibi_bias(config.num_heads, start, length, x, heads)  # (1, H, T, S)
-        bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        scores = bias(config.num_heads, start, length, x, heads)  # (1, H, T, S)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         autocast = torch.is_autocast_enabled(device.type)
-        return bias.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
+        return scores.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
 
     @staticmethod
     def _columns(start: int, length: int, device: torch.device) -> Tensor:
@@ -418,10 +448,17 @@ class Tokenformer(nn.Module):
         places = present.flatten().nonzero()[:, 0]
         return Packing(places, len(lengths), length, lengths.tolist() if alone else None)
 
-    def _run(self, block: Callable[..., Tensor], x: Tensor, context: Context, state: State = (None, None)) -> Tensor:
+    def _run(self, block: Callable[..., Any], x: Any, context: Context, state: State = (None, None)) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, context, state)
-        return block(x, context, state)
+            x = checkpoint(block, x, context, state)
+        else:
+            x = block(x, context, state)
+        if context.aux_losses is None:
+            return x
+        x, losses = x
+        for name, loss in losses.items():
+            context.add_loss(name, loss)
+        return x
 
 
 def model_size(module: nn.Module) -> dict[str, int]:

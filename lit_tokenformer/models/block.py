@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.feed_forward import make_feed_forward
 from lit_tokenformer.models.mixers import Context, make_mixer
 from lit_tokenformer.models.norms import make_norm
+from lit_tokenformer.models.part_cost import Cost, part_cost
 from lit_tokenformer.models.pattention import Pattention
 
 State = tuple[Any, Any]
@@ -39,6 +41,11 @@ class AugmentedShortcut(nn.Module):
     def output_layer(self) -> nn.Module:
         """Layer that writes to the residual stream."""
         return self.up
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; it shares its input with the mixer."""
+        parameters, inner = self.down.weight.numel() + self.up.weight.numel(), self.down.out_features
+        return Cost(parameters, 2 * parameters, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -68,13 +75,32 @@ class Block(nn.Module):
         self.drop_path = nn.Identity()
         self._order = _ORDERS[config.norm_position]
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether data tokens meet nowhere but where the mask lets them."""
+        return getattr(self.attn, "uses_mask", False) and getattr(self.mlp, "pointwise", False)
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token of a sequence of this length, T."""
+        parts = (self.norm1, self.attn, self.shortcut or nn.Identity(), self.norm2, self.mlp)
+        total = sum((part_cost(part, length) for part in parts), start=Cost())
+        return replace(total, spared=0) if self._order is _post else total  # the norm behind it reads the last product
+
     def new_state(self, length: int) -> State:
         """What it remembers of a sequence of at most ``length`` data tokens."""
         return self.attn.new_state(length), self.mlp.new_state(length)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
-        return self._order(self, x, context, state)
+    def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Any:  # noqa: B008
+        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands.
+
+        Where the context collects auxiliary losses, the output and those of this block, by name. They are outputs, so
+        that activation checkpointing computes them once and FSDP2 sees their gradients.
+        """
+        if context.aux_losses is None:
+            return self._order(self, x, context, state)
+        own: dict[str, Tensor] = {}
+        x = self._order(self, x, context._replace(aux_losses=own), state)
+        return x, own
 
     def outputs(self) -> Iterator[nn.Parameter]:
         """Parameters without which nothing is added to the residual stream: those of the last layers."""

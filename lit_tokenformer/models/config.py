@@ -6,11 +6,24 @@ A config describes a model at birth. How many parameter tokens a model holds *no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.registry import (
+    ACTIVATIONS,
+    FEED_FORWARDS,
+    HEADS,
+    INITS,
+    MIXERS,
+    NORMS,
+    POSITIONS,
+    PROJECTIONS,
+    SCORE_NORMS,
+    STEMS,
+    Registry,
+)
 
 Tokens = int | dict[str, int]
 """How a user writes parameter tokens: one number, or totals for each kind of projection."""
@@ -81,53 +94,22 @@ OTHER = "other"
 """The kind of Pattention layers that are none of these, as in a user's own model."""
 
 
-PARTS: dict[str, tuple[str, ...]] = {
-    "stem": ("patch", "token"),
-    "head": ("image", "language", "masked_language"),
-    "mixer": ("attention", "wkv"),
-    "positions": ("learned", "rotary", "alibi", "none"),
-    "projection": ("pattention", "linear"),
-    "feed_forward": ("pattention", "mlp", "glu", "channel_mix"),
-    "activation": ("gelu", "gelu_tanh", "silu", "relu"),
-    "score_norm": ("l2_gelu", "gelu_l2", "softmax", "gelu"),
-    "norm": ("layer_norm", "rms_norm"),
-    "norm_position": ("pre", "post", "parallel"),
-    "init": ("trunc_normal", "normal", "gpt2", "neox", "rwkv"),
-    "global_pool": ("token", "avg"),
+_PARTS: dict[str, Registry[Any]] = {
+    "stem": STEMS,
+    "head": HEADS,
+    "mixer": MIXERS,
+    "positions": POSITIONS,
+    "projection": PROJECTIONS,
+    "feed_forward": FEED_FORWARDS,
+    "activation": ACTIVATIONS,
+    "score_norm": SCORE_NORMS,
+    "norm": NORMS,
+    "init": INITS,
 }
-"""The names that each part of an architecture can have."""
+"""Fields that name a part."""
 
-COMBINATIONS: list[dict[str, tuple[Any, ...]]] = [
-    {
-        "stem": ("patch",),
-        "head": ("image",),
-        "mixer": ("attention",),
-        "positions": ("learned",),
-        "causal": (False, True),
-    },
-    {
-        "stem": ("token",),
-        "head": ("language",),
-        "mixer": ("attention",),
-        "positions": ("learned", "rotary", "alibi", "none"),
-        "causal": (False, True),
-    },
-    {
-        "stem": ("token",),
-        "head": ("language",),
-        "mixer": ("wkv",),
-        "positions": ("none",),
-        "causal": (True,),
-    },
-    {
-        "stem": ("token",),
-        "head": ("masked_language",),
-        "mixer": ("attention",),
-        "positions": ("learned", "rotary", "alibi"),
-        "causal": (False,),
-    },
-]
-"""The ways in which input, output, interaction and positions go together."""
+_CHOICES = {"norm_position": ("pre", "post", "parallel"), "global_pool": ("token", "avg")}
+"""Fields with one of a few values."""
 
 
 MAY_CHANGE = {
@@ -193,6 +175,8 @@ class TokenformerConfig:
         context_length: Longest sequence of token ids, T.
         tie_embeddings: Whether the language head shares the weights of the token embedding.
         unpad: Whether padding is left out of all that treats data tokens one by one; only attention sees it then.
+        layers: Repeating pattern of the blocks, from the first: names of mixers, or ``mixer+feed_forward`` where the
+            feed-forward differs too, as in ``[wkv, wkv, attention+mlp]``; ``None`` for ``mixer`` in every block.
     """
 
     dim: int = 384
@@ -236,6 +220,7 @@ class TokenformerConfig:
     context_length: int = 1024
     tie_embeddings: bool = True
     unpad: bool = False
+    layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
@@ -260,43 +245,36 @@ class TokenformerConfig:
             raise UserError(f"mlp_ratio: expected at least 1 / dim, got {self.mlp_ratio}")
         if not self.norm_eps > 0:
             raise UserError(f"norm_eps: expected a positive number, got {self.norm_eps}")
-        for name, choices in PARTS.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
             raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
-        parts = {part: getattr(self, part) for part in COMBINATIONS[0]}
-        if not any(all(name in one[part] for part, name in parts.items()) for one in COMBINATIONS):
-            known = "; ".join(
-                _told({part: " | ".join(map(_word, names)) for part, names in c.items()}) for c in COMBINATIONS
-            )
-            near = min(COMBINATIONS, key=lambda one: sum(name not in one[part] for part, name in parts.items()))
-            wrong = next(part for part in reversed(parts) if parts[part] not in near[part])
-            raise UserError(f"{wrong}: no model is put together from {_told(parts)}; there are: {known}")
-        if self.patch_drop_rate > 0 and self.stem != "patch":
-            raise UserError(f"patch_drop_rate: {self.patch_drop_rate} needs stem: patch, got {self.stem}")
+        if isinstance(self.layers, list):  # as YAML has it
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None and not (self.layers and all(isinstance(one, str) for one in self.layers)):
+            raise UserError(f"layers: expected names of mixers, or mixer+feed_forward, got {self.layers!r}")
+        for parts in self._block_parts():
+            for field, name in parts.items():
+                _PARTS[field][name]  # raises where there is no such part
+            for field, name in parts.items():
+                self._check_needs(field, name, parts)
         if self.shortcut_reduction > self.dim:
             raise UserError(f"shortcut_reduction: expected at most dim {self.dim}, got {self.shortcut_reduction}")
-        if self.series > 1 and (self.feed_forward == "channel_mix" or self._softmax_feed_forward):
+        softmax = self.score_norm == "softmax" and any(names[1] == "pattention" for names in self._pattern)
+        if self.series > 1 and softmax:
             raise UserError(
-                f"series: {self.series} terms need an activation in the feed-forward; "
-                f"feed_forward {self.feed_forward!r} with score_norm {self.score_norm!r} has none"
+                f"series: {self.series} terms need an activation; feed_forward 'pattention' with score_norm 'softmax' "
+                "has none"
             )
-        if self.low_precision_norm and self.norm != "layer_norm":
-            raise UserError(f"low_precision_norm: true needs norm: layer_norm, got {self.norm}")
-        if self.feed_forward == "channel_mix" and not self.causal:
-            raise UserError("feed_forward: 'channel_mix' reads the data token before; it needs causal: true")
-        if self.unpad and (self.mixer != "attention" or self.feed_forward == "channel_mix" or self.drop_path > 0):
-            raise UserError(
-                "unpad: true needs parts that treat data tokens one by one, and drop_path: 0; "
-                f"got mixer {self.mixer}, feed_forward {self.feed_forward}, drop_path {self.drop_path}"
-            )
+        if self.unpad and self.drop_path > 0:
+            raise UserError(f"unpad: true needs drop_path: 0, got {self.drop_path}")
         if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
             raise UserError(
                 f"rotary_fraction: expected a share in (0, 1] and a positive base, "
                 f"got {self.rotary_fraction} and {self.rotary_base}"
             )
-        if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+        if POSITIONS[self.positions].rotary is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise UserError(
                 f"rotary_fraction: {self.rotary_fraction} of {self.head_width} dimensions in a head are "
                 f"{self.rotary_dim}; expected an even number of at least 2"
@@ -308,8 +286,41 @@ class TokenformerConfig:
         return ParamTokens.parse(self.param_tokens)
 
     @property
-    def _softmax_feed_forward(self) -> bool:
-        return self.feed_forward == "pattention" and self.score_norm == "softmax"
+    def _pattern(self) -> list[tuple[str, str]]:
+        """Mixer and feed-forward of the blocks, as they repeat."""
+        if self.layers is None:
+            return [(self.mixer, self.feed_forward)]
+        pairs = [layer.partition("+") for layer in self.layers]
+        return [(mixer, feed_forward or self.feed_forward) for mixer, _, feed_forward in pairs]
+
+    @property
+    def pattern_length(self) -> int:
+        """Blocks after which the parts of the blocks repeat."""
+        return 1 if self.layers is None else len(self.layers)
+
+    def parts_of(self, layer: int) -> tuple[str, str]:
+        """Names of mixer and feed-forward of the block with this number.
+
+        Example:
+            >>> config = TokenformerConfig(layers=("attention", "attention+mlp"), feed_forward="glu")
+            >>> config.parts_of(0), config.parts_of(3)
+            (('attention', 'glu'), ('attention', 'mlp'))
+        """
+        return self._pattern[layer % len(self._pattern)]
+
+    def _block_parts(self) -> Iterator[dict[str, str]]:
+        """Names of all parts of a model, for each kind of block."""
+        for mixer, feed_forward in self._pattern:
+            yield {name: getattr(self, name) for name in _PARTS} | {"mixer": mixer, "feed_forward": feed_forward}
+
+    def _check_needs(self, part: str, name: str, names: Mapping[str, str]) -> None:
+        """Raise an error if a part does not support the rest; either of two parts can declare that they go together."""
+        for field, supported in _PARTS[part].needs(name).items():
+            value = names.get(field, getattr(self, field))
+            declared = _PARTS[field].needs(value).get(part, ()) if field in _PARTS else ()
+            if value not in supported and name not in declared:
+                known = " or ".join(map(_word, supported))
+                raise UserError(f"{part}: unsupported combination: {name!r} needs {field}: {known}, got {_word(value)}")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -319,8 +330,7 @@ class TokenformerConfig:
     @property
     def num_positions(self) -> int:
         """Length of the sequence, T, for an image of ``image_size`` or a text of ``context_length``."""
-        patches = (self.image_size // self.patch_size) ** 2
-        return {"patch": patches + self.num_prefix_tokens, "token": self.context_length}[self.stem]
+        return STEMS[self.stem].num_positions(self)
 
     @property
     def num_data_tokens(self) -> int:
@@ -333,7 +343,7 @@ class TokenformerConfig:
     @property
     def length_limit(self) -> int | None:
         """Data tokens that the model can read at most; ``None`` where nothing limits them."""
-        return None if self.positions in ("alibi", "none") else self.num_positions
+        return self.num_positions if POSITIONS[self.positions].limited else None
 
     @property
     def rotary_dim(self) -> int:
@@ -349,6 +359,12 @@ class TokenformerConfig:
     def mlp_hidden(self) -> int:
         """Hidden width of feed-forwards that have one."""
         return round(self.dim * self.mlp_ratio)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Initial totals of all that can grow, by kind."""
+        tokens = dict(self.tokens.items())
+        return {**tokens, "hidden": self.mlp_hidden, "heads": self.num_heads, "depth": self.depth}
 
     def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
         """The same architecture at another size, as a growth leads to it.
@@ -385,10 +401,6 @@ def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict
     if saved.head_width == present.head_width:  # then another number of heads is another size
         del pairs["num_heads"], pairs["head_dim"]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _told(parts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{part}: {_word(name)}" for part, name in parts.items())
 
 
 def _word(name: Any) -> str:

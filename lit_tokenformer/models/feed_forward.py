@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch.nn.functional as F
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from lit_tokenformer.models.axes import Axis, AxisTensor, follow_sizes, input_units, output_units
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.mixers import Context, RecurrentState, layer_ratios, mixed, token_shift
+from lit_tokenformer.models.part_cost import Cost, count_parameters, part_cost, same_input_cost
 from lit_tokenformer.models.pattention import Pattention, new_series, series_activation, series_tensors
 from lit_tokenformer.models.projections import make_projection, pattention_value_std
+from lit_tokenformer.registry import ACTIVATIONS, FEED_FORWARDS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
+ACTIVATIONS.register("gelu")(F.gelu)
+ACTIVATIONS.register("gelu_tanh")(partial(F.gelu, approximate="tanh"))
+ACTIVATIONS.register("silu")(F.silu)
+ACTIVATIONS.register("relu")(F.relu)
 
 
 class Activation(nn.Module):
@@ -35,6 +35,11 @@ class Activation(nn.Module):
         self.series = config.series
         if config.series > 1:
             self.scale, self.shift = new_series(config.mlp_hidden, config.series)
+        self._hidden = config.mlp_hidden
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token."""
+        return Cost(count_parameters(self), 0, self._hidden * self.series)
 
     def units(self, name: str) -> list[AxisTensor]:
         """The tensors that have an index for each channel; none without a series."""
@@ -52,8 +57,16 @@ class Activation(nn.Module):
 class FeedForward(nn.Module):
     """What all have in common: most need no more than the data token itself.
 
-    Each declares its ``output_layer``, as mixers do: the layer without which it adds nothing to the residual stream.
+    Each declares its ``output_layer``, as mixers do: the layer without which it adds nothing to the residual stream;
+    and its ``cost``.
+
+    Attributes:
+        pointwise: Whether it reads no other data token.
+        aux_losses: Names of the auxiliary losses that it adds in training, by ``Context.add_loss``.
     """
+
+    pointwise = True
+    aux_losses: tuple[str, ...] = ()
 
     def new_state(self, length: int) -> RecurrentState | None:
         """What it remembers of a sequence: nothing."""
@@ -64,6 +77,7 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
 
+@FEED_FORWARDS.register("pattention")
 class PattentionFeedForward(Pattention):
     """One Pattention layer as the whole feed-forward (arXiv 2410.23168, eq. 10).
 
@@ -72,6 +86,7 @@ class PattentionFeedForward(Pattention):
         layer: Number of the block it stands in; all are alike.
     """
 
+    pointwise = True
     new_state = FeedForward.new_state
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
@@ -92,11 +107,16 @@ class PattentionFeedForward(Pattention):
         """The layer itself."""
         return self
 
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token."""
+        return _with_dropout(super().cost(length), self.dropout)
+
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.dropout(super().forward(x))
 
 
+@FEED_FORWARDS.register("mlp")
 class MLP(FeedForward):
     """Two projections with an activation between them.
 
@@ -123,11 +143,17 @@ class MLP(FeedForward):
         """Layer that writes to the residual stream."""
         return self.fc2
 
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token."""
+        parts = (part_cost(part, length) for part in (self.fc1, self.activation, self.fc2))
+        return _with_dropout(sum(parts, start=Cost()), self.dropout)
+
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.dropout(self.fc2(self.activation(self.fc1(x))))
 
 
+@FEED_FORWARDS.register("glu")
 class GLU(FeedForward):
     """A gated feed-forward (arXiv 2002.05202, section 2): ``down(activation(gate x) * up x)``.
 
@@ -140,6 +166,7 @@ class GLU(FeedForward):
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
+        self._dim, self._hidden = config.dim, config.mlp_hidden
         self.gate = make_projection(config, "ffn", config.dim, config.mlp_hidden, bias=False)
         self.up = make_projection(config, "ffn", config.dim, config.mlp_hidden, bias=False)
         self.activation = Activation(config)
@@ -157,11 +184,18 @@ class GLU(FeedForward):
         """Layer that writes to the residual stream."""
         return self.down
 
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; both factors of the hidden units are kept."""
+        into = same_input_cost(self._dim, length, self.gate, self.up)
+        hidden = self.activation.cost(length) + Cost(kept=2 * self._hidden)
+        return into + hidden + part_cost(self.down, length)
+
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
 
 
+@FEED_FORWARDS.register("channel_mix", causal=(True,), unpad=(False,), series=(1,))
 class ChannelMix(FeedForward):
     """RWKV-4's channel mix: ``sigmoid(R x_r) * V relu(K x_k)^2``, where x_r and x_k hold a share of the token before.
 
@@ -172,9 +206,12 @@ class ChannelMix(FeedForward):
         layer: Number of the block it stands in; the shares are born by it.
     """
 
+    pointwise = False
+
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
         _, to_zero, place = layer_ratios(config, layer)
+        self._dim, self._hidden = config.dim, config.mlp_hidden
         self.mix_key = nn.Parameter(place**to_zero)
         self.mix_receptance = nn.Parameter(place**to_zero)
         self.key = make_projection(config, "ffn", config.dim, config.mlp_hidden)
@@ -192,6 +229,11 @@ class ChannelMix(FeedForward):
         """Layer that writes to the residual stream."""
         return self.value
 
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; the gate multiplies the last product."""
+        parts = (part_cost(part, length) for part in (self.key, self.value, self.receptance))
+        return sum(parts, start=Cost()) + Cost(2 * self._dim, 0, 2 * self._dim + self._hidden)
+
     def new_state(self, length: int) -> RecurrentState:
         """What it remembers of a sequence: the last data token."""
         return RecurrentState()
@@ -204,14 +246,11 @@ class ChannelMix(FeedForward):
         return self.dropout(gate * self.value(hidden))
 
 
-FEED_FORWARDS: dict[str, Callable[[TokenformerConfig, int], nn.Module]] = {
-    "pattention": PattentionFeedForward,
-    "mlp": MLP,
-    "glu": GLU,
-    "channel_mix": ChannelMix,
-}
+def _with_dropout(cost: Cost, dropout: nn.Dropout) -> Cost:
+    """Cost with dropout behind it, whose backward pass needs its input."""
+    return replace(cost, spared=0) if dropout.p > 0 else cost
 
 
 def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
-    """The feed-forward that ``config.feed_forward`` names, (B, T, D) -> (B, T, D), for the block with this number."""
-    return FEED_FORWARDS[config.feed_forward](config, layer)
+    """The feed-forward of the block with this number, (B, T, D) -> (B, T, D)."""
+    return FEED_FORWARDS[config.parts_of(layer)[1]](config, layer)

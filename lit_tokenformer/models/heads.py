@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.config import TokenformerConfig
-from lit_tokenformer.models.feed_forward import ACTIVATIONS
 from lit_tokenformer.models.norms import make_norm
-from lit_tokenformer.models.projections import INITS
+from lit_tokenformer.models.part_cost import Cost, count_parameters, part_cost
+from lit_tokenformer.registry import ACTIVATIONS, HEADS, INITS
 
 
 class ImageHead(nn.Module):
@@ -36,10 +34,16 @@ class ImageHead(nn.Module):
             raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
         self.global_pool = global_pool
         self.num_prefix_tokens = num_prefix_tokens
+        self.dim = dim
         self.fc = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
         if isinstance(self.fc, nn.Linear):
             nn.init.trunc_normal_(self.fc.weight, std=0.02)
             nn.init.zeros_(self.fc.bias)
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each sample."""
+        fc = part_cost(self.fc, length)
+        return Cost(fc.parameters, fc.flops, length * self.dim)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + T, D) -> (B, C), or the pooled features (B, D) with ``pre_logits``."""
@@ -61,8 +65,13 @@ class LanguageHead(nn.Module):
     def __init__(self, config: TokenformerConfig, embedding: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if embedding is None else embedding
+        self.shared = embedding is not None
         if embedding is None:
             INITS[config.init].head(self.weight)
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each sample."""
+        return _logits_cost(self, length)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, V), or what was given with ``pre_logits``."""
@@ -87,9 +96,15 @@ class MaskedLanguageHead(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.norm = make_norm(config)
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if embedding is None else embedding
+        self.shared = embedding is not None
         if embedding is None:
             INITS[config.init].head(self.weight)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each sample, if the logits of all data tokens are computed."""
+        dense, dim = part_cost(self.dense, length).flops, self.dense.in_features
+        return _logits_cost(self, length) + Cost(0, dense * length, 2 * length * dim)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(..., D) -> (..., V), or what the logits are made from, (..., D), with ``pre_logits``."""
@@ -97,27 +112,29 @@ class MaskedLanguageHead(nn.Module):
         return x if pre_logits else F.linear(x, self.weight, self.bias)
 
 
+@HEADS.register("image", stem=("patch",))
 def _image(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
     return ImageHead(config.dim, config.num_classes, config.global_pool, config.num_prefix_tokens)
 
 
+@HEADS.register("language", stem=("token",))
 def _language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
     return LanguageHead(config, _shared(config, stem))
 
 
+@HEADS.register("masked_language", stem=("token",), positions=("learned", "rotary", "alibi"), causal=(False,))
 def _masked_language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
     return MaskedLanguageHead(config, _shared(config, stem))
 
 
+def _logits_cost(head: LanguageHead | MaskedLanguageHead, length: int) -> Cost:
+    """Parameters, of which shared weights are the stem's, and the product that gives the logits."""
+    (vocabulary, dim), shared = head.weight.shape, head.weight.numel() if head.shared else 0
+    return Cost(count_parameters(head) - shared, 2 * vocabulary * dim * length, length * dim)
+
+
 def _shared(config: TokenformerConfig, stem: nn.Module) -> nn.Parameter | None:
     return stem.embedding.weight if config.tie_embeddings else None  # type: ignore
-
-
-HEADS: dict[str, Callable[[TokenformerConfig, nn.Module], nn.Module]] = {
-    "image": _image,
-    "language": _language,
-    "masked_language": _masked_language,
-}
 
 
 def make_head(config: TokenformerConfig, stem: nn.Module) -> nn.Module:

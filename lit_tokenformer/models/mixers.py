@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.axes import OWN, Axis, AxisTensor, follow_sizes, input_units, output_units
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.part_cost import Cost, part_cost, same_input_cost
 from lit_tokenformer.models.positions import Rotary, turn
 from lit_tokenformer.models.projections import make_projection
 from lit_tokenformer.models.wkv import WKVState, wkv
+from lit_tokenformer.registry import MIXERS, POSITIONS
 
 
 class Packing(NamedTuple):
@@ -53,6 +56,7 @@ class Context(NamedTuple):
         start: Data tokens of the sequence that were computed before, S - T.
         present: Which data tokens are part of the sequence, (B, T, 1) bool; ``None`` for all.
         packing: How the data tokens of the batch are packed; ``None`` where they are (B, T).
+        aux_losses: Auxiliary losses by name, () each, to which parts add theirs; ``None`` where none are collected.
     """
 
     rotary: Rotary | None = None
@@ -61,6 +65,17 @@ class Context(NamedTuple):
     start: int = 0
     present: Tensor | None = None
     packing: Packing | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+    def add_loss(self, name: str, loss: Tensor) -> None:
+        """Add an auxiliary loss to the training loss; losses of one name are summed over the blocks.
+
+        Args:
+            name: Its name in the logs, ``train/aux/NAME``; the part declares it in its attribute ``aux_losses``.
+            loss: The loss with its weight, ().
+        """
+        if self.aux_losses is not None:
+            self.aux_losses[name] = self.aux_losses[name] + loss if name in self.aux_losses else loss
 
     def alone(self, number: int, length: int) -> Context:
         """What it is for the sequence with this number by itself, with ``length`` data tokens and no padding."""
@@ -95,7 +110,35 @@ class KeyValueCache:
         return self.key[:, :, :end], self.value[:, :, :end]
 
 
-class Attention(nn.Module):
+class Mixer(nn.Module):
+    """Interaction between data tokens, (B, T, D) -> (B, T, D).
+
+    A mixer is made by ``(config, layer)``, the architecture and the number of its block. It declares the layer without
+    which it adds nothing to the residual stream, ``output_layer``, and its ``cost``.
+
+    Attributes:
+        uses_mask: Whether data tokens meet nowhere but where ``Context.mask`` and ``Context.causal`` let them.
+        aux_losses: Names of the auxiliary losses that it adds in training, by :meth:`Context.add_loss`.
+    """
+
+    uses_mask = False
+    aux_losses: tuple[str, ...] = ()
+
+    def new_state(self, length: int) -> Any:
+        """Decoding state for a sequence of at most ``length`` data tokens.
+
+        Raises:
+            UserError: If the mixer does not define one.
+        """
+        raise UserError(f"mixer: {type(self).__name__} has no decoding state, so the model cannot generate")
+
+    def forward(self, x: Tensor, context: Context = Context(), state: Any = None) -> Tensor:  # noqa: B008
+        """(B, T, D) -> (B, T, D)."""
+        raise NotImplementedError
+
+
+@MIXERS.register("attention")
+class Attention(Mixer):
     """Multi-head softmax attention with separate query, key, value and output projections.
 
     Source: arXiv 2410.23168, eq. 6-8; the scale is 1/sqrt(d).
@@ -105,6 +148,8 @@ class Attention(nn.Module):
         layer: Number of the block it stands in; all are alike.
     """
 
+    uses_mask = True
+
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
         super().__init__()
         dim, inner = config.dim, config.num_heads * config.head_width
@@ -113,9 +158,10 @@ class Attention(nn.Module):
         self.key = make_projection(config, "qkv", dim, inner)
         self.value = make_projection(config, "qkv", dim, inner)
         self.proj = make_projection(config, "proj", inner, dim, residual=True)
+        self._dim, self._inner = dim, inner
         self.attn_dropout = config.attn_dropout
         self.dropout = nn.Dropout(config.dropout)
-        self._has_slopes = config.positions == "alibi"
+        self._has_slopes = POSITIONS[config.positions].bias is not None
         if self._has_slopes:  # part of the state dict once heads have grown
             self.register_buffer("slope_of_head", torch.arange(config.num_heads), persistent=False)
         follow_sizes(self)
@@ -131,6 +177,11 @@ class Attention(nn.Module):
     def output_layer(self) -> nn.Module:
         """Layer that writes to the residual stream."""
         return self.proj
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; queries, keys, values and what they give are kept."""
+        into = same_input_cost(self._dim, length, self.query, self.key, self.value)
+        return into + Cost(0, 4 * length * self._inner, 4 * self._inner) + part_cost(self.proj, length)
 
     def new_state(self, length: int) -> KeyValueCache:
         """What it remembers of a sequence: all keys and values."""
@@ -154,7 +205,7 @@ class Attention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: KeyValueCache | None = None
     ) -> Tensor:
-        """Queries, keys and values (B, T, D) -> mixed values (B, T, D)."""
+        """Queries, keys and values (B, T, H d) -> mixed values (B, T, H d)."""
         split = (*query.shape[:2], -1, self.head_dim)
         query = query.view(split).transpose(1, 2)  # (B, H, T, d)
         key = key.view(split).transpose(1, 2)  # (B, H, T, d)
@@ -169,7 +220,7 @@ class Attention(nn.Module):
             context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(query.dtype)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal)  # (B, H, T, d)
-        return mixed.transpose(1, 2).flatten(2)  # (B, T, D)
+        return mixed.transpose(1, 2).flatten(2)  # (B, T, H d)
 
 
 class RecurrentState:
@@ -207,10 +258,12 @@ def mixed(x: Tensor, shifted: Tensor, share: Tensor) -> Tensor:
 
 def layer_ratios(config: TokenformerConfig, layer: int) -> tuple[float, float, Tensor]:
     """How deep a block stands, from 0 to 1 and from 1 to almost 0; each channel's place, (D,) from 0 to almost 1."""
+    layer = min(layer, config.depth - 1)  # of a model that has grown in depth
     return layer / max(config.depth - 1, 1), 1 - layer / config.depth, torch.arange(config.dim) / config.dim
 
 
-class TimeMix(nn.Module):
+@MIXERS.register("wkv", stem=("token",), positions=("none",), causal=(True,), unpad=(False,))
+class TimeMix(Mixer):
     """RWKV-4's time mix: a gated average of all values so far, whose weights decay with the distance.
 
     Source: arXiv 2305.13048, eq. 11-17; born as in the official code (RWKV-v4neo). All that is exponential is computed
@@ -243,6 +296,12 @@ class TimeMix(nn.Module):
         """Layer that writes to the residual stream."""
         return self.proj
 
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; two more inputs, key, value, two sums, the gate twice, and its product are kept."""
+        dim = len(self.mix_key)
+        into = same_input_cost(dim, length, self.key, self.value, self.receptance)
+        return into + Cost(5 * dim, 0, 9 * dim) + part_cost(self.proj, length)
+
     def new_state(self, length: int) -> RecurrentState:
         """What it remembers of a sequence, however long."""
         return RecurrentState()
@@ -265,9 +324,6 @@ class TimeMix(nn.Module):
         return self.dropout(self.proj(gate * averaged))
 
 
-MIXERS = {"attention": Attention, "wkv": TimeMix}
-
-
 def make_mixer(config: TokenformerConfig, layer: int) -> nn.Module:
-    """The mixer that ``config.mixer`` names, (B, T, D) -> (B, T, D), for the block with this number."""
-    return MIXERS[config.mixer](config, layer)
+    """The mixer of the block with this number, (B, T, D) -> (B, T, D)."""
+    return MIXERS[config.parts_of(layer)[0]](config, layer)

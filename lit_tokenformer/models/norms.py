@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.registry import NORMS
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
@@ -27,6 +28,17 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
             return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
+@NORMS.register("layer_norm")
+def _layer_norm(config: TokenformerConfig, affine: bool) -> nn.Module:
+    kind = LowPrecisionLayerNorm if config.low_precision_norm else nn.LayerNorm
+    return kind(config.dim, eps=config.norm_eps, elementwise_affine=affine)
+
+
+@NORMS.register("rms_norm", low_precision_norm=(False,))
+def _rms_norm(config: TokenformerConfig, affine: bool) -> nn.Module:
+    return nn.RMSNorm(config.dim, eps=config.norm_eps, elementwise_affine=affine)
+
+
 def make_norm(config: TokenformerConfig, affine: bool = True) -> nn.Module:
     """The norm that ``config.norm`` names, (..., D) -> (..., D).
 
@@ -34,6 +46,4 @@ def make_norm(config: TokenformerConfig, affine: bool = True) -> nn.Module:
         config: The architecture.
         affine: Whether it has a weight, and a layer norm a bias.
     """
-    layer_norm = LowPrecisionLayerNorm if config.low_precision_norm else nn.LayerNorm
-    norms = {"layer_norm": layer_norm, "rms_norm": nn.RMSNorm}
-    return norms[config.norm](config.dim, eps=config.norm_eps, elementwise_affine=affine)
+    return NORMS[config.norm](config, affine)

@@ -23,7 +23,9 @@ from torch.distributed.tensor import DTensor
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.axes import IN, OUT, OWN, Axis, AxisTensor, follow_sizes
 from lit_tokenformer.models.config import KINDS, OTHER
+from lit_tokenformer.models.part_cost import Cost, count_parameters
 from lit_tokenformer.models.pattention_kernels import l2_gelu, l2_scale
+from lit_tokenformer.registry import SCORE_NORMS
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -64,12 +66,10 @@ def _gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
     return activation(scores)
 
 
-SCORE_NORMS = {
-    "l2_gelu": ScoreNorm(_l2_gelu, zero_keys_exact=True, whole=l2_gelu),
-    "gelu_l2": ScoreNorm(_gelu_l2, zero_keys_exact=True),
-    "softmax": ScoreNorm(_softmax, zero_keys_exact=False),  # exp(0) = 1: a zero key takes weight from the others
-    "gelu": ScoreNorm(_gelu, zero_keys_exact=True),
-}
+SCORE_NORMS.register("l2_gelu")(ScoreNorm(_l2_gelu, zero_keys_exact=True, whole=l2_gelu))
+SCORE_NORMS.register("gelu_l2")(ScoreNorm(_gelu_l2, zero_keys_exact=True))
+SCORE_NORMS.register("softmax")(ScoreNorm(_softmax, zero_keys_exact=False))  # exp(0) = 1: a zero key takes weight
+SCORE_NORMS.register("gelu")(ScoreNorm(_gelu, zero_keys_exact=True))
 
 
 def series_activation(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation = F.gelu) -> Tensor:
@@ -236,6 +236,14 @@ class Pattention(nn.Module):
     def input_units(self, name: str) -> list[AxisTensor]:
         """What has an index for each input: the columns of the keys."""
         return [AxisTensor(f"{name}.key_tokens", 1, OUT, self.key_std)]
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each data token; a backward pass by hand computes the last product again."""
+        total, (dim_in, dim_out) = self.num_tokens, (self.key_tokens.shape[1], self.value_tokens.shape[1])
+        by_hand = SCORE_NORMS[self.score_norm].whole is not None and self.series == 1
+        kept = total + 1 if by_hand else (2 + self.series) * total  # scores, normalized scores, weights
+        spared = 0 if by_hand else 2 * total * dim_out
+        return Cost(count_parameters(self), 2 * total * (dim_in + dim_out), dim_in + kept, spared)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed: those of a series."""

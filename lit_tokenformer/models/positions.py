@@ -8,14 +8,33 @@ arXiv 2108.12409, section 3, and its symmetric form for models that look both wa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.registry import POSITIONS
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each (T, r / 2) or (B, 1, T, r / 2), of the angles by which r dimensions of a head are turned."""
+
+
+class Positions(NamedTuple):
+    """Where the order of the data tokens enters a model.
+
+    Args:
+        learned: Whether the stem adds a trainable vector to each data token.
+        limited: Whether no sequence can be longer than the model's length.
+        rotary: Angles of queries and keys, ``(config, positions, dtype) -> Rotary``.
+        bias: Sum with the scores, ``(num_heads, start, length, like) -> (1, H, T, S)``.
+    """
+
+    learned: bool = False
+    limited: bool = False
+    rotary: Callable[[TokenformerConfig, Tensor, torch.dtype], Rotary] | None = None
+    bias: Callable[[int, int, int, Tensor], Tensor] | None = None
 
 
 def token_positions(start: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
@@ -76,3 +95,9 @@ def turn(x: Tensor, rotary: Rotary) -> Tensor:
     left, right, kept = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = left * cos - right * sin, right * cos + left * sin
     return torch.cat([turned[0].to(x.dtype), turned[1].to(x.dtype), kept], dim=-1)
+
+
+POSITIONS.register("learned")(Positions(learned=True, limited=True))
+POSITIONS.register("rotary")(Positions(limited=True, rotary=rotary_angles))
+POSITIONS.register("alibi")(Positions(bias=alibi_bias))
+POSITIONS.register("none")(Positions())

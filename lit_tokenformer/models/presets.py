@@ -11,7 +11,8 @@ The challengers: ``transformer`` is TokenFormer's twin with linear projections; 
 2305.13048), PanGu-pi (arXiv 2312.17276; the width of its feed-forward is not published and is LLaMA's, 8/3). Segment
 embeddings of the BERTs and RoBERTa's two positions for padding are left out. Each family has a ``tiny`` and a ``small``
 row of the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``; ``tokenformer_mlm`` is TokenFormer for masked
-language modelling.
+language modelling. ``hybrid`` has attention in every third block of RWKV-4, without positions, which the recurrence
+stands for (as in Jamba, arXiv 2403.19887, section 6.6), and six blocks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Optional, get_type_hints
 from lit_tokenformer.errors import unknown_name
 from lit_tokenformer.models.backbone import Tokenformer
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.registry import PRESETS
 
 _TINY = {"dim": 192, "depth": 12, "num_heads": 3}
 _SMALL = {"dim": 384, "depth": 12, "num_heads": 6}
@@ -78,6 +80,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "attn_dropout": 0.1,
     },
 }
+_HYBRID = {**_FAMILIES["rwkv4"], "layers": ("wkv", "wkv", "attention+mlp")}
 _FAMILIES["roberta"] = {**_FAMILIES["bert"], "norm_eps": 1e-5}
 _FAMILIES["mosaic_bert"] = {
     **_FAMILIES["bert"],
@@ -94,7 +97,7 @@ _PILE = {**_LM, "context_length": 2048}
 _OWT = {**_LM, **_BASE}
 _OWT2 = {**_LM, **_LARGE}
 
-PRESETS: dict[str, dict[str, Any]] = {
+_ROWS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_tiny_patch16_224": {**_TINY, "param_tokens": 192},
     "tokenformer_vit_small_patch16_224": {**_SMALL, "param_tokens": 384},
     "tokenformer_vit_base_matched_patch16_224": {**_BASE, "param_tokens": 576},
@@ -102,6 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenformer_vit_large_matched_patch16_224": {**_LARGE, "param_tokens": 768},
     "tokenformer_vit_large_patch16_224": {**_LARGE, "param_tokens": 1024},
     **{f"{family}_{size}": {**_FAMILIES[family], **_SIZES[size]} for family in _FAMILIES for size in _SIZES},
+    "hybrid_tiny": {**_HYBRID, **_SIZES["tiny"], "depth": 6},
+    "hybrid_small": {**_HYBRID, **_SIZES["small"], "depth": 6},
     "tokenformer_150m": {**_PILE, **_BASE, "param_tokens": 768},
     "tokenformer_450m": {**_PILE, **_LARGE, "param_tokens": 1024},
     "tokenformer_900m": {**_PILE, "dim": 1280, "depth": 32, "num_heads": 16, "param_tokens": 1280},
@@ -130,6 +135,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_large_patch16_224": {**_LARGE, **_VIT},
 }
 
+for _name, _row in _ROWS.items():
+    PRESETS.register(_name)(_row)
+
 if TYPE_CHECKING:
     BackboneOverrides = TokenformerConfig
 else:  # the fields of the config, each optional, so that every one is an option of the command line
@@ -149,7 +157,7 @@ def list_presets() -> list[str]:
         >>> "tokenformer_vit_small_patch16_224" in list_presets()
         True
     """
-    return sorted(PRESETS)
+    return PRESETS.names()
 
 
 def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
@@ -162,14 +170,13 @@ def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
     Raises:
         ValueError: For an unknown preset or field (the nearest right one is named), or fields that do not fit.
     """
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    preset = PRESETS[name]
     known = [field.name for field in dataclasses.fields(TokenformerConfig)]
     for key in overrides:
         if key not in known:
             raise unknown_name("overrides", key, known)
     given = {key: value for key, value in overrides.items() if value is not None}
-    return TokenformerConfig(**{**PRESETS[name], **given})
+    return TokenformerConfig(**{**preset, **given})
 
 
 def create_backbone(name: str, **overrides: Any) -> Tokenformer:

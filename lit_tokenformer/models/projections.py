@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.pattention import Pattention
+from lit_tokenformer.registry import INITS, PROJECTIONS
 
 
 class Init(NamedTuple):
@@ -53,20 +54,23 @@ def _normal_of(std: Callable[[TokenformerConfig, bool, int], float]) -> Init:
     return Init(projection, _normal, _normal, std)
 
 
-INITS = {
-    "trunc_normal": Init(lambda weight, config, residual: nn.init.trunc_normal_(weight, std=0.02), _normal, _normal),
-    "normal": Init(lambda weight, config, residual: _normal(weight), _normal, _normal),
-    "gpt2": _normal_of(_gpt2_std),  # Radford et al. 2019, section 2.3
-    "neox": _normal_of(_neox_std),  # arXiv 2204.06745, section 2.1
-    "rwkv": Init(  # the official code's; its norm makes an embedding so small one of unit size
+INITS.register("trunc_normal")(
+    Init(lambda weight, config, residual: nn.init.trunc_normal_(weight, std=0.02), _normal, _normal)
+)
+INITS.register("normal")(Init(lambda weight, config, residual: _normal(weight), _normal, _normal))
+INITS.register("gpt2")(_normal_of(_gpt2_std))  # Radford et al. 2019, section 2.3
+INITS.register("neox")(_normal_of(_neox_std))  # arXiv 2204.06745, section 2.1
+INITS.register("rwkv")(  # the official code's; its norm makes an embedding so small one of unit size
+    Init(
         lambda weight, config, residual: _orthogonal(weight),
         lambda weight: nn.init.uniform_(weight, -1e-4, 1e-4),
         lambda weight: _orthogonal(weight, 0.5),
         lambda config, residual, inputs: inputs**-0.5,
-    ),
-}
+    )
+)
 
 
+@PROJECTIONS.register("linear")
 def _linear(
     config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
 ) -> nn.Module:
@@ -81,6 +85,7 @@ def _linear(
     return layer
 
 
+@PROJECTIONS.register("pattention")
 def _pattention(
     config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
 ) -> nn.Module:
@@ -101,9 +106,6 @@ def _pattention(
 def pattention_value_std(config: TokenformerConfig) -> float:
     """Standard deviation of values at birth: the published "wang_init"."""
     return 2 / (config.depth * math.sqrt(config.dim))
-
-
-PROJECTIONS = {"linear": _linear, "pattention": _pattention}
 
 
 def make_projection(
@@ -127,4 +129,6 @@ def make_projection(
         zero: Whether its output is zero at birth.
     """
     wanted = config.bias if bias is None else bias
-    return PROJECTIONS[config.projection](config, kind, dim_in, dim_out, residual, wanted, zero)
+    layer = PROJECTIONS[config.projection](config, kind, dim_in, dim_out, residual, wanted, zero)
+    layer.kind = kind
+    return layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.norms import make_norm
+from lit_tokenformer.models.part_cost import Cost, count_parameters
 from lit_tokenformer.models.positions import token_positions
-from lit_tokenformer.models.projections import INITS
+from lit_tokenformer.registry import INITS, POSITIONS, STEMS
 
 
+@STEMS.register("patch", positions=("learned",))
 class PatchStem(nn.Module):
     """Patches, a class token and learned positions, which are resampled for an image of another size.
 
@@ -38,6 +39,17 @@ class PatchStem(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grid_size = self.patch_embed.grid_size
         self.reset_parameters()
+
+    @staticmethod
+    def num_positions(config: TokenformerConfig) -> int:
+        """Length of the sequence, T, for an image of the config's size."""
+        return (config.image_size // config.patch_size) ** 2 + config.num_prefix_tokens
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each sample; patches are left out after the stem."""
+        positions, dim = self.pos_embed.shape[1:]
+        patches, pixels = positions - self.num_prefix_tokens, self.patch_embed.proj.weight[0].numel()
+        return Cost(count_parameters(self), 2 * patches * pixels * dim, positions * dim)
 
     def reset_parameters(self) -> None:
         """Draws positions, class token and patch projection anew (truncated normal, as in timm's ViT)."""
@@ -76,6 +88,7 @@ class PatchStem(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@STEMS.register("token", patch_drop_rate=(0,))
 class TokenStem(nn.Module):
     """An embedding of token ids; with learned positions, a norm and dropout where the config has them.
 
@@ -91,13 +104,22 @@ class TokenStem(nn.Module):
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        learned = config.positions == "learned"
+        learned = POSITIONS[config.positions].learned
         positions = nn.Parameter(torch.empty(config.context_length, config.dim)) if learned else None
         self.register_parameter("positions", positions)
         self.norm = make_norm(config) if config.stem_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self._init = INITS[config.init].embedding
         self.reset_parameters()
+
+    @staticmethod
+    def num_positions(config: TokenformerConfig) -> int:
+        """Length of the sequence, T: the config's context."""
+        return config.context_length
+
+    def cost(self, length: int) -> Cost:
+        """Cost for each sample; an embedding is a look-up."""
+        return Cost(count_parameters(self), 0, length * self.embedding.embedding_dim)
 
     def reset_parameters(self) -> None:
         """Draws the embedding anew."""
@@ -133,9 +155,6 @@ class TokenStem(nn.Module):
             places = token_positions(start, length, padding, tokens.device)
             x = x + self.positions[places.clamp_max(len(self.positions) - 1)]
         return self.dropout(self.norm(x))
-
-
-STEMS: dict[str, Callable[[TokenformerConfig], nn.Module]] = {"patch": PatchStem, "token": TokenStem}
 
 
 def make_stem(config: TokenformerConfig) -> nn.Module:

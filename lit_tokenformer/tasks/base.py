@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_tokenformer.cost import ModelCost, match_tokens, model_cost
-from lit_tokenformer.distributed.checkpoint import check_has_optimizers, load_into, save_folder
-from lit_tokenformer.distributed.sharding import clip_gradients, divide
+from lit_tokenformer.distributed.checkpoint import check_has_optimizers
+from lit_tokenformer.distributed.sharding import clip_gradients, shard
+from lit_tokenformer.distributed.strategy import make_growing
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
@@ -56,6 +56,8 @@ class LitTask(OptimizedTask):
     """Whether parameters get the multiples of the learning rate that their architecture declares."""
     scores: tuple[str, ...] = ("loss",)
     """Names of the scores of an evaluation."""
+    required_fields: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the architecture, ``head`` among them, that make a preset with another head one of this task."""
 
     def __init__(
         self,
@@ -166,8 +168,16 @@ class LitTask(OptimizedTask):
         """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
         raise NotImplementedError  # each task knows its batch
 
+    def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Training loss with the auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
+        loss, count = self.training_loss(batch)
+        for name, extra in self.backbone.take_aux_losses().items():
+            self.log(f"train/aux/{name}", extra.detach())
+            loss = loss + extra
+        return loss, count
+
     def configure_model(self) -> None:
-        """Under Lightning's ``ModelParallelStrategy``, divides the model among the processes, block by block."""
+        """Shard the model, block by block, under ``fsdp2`` or a plain ``ModelParallelStrategy``."""
         if self.device_mesh is None:
             return
         averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
@@ -182,21 +192,8 @@ class LitTask(OptimizedTask):
                     f"model.overrides.depth: expected {len(model.blocks)}, the blocks of the initial weights, got "
                     f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
                 )
-        divide(self, self.device_mesh, COMPUTING_METHODS)
-        strategy: Any = self.trainer.strategy
-        save = partial(type(strategy).save_checkpoint, strategy)
-
-        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            if strategy._save_distributed_checkpoint:
-                save_folder(strategy, save, checkpoint, filepath)
-            else:
-                save(checkpoint, filepath, storage_options)
-
-        def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            path = strategy.broadcast(checkpoint_path)
-            return load_into(self, strategy.optimizers, path, self._take_trained_weights, self._check_architecture)
-
-        strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+        shard(self, self.device_mesh, COMPUTING_METHODS)
+        make_growing(self.trainer.strategy)  # type: ignore[arg-type]
 
     def configure_gradient_clipping(
         self,
@@ -219,6 +216,12 @@ class LitTask(OptimizedTask):
         stage, _, score = name.partition("/")
         return name if self._within is None else f"{stage}/{self._within[1]}/{score}"
 
+    @property
+    def task_data(self) -> Any:
+        """The trainer's data module; of a part of another task, the part of it with the same name."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if self._within is None else getattr(data, self._within[1], data)
+
     def log(self, name: str, value: Any, **settings: Any) -> None:  # type: ignore[override]
         """Lightning's ``log``; the task that this one is a part of does it, if there is one."""
         if self._within is None:
@@ -228,7 +231,9 @@ class LitTask(OptimizedTask):
 
     def logged_metrics(self) -> set[str]:
         """Names of the training and validation metrics that a callback can monitor."""
-        return {self.metric(name) for name in ("train/loss", *(f"val/{score}" for score in self.scores))}
+        model = self.backbones.get("")
+        own = [f"train/aux/{name}" for name in model.loss_names] if model is not None else []
+        return {self.metric(name) for name in ("train/loss", *own, *(f"val/{score}" for score in self.scores))}
 
     def log_scores(self, stage: str) -> None:
         """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.
@@ -333,7 +338,7 @@ class LitTask(OptimizedTask):
             saved = checkpoint.get("fit_settings")
             self._resumed = saved if isinstance(saved, dict) else {}
         self.load_extras(checkpoint)
-        self._take_trained_weights(checkpoint)
+        self.take_trained_weights(checkpoint)
         for model in (module for module in self.modules() if isinstance(module, Tokenformer)):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
@@ -347,14 +352,20 @@ class LitTask(OptimizedTask):
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
         if "state_dict" in checkpoint:  # else they were loaded already
-            self._check_architecture(checkpoint["state_dict"])
+            self.check_weights(checkpoint["state_dict"])
 
-    def _take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
+    def take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Replace the moving average in a checkpoint by the trained weights, where this fit has no average."""
         if "current_model_state" in checkpoint and self._trains_without_average():
             # the optimizer's state belongs to the weights that were trained, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
-    def _check_architecture(self, state_dict: Mapping[str, Any]) -> None:
+    def check_weights(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse the weights of another architecture; only names and shapes are read.
+
+        Raises:
+            UserError: For the first tensor that does not fit.
+        """
         for problem in state_dict_problems(self, state_dict):
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {problem}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
@@ -21,6 +23,7 @@ def published_adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
+@TASKS.register("LitCausalLM")
 class LitCausalLM(LitLanguageTask):
     """Trains a backbone to predict the next token.
 
@@ -62,6 +65,12 @@ class LitCausalLM(LitLanguageTask):
     """
 
     scores = ("loss", "perplexity", "bits_per_byte")
+    required_fields: ClassVar[Mapping[str, Any]] = {
+        "stem": "token",
+        "head": "language",
+        "positions": "rotary",
+        "causal": True,
+    }
 
     def __init__(
         self,
@@ -123,7 +132,7 @@ class LitCausalLM(LitLanguageTask):
     def log_scores(self, stage: str) -> None:
         loss = self.trainer.callback_metrics[self.metric(f"{stage}/loss")]
         scores = {f"{stage}/perplexity": loss.exp()}
-        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        bytes_per_token = getattr(self.task_data, "bytes_per_token", None)
         if bytes_per_token is not None:
             scores[f"{stage}/bits_per_byte"] = loss / (math.log(2) * bytes_per_token(stage))
         self.log_dict(scores, prog_bar=True, sync_dist=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 
+@TASKS.register("LitImageClassifier")
 class LitImageClassifier(LitTask):
     """Trains a backbone to classify images.
 
@@ -49,6 +53,12 @@ class LitImageClassifier(LitTask):
     """
 
     scores = ("loss", "acc1", "acc5")
+    required_fields: ClassVar[Mapping[str, Any]] = {
+        "stem": "patch",
+        "head": "image",
+        "positions": "learned",
+        "causal": False,
+    }
 
     def __init__(
         self,
@@ -85,7 +95,7 @@ class LitImageClassifier(LitTask):
         return self.backbone(batch[0])
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = self.task_data
         sizes = {name: getattr(self.backbone.config, name) for name in ("image_size", "in_chans")}
         for name, own in {"num_classes": self.backbone.num_classes, **sizes}.items():
             theirs = getattr(data, name, own)

@@ -74,11 +74,11 @@ def initialize_from(
         if numbers and numbers == {str(number) for number in range(len(numbers))}:
             model.set_depth(len(numbers))
     own = module.state_dict()
-    vocabularies = _vocabularies(checkpoint, datamodule, path)
     notes = [note for prefix, model in backbones for note in _resample_positions(prefix, model, own, weights, path)]
     notes += [
         note
         for prefix, model in backbones
+        for vocabularies in [_vocabularies(*_of_task(prefix, checkpoint, datamodule), path)]
         for note in _map_vocabulary(prefix, model, own, weights, vocabularies, resize_vocab, path)
     ]
 
@@ -99,10 +99,10 @@ def initialize_from(
         module.load_state_dict(loaded)
     except RuntimeError as error:  # rows of keys and values that differ in number, say
         raise UserError(f"init_from: {path} is damaged: {' '.join(str(error).split())}") from None
-    if getattr(datamodule, "tokenizer", None) is None and not resize_vocab:
-        for task in module.modules():
-            if isinstance(task, LitLanguageTask):
-                task.tokenizer_json = checkpoint.get("tokenizer")
+    for prefix, task in module.named_modules():
+        saved, data = _of_task(prefix, checkpoint, datamodule)
+        if isinstance(task, LitLanguageTask) and getattr(data, "tokenizer", None) is None and not resize_vocab:
+            task.tokenizer_json = saved.get("tokenizer")
     sizes = [f"{name} {total}" for name, total in model_size(module).items()]
     parts = {"sizes": sizes, "changed": changed, "adapted": notes, "newly initialized": new, "unused": unused}
     summary = "".join(f"; {title}: {', '.join(names)}" for title, names in parts.items() if names)
@@ -174,6 +174,12 @@ def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:
         return ""
     several = ", which `lit-tokenformer split` takes apart" if task == "LitMultiTask" else ""
     return f" (it is of a {task!r}{several}, the model is a {type(module).__name__})"
+
+
+def _of_task(name: str, checkpoint: Mapping[str, Any], datamodule: Any) -> tuple[Mapping[str, Any], Any]:
+    """What checkpoint and data have of the task to which a module belongs; all, where there is only one."""
+    task = name.partition(".")[0]
+    return checkpoint.get("extras", {}).get(task, checkpoint), getattr(datamodule, "parts", {}).get(task, datamodule)
 
 
 def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) -> tuple[str, str] | None:

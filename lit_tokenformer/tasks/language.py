@@ -24,8 +24,15 @@ class LitLanguageTask(LitTask):
     masked = False
     """Whether its batches hold masked tokens."""
 
+    @property
+    def tokenizer_file(self) -> str:
+        """Name of the tokenizer's file beside the checkpoints; with the task's name where several tasks have one."""
+        whole = self._within[0] if self._within is not None else self
+        several = sum(isinstance(task, LitLanguageTask) for task in whole.modules()) > 1
+        return f"{self._within[1]}.{TOKENIZER_FILE}" if several and self._within is not None else TOKENIZER_FILE
+
     def setup(self, stage: str) -> None:
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self.task_data
         if getattr(data, "masked", self.masked) != self.masked:
             wanted = "MaskedTextDataModule" if self.masked else "TextDataModule"
             raise UserError(f"data: {type(self).__name__} needs {wanted}, got {type(data).__name__}")
@@ -48,7 +55,7 @@ class LitLanguageTask(LitTask):
         if saved is not None and present is not None and json.loads(saved) != json.loads(present):
             raise UserError(
                 "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
-                f"set it to the {TOKENIZER_FILE} beside the checkpoint"
+                f"set it to the {self.tokenizer_file} beside the checkpoint"
             )
         self.tokenizer_json = saved
 
@@ -60,8 +67,8 @@ class LitLanguageTask(LitTask):
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
             if folder is not None:
-                write_new(str(folder), TOKENIZER_FILE, text)
+                write_new(str(folder), self.tokenizer_file, text)
 
     def _tokenizer_of_data(self) -> str | None:
-        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = getattr(self.task_data, "tokenizer", None)
         return self.tokenizer_json if tokenizer is None else tokenizer.to_json()

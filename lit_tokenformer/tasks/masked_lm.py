@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
+from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
 from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
@@ -25,6 +27,7 @@ def mosaic_adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.02)
 
 
+@TASKS.register("LitMaskedLM")
 class LitMaskedLM(LitLanguageTask):
     """Trains a backbone to tell the tokens that were masked (BERT, arXiv 1810.04805, section 3.1).
 
@@ -63,6 +66,12 @@ class LitMaskedLM(LitLanguageTask):
     masked = True
     dynamic_shapes = None  # the number of masked tokens is another one in each batch
     scores = ("loss", "perplexity", "accuracy")
+    required_fields: ClassVar[Mapping[str, Any]] = {
+        "stem": "token",
+        "head": "masked_language",
+        "positions": "rotary",
+        "causal": False,
+    }
 
     def __init__(
         self,

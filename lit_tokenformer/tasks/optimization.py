@@ -116,8 +116,12 @@ class OptimizedTask(pl.LightningModule):
         """Mean loss of a training batch, (), which is logged, and the number of items that it is the mean of."""
         raise NotImplementedError  # each task knows its batch
 
+    def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Training loss of a batch with all that is added to it, (), and its number of items."""
+        return self.training_loss(batch)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, count = self.training_loss(batch)
+        loss, count = self.total_loss(batch)
         share = self.share_of_step(count, batch_idx, loss)
         return loss if share is None else loss * share
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning
@@ -13,7 +13,8 @@ import torch
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.checkpoints.trust import MADE, check_class_paths, trusted_optimizer
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import TASKS
 
 
 def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -51,17 +52,17 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
         device: Where the weights are put; ``meta`` gives their shapes only.
 
     Raises:
-        ValueError: If the task is not one of ours, or the weights do not fit it.
+        ValueError: If the task is not registered, or the weights do not fit it.
     """
-    known = {name: getattr(tasks, name) for name in tasks.__all__ if name.startswith("Lit") and name != "LitTask"}
-    name = checkpoint.get("task")
-    if name not in known:
-        raise unknown_name("ckpt_path: task", name, known)
+    name: Any = checkpoint.get("task")
+    kind: Any = TASKS[name]
     arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
     made = {key: arguments[key] for key in MADE if arguments.get(key) is not None}
     given = {key: value for key, value in arguments.items() if key not in MADE}
+    if given.get("_class_path") == f"{kind.__module__}.{kind.__qualname__}":
+        del given["_class_path"]  # of a plugin, which the user has imported
     check_class_paths(given, path)
-    given = {key: given[key] for key in inspect.signature(known[name]).parameters if key in given}
+    given = {key: given[key] for key in _parameters(kind) if key in given}
     if "optimizer" in made:
         given["optimizer"] = trusted_optimizer(made["optimizer"], path)
     place = "meta" if device == "meta" else "cpu"
@@ -70,7 +71,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
         _check_depth(given, checkpoint)
         for where in dict.fromkeys(("meta", device)):
             with torch.device(where):
-                task = known[name](**given)
+                task = kind(**given)
             if _numbers(task.state_dict()) > _numbers(saved["state_dict"]):
                 raise ValueError("its arguments are of a larger model than its tensors")
             task.on_load_checkpoint(saved)
@@ -83,13 +84,28 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     return task
 
 
+def _parameters(kind: type) -> set[str]:
+    """Names of the arguments of a class, those that it hands on to its bases included."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base).parameters.values()
+            found |= {one.name for one in own}
+            if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in own):
+                break
+    return found
+
+
 def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` for more blocks than there are tensors; each would be made, even without memory."""
-    depths = [checkpoint.get("grown_depth", 0)]
-    depths += [fields["depth"] for fields in arguments.values() if isinstance(fields, dict) and "depth" in fields]
-    for depth in depths:
+    for depth in (checkpoint.get("grown_depth", 0), *_depths(arguments)):
         if isinstance(depth, int) and depth > len(checkpoint["state_dict"]):
             raise ValueError(f"depth: {depth} blocks, with {len(checkpoint['state_dict'])} tensors in all")
+
+
+def _depths(arguments: Any) -> Iterator[Any]:
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        yield from (value,) if name == "depth" else _depths(value)
 
 
 def _numbers(state: Mapping[str, Any]) -> int:

@@ -26,7 +26,6 @@ from lit_tokenformer.data.images.datasets import (
     collate_readable,
 )
 from lit_tokenformer.data.images.sources import (
-    SOURCES,
     HubStream,
     SourceSettings,
     Splits,
@@ -42,7 +41,8 @@ from lit_tokenformer.data.resumable import (
     no_test_split,
     seeded,
 )
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import IMAGE_SOURCES
 
 _DATA_SET_DEFAULTS = Augmentation()
 
@@ -160,10 +160,8 @@ class ImageDataModule(ResumableDataModule):
         shuffle_buffer: int = 1000,
     ) -> None:
         super().__init__(seed, num_workers)
-        if dataset not in SOURCES:
-            raise unknown_name("data.dataset", dataset, SOURCES)
         self.dataset = dataset
-        self.source = SOURCES[dataset]
+        self.source = IMAGE_SOURCES[dataset]
         self.settings = SourceSettings(
             root=root,
             download=download,

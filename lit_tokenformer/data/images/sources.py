@@ -25,6 +25,7 @@ from lit_tokenformer.data.hub import is_within, load_hub_data, own_folders
 from lit_tokenformer.data.images.datasets import Samples
 from lit_tokenformer.data.images.transforms import Augmentation
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import IMAGE_SOURCES
 
 _SPLIT_SEED = 0  # the same validation images for every seed of a run
 
@@ -362,19 +363,19 @@ def _whole_image(shift: float, hflip: float) -> Augmentation:
     return Augmentation(crop="shift", shift=shift, hflip=hflip, interpolation="bilinear", crop_pct=1.0)
 
 
-SOURCES: dict[str, ImageSource] = {
-    "digits": ImageSource(
-        _open_digits, 8, (0.3053,) * 3, (0.3760,) * 3, _whole_image(shift=1 / 8, hflip=0.0), tiny=True
-    ),
-    "fashion_mnist": ImageSource(
+IMAGE_SOURCES.register("digits")(
+    ImageSource(_open_digits, 8, (0.3053,) * 3, (0.3760,) * 3, _whole_image(shift=1 / 8, hflip=0.0), tiny=True)
+)
+IMAGE_SOURCES.register("fashion_mnist")(
+    ImageSource(
         _open_torchvision(tv.FashionMNIST), 28, (0.2860,) * 3, (0.3530,) * 3, _whole_image(shift=1 / 14, hflip=0.5)
-    ),
-    "cifar10": ImageSource(
-        _open_torchvision(tv.CIFAR10), 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _whole_image(1 / 8, 0.5)
-    ),
-    "cifar100": ImageSource(
-        _open_torchvision(tv.CIFAR100), 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), _whole_image(1 / 8, 0.5)
-    ),
-    "imagefolder": ImageSource(_open_image_folder, 224),
-    "huggingface": ImageSource(_open_hugging_face, 224),
-}
+    )
+)
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGE_SOURCES.register("cifar10")(ImageSource(_open_torchvision(tv.CIFAR10), 32, *_CIFAR10, _whole_image(1 / 8, 0.5)))
+_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+IMAGE_SOURCES.register("cifar100")(
+    ImageSource(_open_torchvision(tv.CIFAR100), 32, *_CIFAR100, _whole_image(1 / 8, 0.5))
+)
+IMAGE_SOURCES.register("imagefolder")(ImageSource(_open_image_folder, 224))
+IMAGE_SOURCES.register("huggingface")(ImageSource(_open_hugging_face, 224))

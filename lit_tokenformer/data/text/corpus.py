@@ -10,10 +10,11 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from lit_tokenformer.data.text.sources import SOURCES, Documents, HubStream, Split, TextSettings, TextSplits
+from lit_tokenformer.data.text.sources import Documents, HubStream, Split, TextSettings, TextSplits
 from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import TEXT_SOURCES
 
 _BPE_TRAINING_BYTES = 200_000_000
 """Maximum size of the training documents for BPE training, from the first document on."""
@@ -55,7 +56,7 @@ class TextCorpus:
     """Documents of a source with their splits, tokenizer and tokens, all created at first use.
 
     Args:
-        dataset: Key of ``SOURCES``.
+        dataset: Name in :data:`~lit_tokenformer.registry.TEXT_SOURCES`.
         settings: Location and splits of the text.
         tokenizer: Setting ``data.tokenizer``.
         separator: Setting ``data.separator``.
@@ -70,7 +71,7 @@ class TextCorpus:
     @cached_property
     def splits(self) -> TextSplits:
         """Documents of the source."""
-        return SOURCES[self.dataset](self.settings)
+        return TEXT_SOURCES[self.dataset](self.settings)
 
     @cached_property
     def hash_split(self) -> HashSplit:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_tokenformer.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader, no_test_split
 from lit_tokenformer.data.text.corpus import TextCorpus
-from lit_tokenformer.data.text.sources import SOURCES, EncodingErrors, HubStream, Split, TextSettings
+from lit_tokenformer.data.text.sources import EncodingErrors, HubStream, Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
     EvalStreamLoader,
     Keep,
@@ -30,6 +30,7 @@ from lit_tokenformer.data.text.streaming import (
 from lit_tokenformer.data.text.token_cache import EvalBlocks, EvalSampler, TrainBlocks
 from lit_tokenformer.data.text.tokenizer import Tokenizer, check_name
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.registry import TEXT_SOURCES
 
 
 class TextDataModule(ResumableDataModule):
@@ -124,8 +125,7 @@ class TextDataModule(ResumableDataModule):
         max_corrupt_share: float = 0.001,
     ) -> None:
         super().__init__(seed, num_workers)
-        if dataset not in SOURCES:
-            raise unknown_name("data.dataset", dataset, SOURCES)
+        TEXT_SOURCES[dataset]  # raises for an unknown name
         if encoding_errors not in ("strict", "replace"):
             raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))
         check_name(tokenizer)

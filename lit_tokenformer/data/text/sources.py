@@ -14,7 +14,7 @@ import platform
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.data.corrupt import check_share
 from lit_tokenformer.data.hub import load_hub_data
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.registry import TEXT_SOURCES
 
 EncodingErrors = Literal["strict", "replace"]
 Split = Literal["train", "val", "test"]
@@ -339,12 +340,14 @@ def _python_version() -> str:
     return f"Python {platform.python_version()}"
 
 
+@TEXT_SOURCES.register("python_docs")
 def _open_python_docs(settings: TextSettings) -> TextSplits:
     from pydoc_data.topics import topics
 
     return TextSplits(TextList(topics[name] for name in sorted(topics)), note=_python_version())
 
 
+@TEXT_SOURCES.register("python_stdlib")
 def _open_python_stdlib(settings: TextSettings) -> TextSplits:
     root = sysconfig.get_path("stdlib")
     paths = []
@@ -355,6 +358,7 @@ def _open_python_stdlib(settings: TextSettings) -> TextSplits:
     return TextSplits(TextFiles(paths, "", "skip", None), note=_python_version())
 
 
+@TEXT_SOURCES.register("files")
 def _open_files(settings: TextSettings) -> TextSplits:
     if not settings.files and not settings.val_files:
         raise UserError("data.files: expected files, folders or patterns, got none")
@@ -376,6 +380,7 @@ def _open_files(settings: TextSettings) -> TextSplits:
     return TextSplits(documents(train), documents(val))
 
 
+@TEXT_SOURCES.register("huggingface")
 def _open_hugging_face(settings: TextSettings) -> TextSplits:
     import datasets  # takes a second, and only this entry needs it
 
@@ -414,11 +419,3 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
     assert train is not None
     val = split("hf_val_split", settings.hf_val_split or usual)
     return TextSplits(train, val, split("hf_train_split", "test" if "test" in loaded else None))
-
-
-SOURCES: dict[str, Callable[[TextSettings], TextSplits]] = {
-    "python_docs": _open_python_docs,
-    "python_stdlib": _open_python_stdlib,
-    "files": _open_files,
-    "huggingface": _open_hugging_face,
-}

@@ -1,0 +1,1 @@
+"""Benchmarks: speed against other libraries, the study of growth, and the check on a GPU."""

@@ -1,0 +1,1 @@
+"""Speed and memory, each compared with another library, a formula or the hardware; one command per module."""

@@ -1,0 +1,175 @@
+"""Cost of the callbacks in an epoch of a fit: the time in their hooks, against the epoch without that time.
+
+    python -m benchmarks.speed.callbacks [--steps 100]
+
+The fit is that of ``configs/causal_lm_small.yaml`` on random tokens, with TensorBoard's logger and Lightning's default
+of 50 steps between reports. Two equal fits differ by more than 1 %, so the figure with the goal is a sum: every hook of
+a callback is timed, in the second of two epochs, validation included; what a callback makes the logger do counts. On
+CUDA the device is synchronized before and after each hook. Work at the start and the end of a fit does not count.
+
+The notes report the slowest hooks, and the median of the ratios of whole fits of one epoch with and without the
+callbacks, which take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from benchmarks.speed.lines import Line
+from benchmarks.speed.timing import arguments, main, ratio, seconds, take_turns
+from callbacks import (
+    ErrorLog,
+    LossGuard,
+    ParameterGrowthCallback,
+    PreemptionCheckpoint,
+    RunSummary,
+    TrainingMonitor,
+)
+from lit_tokenformer.tasks import LitCausalLM
+
+BATCH_SIZE, LENGTH, VOCAB_SIZE = 8, 256, 4096
+EPOCHS = 1000
+"""Of the schedule; a fit ends long before."""
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
+    """Measure hooks, then whole fits."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    clock = Clock(args.device)
+    fit([clock.wrap(callback) for callback in make_callbacks()] + [clock], 2, args)
+    without = clock.epoch - sum(clock.seconds.values())
+    lines = [
+        Line(f"{name}, its hooks in an epoch", "the rest of the epoch", spent, without, "s", spent / without, "<= 0.01")
+        for name, spent in clock.of_callbacks().items()
+    ]
+    fits = {
+        "with": lambda: fit(make_callbacks(), 1, args),
+        "without": lambda: fit([], 1, args),
+    }
+    taken = take_turns(fits, args.rounds, args.device, warmup=1)
+    most = sorted(clock.seconds.items(), key=lambda item: -item[1])[:5]
+    slowest = ", ".join(f"{name} {1e6 * spent / args.steps:,.0f}" for name, spent in most)
+    notes = [
+        f"The slowest hooks, microseconds for each step: {slowest}.",
+        f"Whole fits of {args.steps} steps with all of them, against such fits without: "
+        f"{ratio(taken['with'], taken['without']):.3f} x the time.",
+    ]
+    return lines, notes
+
+
+def make_callbacks() -> list[Callback]:
+    """Callbacks of the config, and of every fit from the command line."""
+    return [
+        ParameterGrowthCallback({EPOCHS - 1: 64}),
+        TrainingMonitor(),
+        LossGuard(),
+        RunSummary(),
+        PreemptionCheckpoint(),
+        ErrorLog(),
+    ]
+
+
+def fit(callbacks: list[Callback], epochs: int, args: argparse.Namespace) -> None:
+    """Train a new model for some epochs of ``args.steps`` steps, with a validation after each."""
+    adamw = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    torch.manual_seed(0)
+    overrides: Any = {"param_tokens": 32}
+    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, LENGTH, overrides=overrides, optimizer=adamw)
+    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, LENGTH + 1))
+    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE)
+    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator=args.device.split(":")[0],
+            devices=1,
+            max_epochs=EPOCHS,
+            max_steps=epochs * args.steps,
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # the table of RunSummary
+            trainer.fit(task, training, validation)
+
+
+class Clock(Callback):
+    """Time the hooks of callbacks in the second epoch, and the epoch; it is the last callback.
+
+    Args:
+        device: Synchronized before and after each hook.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        """Of each hook, ``callback.hook``."""
+        self.epoch = 0.0
+        """Seconds of the epoch."""
+        self._device = device
+        self._measures = False
+        self._since = 0.0
+
+    def wrap(self, callback: Callback) -> Callback:
+        """Wrap the hooks of a callback with a clock."""
+        for hook in vars(Callback):
+            if hook.startswith("on_") and getattr(type(callback), hook) is not getattr(Callback, hook):
+                name = f"{type(callback).__name__}.{hook}"
+                self.seconds[name] = 0.0
+                setattr(callback, hook, self._measured(name, getattr(callback, hook)))
+        return callback
+
+    def _measured(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def measured(*args: Any) -> None:
+            if not self._measures:
+                return function(*args)
+            self._wait()
+            self.seconds[name] += seconds(lambda: function(*args), self._device)
+
+        return measured
+
+    def of_callbacks(self) -> dict[str, float]:
+        """Seconds of all hooks of each callback."""
+        total: dict[str, float] = {}
+        for name, spent in self.seconds.items():
+            callback = name.split(".")[0]
+            total[callback] = total.get(callback, 0.0) + spent
+        return total
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measures = trainer.current_epoch == 1
+        self._wait()
+        self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait()
+        self.epoch = time.perf_counter() - self._since
+        self._measures = False
+
+    def _wait(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of an epoch")
+    main("callbacks", parser, measure)

@@ -1,0 +1,143 @@
+"""Training images per second of our image pipeline, against torchvision's folder with timm's transforms.
+
+Both read the same folder of JPEG files, which is made here (random structure and noise, about 500 x 375 pixels), with
+the same train transforms of 224 pixels, batch size and number of worker processes, and give batches of normalised
+float32 tensors. Ours is ``ImageDataModule``; theirs is ``torchvision.datasets.ImageFolder`` with
+``timm.data.create_transform(is_training=True)`` in a shuffled ``DataLoader``. Workers live on between epochs. Whole
+epochs take turns, after two that start the workers and fill the page cache; the wait for the first batch, with the
+start of the workers, is a line of its own. The speeds differ by what each epoch happens to draw, by a percent or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from benchmarks.speed.lines import Line
+from benchmarks.speed.timing import arguments, main, median, ratio, take_turns
+from lit_tokenformer.data import Augmentation, ImageDataModule
+
+SIZE = 224
+RECIPES = {
+    "crop and flip": Augmentation(),
+    "RandAugment and erasing": Augmentation(auto_augment="rand-m7-mstd0.5-inc1", reprob=0.25),
+}
+"""Augmentation recipes: the default, and a strong one.
+
+At the usual magnitude of 9 timm sometimes asks Pillow to posterize to 0 bits, which newer releases reject.
+"""
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
+    """Time whole epochs of both loaders in turn."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), args.images)
+        for name, recipe in RECIPES.items():
+            loaders = {
+                "ours": our_loader(folder, recipe, args.batch_size, args.workers),
+                "theirs": their_loader(folder, recipe, args.batch_size, args.workers),
+            }
+            first = {who: first_batch(loader) for who, loader in loaders.items()}
+            epochs: dict[str, Callable[[], object]] = {
+                who: partial(read_epoch, loader, args.device) for who, loader in loaders.items()
+            }
+            taken = take_turns(epochs, args.rounds, args.device, warmup=1)
+            images = {who: len(loader) * args.batch_size for who, loader in loaders.items()}
+            speeds = {who: [images[who] / seconds for seconds in taken[who]] for who in taken}
+            ours, theirs = speeds["ours"], speeds["theirs"]
+            against, first_ratio = "ImageFolder + timm", first["ours"] / first["theirs"]
+            speed = (median(ours), median(theirs), "images/s", ratio(ours, theirs))
+            lines += [
+                Line(f"{name}, {args.workers} workers", against, *speed, ">= 1.0"),
+                Line(f"{name}, first batch", against, first["ours"], first["theirs"], "s", first_ratio),
+            ]
+    return lines, []
+
+
+def make_images(folder: Path, number: int, seed: int = 0) -> None:
+    """Write JPEG files of four classes to ``FOLDER/train/CLASS``, and one of each to ``FOLDER/val/CLASS``."""
+    generator = np.random.default_rng(seed)
+    for index in range(number + 4):
+        split = "train" if index < number else "val"
+        place = folder / split / f"class_{index % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        width, height = int(generator.integers(440, 561)), int(generator.integers(330, 421))
+        pixels = np.zeros((height, width, 3))
+        for cells in (4, 16, 64):  # structure, coarse to fine
+            small = generator.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
+            pixels += np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)) / 3
+        pixels += generator.normal(0, 6, pixels.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{index}.jpg", quality=90)
+
+
+def our_loader(folder: str, recipe: Augmentation, batch_size: int, workers: int) -> DataLoader:
+    """Training loader of a fit."""
+    data = ImageDataModule("imagefolder", root=folder, batch_size=batch_size, num_workers=workers, augmentation=recipe)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def their_loader(folder: str, recipe: Augmentation, batch_size: int, workers: int) -> DataLoader:
+    """Torchvision's folder and timm's transforms with the same settings, in torch's loader."""
+    transform = create_transform(
+        SIZE,
+        is_training=True,
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        hflip=0.5,
+        color_jitter=None,  # type: ignore[arg-type]
+        auto_augment=recipe.auto_augment,
+        interpolation="bicubic",
+        re_prob=recipe.reprob,
+        re_mode=recipe.remode,
+    )
+    return DataLoader(
+        ImageFolder(f"{folder}/train", transform),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),  # as ours
+    )
+
+
+def first_batch(loader: DataLoader) -> float:
+    """Seconds until the first batch of a new loader; the epoch is read to its end."""
+    start = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    passed = time.perf_counter() - start
+    for _ in batches:
+        pass
+    return passed
+
+
+def read_epoch(loader: DataLoader, device: str) -> None:
+    """Read an epoch, each batch to the device."""
+    sampler: Any = loader.sampler
+    if hasattr(sampler, "set_epoch"):  # as Lightning does; every epoch has other crops
+        sampler.set_epoch(sampler.epoch + 1)
+    for image, _ in loader:
+        image.to(device, non_blocking=True)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__, rounds=15)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    main("input", parser, measure)

@@ -1,0 +1,155 @@
+"""The ``compare`` command: does an architecture pay on the user's data?"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lit_tokenformer.cli.parser import load_settings
+from lit_tokenformer.errors import UserError
+
+
+def compare_presets(
+    config: list[str],
+    presets: list[str | dict[str, Any]] | str,
+    output: str,
+    seeds: int = 1,
+    budget: str = "steps",
+    match: Literal["parameters", "flops"] | None = "parameters",
+    reference: str | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006 (never changed)
+    lrs: list[float] = [],  # noqa: B006
+    search_steps: int | None = None,
+    evaluations: int = 10,
+    jobs: int = 1,
+    plan_only: bool = False,
+    draw_only: bool = False,
+) -> None:
+    """Train presets on the same data, optimizer, schedule and budget, and write a table and a picture of the results.
+
+    OUTPUT gets ``comparison.md``, ``.csv`` and ``.json`` (with versions, settings and curves), ``comparison.png``
+    (validation loss against training FLOPs; needs matplotlib) and the folder ``fits``. Each fit is a process of its own
+    that runs ``lit-tokenformer fit`` on one device. A finished fit with the same settings is reused, so an interrupted
+    comparison resumes.
+
+    Args:
+        config: Config of an image classifier, a causal or a masked language model: a YAML file or the name of one that
+            ships. Repeat the option to merge several; later ones override. Its preset is ignored.
+        presets: Presets to compare: a list of names, or of mappings {preset: NAME, label: TEXT, overrides: {FIELD:
+            VALUE}, lr: RATE, grow: true or {SHARE: TOKENS}}, or a YAML file with such a list. "grow: true" takes the
+            growth schedule of the config; {0.3: 64, 0.6: matched} grows to these totals of parameter tokens at these
+            shares of the steps, "matched" to the totals that "match" finds.
+        output: Folder for the results.
+        seeds: Number of seeds per preset: 0, 1, ...
+        budget: Budget per fit: "steps=N" optimizer steps (without N, those of the config); "flops=F" training FLOPs
+            (without F, those of the reference); "wall=S" seconds, by a short measurement at each size. Warm-up, decay
+            and growths keep their share of the run.
+        match: Choose the parameter tokens of Pattention layers, unless a preset overrides "param_tokens", such that the
+            blocks have the parameters or the FLOPs of those of the reference; null keeps those of the presets.
+        reference: Label or preset that sizes and FLOPs refer to; by default the first one.
+        overrides: Fields of the architecture of all presets.
+        lrs: Learning rates to search for each preset without "lr"; by default that of the config.
+        search_steps: Steps per try of the search; by default a quarter of the longest fit.
+        evaluations: Validations per fit.
+        jobs: Parallel fits.
+        plan_only: Print sizes, steps and FLOPs, and train nothing.
+        draw_only: Train nothing; write table and picture of the finished fits.
+
+    Raises:
+        UserError: For an invalid setting, before anything is trained, and if every fit fails.
+    """
+    settings = dict(locals())
+    from lit_tokenformer.comparison.arms import parse_arm
+    from lit_tokenformer.comparison.fits import Runner
+    from lit_tokenformer.comparison.plan import describe_plan, plan_arms, set_rates, set_steps
+    from lit_tokenformer.comparison.results import write
+    from lit_tokenformer.comparison.setting import Setting
+
+    for name, least in {"seeds": 1, "evaluations": 1, "jobs": 1, "search_steps": 1}.items():
+        if settings[name] is not None and settings[name] < least:
+            raise UserError(f"{name}: expected at least {least}, got {settings[name]}")
+    if not all(rate > 0 for rate in lrs):
+        raise UserError(f"lrs: expected positive numbers, got {lrs}")
+    folder = next(one for one in (Path(output), *Path(output).absolute().parents) if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"output: cannot write to {output}: {folder} is not a writable folder")
+    if not config:
+        raise UserError("--config: expected a config with a model and data")
+    if isinstance(presets, str):
+        presets = _read(presets, "presets") if Path(presets).is_file() else [presets]
+    if not isinstance(presets, list) or not presets:
+        raise UserError(f"presets: expected a list of at least one, got {presets!r}")
+    given: dict[str, Any] = {}
+    for path in config:
+        given = _merged(given, _read(path, "--config"))
+    setting = Setting(given, overrides, evaluations)
+    planned = plan_arms(setting, [parse_arm(entry) for entry in presets], match, reference)
+    reading = draw_only or plan_only
+    if not reading:
+        setting.data.prepare_data()  # once, before parallel fits
+    with Runner(Path(output) / "fits", jobs, reading) as runner:
+        set_steps(setting, planned, budget, reference, runner)
+        print(describe_plan(setting, planned), flush=True)
+        if plan_only:
+            return
+        search = search_steps or max(2, max(one.steps for one in planned) // 4)
+        set_rates(setting, planned, lrs, search, 0, runner)
+        ready = [one for one in planned if one.steps and (one.lr is not None or not lrs)]
+        fits = {
+            (one.arm.label, seed): runner.fit(
+                one.arm.label, f"seed {seed}", setting.fit_config(one, one.steps, seed, one.lr)
+            )
+            for seed in range(seeds)
+            for one in ready
+        }
+        runner.run(list(fits.values()))
+    rows = write(setting, planned, fits, settings)
+    if all(one["loss"] is None for one in rows):
+        raise UserError(f"presets: every fit failed; see {output}")
+
+
+def _read(path: str, setting: str) -> Any:
+    """Read a YAML file."""
+    try:
+        return load_settings(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{setting}: cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _merged(one: Any, other: Any) -> Any:
+    """Merge two configs; lists and values of the other replace those of the one."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one | {key: _merged(one.get(key), value) for key, value in other.items()}
+    return other
+
+
+def serve_fits() -> None:
+    """Read folders from the standard input, one per line, and run ``fit`` with the ``given.yaml`` in each.
+
+    Every fit is a fork of this process, which has imported the slow packages. When one ends, with its output in
+    ``output.txt``, its exit status is written to the standard output.
+    """
+    from lit_tokenformer.cli.main import main
+
+    for line in sys.stdin:
+        folder = line.rstrip("\n")
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                with open(f"{folder}/output.txt", "w", encoding="utf-8") as output:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                    status = main(["fit", "--config", f"{folder}/given.yaml", "--trainer.default_root_dir", folder])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(os.waitpid(child, 0)[1], flush=True)

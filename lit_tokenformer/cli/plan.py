@@ -1,0 +1,240 @@
+"""``plan``: the cost of each stage of a fit before it runs, and a growth schedule for a compute budget."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+from callbacks import ParameterGrowthCallback, PatchDropSchedule
+from lit_tokenformer import models, tasks
+from lit_tokenformer.cost import model_cost
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models.config import KINDS
+from lit_tokenformer.planning import FEW_EPOCHS, Growth, GrowthRule, Proposal, Size, Stage, plan_stages, propose
+from lit_tokenformer.tasks.multitask import joint_cost
+
+
+def plan(
+    trainer: Trainer,
+    model: tasks.LitTask,
+    datamodule: LightningDataModule | None = None,
+    budget: float | None = None,
+) -> list[Stage]:
+    """Report the cost of each stage of a fit before it runs; with a budget, of a schedule that is proposed for it.
+
+    Args:
+        trainer: The trainer of the fit.
+        model: The task at its initial size.
+        datamodule: Its data, of which only the number of training samples is read.
+        budget: Operations of all training steps together. Parameter tokens, growths and length of the fit are chosen
+            for it and printed as YAML; the config's own are ignored. Width, final depth, data and batches are the
+            config's.
+
+    Returns:
+        The stages, which are printed too.
+
+    Raises:
+        UserError: If the number of steps is unknown, the budget is too small, or a fit would reject the schedule.
+    """
+    if not isinstance(model, tasks.LitTask):
+        raise UserError(f"model: plan knows no cost of a {type(model).__name__} (expected a task of lit_tokenformer)")
+    samples = getattr(datamodule, "num_train_samples", None)
+    batch = getattr(datamodule, "batch_size", 1)
+    batches = {
+        name: getattr(getattr(datamodule, name) if name else datamodule, "batch_size", 1) for name in model.backbones
+    }
+    per_step = {name: size * trainer.accumulate_grad_batches * trainer.world_size for name, size in batches.items()}
+    per_epoch = None if samples is None else _steps_per_epoch(trainer, samples // (batch * trainer.world_size))
+    checkpointing = any(backbone.grad_checkpointing for backbone in model.backbones.values())
+    configs = {name: _present_config(backbone) for name, backbone in model.backbones.items()}
+    rates = _patch_drop_rates(trainer, model, per_epoch)
+    proposal: Proposal | None = None
+    if budget is None:
+        total, growths = _length_and_growths(trainer, model, per_epoch)
+    elif rates:
+        raise UserError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
+    else:
+        proposal = _propose(model, budget, per_step, per_epoch)
+        first = proposal.sizes[0]
+        tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that the model lacks is ignored
+        configs = {name: replace(config, param_tokens=tokens, depth=first["depth"]) for name, config in configs.items()}
+        growths = [(step, step, size) for step, size in zip(proposal.starts, proposal.sizes[1:], strict=True)]
+        total = proposal.steps
+    rates_of = {name: rates if config.stem == "patch" else {} for name, config in configs.items()}
+    planned = [
+        plan_stages(config, growths, total, per_step[name], rates_of[name], checkpointing)
+        for name, config in configs.items()
+    ]
+    by_stage = [list(parts) for parts in zip(*planned, strict=True)]
+    stages = [_together(model, parts) for parts in by_stage]
+    memory = [_training_memory(stage, parts, batches.values()) for stage, parts in zip(stages, by_stage, strict=True)]
+    scratch = 0
+    for name, config in configs.items():
+        rate = [config.patch_drop_rate, *rates_of[name].values()][-1]
+        whole = model_cost(replace(config, patch_drop_rate=rate), stages[-1].tokens, checkpointing)
+        scratch += whole.training_flops * per_step[name] * total
+
+    told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
+    title = f"{total} optimizer steps of {told} samples"
+    kinds = {"depth", *models.param_tokens(model), *(kind for _, _, size in growths for kind in size)}
+    _print_table(title, stages, memory, kinds, per_epoch, total, scratch)
+    if proposal is not None and budget is not None:
+        print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
+        if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
+            spent = sum(stage.training_flops for stage in stages) / budget
+            print(
+                f"note: {total / per_epoch:.2g} epochs (at most {_most_epochs(model):g} are proposed; the rule was "
+                f"measured on {FEW_EPOCHS}) use {spent:.2g} of the budget",
+                file=sys.stderr,
+            )
+    return stages
+
+
+def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], per_epoch: int | None) -> Proposal:
+    """The schedule for a budget of training operations."""
+    backbones = model.backbones
+    first = _present_config(next(iter(backbones.values())))  # tasks share their blocks
+
+    def flops(size: Size) -> float:
+        costs = {
+            name: model_cost(backbone.config, size, backbone.grad_checkpointing) for name, backbone in backbones.items()
+        }
+        return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
+
+    def parameters(size: Size) -> int:
+        twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
+        return model_cost(first, twice).parameters - model_cost(first, size).parameters
+
+    size = models.model_size(model)
+    return propose(
+        {kind: size[kind] for kind in (*models.param_tokens(model), "depth")},  # heads and hidden units stay
+        deepens=all(backbone.config.norm_position != "post" for backbone in backbones.values()),
+        budget=budget,
+        step_flops=flops,
+        step_data_tokens=sum(backbone.config.num_data_tokens * per_step[name] for name, backbone in backbones.items()),
+        parameters=parameters,
+        max_steps=math.inf if per_epoch is None else _most_epochs(model) * per_epoch,
+        pattern=max(backbone.config.pattern_length for backbone in backbones.values()),
+    )
+
+
+def _most_epochs(model: tasks.LitTask) -> float:
+    images = all(backbone.config.stem == "patch" for backbone in model.backbones.values())
+    return GrowthRule.image_epochs if images else GrowthRule.epochs
+
+
+def _print_table(
+    title: str,
+    stages: list[Stage],
+    memory: list[int],
+    kinds: set[str],
+    per_epoch: int | None,
+    total: int,
+    scratch: int,
+) -> None:
+    """Print a row for each stage, their sum, and the final size trained from scratch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sum_flops = sum(stage.training_flops for stage in stages)
+    gibibytes = [f"{size / 2**30:.2f} GiB" for size in memory]
+    table = Table(title=title)
+    for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
+        table.add_column(name, justify="right")
+    for number, stage in enumerate(stages):
+        table.add_row(
+            str(number),
+            ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in kinds) or "-",
+            f"{stage.steps}",
+            "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
+            f"{stage.cost.parameters:,}",
+            f"{stage.cost.flops:.3g}",
+            gibibytes[number],
+            f"{stage.training_flops:.3g}",
+            f"{stage.training_flops / sum_flops:.1%}",
+        )
+    last = stages[-1].cost
+    table.add_section()
+    share = f"{sum_flops / scratch:.1%} of scratch"
+    table.add_row("all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", share)
+    name, size = "scratch", "the final size from the start"
+    row = (f"{last.parameters:,}", f"{last.flops:.3g}", gibibytes[-1], f"{scratch:.3g}")
+    table.add_row(name, size, str(total), "", *row, "")
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _steps_per_epoch(trainer: Trainer, batches: int) -> int:
+    """Optimizer steps of an epoch, given the batches of each process."""
+    limit: float = trainer.limit_train_batches  # type: ignore[attr-defined]
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return -(-batches // trainer.accumulate_grad_batches)
+
+
+def _scale(callback: Any, per_epoch: int | None) -> int:
+    """Optimizer steps of a unit of a callback's schedule."""
+    if callback.unit == "epoch" and per_epoch is None:
+        raise UserError("schedule: epochs of a stream have no known length; use unit: step")
+    return per_epoch or 1 if callback.unit == "epoch" else 1
+
+
+def _patch_drop_rates(trainer: Trainer, model: tasks.LitTask, per_epoch: int | None) -> dict[int, float]:
+    """Shares of the patches that are left out, by the step from which each applies."""
+    rates: dict[int, float] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, PatchDropSchedule):
+            callback.setup(trainer, model, "fit")  # rejects what a fit would
+            scale = _scale(callback, per_epoch)
+            rates |= {key * scale: rate for key, rate in callback.schedule.items()}
+    return rates
+
+
+def _length_and_growths(trainer: Trainer, model: tasks.LitTask, per_epoch: int | None) -> tuple[int, list[Growth]]:
+    """Optimizer steps and growths of the config."""
+    total = trainer.max_steps if trainer.max_steps >= 0 else 0
+    if per_epoch is not None and (trainer.max_epochs or 0) > 0:
+        by_epochs = per_epoch * (trainer.max_epochs or 0)
+        total = min(total, by_epochs) if total else by_epochs
+    if not total:
+        raise UserError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
+    growths: list[Growth] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ParameterGrowthCallback):
+            scale = _scale(callback, per_epoch)
+            callback.setup(trainer, model, "fit")  # rejects what a fit would
+            growths += [(k, k * scale, tokens) for k, tokens in callback.remaining_stages(model)]
+            beyond = [key for key in callback.schedule if callback.unit == "step" and key >= total]
+            if beyond:
+                raise UserError(f"schedule: step {beyond[0]} is beyond the end of the fit ({total} optimizer steps)")
+    return total, growths
+
+
+def _present_config(model: models.Tokenformer) -> models.TokenformerConfig:
+    """The architecture of a model at its present size, which ``init_from`` may have set."""
+    return model.config.at_size(model.size)
+
+
+def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
+    """One stage of all tasks of a model; its cost is of one sample of each, shared parameters counted once.
+
+    Args:
+        model: The task at its initial size.
+        parts: The stage, for each task.
+    """
+    born = sum(parameter.numel() for parameter in model.parameters())
+    grown = parts[0].cost.parameters - model_cost(_present_config(next(iter(model.backbones.values())))).parameters
+    cost = joint_cost((part.cost for part in parts), born + grown)
+    return replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
+
+
+def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
+    """Bytes of a stage, with a batch of this size for each task."""
+    kept = [
+        part.cost.training_memory(batch) - part.cost.training_memory(0)
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+    return stage.cost.training_memory(0) + sum(kept)

@@ -1,0 +1,215 @@
+"""Plan of a comparison: matched parameter tokens, growths, steps and learning rate of each arm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from callbacks import ParameterGrowthCallback
+from lit_tokenformer.comparison.arms import Arm, Planned, Schedule, has_pattention, naming, parse_arm
+from lit_tokenformer.comparison.fits import Runner
+from lit_tokenformer.comparison.setting import Setting
+from lit_tokenformer.cost import match_tokens, model_cost
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import TokenformerConfig
+
+SPEED_STEPS = 12
+"""Steps of a fit that only measures speed."""
+
+
+def plan_arms(setting: Setting, arms: Sequence[Arm], match: str | None, reference: str | None) -> list[Planned]:
+    """Choose architecture, parameter tokens and growths of all arms.
+
+    Args:
+        setting: Data and budget.
+        arms: As the user wrote them.
+        match: Match the parameter tokens of arms with Pattention layers by ``parameters`` or ``flops`` of the blocks.
+        reference: Label or preset that is matched to; by default the first arm.
+
+    Raises:
+        UserError: With the label of the arm.
+    """
+    labels = [arm.label for arm in arms]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"presets: {label!r}: more than one entry with this label; set another label")
+    reference_arm = reference_of(arms, reference)
+    matched_to = setting.architecture(reference_arm)
+    planned = [_planned(setting, arm, arm == reference_arm, matched_to, match) for arm in arms]
+    by = match or "parameters"
+    own = _of_blocks(matched_to, dict(matched_to.tokens.items()), by)
+    for one in planned:
+        one.differs = _of_blocks(one.config, one.final_tokens, by) / own - 1
+        one.parameters = sum(parameter.numel() for parameter in setting.module(one).parameters())
+        one.blocks = _of_blocks(one.config, one.final_tokens, "parameters")
+    return planned
+
+
+def reference_of(arms: Sequence[Arm], reference: str | None) -> Arm:
+    """Find the arm that sizes refer to, by label or preset, else any other architecture."""
+    if reference is None:
+        return arms[0]
+    return next((arm for arm in arms if reference in (arm.label, arm.preset)), None) or parse_arm(reference)
+
+
+def _of_blocks(config: TokenformerConfig, tokens: dict[str, int], by: str) -> int:
+    """Count ``parameters``, or ``flops`` per sample, without embedding and head."""
+    whole, half = (getattr(model_cost(replace(config, depth=n * config.depth), tokens), by) for n in (2, 1))
+    return whole - half  # embedding and head cost the same at any depth
+
+
+def _planned(
+    setting: Setting, arm: Arm, is_reference: bool, reference: TokenformerConfig, match: str | None
+) -> Planned:
+    config = setting.architecture(arm)
+    matched: dict[str, int] | None = None
+    with naming(arm):
+        if match and not is_reference and has_pattention(config):
+            matched = match_tokens(config, reference, match)
+        growths = _growths(setting, arm, config, matched) if arm.grow else {}
+    if matched and not arm.grow and "param_tokens" not in arm.overrides:
+        config = setting.architecture(arm, matched)
+    return Planned(arm, config, growths)
+
+
+def _growths(setting: Setting, arm: Arm, config: TokenformerConfig, matched: dict[str, int] | None) -> Schedule:
+    if not has_pattention(config):
+        raise UserError("grow: no Pattention layer to grow; set overrides.projection to pattention")
+    of_config = arm.grow is True
+    wanted: dict[Any, Any] = setting.growth.get("schedule") or {} if of_config else arm.grow
+    unit = setting.growth.get("unit", "epoch") if of_config else "step"
+    if not wanted:
+        raise UserError("grow: no growth schedule in the config; write grow: {0.3: TOKENS, ...}")
+    shares: Schedule = {}
+    for key, tokens in wanted.items():
+        if isinstance(key, bool) or not isinstance(key, (int, float)) or key <= 0:
+            raise UserError(f"grow: expected a share of the steps or a step of the config, got {key!r}")
+        if tokens == "matched" and matched is None:
+            raise UserError("grow: 'matched' needs a value of match, and another arm as reference")
+        share = key if isinstance(key, float) and key < 1 else setting.as_share(key, unit)
+        if share >= 1 or share <= max(shares, default=0):
+            raise UserError(f"grow: {key} expected before the end of the fit and after the previous growth")
+        shares[share] = matched if tokens == "matched" else tokens
+    numbered = {**setting.growth, "schedule": dict(enumerate(shares.values())), "unit": "step"}
+    try:
+        stages = ParameterGrowthCallback(**numbered).stages(dict(config.tokens.items()))
+    except ValueError as error:
+        message = re.sub(r"^schedule: step (\d+): ", lambda found: f"{list(wanted)[int(found[1])]}: ", str(error))
+        raise UserError(f"grow: {message}") from None
+    return {share: tokens for share, (_, tokens) in zip(shares, stages, strict=True)}
+
+
+def training_flops(setting: Setting, planned: Planned, steps: int) -> int:
+    """Training FLOPs of a fit in closed form."""
+    checkpointing = bool(setting.model.get("grad_checkpointing"))
+    return sum(
+        count * setting.samples_per_step * model_cost(planned.config, tokens, checkpointing).training_flops
+        for count, tokens in planned.stages(steps)
+    )
+
+
+def steps_within(setting: Setting, planned: Planned, total: float) -> int:
+    """Find the most optimizer steps within a total of FLOPs.
+
+    Raises:
+        UserError: If fewer than two fit.
+    """
+    steps = int(total // (training_flops(setting, planned, 10_000) / 10_000)) + 2
+    while steps > 0 and training_flops(setting, planned, steps) > total:
+        steps -= 1
+    if steps < 2:
+        raise UserError(f"budget: {total:.3g} FLOPs are less than two steps of {planned.arm.label!r}")
+    return steps
+
+
+def set_steps(setting: Setting, planned: list[Planned], budget: str, reference: str | None, runner: Runner) -> None:
+    """Set the optimizer steps of all arms.
+
+    Raises:
+        UserError: For an unknown budget, or one too small for an arm.
+    """
+    kind, _, amount = budget.partition("=")
+    try:
+        value = float(amount) if amount else None
+    except ValueError:
+        value = 0.0
+    if kind not in ("steps", "flops", "wall") or (value is not None and not value > 0):
+        raise UserError(f"budget: expected steps[=N], flops[=F] or wall=SECONDS, got {budget!r}")
+    if kind == "steps":
+        for one in planned:
+            one.steps = int(value or setting.steps)
+    elif kind == "flops":
+        if value is None:
+            arm = reference_of([one.arm for one in planned], reference)
+            to_match = next((one for one in planned if one.arm == arm), Planned(arm, setting.architecture(arm)))
+            value = training_flops(setting, to_match, setting.steps)
+        for one in planned:
+            one.steps = steps_within(setting, one, value)
+    elif value is None:
+        raise UserError("budget: wall needs seconds (expected wall=SECONDS)")
+    else:
+        _set_steps_by_speed(setting, planned, value, runner)
+
+
+def _set_steps_by_speed(setting: Setting, planned: list[Planned], seconds: float, runner: Runner) -> None:
+    run_of = 10_000  # steps, enough for exact shares of each size
+    fits = {
+        one.arm.label: [
+            runner.fit(one.arm.label, "speed", setting.fit_config(one, SPEED_STEPS, 0, one.arm.lr, tokens))
+            for _, tokens in one.stages(run_of)
+        ]
+        for one in planned
+    }
+    runner.run([fit for own in fits.values() for fit in own])
+    for one in planned:
+        measured = [fit.measured for fit in fits[one.arm.label]]
+        failed = [found["failed"] for found in measured if found["failed"]]
+        if failed:
+            one.notes.append(f"measurement of speed failed: {failed[0]}")
+            continue
+        counts = [count for count, _ in one.stages(run_of)]
+        mean = sum(n * found["step_seconds"] for n, found in zip(counts, measured, strict=True)) / run_of
+        one.steps = max(2, int(seconds / mean))
+        one.notes.append(f"{one.steps} steps of {mean:.3f} s measured over {SPEED_STEPS} steps at each size")
+
+
+def set_rates(
+    setting: Setting, planned: list[Planned], rates: Sequence[float], steps: int, seed: int, runner: Runner
+) -> None:
+    """Set the learning rate of each arm: its own, else the best of a search with equal effort, else the config's."""
+    for one in planned:
+        one.lr = one.arm.lr or (setting.lr if not rates else None)
+    searched = [one for one in planned if rates and one.arm.lr is None and one.steps]
+    fits = {
+        (one.arm.label, rate): runner.fit(one.arm.label, f"rate {rate:g}", setting.fit_config(one, steps, seed, rate))
+        for rate in rates
+        for one in searched
+    }
+    runner.run(list(fits.values()))
+    for one in searched:
+        losses = {rate: fits[one.arm.label, rate].result for rate in rates}
+        tried = {rate: found["loss"] for rate, found in losses.items() if not found["failed"]}
+        if not tried:
+            one.notes.append(f"every learning rate failed: {losses[rates[0]]['failed']}")
+            continue
+        one.lr = min(tried, key=lambda rate: tried[rate])
+        note = ", ".join(f"{rate:g}: {tried[rate]:.4f}" if rate in tried else f"{rate:g}: failed" for rate in rates)
+        edge = " (the best is at the edge)" if len(rates) > 1 and one.lr in (min(rates), max(rates)) else ""
+        one.notes.append(f"loss by learning rate after {steps} steps {note}{edge}")
+
+
+def describe_plan(setting: Setting, planned: list[Planned]) -> str:
+    """Describe the planned fits, one line per arm."""
+    lines = []
+    for one in planned:
+        tokens = [dict(one.config.tokens.items()), *one.growths.values()] if has_pattention(one.config) else []
+        sizes = " -> ".join("/".join(map(str, totals.values())) for totals in tokens)
+        length = f"{one.steps} steps, {training_flops(setting, one, one.steps):.3g} FLOPs"
+        lines.append(
+            f"{one.arm.label}: {one.parameters:,} parameters ({one.blocks:,} non-embedding, {one.differs:+.1%}), "
+            + (f"tokens qkv/proj/ffn {sizes}, " if sizes else "")
+            + (length if one.steps else "steps unknown until its speed is measured")
+        )
+    return "\n".join(lines)

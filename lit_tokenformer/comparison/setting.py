@@ -1,0 +1,228 @@
+"""Data, budget and optimizer that all arms of a comparison share, and the config of each fit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lit_tokenformer import tasks
+from lit_tokenformer.comparison.arms import Arm, Planned, has_pattention, naming
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import TokenformerConfig, preset_config
+
+HEADS = {"LitImageClassifier": "image", "LitCausalLM": "language", "LitMaskedLM": "masked_language"}
+"""Head of the architecture that each task needs."""
+SIZES = ("num_classes", "image_size", "vocab_size", "context_length")
+"""Fields of an architecture that follow from the data."""
+LEFT_OUT = ("ParameterGrowthCallback", "TrainingMonitor", "ModelCheckpoint", "EarlyStopping", "PredictionWriter")
+"""Callbacks of the config that are dropped: the first two are set per arm."""
+LIMITS = ("min_steps", "min_epochs", "max_time", "limit_train_batches")
+"""Other settings that limit the length of a fit."""
+
+
+class Setting:
+    """Data, budget and optimizer of a config.
+
+    Args:
+        config: Content of the YAML file.
+        common: Fields of the architecture of all arms.
+        evaluations: Validations per fit.
+    """
+
+    def __init__(self, config: dict[str, Any], common: dict[str, Any], evaluations: int) -> None:
+        for name in ("model", "trainer", "data"):
+            if not isinstance(config.get(name) or {}, dict):
+                raise UserError(f"config: {name}: expected settings by their names, got {config[name]!r}")
+        self.config = config
+        self.evaluations = evaluations
+        model = config.get("model") or {}
+        self.task = str(model.get("class_path", "")).split(".")[-1]
+        if self.task not in HEADS:
+            raise UserError(f"config: model.class_path: expected {' or '.join(HEADS)}, got {self.task or None!r}")
+        self.model = dict(model.get("init_args") or {})
+        for key in ("preset", "match", "match_to"):  # the arms have their own
+            self.model.pop(key, None)
+        self.overrides = {**(self.model.pop("overrides", None) or {}), **common}
+        self.trainer = dict(config.get("trainer") or {})
+        callbacks = self.trainer.get("callbacks") or []
+        self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        self.data: Any = _built(LightningDataModule, "data", config.get("data") or {})
+        if not hasattr(self.data, "batch_size") or not hasattr(self.data, "num_train_samples"):
+            raise UserError(f"config: data: expected a data module of this project, got {type(self.data).__name__}")
+        for name in ("max_steps", "max_epochs", "accumulate_grad_batches"):
+            value = self.trainer.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UserError(f"config: trainer.{name}: expected a whole number, got {value!r}")
+        self.accumulated = int(self.trainer.get("accumulate_grad_batches") or 1)
+        self.samples_per_step = int(self.data.batch_size) * self.accumulated
+        names = inspect.signature(getattr(tasks, self.task)).parameters
+        self.of_data = {
+            name: getattr(self.data, name)
+            for name in (*SIZES, "separator_id")
+            if name in names and hasattr(self.data, name)
+        }
+        self.of_data |= {name: size for name, size in self.overrides.items() if name in SIZES}
+        self.sizes = {name: size for name, size in self.of_data.items() if name in SIZES}
+
+    @cached_property
+    def steps_per_epoch(self) -> int | None:
+        samples = self.data.num_train_samples
+        if samples is None:
+            return None
+        batches = samples // self.data.batch_size
+        limit = self.trainer.get("limit_train_batches")
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, math.ceil(batches / self.accumulated))
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the config."""
+        steps, epochs = self.trainer.get("max_steps") or -1, self.trainer.get("max_epochs") or -1
+        ends = [steps] if steps > 0 else []
+        if epochs > 0 and self.steps_per_epoch is not None:
+            ends.append(epochs * self.steps_per_epoch)
+        if not ends:
+            raise UserError("config: trainer.max_steps: needed to know the length of the fit, whatever the budget")
+        return min(ends)
+
+    def as_share(self, amount: float, unit: str) -> float:
+        """Convert a length in epochs or steps of the config to a share of its steps."""
+        if unit == "epoch" and self.steps_per_epoch is None:
+            raise UserError("config: epochs of streamed data have no known length; write schedules in steps")
+        return amount * ((self.steps_per_epoch or 1) if unit == "epoch" else 1) / self.steps
+
+    @cached_property
+    def lr_schedule(self) -> dict[str, Any]:
+        """Learning-rate schedule of the config in shares of the run, so that it scales with the budget."""
+        given = dict(self.model.get("schedule") or {})
+        if given.get("restarts"):
+            raise UserError("config: model.schedule.restarts: not supported in a comparison")
+        unit = given.get("unit", "epoch")
+        for name in ("warmup", "decay"):
+            if given.get(name) and unit != "share":
+                given[name] = self.as_share(given[name], unit)
+        return {**given, "unit": "share"} if given else given
+
+    @cached_property
+    def growth(self) -> dict[str, Any]:
+        """Settings of the growth callback of the config; empty without one."""
+        found = (one.get("init_args") for one in self.callbacks if _name(one) == "ParameterGrowthCallback")
+        return dict(next(found, None) or {})
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of the config."""
+        rate = ((self.model.get("optimizer") or {}).get("init_args") or {}).get("lr")
+        return None if rate is None else float(rate)
+
+    def architecture(self, arm: Arm, param_tokens: Any = None) -> TokenformerConfig:
+        """Build the architecture of an arm for these data.
+
+        Raises:
+            UserError: With the label of the arm, if it is unknown or does not fit the task.
+        """
+        tokens = {} if param_tokens is None else {"param_tokens": param_tokens}
+        with naming(arm):
+            for name, size in self.sizes.items():
+                if arm.overrides.get(name, size) != size:
+                    raise UserError(f"overrides.{name}: expected {size} as in the data, got {arm.overrides[name]}")
+            config = preset_config(arm.preset, **{**self.overrides, **self.sizes, **arm.overrides, **tokens})
+            if config.head != HEADS[self.task] or (self.task == "LitCausalLM" and not config.causal):
+                order = "causal" if config.causal else "not causal"
+                raise UserError(f"preset: expected one for {self.task}, got head {config.head!r}, {order}")
+        return config
+
+    def module(self, planned: Planned) -> Any:
+        """Build the task of an arm at its final size on the meta device, as the command line does."""
+        model = copy.deepcopy(self.fit_config(planned, 1, 0, planned.arm.lr, planned.final_tokens)["model"])
+        model["init_args"] |= self.of_data
+        with naming(planned.arm), torch.device("meta"):
+            return _built(LightningModule, "model", model)
+
+    def fit_config(
+        self, planned: Planned, steps: int, seed: int, lr: float | None, tokens: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Build the config of one fit; ``tokens`` sets its initial size and disables growth and validation."""
+        speed_only = tokens is not None
+        callbacks = [one for one in self.callbacks if _name(one) not in LEFT_OUT]
+        if planned.growths and not speed_only:
+            growth = {**self.growth, "schedule": planned.schedule(steps), "unit": "step"}
+            callbacks.append({"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth})
+        trainer = {key: value for key, value in self.trainer.items() if key not in LIMITS}
+        trainer |= measured_trainer(steps, max(1, round(steps / self.evaluations)) * self.accumulated, callbacks)
+        trainer |= {"num_nodes": 1, "strategy": "auto"}
+        trainer["log_every_n_steps"] = min(int(self.trainer.get("log_every_n_steps") or 50), max(1, steps // 20))
+        if speed_only:
+            trainer["limit_val_batches"] = 0
+        overrides = {**self.overrides, **planned.arm.overrides}
+        if tokens or has_pattention(planned.config):
+            overrides["param_tokens"] = tokens or dict(planned.config.tokens.items())
+        model = {**copy.deepcopy(self.model), "preset": planned.arm.preset, "overrides": overrides}
+        if self.lr_schedule:
+            model["schedule"] = self.lr_schedule
+        if lr is not None:
+            if self.lr is None:
+                raise UserError("config: model.init_args.optimizer.init_args.lr: needed to set a learning rate")
+            model["optimizer"]["init_args"]["lr"] = lr
+        return {
+            "seed_everything": seed,
+            "trainer": trainer,
+            "model": {"class_path": f"lit_tokenformer.tasks.{self.task}", "init_args": model},
+            "data": self.config["data"],
+        }
+
+
+def measured_trainer(steps: int, interval: int, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Build the trainer settings of a fit that measures itself on one device and leaves no checkpoint.
+
+    Args:
+        steps: Optimizer steps.
+        interval: Training batches between validations.
+        callbacks: Configs of its callbacks; monitor and meter are added.
+    """
+    monitor = {"log_images": 0, "row_norms": False}  # skip costly logging
+    return {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "devices": 1,
+        "logger": True,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": interval,
+        "callbacks": [
+            *callbacks,
+            {"class_path": "callbacks.TrainingMonitor", "init_args": monitor},
+            {"class_path": "lit_tokenformer.comparison.meter.Meter"},
+        ],
+    }
+
+
+def _built(kind: type, name: str, given: dict[str, Any]) -> Any:
+    """Instantiate a part of a config.
+
+    Raises:
+        UserError: In one line.
+    """
+    parser: Any = ArgumentParser(exit_on_error=False)
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    parser.add_subclass_arguments(kind, name)
+    try:
+        return build(parser.parse_object({name: given}))[name]
+    except Exception as error:
+        causes = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{name}: {causes[-1] if causes else type(error).__name__}") from None
+
+
+def _name(callback: dict[str, Any]) -> str:
+    return str(callback.get("class_path", "")).split(".")[-1]
