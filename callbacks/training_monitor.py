@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from callbacks.growth_steps import latest_rows
-from lit_tokenformer.checkpoints.run_folder import run_folder, write_if_room
+from lit_tokenformer.checkpoints.run_folder import run_folder, write_if_space
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
@@ -320,7 +320,7 @@ def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
 def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
     """This method of the experiment of each logger that has it."""
     found = [(logger, getattr(logger, "experiment", None)) for logger in trainer.loggers]
-    return [partial(write_if_room, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
+    return [partial(write_if_space, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
 
 
 def num_samples(batch: Any) -> int:

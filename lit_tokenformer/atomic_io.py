@@ -1,6 +1,6 @@
-"""Files and folders that appear under their name complete, or not at all.
+"""Atomic writes of files and folders.
 
-Each is created exclusively under an unpredictable name in the folder of its target, flushed to the disk and renamed. A
+Each is created exclusively under an unpredictable name in the folder of its target, flushed to disk and renamed. A
 symbolic link under the target's name is replaced, never followed.
 """
 
@@ -21,16 +21,16 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".lit-tokenformer-{}.part"
-"""Name of what is being written: hidden, and without the target's name in it, since Lightning counts ``hpc_ckpt_N`` by
-what file names contain. A process that writes such a file or folder holds a lock on it."""
+"""Name of an unfinished file or folder, locked by the process that writes it. It is hidden and omits the target's name,
+since Lightning counts ``hpc_ckpt_N`` by substring."""
 
 
 @contextmanager
 def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of ``target`` when the block ends, and is removed if it raises.
+    """Open a new file that replaces ``target`` when the block ends, and is removed if the block raises.
 
     Args:
-        target: The file; its folder exists.
+        target: File to write, in an existing folder.
 
     Yields:
         The file, open for writing bytes.
@@ -46,7 +46,7 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         ...     os.listdir(folder)
         ['note.txt']
     """
-    part = _beside(target)
+    part = _part_path(target)
     try:
         with part.open("xb") as file:
             if fcntl is not None:
@@ -63,12 +63,12 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Create a new folder that is renamed to ``target`` when the block ends, and is removed if it raises.
+    """Create a new folder that is renamed to ``target`` when the block ends, and is removed if the block raises.
 
-    What killed processes left of the same target is removed.
+    Leftovers of killed processes with the same target are removed.
 
     Args:
-        target: The folder, which does not exist yet; its parents are created.
+        target: Folder that does not exist yet; its parents are created.
 
     Yields:
         The folder to write to.
@@ -99,7 +99,7 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder; an ``OSError`` where another process has locked it, it is a link, or there are no locks."""
+    """Lock a folder, with an ``OSError`` for a link, a folder locked by another process, or a system without locks."""
     if fcntl is None:
         raise OSError("no locks")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -111,18 +111,18 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove the unfinished files of killed processes; those that are being written are locked, and stay.
+    """Remove unfinished files of killed processes; locked ones, still being written, are kept.
 
     Args:
-        folder: Where they are.
+        folder: Folder to clean.
     """
     for part in folder.glob(UNFINISHED.format("*")) if fcntl is not None else ():
-        with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only what is to be written
+        with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only files open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
 
 
-def _beside(target: str | os.PathLike[str]) -> Path:
+def _part_path(target: str | os.PathLike[str]) -> Path:
     return Path(target).with_name(UNFINISHED.format(uuid.uuid4().hex))
 
 

@@ -1,4 +1,4 @@
-"""Errors in what a user gave, told from errors in somebody's code by where they were raised."""
+"""User errors, separated from faults in code by the packages on the traceback."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _CHECKED = frozenset(
     {*sys.stdlib_module_names, *_OURS}
     | {"jsonargparse", "lightning", "numpy", "omegaconf", "tensorboard", "timm", "torch", "torchmetrics", "yaml"}
 )
-"""Packages whose constructors check what they are given; an error out of any other keeps its traceback."""
+"""Packages whose constructors validate their arguments; an error from any other package keeps its traceback."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(ValueError):
-    """An invalid setting or input, found by a check of this project.
+    """Invalid setting or input, found by a check of this project.
 
-    The command line reports it in one line and exits with status 2. Any other exception is a fault in somebody's
-    code and keeps its traceback.
+    The command line reports it in one line and exits with status 2. Any other exception is a fault in code and keeps
+    its traceback.
 
     Args:
-        message: One line. Control characters, which a terminal would obey, are escaped: names in the message may come
-            from a file.
+        message: One line. Control characters are escaped: a terminal would execute them, and names in the message may
+            come from a file.
 
     Example:
         >>> raise UserError("param_tokens: expected at least 1, got 0")
@@ -40,21 +40,21 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A loader's worker hands its error over with the whole traceback as the message
+        # A DataLoader worker reraises with the whole traceback as the message
         message = message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
         super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 def unknown_name(setting: str, name: object, choices: Iterable[str]) -> UserError:
-    """Build the error for a name that is not registered, with the nearest registered one.
+    """Build the error for an unregistered name, with the nearest registered one as a hint.
 
     Args:
-        setting: The setting that holds the name, as the user writes it (``data.dataset``).
-        name: The name given.
-        choices: The registered names.
+        setting: Setting that holds the name, as the user writes it (``data.dataset``).
+        name: Name given.
+        choices: Registered names.
 
     Returns:
-        An exception to raise; its message is one line.
+        Exception to raise, with a one-line message.
 
     Example:
         >>> print(unknown_name("data.dataset", "digit", ["digits", "cifar10"]))
@@ -67,14 +67,14 @@ def unknown_name(setting: str, name: object, choices: Iterable[str]) -> UserErro
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str | None:
-    """Find the name that was probably meant.
+    """Find the closest match for a misspelled name.
 
     Args:
-        name: A name that is not among the choices.
-        choices: The names that exist.
+        name: Name that is not among the choices.
+        choices: Existing names.
 
     Returns:
-        A choice that differs by a typo, else the shortest one that continues the name; None if nothing is near.
+        The choice that differs by a typo, else the shortest one with the name as a prefix; None without a match.
 
     Example:
         >>> nearest_name("epcohs", ["epochs", "steps"]), nearest_name("vit_smal", ["gpt2_small", "vit_small_patch16"])
@@ -90,16 +90,16 @@ def nearest_name(name: str, choices: Iterable[str]) -> str | None:
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return what jsonargparse caught and reports with types and the whole configuration."""
+    """Return the exception that jsonargparse wrapped in a report of types and the whole configuration."""
     while error.__cause__ is not None and _packages(error)[-1:] == ["jsonargparse"]:
         error = error.__cause__
     return error
 
 
 def from_process(error: ErrorT) -> ErrorT | UserError:
-    """Return the ``UserError`` that another process raised, where it is all that ended that process.
+    """Return the ``UserError`` that ended another process, else the error unchanged.
 
-    Processes that Lightning forks or spawns hand over the text of their traceback.
+    Processes that Lightning forks or spawns pass on the text of their traceback.
     """
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
     if isinstance(error, ProcessRaisedException) and str(error).strip().splitlines()[-1].startswith(own):
@@ -108,23 +108,23 @@ def from_process(error: ErrorT) -> ErrorT | UserError:
 
 
 def raised_by_user_code(error: BaseException) -> bool:
-    """Return whether code of neither this project nor a library whose constructors it calls took part."""
+    """Return whether the traceback contains a package other than this project and its checked libraries."""
     return not _CHECKED.issuperset(_packages(error))
 
 
 def is_user_code(value: object) -> bool:
-    """Return whether the class of a value is defined by neither this project nor a library that it calls."""
+    """Return whether the class of a value is defined outside this project and its checked libraries."""
     return type(value).__module__.partition(".")[0] not in _CHECKED
 
 
 def raised_by_library(error: BaseException) -> bool:
-    """Return whether a library raised the error, and nothing but libraries and this project took part."""
+    """Return whether a checked library raised the error, with no other package on the traceback."""
     packages = _packages(error)
     return not raised_by_user_code(error) and packages[-1:] != [] and packages[-1] not in _OURS
 
 
 def _packages(error: BaseException) -> list[str]:
-    """The top-level package of each frame, the raising one last."""
+    """Return the top-level package of each frame, the raising one last."""
     return [
         frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
     ]

@@ -1,7 +1,7 @@
-"""Files of tensors, whoever wrote them; nothing in them is executed.
+"""Safe loading of tensor files from untrusted sources.
 
-torch's own ``weights_only`` accepts types that read files (``traceback.FrameSummary``) and records whose checksums are
-wrong. Here a file is checked before torch reads it: every record against its checksum, every type against
+torch's own ``weights_only`` accepts types that read files (``traceback.FrameSummary``) and records with wrong
+checksums. Here a file is verified before torch reads it: every record against its checksum, every type against
 ``ALLOWED``.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from lit_tokenformer.errors import UserError
 
 NESTED = ("state_dict", "module", "model")
-"""Keys under which trainers put the weights in a pickle."""
+"""Keys under which trainers store the weights in a pickle."""
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 ALLOWED = {
@@ -41,26 +41,26 @@ ALLOWED = {
     "builtins": {"set"},
     "__builtin__": {"set"},
 }
-"""Types that a pickle may name, by module, a subset of those that ``torch.load(weights_only=True)`` accepts."""
+"""Types allowed in a pickle, by module; a subset of those that ``torch.load(weights_only=True)`` accepts."""
 
 _EXTENDED = ("torch", "builtins", "traceback")
-"""Packages of the types that torch itself adds to its safe globals; a user's own additions count."""
+"""Packages of the types that torch itself adds to its safe globals; a user's own additions are honored."""
 
 MAX_VALUES, MAX_NESTING = 4_000_000, 100
-"""Values that a file may hold, counted as often as they are referred to, and how deeply they may be nested."""
+"""Maximum number of values in a file, counted once per reference, and maximum nesting depth."""
 
 
 def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = "cpu", mmap: bool = False) -> Any:
-    """What ``torch.save`` wrote; tensors and plain types only.
+    """Load a file written by ``torch.save``, tensors and plain types only.
 
     Args:
-        path: The file.
-        setting: The setting that names the file, for the errors.
+        path: File to load.
+        setting: Setting that names the file, for errors.
         map_location: Device of the tensors; ``meta`` reads their shapes only.
-        mmap: Leave tensors on the disk until they are needed, where the file allows it.
+        mmap: Memory-map the tensors where the file allows it.
 
     Raises:
-        ValueError: If the file is not there, is not whole or holds pickled code.
+        ValueError: If the file is missing, incomplete or contains pickled code.
     """
     if not Path(path).is_file():
         raise UserError(f"{setting}: {path} is not a file")
@@ -75,18 +75,18 @@ def load_pickle(path: str | os.PathLike[str], setting: str, map_location: str = 
 
 @contextmanager
 def reading_errors(setting: str, path: object) -> Iterator[None]:
-    """Turn whatever a reader raises on a damaged or malicious file into one line.
+    """Convert any exception raised on a damaged or malicious file to a one-line error.
 
     Args:
-        setting: The setting that names the file, for the errors.
-        path: The file.
+        setting: Setting that names the file, for errors.
+        path: File being read.
 
     Raises:
         ValueError: For every exception.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says more
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error is more specific
             yield
     except UserError:
         raise
@@ -94,29 +94,29 @@ def reading_errors(setting: str, path: object) -> Iterator[None]:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), error)
         message = f"{setting}: {path} holds pickled code or is damaged, and was not loaded ({reason})"
         raise UserError(message) from None
-    except Exception as error:  # readers of pickles have no common class of errors
+    except Exception as error:  # unpickling errors have no common base class
         raise UserError(f"{setting}: {path} is truncated or damaged ({_first_line(error)})") from None
 
 
 @lru_cache(maxsize=64)
 def _check_once(path: str, *identity: int) -> bool:
-    """Check a file that has not been checked since it changed; returns whether it is a zip archive."""
+    """Verify a file unless it is unchanged since the last check, and return whether it is a zip archive."""
     with open(path, "rb") as file:
         return check_archive(file)
 
 
 def check_archive(file: BinaryIO) -> bool:
-    """Check what ``torch.save`` wrote, before torch reads it.
+    """Verify a file written by ``torch.save`` before torch reads it.
 
     Args:
-        file: The file, from its start.
+        file: File, positioned at its start.
 
     Returns:
-        Whether it is a zip archive; a pickle of torch before 1.6 has no checksums, so only its types are checked.
+        Whether it is a zip archive. A pickle of torch before 1.6 has no checksums, so only its types are checked.
 
     Raises:
-        pickle.UnpicklingError: If it names a type that is not allowed.
-        zipfile.BadZipFile: If a record is compressed, or differs from its checksum.
+        pickle.UnpicklingError: If it references a type outside ``ALLOWED``.
+        zipfile.BadZipFile: If a record is compressed or does not match its checksum.
     """
     zipped = file.read(4) == b"PK\3\4"  # as torch decides
     file.seek(0)
@@ -129,7 +129,7 @@ def check_archive(file: BinaryIO) -> bool:
     if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
         raise zipfile.BadZipFile("its records are compressed, and torch reads them as if they were not")
     if len({name.lower() for name in records}) != len(records):
-        raise zipfile.BadZipFile("two records have one name")
+        raise zipfile.BadZipFile("two records have the same name")
     if torch.serialization.get_crc32_options() and (bad := archive.testzip()) is not None:
         raise zipfile.BadZipFile(f"record {bad} does not match its checksum")
     file.seek(0)
@@ -145,7 +145,7 @@ def _check_types(file: BinaryIO) -> None:
     kinds = [kind[0] if isinstance(kind, tuple) else kind for kind in added]
     own = {f"{kind.__module__} {kind.__qualname__}" for kind in kinds if kind.__module__.split(".")[0] not in _EXTENDED}
     for opcode, name, _ in pickletools.genops(file):
-        if opcode.name == "STACK_GLOBAL":  # of newer protocols, which torch's reader has not
+        if opcode.name == "STACK_GLOBAL":  # of newer protocols, unsupported by torch's reader
             raise pickle.UnpicklingError("Unsupported pickle protocol")
         if opcode.name == "GLOBAL" and name not in own:
             module, _, kind = str(name).partition(" ")
@@ -154,13 +154,13 @@ def _check_types(file: BinaryIO) -> None:
 
 
 def check_size(value: Any) -> None:
-    """Refuse values that are nested without bound: 30 lists that each hold the one before twice are 2^30 values.
+    """Reject values with unbounded nesting: 30 lists that each contain the previous one twice are 2^30 values.
 
     Args:
-        value: Anything that a pickle gave.
+        value: Any unpickled value.
 
     Raises:
-        ValueError: If there are more than ``MAX_VALUES``, or nested deeper than ``MAX_NESTING``.
+        ValueError: If there are more than ``MAX_VALUES`` values, or nesting exceeds ``MAX_NESTING``.
     """
     count, depth, level = 0, 0, [value]
     while level:
@@ -179,14 +179,14 @@ def check_size(value: Any) -> None:
 
 
 def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a pickled state dict, in the precision of the file.
+    """Load the tensors of a ``.safetensors`` file or a pickled state dict, in the precision of the file.
 
     Args:
-        path: The file; a pickle may hold the state dict under one of the keys in ``NESTED``.
-        setting: The setting that names the file, for the errors.
+        path: File to load; a pickle may store the state dict under one of the keys in ``NESTED``.
+        setting: Setting that names the file, for errors.
 
     Raises:
-        ValueError: As :func:`load_pickle`, or if something in it is no tensor of floating-point numbers.
+        ValueError: As :func:`load_pickle`, or if an entry is not a floating-point tensor.
     """
     if Path(path).suffix == ".safetensors":
         found: Any = _load_safetensors(path, setting)
@@ -196,19 +196,19 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
             if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
                 found = found[key]
     if not isinstance(found, Mapping):
-        raise UserError(f"{setting}: {path} holds a {type(found).__name__}, expected a state dict")
+        raise UserError(f"{setting}: {path} is not a state dict (got {type(found).__name__})")
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{setting}: {path}: {name} is a {kind}, expected a tensor of floating-point numbers")
+            raise UserError(f"{setting}: {path}: {name} is not a floating-point tensor (got {kind})")
     return {str(name): _alone(tensor) for name, tensor in found.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write ``.safetensors``, or a pickled state dict under any other name.
+    """Write ``.safetensors``, or a pickled state dict under any other extension.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
@@ -217,7 +217,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         else:
             with open(path, "wb") as file:
                 torch.save(whole, file)
-    except (SafetensorError, RuntimeError) as error:  # of a full disk, which torch hides behind an error of its own
+    except (SafetensorError, RuntimeError) as error:  # torch wraps a full disk in an error of its own
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(_first_line(cause)) from error
 
@@ -232,7 +232,7 @@ def _load_safetensors(path: str | os.PathLike[str], setting: str) -> dict[str, T
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own: DeepSpeed's ``zero_to_fp32`` saves views into one vector of all weights."""
+    """Copy a tensor that is a view: DeepSpeed's ``zero_to_fp32`` saves views into one vector of all weights."""
     tensor = tensor.detach()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -222,7 +222,7 @@ DATA = [
         image("--data.dataset", "huggingface", "--data.hf_name", "no/such"),
         "data.hf_name: cannot load 'no/such'",
     ),
-    ("text_empty", files("a.txt", ""), "data.files: no document holds any text"),
+    ("text_empty", files("a.txt", ""), "data.files: all documents are empty"),
     ("text_not_utf8", files("a.txt", bytes([0xFF, 0xFE, 0x80]) * 99), "data.encoding_errors: .*is not UTF-8"),
     ("text_shorter_than_a_block", text("--data.block_size", "100000"), "data.block_size: .*tokens"),
     (
@@ -332,7 +332,7 @@ COMMANDS = [
     (
         "import_empty_folder",
         lambda given: ["import", "--source", str(given.folder)],
-        "source: there is no model.safetensors or",
+        "source: no model.safetensors or",
     ),
     ("generate_from_images", on("image.ckpt", "generate"), "ckpt_path: .* is of a LitImageClassifier"),
     ("generate_temperature", on("text.ckpt", "generate", "--temperature", "-1"), "temperature: expected"),

@@ -320,7 +320,7 @@ class NotFinite(Callback):
 def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tmp_path, of):
     last = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
     with pytest.warns(
-        UserWarning, match=r"non-finite layer\.key_tokens at step 6: .*last\.ckpt is not saved, and the check"
+        UserWarning, match=r"non-finite layer\.key_tokens at step 6: .*last\.ckpt is not saved, and earlier check"
     ):
         fit(tmp_path, WholeCheckpointIO(), NotFinite(2, of), last)
     assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "last.ckpt", "summary.json"]

@@ -163,7 +163,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(corpus: Path,
         together = [sorted(itertools.chain.from_iterable(turn)) for turn in zip(*parts, strict=True)]
         assert together == whole[2:] and len(together) > 2
     place(0, 2)
-    message = "^data.batch_size: the checkpoint is of the middle of an epoch with batches of 8 samples .* got 16$"
+    message = "^data.batch_size: the checkpoint is in the middle of an epoch .*got 16, expected 8 samples over all "
     with pytest.raises(ValueError, match=message):
         make(corpus, batch_size=8).train_dataloader().load_state_dict(state)
     between = make(corpus, batch_size=8).train_dataloader()  # the next epoch may be cut anew
@@ -276,8 +276,10 @@ def test_a_stream_goes_on_under_the_same_processes_only(corpus: Path, place: Cal
     assert len(rows(next(iter(loader)))) == 3
     state = loader.state_dict()
     make(2, **settings).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^trainer.devices .processes in all.: the stream's place was saved with 2, "):
+    with pytest.raises(ValueError, match=r"^trainer.devices .processes in all.: the stream position .* expected 2"):
         make(1, **settings).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^data.batch_size: the stream's place was saved with 3, .* got 4$"):
+    with pytest.raises(
+        ValueError, match=r"^data.batch_size: the stream position in the checkpoint .* \(got 4, expected 3\)$"
+    ):
         make(2, **{**settings, "batch_size": 4}).load_state_dict(state)
     make(1, **settings).load_state_dict({**state, "finished": True})

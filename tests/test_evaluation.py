@@ -164,7 +164,7 @@ def test_the_command_tells_scores_of_tasks_that_are_here_and_knows_the_published
     generator, include_path, tmp_path, capsys
 ):
     published = ["hellaswag", "lambada_openai", "piqa", "arc_easy", "arc_challenge"]
-    with pytest.raises(ValueError, match="tasks: the harness knows no task named hellaswak"):
+    with pytest.raises(ValueError, match="tasks: unknown to the harness .got hellaswak"):
         evaluate(generator, [*published, "hellaswak"], include_path=include_path)
     task = LitCausalLM("tokenformer_lm_tiny", 320, 32, overrides={"dim": 32, "depth": 1, "num_heads": 2})
     trainer = Trainer(accelerator="cpu", logger=False)

@@ -8,7 +8,7 @@ import torch
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
-from lit_tokenformer.inference.sampling import Sampling, draw, generate_tokens, keep_top_k, keep_top_p, penalise
+from lit_tokenformer.inference.sampling import Sampling, draw, generate_tokens, keep_top_k, keep_top_p, penalize
 from lit_tokenformer.models import Tokenformer, create_backbone
 
 VOCAB, CONTEXT = 61, 24
@@ -113,7 +113,7 @@ def test_distribution_is_that_of_transformers(sampling):
 def test_each_warper_alone():
     logits = torch.tensor([[2.0, -1.0, 1.0, 0.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -2.0, 1.0, 0.0]]
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -2.0, 1.0, 0.0]]
     assert keep_top_k(logits, 2).tolist() == [[2.0, -math.inf, 1.0, -math.inf]]
     halves = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     for p, kept in ((0.5, 1), (0.51, 2), (0.75, 2), (0.8, 3), (0.9, 4)):
@@ -333,8 +333,8 @@ def test_bad_sampling_is_refused(settings, message):
         ([[]], {}, "prompt: expected at least one token id"),
         ([[1], []], {}, "prompt 2: expected at least one token id"),
         ([[[1]]], {}, "prompt: expected at least one token id, got shape"),
-        ([[1] * 25], {}, "prompt: it has 25 tokens, the model's context_length is 24"),
-        ([[1], [1] * 30], {}, "prompt 2: it has 30 tokens, the model's context_length is 24"),
+        ([[1] * 25], {}, "prompt: 25 tokens, the model's context_length is 24"),
+        ([[1], [1] * 30], {}, "prompt 2: 30 tokens, the model's context_length is 24"),
         ([[1, 61]], {}, "prompt: token id 61 is not in the model's vocabulary of 61"),
         ([[-1]], {}, "prompt: token id -1 is not in the model's vocabulary of 61"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
@@ -350,7 +350,7 @@ def test_bad_input_is_refused_at_the_call(model, prompts, settings, message):
 def test_models_that_cannot_write_are_refused(kind):
     with torch.device("meta"):
         model = create_backbone(kind, depth=1, causal=False)
-    with pytest.raises(ValueError, match="model: it cannot write text .*causal: false"):
+    with pytest.raises(ValueError, match="model: not a causal language model .*causal: false"):
         generate_tokens(model, [[1]], 5)
 
 
@@ -359,7 +359,7 @@ def test_a_model_of_nan_is_told(sampling):
     model = make_model()
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="model: its logits are not finite"):
+    with pytest.raises(ValueError, match="model: non-finite logits"):
         next(generate_tokens(model, PROMPTS, 5, sampling))
 
 

@@ -641,7 +641,7 @@ def spoil(path: Path) -> None:
 def test_unreadable_training_image_is_named_once_and_replaced(folder: Path, make):
     spoil(folder / "train" / "cat" / "003.png")
     loader = make(folder, augmentation=Augmentation(crop="center", hflip=0)).train_dataloader()
-    with pytest.warns(UserWarning, match=r"unreadable image left out: .*cat.003\.png") as told:
+    with pytest.warns(UserWarning, match=r"unreadable image skipped: .*cat.003\.png") as told:
         batches = [batch for _ in range(2) for batch in loader]
     assert len(told) == 1 and [len(image) for image, _ in batches] == [4] * 12
     shown = torch.cat([image for image, _ in batches[:6]])
@@ -793,10 +793,10 @@ def test_wrong_image_folder_is_refused(folder: Path, tmp_path: Path):
     (tmp_path / "flat" / "train").mkdir(parents=True)
     check_refused(imagefolder(tmp_path / "flat"), "data.root: no class folders in .*train; expected .*CLASS")
     (tmp_path / "flat" / "train" / "one").mkdir()
-    check_refused(imagefolder(tmp_path / "flat"), "data.root: no images in .*train; known endings: .jpg")
+    check_refused(imagefolder(tmp_path / "flat"), "data.root: no images in .*train; known extensions: .jpg")
     (folder / "train" / "eel").mkdir()
     check_refused(
-        imagefolder(folder), "data.root: train and val have different classes, 1 are only in one of them: eel"
+        imagefolder(folder), "data.root: train and val have different classes, 1 are in one of them only: eel"
     )
     (folder / "val" / "eel").mkdir()
     check_refused(imagefolder(folder), "data.root: no training images for 1 classes: eel")
@@ -835,4 +835,4 @@ def test_wrong_hugging_face_settings_are_refused(folder: Path):
 def test_stream_without_a_validation_split_is_refused(tmp_path: Path):
     write_images(tmp_path / "data" / "train" / "one", 2)
     write_images(tmp_path / "data" / "train" / "two", 2)
-    check_refused(hub(tmp_path / "data", streaming=True), "data.hf_val_split: a stream cannot be cut, name a split")
+    check_refused(hub(tmp_path / "data", streaming=True), "data.hf_val_split: a stream cannot be split, name a split")

@@ -588,11 +588,11 @@ def test_wrong_setting_is_refused_when_created(settings: dict, message: str):
 
 
 def test_sizes_that_do_not_fit_are_refused(corpus: Path, tmp_path: Path):
-    with refused("data.block_size: expected 2 or more for sentences with the tokens around them, got 1"):
+    with refused("data.block_size: expected 2 or more for sentences with special tokens, got 1"):
         masked(corpus, examples="sentences", block_size=1).setup("fit")
     with refused(r"data.batch_size: expected at most \d+ \(the training examples of a process\), got 1000"):
         masked(corpus, examples="sentences", batch_size=1000).setup("fit")
-    with refused("data.block_size: the validation split has .* tokens, and needs 5001"):
+    with refused("data.block_size: too few tokens in the validation split .* expected at least 5001"):
         masked(corpus, block_size=5000).setup("validate")
     with refused("data.separator: '\\[MASK\\]' is the mask token and cannot end a document"):
         masked(corpus, separator="[MASK]").setup("fit")
@@ -600,7 +600,7 @@ def test_sizes_that_do_not_fit_are_refused(corpus: Path, tmp_path: Path):
     data = MaskedTextDataModule("files", val_files=[str(tmp_path / "a.txt")], examples="sentences")
     data.setup("validate")
     assert len(list(data.val_dataloader())) == 1 and "training examples" not in data.corpus_summary()
-    with refused("data.files: there are no training documents"):
+    with refused("data.files: no training documents"):
         data.setup("fit")
 
 
@@ -615,4 +615,4 @@ def test_command_line_sets_it_up():
     data = instantiate(config).data
     assert (data.examples, data.mask_fraction, data.whole_words) == ("sentences", 0.3, True)
     help_text = " ".join(parser.format_help().split())
-    assert "0.3 in MosaicBERT" in help_text and "Share of the tokens that is hidden" in help_text
+    assert "0.3 in MosaicBERT" in help_text and "Fraction of tokens masked in training" in help_text

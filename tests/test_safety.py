@@ -117,7 +117,7 @@ def test_pickled_code_in_published_weights_never_runs(name, good, marker, tmp_pa
 
 def test_an_index_of_weights_is_not_followed(tmp_path, capfd):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
-    assert "source: there is no model.safetensors" in refused(capfd, "import", "--source", tmp_path)
+    assert "source: no model.safetensors" in refused(capfd, "import", "--source", tmp_path)
 
 
 def test_a_data_set_opens_no_file_outside_of_its_folders(tmp_path):
@@ -127,7 +127,7 @@ def test_a_data_set_opens_no_file_outside_of_its_folders(tmp_path):
     own = str(tmp_path / "own")
     assert decode_hub_image({"bytes": None, "path": f"{own}/image.png"}, (own,)).size == (8, 8)
     for path in (f"{own}/../secret.png", str(tmp_path / "secret.png"), "secret.png"):
-        with pytest.raises(ValueError, match="data.hf_name: the data set names .* outside of its folders"):
+        with pytest.raises(ValueError, match="data.hf_name: the data set references .* outside of its folders"):
             decode_hub_image({"bytes": None, "path": path}, (own,))
 
 

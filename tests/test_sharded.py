@@ -221,7 +221,7 @@ class TestTwoProcesses:
         path = tmp_path / "torn.ckpt"
         shutil.copytree(found[2] / "uneven" / "end1.ckpt", path)
         (path / "__1_0.distcp").unlink()
-        with pytest.raises(ValueError, match=r"ckpt_path: .* is not whole: __1_0\.distcp is missing"):
+        with pytest.raises(ValueError, match=r"ckpt_path: .* is incomplete: __1_0\.distcp is missing"):
             read_folder(path)
         (path / INDEX).unlink()
         with pytest.raises(ValueError, match=r"ckpt_path: .*\.metadata"):

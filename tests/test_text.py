@@ -550,7 +550,7 @@ def test_yaml_and_command_line_set_it_up(corpus: Path, tmp_path: Path):
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
     data = instantiate(config).data
     assert data.context_length == 32 and data.vocab_size == 300
-    assert "Tokens T the model sees at once" in parser.format_help()
+    assert "Context length T in tokens" in parser.format_help()
 
 
 # --- Streams ---------------------------------------------------------------------------------------------------------
@@ -840,7 +840,7 @@ def test_two_processes_of_a_trainer_share_and_resume(tmp_path: Path, streaming: 
             {"val_fraction": 0.5, "test_fraction": 0.5},
             "data.val_fraction: expected less than 1 with data.test_fraction",
         ),
-        ({"streaming": True}, "data.streaming: expected data.dataset=huggingface, got python_docs"),
+        ({"streaming": True}, "data.streaming: expected data.dataset: huggingface, got python_docs"),
         ({"files": "a.txt"}, "data.files: expected a list of files, got the text 'a.txt'"),
     ],
 )
@@ -854,17 +854,17 @@ def test_files_that_are_not_there_are_named(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("no.txt", "no such file or folder: .*no.txt"),
-        ("*.txt", r".*\*.txt names no file"),
-        ("*.csv", r".*\*.csv names 1 files, but none ends in .txt, .md, .jsonl, .parquet"),
-        ("empty", ".*empty names no file"),
-        ("a.csv", "expected a file that ends in .txt, .md, .jsonl, .parquet, got .*a.csv"),
+        ("*.txt", r".*\*.txt matches no file"),
+        ("*.csv", r".*\*.csv matches 1 files, but none with extension .txt, .md, .jsonl, .parquet"),
+        ("empty", ".*empty matches no file"),
+        ("a.csv", "expected a file with extension .txt, .md, .jsonl, .parquet, got .*a.csv"),
     ):
         with refused(f"data.files: {message}"):
             text(tmp_path / name).prepare_data()
     (tmp_path / "a.txt").write_text("a")
     with refused("data.val_files: no such file"):
         text(tmp_path / "a.txt", val_files=[str(tmp_path / "b.txt")]).prepare_data()
-    with refused("data.val_files: all of data.files are named here too"):
+    with refused("data.val_files: includes all of data.files, with no file left for training"):
         text(tmp_path / "a.txt", val_files=[str(tmp_path / "a.txt")]).prepare_data()
     with refused("data.files: expected files, folders or patterns, got none"):
         TextDataModule("files").prepare_data()
@@ -872,10 +872,10 @@ def test_files_that_are_not_there_are_named(tmp_path: Path):
 
 def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
     for content, settings, message in (
-        (["", ""], {}, "data.files: no document holds any text"),
-        (DOCUMENTS, {"val_fraction": 0}, "data.val_fraction: of 40 documents none falls into the validation split"),
-        (DOCUMENTS[:1], {"val_fraction": 0.99}, "data.val_fraction: of 1 documents none falls into the training split"),
-        (DOCUMENTS, {"test_fraction": 1e-6}, "data.test_fraction: of 40 documents none falls into the test split"),
+        (["", ""], {}, "data.files: all documents are empty"),
+        (DOCUMENTS, {"val_fraction": 0}, r"data.val_fraction: empty validation split \(got none of 40 documents\)"),
+        (DOCUMENTS[:1], {"val_fraction": 0.99}, r"data.val_fraction: empty training split \(got none of 1 documents\)"),
+        (DOCUMENTS, {"test_fraction": 1e-6}, r"data.test_fraction: empty test split \(got none of 40 documents\)"),
     ):
         for make in (text, hub):
             if make is hub and content[0] == "":
@@ -883,17 +883,19 @@ def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
             with refused(message):
                 make(write_lines(tmp_path / "a.jsonl", content), **settings).prepare_data()
     (tmp_path / "empty.txt").touch()
-    with refused("data.val_files: no document holds any text"):
+    with refused("data.val_files: all documents are empty"):
         text(corpus, val_files=[str(tmp_path / "empty.txt")]).prepare_data()
-    with refused("data.val_fraction: of the stream none falls into the validation split"):
+    with refused(r"data.val_fraction: empty validation split \(got none of the stream\)"):
         hub(corpus, streaming=True, val_fraction=0).setup("fit")
 
 
 def test_splits_that_are_too_short_are_refused(corpus: Path, tmp_path: Path):
     longer = write_lines(tmp_path / "longer.jsonl", DOCUMENTS[:1] * 100)
-    with refused("data.block_size: the validation split has .* tokens, and needs 5001"):
+    with refused("data.block_size: too few tokens in the validation split .* expected at least 5001"):
         text(corpus, block_size=5000).setup("validate")
-    with refused("data.block_size: the training split has .* tokens, and needs 4000 for blocks of 2000"):
+    with refused(
+        r"data.block_size: too few tokens in the training split for blocks of 2000 \(.* expected at least 4000\)"
+    ):
         text(write_lines(tmp_path / "b.jsonl", DOCUMENTS[:30]), block_size=2000, val_files=[str(longer)]).setup("fit")
     with refused(r"data.batch_size: expected at most \d+ \(the training blocks of a process\), got 1000"):
         text(corpus, batch_size=1000).setup("fit")
@@ -909,7 +911,7 @@ def test_place_in_a_stream_is_refused_under_other_settings(corpus: Path):
     next(iter(loader))
     data = hub(corpus, streaming=True, shuffle_buffer=9)
     data.load_state_dict(loader.state_dict())
-    with refused("data.shuffle_buffer: the stream's place was saved with 6, and can be found with it only; got 9"):
+    with refused(r"data.shuffle_buffer: the stream position in the checkpoint depends on it \(got 9, expected 6\)"):
         data.train_dataloader()
 
 
@@ -918,7 +920,7 @@ def test_stream_of_something_else_than_text_is_refused(tmp_path: Path):
     data = hub(tmp_path / "a.jsonl", streaming=True, num_workers=1, val_files=[str(tmp_path / "a.jsonl")])
     for use in (lambda: data.setup("fit"), lambda: list(data.train_dataloader())):  # here, and in a worker
         told = "data.text_column: row 1 read from the stream: expected text in 'text', got int"
-        with refused(f"data.max_corrupt_share: 4 of 4 rows of the stream cannot be read, .*; the first: {told}"):
+        with refused(f"data.max_corrupt_share: 4 of 4 rows of the stream cannot be read .*; the first: {told}"):
             use()
 
 
@@ -972,7 +974,7 @@ def test_files_to_validate_on_need_none_to_train_on(tmp_path: Path):
     data.setup("validate")
     targets = sum(int((batch[:, 1:] >= 0).sum()) for batch in data.val_dataloader())
     assert targets == 17 * 20 + 1 and data.bytes_per_token("val") == 340 / 341
-    with refused("data.files: there are no training documents"):
+    with refused("data.files: no training documents"):
         data.setup("fit")
 
 

@@ -264,9 +264,9 @@ def refused(tmp_path, kind):
     if kind == "image":
         overrides = {"dim": 32, "depth": 1, "num_heads": 2, "param_tokens": 8, "image_size": 8, "patch_size": 4}
         task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=3, overrides=overrides)
-        return save_image(task, path), "is of a LitImageClassifier: model: it cannot write text (head: image"
+        return save_image(task, path), "is of a LitImageClassifier: model: not a causal language model (got head: image"
     if kind == "no_tokenizer":
-        return save(language_model(), path), "has no tokenizer, and there is no tokenizer.json beside it"
+        return save(language_model(), path), "(expected it there, or tokenizer.json next to it)"
     if kind == "large_tokenizer":
         return save(language_model(200), path, Tokenizer.bytes()), "it has 257 tokens, the model's vocab_size is 200"
     if kind == "damaged_tokenizer":
@@ -296,8 +296,8 @@ def test_checkpoints_without_text_are_refused(kind, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": "a" * 65}, "prompt: it has 65 tokens, the model's context_length is 64"),
-        ({"prompts": ["a", "é" * 40]}, "prompt 2: it has 80 tokens, the model's context_length is 64"),
+        ({"prompts": "a" * 65}, "prompt: 65 tokens, the model's context_length is 64"),
+        ({"prompts": ["a", "é" * 40]}, "prompt 2: 80 tokens, the model's context_length is 64"),
         ({"prompts": []}, "prompts: expected at least one"),
         ({"prompts": "\udcff"}, "prompt: .* is not valid Unicode"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
@@ -455,7 +455,7 @@ def test_command_shows_text_as_it_is_produced(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": ["a" * 65]}, "prompt: it has 65 tokens, the model's context_length is 64"),
+        ({"prompt": ["a" * 65]}, "prompt: 65 tokens, the model's context_length is 64"),
         ({"format": "jsn"}, "format: unknown value 'jsn', did you mean 'json'?"),
         ({"temperature": -1.0}, "temperature: expected a number of at least 0, got -1.0"),
         ({"stop": [""]}, "stop: expected texts of at least one character, got ''"),
@@ -498,7 +498,7 @@ def test_a_model_that_is_trained_can_write_and_goes_on(checkpoint):
 def test_image_models_cannot_be_given_a_tokenizer():
     with torch.device("meta"):
         backbone = create_backbone("tokenformer_vit_tiny_patch16_224", depth=1)
-    with pytest.raises(ValueError, match="model: it cannot write text"):
+    with pytest.raises(ValueError, match="model: not a causal language model"):
         TextGenerator(backbone, Tokenizer.bytes())
 
 

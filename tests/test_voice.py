@@ -77,7 +77,7 @@ NOT_USED = {
 
 BRITISH = re.compile(
     r"\w*(normalis|initialis|tokenis|penalis|optimis|organis|recognis|generalis|quantis|vectoris|serialis|synchronis|"
-    r"parallelis|summaris|regularis|utilis|visualis|specialis|minimis|maximis|colour|behaviour|modell(ing|ed)|"
+    r"parallelis(?!m)|summaris|regularis|utilis|visualis|specialis|minimis|maximis|colour|behaviour|modell(ing|ed)|"
     r"label(ling|led)|favour|neighbour|centre\b|analys(e|ed|ing)\b|licence\b|catalogue)\w*",
     re.IGNORECASE,
 )

@@ -1,1 +1,1 @@
-"""Checkpoints of a fit: read without executing what is in them, written atomically."""
+"""Checkpoints: safe loading and atomic writes."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each is there whole or not at all, whatever happens while it is written."""
+"""Atomic checkpoint I/O, and the search for the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.tensor_files import load_pickle
 
 LAYOUTS = ("checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt", "hpc_ckpt_*.ckpt")
-"""Where runs have their checkpoints, below ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""
+"""Checkpoint paths of runs, relative to ``trainer.default_root_dir`` or the ``save_dir`` of a logger."""
 
 _LARGE = {"callbacks", "loops", "lr_schedulers", "optimizer_states", "rng_states"}
-"""Parts of a checkpoint that are not kept while the checkpoint to resume from is chosen."""
+"""Parts of a checkpoint that are dropped while the checkpoint to resume from is selected."""
 
 _PLACES = ("checkpoints", "*/checkpoints", "*/*/checkpoints")
-"""Where loggers put checkpoints, below their folder."""
+"""Checkpoint folders of loggers, relative to their own folder."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, makes sure that it is on the disk, and moves it there in one step.
+    """Checkpoint I/O with atomic writes and safe loading.
 
-    A process that is killed at any moment leaves the checkpoint that had the name before, or the new one. What it has
-    left of an unfinished one is removed when the next checkpoint is saved in that folder. Nothing in a file is executed
-    when it is loaded. Addresses such as ``s3://...`` are left to Lightning.
+    A checkpoint is written to a temporary file, flushed to disk and renamed. A process killed at any moment leaves
+    either the previous checkpoint of that name or the new one. Its unfinished file is removed when the next checkpoint
+    is saved in that folder. Loading executes no code from the file. URLs such as ``s3://...`` are left to Lightning.
 
     Args:
-        on_full_disk: ``warn`` continues the fit with a warning and keeps the checkpoints that exist; ``stop`` raises.
+        on_full_disk: ``warn`` continues training with a warning and keeps the existing checkpoints; ``stop`` ends the
+            fit with an error.
 
     Raises:
-        ValueError: For another word.
+        ValueError: For any other ``on_full_disk``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -59,18 +60,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise unknown_name("on_full_disk", on_full_disk, ("warn", "stop"))
         self.on_full_disk = on_full_disk
         self.unsaved: str | None = None
-        """The latest checkpoint, if it was not saved; nothing that it was to replace is removed then."""
+        """Latest checkpoint, if it could not be saved; the checkpoints that it would replace are kept then."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves a checkpoint; called in the first process only.
+        """Save a checkpoint; called on rank zero only.
 
         Args:
-            checkpoint: What Lightning collected.
-            path: The file.
-            storage_options: Not taken, as by Lightning's own.
+            checkpoint: Checkpoint collected by Lightning.
+            path: File to write.
+            storage_options: Unsupported, as in Lightning's own.
 
         Raises:
-            OSError: If it cannot be written; for a full disk only with ``on_full_disk: stop``.
+            OSError: If the file cannot be written; for a full disk only with ``on_full_disk: stop``.
         """
         self.unsaved = None
         if NON_FINITE in checkpoint:
@@ -95,52 +96,52 @@ class WholeCheckpointIO(TorchCheckpointIO):
             needed, free = _bytes(checkpoint) / 2**20, shutil.disk_usage(target.parent).free / 2**20
             message = f"no space left to save {target}: about {needed:,.1f} MiB needed, {free:,.1f} MiB free"
             if self.on_full_disk == "stop":
-                raise OSError(f"{message}; the checkpoints before it are kept") from error
+                raise OSError(f"{message}; earlier checkpoints are kept") from error
             self.unsaved = str(path)
-            rank_zero_warn(f"{message}; the fit goes on, and the checkpoints before it are kept")
+            rank_zero_warn(f"{message}; the fit continues, and earlier checkpoints are kept")
 
     def reject_non_finite(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Report a checkpoint that is not saved because of what :class:`~callbacks.PreemptionCheckpoint` found in it.
+        """Report a checkpoint that is not saved because :class:`~callbacks.PreemptionCheckpoint` found it non-finite.
 
         Args:
-            checkpoint: The state that Lightning collected, with the key ``NON_FINITE``.
-            path: The file or folder.
+            checkpoint: State collected by Lightning, with the key ``NON_FINITE``.
+            path: File or folder.
         """
         self.unsaved = str(path)
         found = f"non-finite {checkpoint[NON_FINITE]} at step {checkpoint['global_step']}"
-        rank_zero_warn(f"{found}: {path} is not saved, and the checkpoints before it are kept")
+        rank_zero_warn(f"{found}: {path} is not saved, and earlier checkpoints are kept")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Loads a checkpoint, tensors and plain types only.
+        """Load a checkpoint, tensors and plain types only.
 
         Args:
-            path: The file.
+            path: File to load.
             map_location: Device of the tensors.
-            weights_only: Taken for true, whatever it is.
+            weights_only: Ignored; always true.
 
         Raises:
-            ValueError: If the file is not there, is not whole or holds pickled code.
+            ValueError: If the file is missing, incomplete or contains pickled code.
         """
         if not _is_local_file_protocol(path):
             return _read_remote(str(path), map_location)
-        if Path(path).name == ".temp.ckpt":  # weights alone, which Lightning's launcher takes back from its processes
+        if Path(path).name == ".temp.ckpt":  # weights only, passed back by the processes of Lightning's launcher
             return load_pickle(path, "ckpt_path", map_location)
         return read_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a checkpoint, unless the one that was to replace it could not be saved.
+        """Remove a checkpoint, unless its replacement could not be saved.
 
         Args:
-            path: The file.
+            path: File to remove.
         """
         if self.unsaved is None:
             super().remove_checkpoint(path)
 
 
 def _read_remote(url: str, map_location: Any) -> dict[str, Any]:
-    """Copy a checkpoint from an fsspec URL, and verify it as any other."""
+    """Copy a checkpoint from an fsspec URL and verify it like a local one."""
     fs, plain = url_to_fs(url)
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, "remote.ckpt")
@@ -154,12 +155,12 @@ def _read_remote(url: str, map_location: Any) -> dict[str, Any]:
 
 
 class SavedCheckpoint(NamedTuple):
-    """A checkpoint on disk.
+    """Checkpoint on disk.
 
     Args:
-        path: The file, the folder or the fsspec URL.
-        content: Its content without the state of training; tensors have shapes only.
-        modified: When it was written, in seconds.
+        path: File, folder or fsspec URL.
+        content: Content without training state; tensors have shapes only.
+        modified: Modification time in seconds since the epoch.
     """
 
     path: str
@@ -168,19 +169,19 @@ class SavedCheckpoint(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Optimizer steps that it has taken."""
+        """Number of optimizer steps taken."""
         return self.content["global_step"]
 
 
 def resumable_checkpoints(
     roots: Iterable[str | os.PathLike[str]], folders: Iterable[str | os.PathLike[str]] = ()
 ) -> list[SavedCheckpoint]:
-    """Find the checkpoints of all runs from which a fit can resume; the newest by optimizer steps is the first.
+    """Find the resumable checkpoints of all runs, sorted by optimizer steps, newest first.
 
-    Damaged ones are reported and skipped, those without an optimizer state or without a step are ignored.
+    Damaged checkpoints are reported and skipped. Those without optimizer state or at step 0 are ignored.
 
     Args:
-        roots: Folders below which runs have theirs, as in ``LAYOUTS``; paths or fsspec URLs.
+        roots: Folders that contain runs in one of ``LAYOUTS``; paths or fsspec URLs.
         folders: Folders of checkpoints.
     """
     patterns = [(os.fspath(root), layout) for root in roots for layout in LAYOUTS]
@@ -203,17 +204,17 @@ def resumable_checkpoints(
 
 
 def last_checkpoint(folder: str | os.PathLike[str] | None) -> Path | None:
-    """The newest intact checkpoint of all runs below a folder, whatever their experiment.
+    """Find the newest intact checkpoint of all runs below a folder, regardless of their experiment.
 
     Args:
-        folder: The setting ``trainer.default_root_dir``.
+        folder: Setting ``trainer.default_root_dir``.
     """
     found = resumable_checkpoints([os.path.expanduser(folder or ".")])
     return Path(found[0].path) if found else None
 
 
 def _matches(folder: str, pattern: str) -> Iterator[tuple[str, float]]:
-    """Paths that exist, and when each was written."""
+    """Yield matching paths with their modification times."""
     if not _is_local_file_protocol(folder):
         fs, root = url_to_fs(folder)
         for path in fs.glob(f"{root}/{pattern}"):
@@ -224,15 +225,15 @@ def _matches(folder: str, pattern: str) -> Iterator[tuple[str, float]]:
     for place in {path.parent for path in root.glob(f"{pattern}.before")}:
         mend_folders(place)
     for match in root.glob(pattern):
-        with suppress(OSError):  # a dangling link, or removed by its run in this moment
+        with suppress(OSError):  # a dangling link, or removed by its run at this moment
             yield str(match), match.stat().st_mtime
 
 
 def read_shapes(path: str) -> Any:
-    """A checkpoint without the numbers in its tensors; nothing in it is executed.
+    """Load a checkpoint with its tensors on the ``meta`` device, without executing code from it.
 
     Args:
-        path: The file, the folder or the fsspec URL.
+        path: File, folder or fsspec URL.
 
     Raises:
         UserError: If it cannot be read.
@@ -245,17 +246,17 @@ def read_shapes(path: str) -> Any:
     try:
         with fs.open(plain, "rb") as file:
             return torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # a reader of pickles raises errors of no common class
+    except Exception as error:  # unpickling errors have no common base class
         raise UserError(f"ckpt_path: {path} is damaged or holds pickled code ({type(error).__name__})") from None
 
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Any]:
-    """A file that takes the place of ``target``, be it a sharded checkpoint, when it is on the disk."""
-    before = target.with_name(f"{target.name}.before")  # a name that mend_folders gives back
+    """Open a file that replaces ``target``, a file or a sharded checkpoint, once it is flushed to disk."""
+    before = target.with_name(f"{target.name}.before")  # a name that mend_folders restores
     with atomic_write(target) as file:
         yield file
-        if target.is_dir() and not target.is_symlink():  # a sharded checkpoint, which no file can replace
+        if target.is_dir() and not target.is_symlink():  # a sharded checkpoint: a file cannot replace a folder
             file.flush()
             os.fsync(file.fileno())
             if before.is_dir():
@@ -266,10 +267,10 @@ def _whole(target: Path) -> Iterator[Any]:
 
 
 def clear_unfinished(*roots: str | os.PathLike[str]) -> None:
-    """Removes what killed processes left of checkpoints; what is being written is not touched.
+    """Remove unfinished checkpoints of killed processes; those still being written are kept.
 
     Args:
-        roots: Folders of checkpoints, or of runs.
+        roots: Folders of checkpoints or of runs.
     """
     for root in map(Path, roots):
         for folder in {root, *(place for pattern in _PLACES for place in root.glob(pattern))}:
@@ -278,13 +279,13 @@ def clear_unfinished(*roots: str | os.PathLike[str]) -> None:
 
 
 def is_disk_full(raised: BaseException) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk, a quota or a file that may not grow."""
+    """Return whether an error or one of its causes is a full disk, an exceeded quota or a file size limit."""
     error = _os_error(raised)
     return error is not None and error.errno in _FULL
 
 
 def _os_error(raised: BaseException) -> OSError | None:
-    """What the disk said; torch stumbles over the end of a file that was not written, and raises a RuntimeError."""
+    """Find the ``OSError`` behind an error; torch raises a ``RuntimeError`` when it closes an unwritten file."""
     found: BaseException | None = raised
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
@@ -292,7 +293,7 @@ def _os_error(raised: BaseException) -> OSError | None:
 
 
 def _bytes(checkpoint: dict[str, Any]) -> int:
-    """About how large the file would be."""
+    """Estimate the size of the file in bytes."""
     storages = {
         leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
         for leaf in tree_leaves(checkpoint)

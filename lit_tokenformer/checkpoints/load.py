@@ -1,4 +1,4 @@
-"""Checkpoints of a fit, read without executing anything that is in them."""
+"""Safe loading and validation of Lightning checkpoints."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("epoch", "global_step"), (int,)),
     "pytorch-lightning_version": (str,),
 }
-"""Types of what Lightning puts into a checkpoint."""
+"""Types of the entries that Lightning writes to a checkpoint."""
 
 OWN_KINDS: dict[str, tuple[type, ...]] = {
     **{"tokenizer": (str, type(None)), "extras": (dict,), "grown_depth": (int,), "rng_states": (list,)}
 }
-"""Types of what the tasks of this project add to it; others may use the same names."""
+"""Types of the entries added by the tasks of this project; other projects may use the same names."""
 
 _COUNTS = {"ready", "started", "processed", "completed"}
 _PROGRESS = {"total", "current", "batch_progress", "epoch_progress", "optimizer", "step", "zero_grad"}
-"""Names in the progress of Lightning's loops, which it reads without a look at their types."""
+"""Keys in the progress of Lightning's loops, whose types Lightning does not check."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", optimizers: bool = True) -> dict[str, Any]:
-    """A checkpoint of a fit; nothing in the file is executed.
+    """Load a training checkpoint without executing code from it.
 
     Args:
-        path: The file, or the folder that several processes have written.
+        path: File, or folder of a sharded checkpoint.
         map_location: Device of the tensors; ``meta`` reads their shapes only.
-        optimizers: Whether optimizer state is read into memory too.
+        optimizers: Whether to load optimizer state into memory.
 
     Raises:
-        ValueError: If the file is not there, is not whole, holds pickled code or is no checkpoint of a fit.
+        ValueError: If the file is missing, incomplete, contains pickled code or is not a training checkpoint.
     """
     if is_sharded(path):
         checkpoint = read_folder(path, map_location, optimizers)
@@ -68,7 +68,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", opt
 
 
 def _loop_problems(state: Mapping[str, Any], place: str) -> Iterator[str]:
-    """Values in the progress of loops whose type is another than Lightning's."""
+    """Yield a line for each value in the progress of loops with a type other than Lightning's."""
     for key, value in state.items():
         inner = f"{place}.{key}"
         kind = int if key in _COUNTS else dict if key in _PROGRESS else object
@@ -80,14 +80,14 @@ def _loop_problems(state: Mapping[str, Any], place: str) -> Iterator[str]:
 
 @contextmanager
 def state_errors(ckpt_path: str | os.PathLike[str], place: str) -> Iterator[None]:
-    """Turn whatever values of other types raise into one line; errors of a user's own code stay as they are.
+    """Convert errors caused by invalid checkpoint values to one line; errors in a user's own code are reraised.
 
     Args:
-        ckpt_path: The checkpoint that has the values.
-        place: Where they are in it.
+        ckpt_path: Checkpoint with the values.
+        place: Location of the values in the checkpoint.
 
     Raises:
-        UserError: For an error in this project or a library; where a callback raised it, with its key.
+        UserError: For an error in this project or a library, with the callback's key where a callback raised it.
     """
     try:
         yield
@@ -101,10 +101,10 @@ def state_errors(ckpt_path: str | os.PathLike[str], place: str) -> Iterator[None
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint atomically; its folder is created.
+    """Write a checkpoint atomically and create its folder.
 
     Raises:
-        ValueError: If it cannot be written.
+        ValueError: If the checkpoint cannot be written.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

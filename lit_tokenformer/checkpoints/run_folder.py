@@ -1,4 +1,4 @@
-"""Folder of a run: its checkpoints and logs, files that no other run overwrites, loggers that survive a full disk."""
+"""Folder of a run: its location, files that no other run overwrites, loggers that survive a full disk."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from lit_tokenformer.checkpoints.checkpoint_io import is_disk_full
 
 _WRITING: dict[type[Logger], tuple[str, ...]] = {
     TensorBoardLogger: ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"),
-    CSVLogger: ("save",),  # keeps in memory what it could not write
+    CSVLogger: ("save",),  # keeps unwritten rows in memory
 }
 """Methods of loggers that write to the disk."""
-_LOG_ROOM = 2**18
-"""Bytes that must be free for a logger to write, so that a log never ends within a record."""
+_LOG_SPACE = 2**18
+"""Free bytes required for a logger to write, so that a log never ends within a record."""
 
 
 def run_folder(trainer: Trainer) -> str:
-    """The folder that belongs to one run alone, as far as its first logger has such a folder.
+    """Return the folder of a run, unique to it if its first logger has such a folder.
 
     Lightning's ``log_dir`` of W&B and MLflow is shared by all runs; their checkpoints are in ``save_dir/name/version``.
     All processes must call this.
 
     Args:
-        trainer: A trainer whose loggers are initialized.
+        trainer: Trainer with initialized loggers.
 
     Returns:
-        A path or an fsspec URL; ``default_root_dir`` without a logger.
+        Path or fsspec URL; ``default_root_dir`` without a logger.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
@@ -50,19 +50,19 @@ def run_folder(trainer: Trainer) -> str:
 
 
 def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool] = lambda _: False) -> str:
-    """Write a file under the first free name: ``config.yaml``, ``config-v1.yaml``, ...; one with this content is kept.
+    """Write a file under the first free name (``config.yaml``, ``config-v1.yaml``, ...) or reuse an equal one.
 
     Args:
-        folder: A path or an fsspec URL; it is created.
-        name: The name of the file.
-        text: Its content.
-        replaces: Whether an existing file with this content may be replaced.
+        folder: Path or fsspec URL; created if missing.
+        name: File name.
+        text: Content to write.
+        replaces: Predicate on the content of an existing file; if true, that file is replaced.
 
     Returns:
-        The path of the file.
+        Path of the file.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
@@ -74,7 +74,7 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
                 file.write(text.encode())
             return path
         except OSError as error:
-            if not isinstance(error, FileExistsError):  # a full disk, say
+            if not isinstance(error, FileExistsError):  # for example, a full disk
                 with contextlib.suppress(OSError):
                     fs.rm_file(path)
                 raise
@@ -84,11 +84,11 @@ def write_new(folder: str, name: str, text: str, replaces: Callable[[str], bool]
         if replaces(found):
             fs.mv(write_new(folder, f"{uuid.uuid4().hex}.part", text), path)
             return path
-    raise AssertionError  # names do not end
+    raise AssertionError  # unreachable
 
 
 def unversioned_loggers(trainer: Trainer) -> list[Any]:
-    """Loggers that choose their version by the folders that exist; asked before anything reads their ``log_dir``."""
+    """Return the loggers that derive their version from existing folders; call before their ``log_dir`` is read."""
     return [
         logger
         for logger in trainer.loggers
@@ -97,11 +97,11 @@ def unversioned_loggers(trainer: Trainer) -> list[Any]:
 
 
 def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
-    """Create the log folder of a run, so that a run that starts at the same moment takes the next version.
+    """Create the log folder of a run; a run that starts at the same moment takes the next version.
 
     Args:
-        trainer: A trainer before its loggers are initialized; only its first process creates the folder.
-        loggers: Its loggers whose version may change.
+        trainer: Trainer before its loggers are initialized; only rank zero creates the folder.
+        loggers: Loggers of the trainer whose version may change.
     """
     folder = loggers[0].log_dir if loggers else ""
     if not folder or not trainer.is_global_zero or not _is_local_file_protocol(folder):
@@ -117,33 +117,33 @@ def claim_log_folder(trainer: Trainer, loggers: list[Any]) -> None:
 
 
 def keep_logging(trainer: Trainer) -> None:
-    """Let a fit continue when the disk is full for its loggers.
+    """Continue a fit when the disk is full for its loggers.
 
     Args:
-        trainer: Its TensorBoard and CSV loggers are changed in place.
+        trainer: Trainer whose TensorBoard and CSV loggers are modified in place.
     """
     for logger in trainer.loggers:
         for kind, methods in _WRITING.items():
             for name in methods if isinstance(logger, kind) else ():
-                setattr(logger, name, partial(write_if_room, logger, partial(getattr(type(logger), name), logger)))
+                setattr(logger, name, partial(write_if_space, logger, partial(getattr(type(logger), name), logger)))
 
 
-def write_if_room(logger: Any, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def write_if_space(logger: Any, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Call a function that writes to a log; on a full disk, warn and drop the record.
 
     Args:
-        logger: The logger it writes for.
-        write: The function.
-        args: Its arguments.
-        kwargs: Its arguments by name.
+        logger: Logger that is written to.
+        write: Function that writes.
+        args: Positional arguments of the function.
+        kwargs: Keyword arguments of the function.
     """
     folder = logger.log_dir if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
-    if folder is None or not Path(folder).is_dir() or shutil.disk_usage(folder).free >= _LOG_ROOM:
+    if folder is None or not Path(folder).is_dir() or shutil.disk_usage(folder).free >= _LOG_SPACE:
         try:
             return write(*args, **kwargs)
         except Exception as error:
             if not is_disk_full(error):
                 raise
             if isinstance(logger, TensorBoardLogger):
-                logger._experiment = None  # it repeats its error for ever; the next one writes a new file
+                logger._experiment = None  # it repeats its error forever; the next one writes a new file
     rank_zero_warn(f"no space left for the log in {folder}; the fit continues, and the log has a gap")

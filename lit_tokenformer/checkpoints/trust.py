@@ -1,7 +1,7 @@
-"""What a stranger's checkpoint may name: classes of this project, and optimizers and schedules of torch and timm.
+"""Allowlist of classes in untrusted checkpoints: this project's, and optimizers and schedules of torch and timm.
 
-A checkpoint's arguments hold class paths, which Lightning imports and calls when a task is made of them again; we make
-the task ourselves (:func:`~lit_tokenformer.tasks.rebuild.rebuild_task`), of plain values.
+The hyperparameters of a checkpoint contain class paths. Lightning imports and calls them when it rebuilds a task.
+:func:`~lit_tokenformer.tasks.rebuild.rebuild_task` builds the task from plain values instead.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import torch
 from lit_tokenformer.errors import UserError
 
 TRUSTED = ("lit_tokenformer", "callbacks", "torch.optim", "timm.optim")
-"""Packages whose classes may be named."""
+"""Packages whose classes are allowed."""
 
 ALSO_TRUSTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "lightning.pytorch.cli.instantiate_module")
-"""What Lightning itself writes into checkpoints, whose package holds other things too."""
+"""Names that Lightning itself writes to checkpoints; the rest of their package is not trusted."""
 
 MADE = ("optimizer", "lr_scheduler")
-"""Arguments of a task that are classes to make; they are looked at when one is made."""
+"""Arguments of a task that are classes to instantiate, checked at instantiation."""
 
 _MADE_BY_NAME = (*MADE, "class_path", "_class_path")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
-    """Refuses arguments of a task that name anything but trusted classes.
+    """Reject arguments of a task with class paths outside the trusted packages.
 
     Args:
-        arguments: The arguments that a checkpoint holds.
-        path: The checkpoint, for the error.
+        arguments: Arguments stored in a checkpoint.
+        path: Checkpoint, for the error.
 
     Raises:
-        ValueError: If they name something else.
+        ValueError: If an argument names an untrusted class.
     """
     for name in _named(arguments):
         if not is_trusted_class(name):
@@ -46,15 +46,15 @@ def check_class_paths(arguments: Mapping[str, Any], path: object) -> None:
 
 
 def trusted_optimizer(spec: Any, path: object) -> Callable[[Any], torch.optim.Optimizer]:
-    """A factory of the optimizer that a checkpoint names. Settings reach it as they are; no class is made of them.
+    """Build a factory for the optimizer in a checkpoint. Settings are passed unchanged, without instantiating classes.
 
     Args:
         spec: ``class_path`` and ``init_args``.
-        path: The checkpoint, for the error.
+        path: Checkpoint, for the error.
 
     Returns:
-        Parameter groups -> optimizer. It raises a ``ValueError`` if this is not an optimizer of a trusted package, or
-        does not take its settings.
+        Function from parameter groups to the optimizer. It raises a ``ValueError`` if the class is not an optimizer of
+        a trusted package or rejects the settings.
     """
 
     def make(params: Any) -> torch.optim.Optimizer:
@@ -69,17 +69,17 @@ def trusted_optimizer(spec: Any, path: object) -> Callable[[Any], torch.optim.Op
             raise UserError(f"ckpt_path: {path} names {name!r}: expected an optimizer")
         try:
             return found(params, **settings)
-        except Exception as error:  # settings of other types, say
-            raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # for example, settings of other types
+            raise UserError(f"ckpt_path: {path}: invalid settings of {name} ({' '.join(str(error).split())})") from None
 
     return make
 
 
 def is_trusted_class(name: str) -> bool:
-    """Whether a dotted name is that of a class which a trusted package defines.
+    """Return whether a dotted name is a class defined in a trusted package.
 
     Args:
-        name: A dotted name.
+        name: Dotted name.
 
     Example:
         >>> is_trusted_class("torch.optim.AdamW"), is_trusted_class("subprocess.Popen")
@@ -104,7 +104,7 @@ def _in_trusted(module: str) -> bool:
 
 
 def _named(value: Any, key: object = None) -> Iterator[str]:
-    """Every text in nested arguments that could be taken for the name of a class or a function."""
+    """Yield every string in nested arguments that may name a class or a function."""
     if isinstance(value, Mapping):
         for inner, part in value.items():
             yield from _named(inner)

@@ -1,6 +1,6 @@
-"""LightningDataModules: what the models are trained on."""
+"""LightningDataModules for images and text."""
 
-# First, for typing keeps the order of a Union that it meets first: in that of `datasets`, a Trainer's
+# Imported first, since typing caches the order of the first Union it sees: with that of `datasets`, a Trainer's
 # `limit_val_batches: 1` from a config would become 1.0, which means all batches.
 import lightning.pytorch  # noqa: F401
 

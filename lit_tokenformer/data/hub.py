@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face ``datasets`` library, which read no files of this machine but their own."""
+"""Hugging Face data sets, restricted to local files in their own folders."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def load_hub_data(
     data_files: Mapping[str, Sequence[str]] | None = None,
     streaming: bool = False,
 ) -> Any:
-    """``datasets.load_dataset``, after a look at the files that it would read.
+    """Load a data set with ``datasets.load_dataset`` after checking the files it would read.
 
-    A data set says in its ``README.md`` where its files are, and the library takes any path from there.
+    A data set lists its files in its ``README.md``, and the library accepts any path there.
 
     Args:
-        name: Name on the hub, folder, or kind of file.
+        name: Name on the hub, folder, or file format.
         config: Name of the configuration.
         data_dir: Folder of the data.
-        data_files: Files of each split, which may be anywhere.
-        streaming: Whether the data are read as they are used.
+        data_files: Files of each split, at any path.
+        streaming: Whether to stream the data set.
 
     Raises:
-        ValueError: If the data set names a file outside of its folders, and not the user.
+        ValueError: If the data set itself references a file outside of its folders.
     """
     import datasets  # takes a second
 
@@ -38,12 +38,12 @@ def load_hub_data(
         folders = own_folders(name, data_dir)
         for path in _local_files(builder.config.data_files or {}):
             if not is_within(path, folders):
-                raise UserError(f"it names {path}, which lies outside of its folders")
+                raise UserError(f"it references {path}, outside of its folders")
     return datasets.load_dataset(name, config, data_dir=data_dir, data_files=data_files, streaming=streaming)
 
 
 def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
-    """Folders on this machine that a data set may read: its own, and the library's caches; links are resolved.
+    """Return the local folders that a data set may read, its own and the library's caches, with links resolved.
 
     Args:
         name: Name on the hub, or folder.
@@ -59,12 +59,12 @@ def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
 
 
 def is_within(path: str, folders: tuple[str, ...]) -> bool:
-    """Whether a path leads into one of these folders, whose own links are resolved, once all links are followed."""
+    """Return whether a path is inside one of the resolved folders after following all links."""
     return any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders)
 
 
 def _local_files(data_files: Any) -> Iterator[str]:
-    """Paths on this machine among the files of each split; ``zip://inner::outer`` lies where the outer one does."""
+    """Yield the local paths among the files of each split; ``zip://inner::outer`` is the path of the outer file."""
     for paths in data_files.values():
         for path in paths:
             protocol, separator, place = str(path).split("::")[-1].rpartition("://")

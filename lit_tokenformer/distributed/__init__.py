@@ -1,4 +1,4 @@
-"""Models sharded over several processes: FSDP2, tensor parallelism, and their checkpoints."""
+"""Distributed training: FSDP2, tensor parallelism and sharded checkpoints."""
 
 from lit_tokenformer.distributed.strategy import GrowingModelParallelStrategy
 

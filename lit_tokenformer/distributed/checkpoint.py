@@ -1,9 +1,9 @@
-"""Checkpoints of a model that is divided among processes: into it, out of it, and as folders.
+"""Save and load checkpoints of sharded models.
 
-Lightning writes one file (``save_distributed_checkpoint: false``) or a folder, in which every process has put what it
-held (``torch.distributed.checkpoint``). Either can be read into a model that is divided among any number of processes,
-or not at all, whatever its number of parameter tokens was. torch's own reader unpickles the folder's index and small
-values without a look; the one here takes nothing but the types that torch puts there.
+Lightning writes one file (``save_distributed_checkpoint: false``) or a folder with the shards of all processes
+(``torch.distributed.checkpoint``). Either can be loaded on any number of processes, sharded or not, with any number of
+parameter tokens. torch's own reader unpickles the folder's index and small values unchecked; the reader here accepts
+only the types that torch writes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from lit_tokenformer.tensor_files import check_archive, check_size, load_pickle,
 
 try:
     import fcntl
-except ImportError:  # not on Windows: what a killed process left there stays
+except ImportError:  # not on Windows, where leftovers of killed processes are kept
     fcntl = None  # type: ignore[assignment]
 
 INDEX, REST = ".metadata", "meta.pt"
-"""Files of a folder: torch's index of tensors, and what Lightning keeps beside them."""
+"""Files of a folder: torch's index of tensors, and Lightning's remaining entries."""
 
 NON_FINITE = "non_finite"
-"""Key in a checkpoint that must not be saved: a parameter that is not finite, in itself or its optimizer state."""
+"""Key in a checkpoint that must not be saved: name of a parameter with non-finite values or optimizer state."""
 
 _INDEX_TYPES = {
     "torch.distributed.checkpoint.metadata": {
@@ -56,27 +56,27 @@ _INDEX_TYPES = {
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"Path", "PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
-    "builtins": {"getattr"},  # Python 3.11.0 to 3.11.3 write members of an enumeration so
+    "builtins": {"getattr"},  # Python 3.11.0 to 3.11.3 pickle members of an enumeration with it
 }
-"""What may be named in an index, by module."""
+"""Types allowed in an index, by module."""
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a checkpoint that is a folder."""
+    """Return whether a path is a sharded checkpoint (a folder)."""
     return (Path(path) / REST).is_file()
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, Tensor | None]:
-    """What a folder holds, by its name there: ``state_dict.NAME``, ``optimizer_0.state.NAME.exp_avg``, ...
+    """Load the index of a folder, by name: ``state_dict.NAME``, ``optimizer_0.state.NAME.exp_avg``, ...
 
     Args:
-        path: The folder.
+        path: Folder of the checkpoint.
 
     Returns:
-        Tensors on the ``meta`` device, which have shape and precision but no numbers; ``None`` for what is no tensor.
+        Tensors on the ``meta`` device (shape and dtype only); ``None`` for other values.
 
     Raises:
-        ValueError: If its index is not there, is damaged, or names anything but torch's own record types.
+        ValueError: If the index is missing, damaged, or contains types other than torch's own records.
     """
     found = _Reader(path).read_metadata().state_dict_metadata
     return {
@@ -88,15 +88,15 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, Tensor | None]:
 
 
 def read_folder(path: str | os.PathLike[str], map_location: str = "cpu", optimizers: bool = True) -> dict[str, Any]:
-    """A folder as the file that one process would have written.
+    """Load a folder in the format of a single-file checkpoint.
 
     Args:
-        path: The folder.
+        path: Folder of the checkpoint.
         map_location: Device of the tensors; ``meta`` reads their shapes only.
-        optimizers: Whether the state of optimizers is read too.
+        optimizers: Whether to load optimizer state.
 
     Raises:
-        ValueError: If it is not whole, is damaged or holds pickled code.
+        ValueError: If the folder is incomplete, damaged or contains pickled code.
     """
     with reading_errors("ckpt_path", path):
         index = {
@@ -119,22 +119,23 @@ def load_into(
     trained_weights: Callable[[dict[str, Any]], None],
     problems: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Reads a checkpoint into a model that is divided; each process reads what it holds.
+    """Load a checkpoint into a sharded model; each process reads its own shards.
 
-    The model takes the checkpoint's numbers of parameter tokens first. All processes must call this.
+    The model is first resized to the checkpoint's numbers of parameter tokens. All processes must call this.
 
     Args:
-        task: The model; parameters that take another size are replaced.
-        optimizers: Its optimizers; what they hold is replaced.
-        path: A file or a folder.
-        trained_weights: Puts those weights in a checkpoint's ``state_dict`` with which a fit goes on.
-        problems: Refuses weights of another architecture, given their names with something that has a ``shape``.
+        task: Model; parameters of another size are replaced.
+        optimizers: Optimizers of the model; their state is replaced.
+        path: File or folder.
+        trained_weights: Function that replaces a checkpoint's ``state_dict`` with the weights to resume from.
+        problems: Function that rejects weights of another architecture, given a mapping from names to values with a
+            ``shape``.
 
     Returns:
-        What else the checkpoint holds; of a file, weights and optimizer state too.
+        Remaining entries of the checkpoint; for a file, weights and optimizer state too.
 
     Raises:
-        ValueError: If it cannot be read, is of another architecture, or its optimizer state does not fit.
+        ValueError: If the checkpoint cannot be read, has another architecture, or its optimizer state does not match.
     """
     if is_sharded(path):
         index = read_index(path)
@@ -166,34 +167,34 @@ def load_into(
 
 
 def check_has_optimizers(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of weights only, from which a fit cannot resume.
+    """Reject a weights-only checkpoint, which cannot be resumed.
 
     Raises:
-        ValueError: If there is no optimizer state; of a fresh fit it is an empty list.
+        ValueError: If the optimizer state is missing; that of a fresh fit is an empty list.
     """
     if "optimizer_states" not in checkpoint:
         raise UserError(
-            "ckpt_path: the checkpoint has weights only, and a fit resumes with an optimizer state "
-            "(expected ModelCheckpoint with save_weights_only: false); a new experiment starts from them by --init_from"
+            "ckpt_path: the checkpoint has weights only, and a fit resumes with optimizer state "
+            "(expected ModelCheckpoint with save_weights_only: false); start a new fit from them with --init_from"
         )
 
 
 def save_folder(
     strategy: Any, save: Callable[[dict[str, Any], Any], None], checkpoint: dict[str, Any], path: Any
 ) -> None:
-    """Writes a folder so that it is there whole or not at all; one of that name is there until then.
+    """Write a sharded checkpoint atomically; a previous one of that name is kept until then.
 
     Args:
-        strategy: Lightning's; all its processes must call this.
-        save: Writes a checkpoint to a path.
-        checkpoint: What to write.
-        path: The folder.
+        strategy: Lightning strategy; all its processes must call this.
+        save: Function that writes a checkpoint to a path.
+        checkpoint: Checkpoint to write.
+        path: Folder to write.
     """
     target = Path(strategy.broadcast(path))
     unfinished, before = (target.with_name(target.name + end) for end in (".part", ".before"))
     io = strategy.checkpoint_io
 
-    def make_room() -> None:
+    def prepare() -> None:
         clear_folders(target.parent)
         _remove(unfinished)
         if target.exists():
@@ -207,7 +208,7 @@ def save_folder(
         os.replace(unfinished, target)
         _remove(before)
 
-    failed = _failure(strategy, make_room, everywhere=False)
+    failed = _failure(strategy, prepare, everywhere=False)
     with _lock(target.parent) if strategy.is_global_zero else nullcontext():
         failed = failed or _failure(strategy, lambda: save(checkpoint, unfinished))
         failed = failed or _failure(strategy, put_in_place, everywhere=False)
@@ -222,7 +223,7 @@ def save_folder(
         raise OSError(f"cannot save {target}: {failed}")
     if strategy.is_global_zero:
         warnings.warn(
-            f"no space left to save {target}; the fit goes on, and the checkpoints before it are kept", stacklevel=2
+            f"no space left to save {target}; the fit continues, and earlier checkpoints are kept", stacklevel=2
         )
 
 
@@ -230,15 +231,16 @@ _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, err
 
 
 def _failure(strategy: Any, work: Callable[[], None], everywhere: bool = True) -> str | None:
-    """Does some work, in all processes or in the first; what went wrong in any of them, for all to know."""
-    told: str | None = None
+    """Run a function on all ranks or on rank zero, and share the error message of the first rank that fails."""
+    problem: str | None = None
     if everywhere or strategy.is_global_zero:
         try:
             work()
-        except (Exception, CheckpointException) as error:  # torch's own is no Exception
-            told = [*(line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__][-2:][0]
+        except (Exception, CheckpointException) as error:  # torch's own is not an Exception
+            lines = [*(line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__]
+            problem = lines[-2:][0]
     found: list[str | None] = [None] * strategy.world_size
-    torch.distributed.all_gather_object(found, told)
+    torch.distributed.all_gather_object(found, problem)
     return next((one for one in found if one is not None), None)
 
 
@@ -251,7 +253,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Whether no other process writes a sharded checkpoint in a folder; none begins to until this one is done."""
+    """Lock a folder against other writers of sharded checkpoints, and yield whether the lock was acquired."""
     if fcntl is None or not folder.is_dir():
         yield False
         return
@@ -268,7 +270,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def clear_folders(folder: Path) -> None:
-    """Removes sharded checkpoints that killed processes left unfinished."""
+    """Remove unfinished sharded checkpoints of killed processes."""
     left = [path for path in folder.glob("*.ckpt.part") if path.is_dir() and not path.is_symlink()]
     if left:
         with _lock(folder) as alone, suppress(OSError):
@@ -277,14 +279,14 @@ def clear_folders(folder: Path) -> None:
 
 
 def mend_folders(folder: Path) -> None:
-    """Gives checkpoints their names back where a process was killed before it could give them to newer ones."""
+    """Restore the names of checkpoints whose replacement was interrupted by a kill."""
     for before in folder.glob("*.before"):
         if not (target := before.with_name(before.name.removesuffix(".before"))).exists():
             with suppress(OSError):  # another process was faster
                 os.replace(before, target)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # that in C cannot be kept from changing classes
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the C one cannot be kept from modifying classes
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -311,7 +313,7 @@ def _path(*parts: str) -> str:
 
 
 class _Reader(FileSystemReader):
-    """torch's reader, but for what it would execute."""
+    """torch's reader with safe unpickling."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
@@ -328,23 +330,23 @@ class _Reader(FileSystemReader):
             files = {one.relative_path for one in found.storage_data.values()}
             found.storage_meta.load_id = self.load_id
             found.state_dict_metadata = dict(found.state_dict_metadata)
-        except Exception as error:  # whatever broken bytes make of an unpickler
+        except Exception as error:  # damaged bytes raise any exception in an unpickler
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"ckpt_path: {file} holds pickled code or is damaged, and was not loaded ({reason})"
             ) from None
         if not all(isinstance(one, str) and os.path.basename(one) == one for one in files):
-            raise UserError(f"ckpt_path: {file} names files that lie elsewhere")
+            raise UserError(f"ckpt_path: {file} references files outside of its folder")
         for name in files:
             if not (self._folder / name).is_file():
-                raise UserError(f"ckpt_path: {self._folder} is not whole: {name} is missing")
+                raise UserError(f"ckpt_path: {self._folder} is incomplete: {name} is missing")
         for name, entry in found.state_dict_metadata.items():
             try:
                 whole = _is_whole(name, entry, found.storage_data)
-            except Exception:  # of a wrong kind, however deep in the entry
+            except Exception:  # a value of another type, at any depth of the entry
                 whole = False
             if not whole:
-                raise UserError(f"ckpt_path: {file} does not have all of {name}")
+                raise UserError(f"ckpt_path: {file}: {name} is incomplete")
         return found
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
@@ -357,9 +359,9 @@ class _Reader(FileSystemReader):
 
 
 def _is_whole(name: str, entry: Any, stored: Mapping[Any, Any]) -> bool:
-    """Whether an entry of the index is there completely: its chunks are a grid, and as many bytes are stored of each.
+    """Return whether an entry of the index is complete: its chunks form a grid, and all bytes of each are stored.
 
-    torch leaves memory as it was where a chunk is missing.
+    torch leaves memory uninitialized where a chunk is missing.
     """
     if not isinstance(entry, TensorStorageMetadata):
         return stored[MetadataIndex(name)].length > 0
@@ -379,7 +381,7 @@ def _is_whole(name: str, entry: Any, stored: Mapping[Any, Any]) -> bool:
 
 
 class _Planner(DefaultLoadPlanner):
-    """torch's planner over flat names, but for what it would execute."""
+    """torch's planner over flat names, with safe unpickling."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -390,13 +392,13 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _read(path: str | os.PathLike[str], targets: dict[str, Any]) -> dict[str, Any]:
-    """Fills tensors in place, whole or divided; what is no tensor is put into the dictionary."""
+    """Load tensors in place, sharded or not; other values are added to the dictionary."""
     reader = _Reader(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(targets, storage_reader=reader, planner=_Planner(), no_dist=True)
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+    except (Exception, CheckpointException) as error:  # torch's own is not an Exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"ckpt_path: {path} is damaged or holds pickled code ({lines[-1]})") from None
     return targets
@@ -407,7 +409,7 @@ def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _optimizers(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Flat names back into what optimizers call their state; parameters go by their names."""
+    """Rebuild optimizer state dicts from flat names; parameters are identified by name."""
     found: list[dict[str, Any]] = []
     while entries := _below(values, f"optimizer_{len(found)}."):
         state: dict[str, dict[str, Any]] = {}
@@ -423,12 +425,12 @@ def _optimizers(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _own_tensors(task: nn.Module) -> dict[str, Tensor]:
-    """Everything that a checkpoint of the model holds, as the modules hold it."""
+    """Return the tensors in the model's state dict as the modules hold them, sharded or not."""
     return {name: tensor.detach() for name, tensor in task.state_dict(keep_vars=True).items()}
 
 
 def _names(task: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """The names of each parameter; one that stands in two places has two."""
+    """Return the names of each parameter; a shared one has several."""
     found: dict[nn.Parameter, list[str]] = {}
     for name, parameter in task.named_parameters(remove_duplicate=False):
         found.setdefault(parameter, []).append(name)
@@ -436,7 +438,7 @@ def _names(task: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _empty_state(task: nn.Module, optimizer: torch.optim.Optimizer, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Targets for an optimizer's part of a folder, by their names there."""
+    """Allocate an optimizer's state, by the flat names of a folder."""
     found: dict[str, Any] = {name: None for name in index if name.startswith("param_groups.")}
     state = _below(index, "state.")
     names = _names(task)
@@ -451,11 +453,11 @@ def _empty_state(task: nn.Module, optimizer: torch.optim.Optimizer, index: Mappi
 
 
 def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """An optimizer's state out of a checkpoint; of whole tensors each process keeps what it holds of the parameter."""
+    """Restore optimizer state from a checkpoint; each process keeps its own shards of full tensors."""
     groups = optimizer.param_groups
     counts = [[len(group["params"]) for group in one] for one in (saved["param_groups"], groups)]
     if counts[0] != counts[1]:
-        raise UserError(f"optimizer state: it is of groups of {counts[0]} parameters, the model has {counts[1]}")
+        raise UserError(f"optimizer state: parameter groups do not match (got {counts[0]}, expected {counts[1]})")
     names = _names(task)
     for old, group in zip(saved["param_groups"], groups, strict=True):
         by_name = {name: parameter for parameter in group["params"] for name in names[parameter]}
@@ -470,7 +472,7 @@ def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[s
 
 
 def _fitted(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
-    """A value of an optimizer's state as the parameter is: in its precision, on its device, and divided as it is."""
+    """Convert a value of optimizer state to the dtype, device and sharding of its parameter."""
     if not isinstance(value, Tensor):
         return value
     if key == "step":  # as torch does
@@ -482,7 +484,7 @@ def _fitted(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, A
 
 
 def _own_part(target: Tensor, whole: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds of another one."""
+    """Return the rows of a full tensor that this process holds of a sharded one."""
     if not isinstance(target, DTensor):
         return whole
     own = owned_rows(target, len(whole))
@@ -491,7 +493,7 @@ def _own_part(target: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _resize(task: nn.Module, optimizers: list[torch.optim.Optimizer], weights: Mapping[str, Any]) -> None:
-    """Give the parts of a task the sizes that a checkpoint has; the values mean nothing."""
+    """Resize the modules of a task to the sizes in a checkpoint; the values are uninitialized."""
     reshard(task)
     sharded = ShardedParameters(task)
     for name, part, axis in find_axes(task):

@@ -1,11 +1,11 @@
-"""A model that is divided among processes: FSDP2 for every parameter, a tensor-parallel group for parameter tokens.
+"""Two-dimensional sharding: FSDP2 for all parameters, tensor parallelism for parameter tokens.
 
-Both divide a tensor by its rows. A tensor-parallel group comes first: each of its processes holds some of a layer's
-parameter tokens, K and V alike, and computes with these alone; what is left of a parameter is divided among the
-data-parallel processes by :func:`torch.distributed.fsdp.fully_shard`, which brings it together where it is needed.
+Both shard a tensor by rows. Tensor parallelism is applied first: each process of the group holds some of a layer's
+parameter tokens, K and V alike, and computes with these alone. :func:`torch.distributed.fsdp.fully_shard` then shards
+the local part over the data-parallel processes and gathers it on use.
 
-Pattention in a tensor-parallel group (``y = GELU(tau s / ||s||) V`` with ``s = x K^T``): each process has the scores
-of its own tokens, so the norm takes one all-reduce of a number for each data token, and the output one sum.
+Pattention in a tensor-parallel group is ``y = GELU(tau s / ||s||) V`` with ``s = x K^T``. Each process has the scores
+of its own tokens, so the norm takes one all-reduce of a scalar per data token, and the output one all-reduce.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from lit_tokenformer.growth.shards import gather, shares
 from lit_tokenformer.models import Pattention, Tokenformer
 
 DATA, TOKENS = "data_parallel", "tensor_parallel"
-"""The dimensions of Lightning's mesh."""
+"""Dimensions of Lightning's device mesh."""
 
 
 def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
-    """Shard a model over a device mesh, in place: block by block, and the remaining parameters at the root.
+    """Shard a model over a device mesh in place: block by block, with the remaining parameters at the root.
 
     Args:
-        root: What holds the model; it may be called by other methods than ``forward``.
-        mesh: Two-dimensional, ``data_parallel`` by ``tensor_parallel``.
+        root: Module that contains the model; methods other than ``forward`` may be called too.
+        mesh: Two-dimensional device mesh, ``data_parallel`` by ``tensor_parallel``.
         forward_methods: Methods of ``root`` that compute with its parameters.
 
     Raises:
-        ValueError: If there is a tensor-parallel group, and no parameter tokens to shard.
+        ValueError: If tensor parallelism is requested for a model without parameter tokens.
     """
     if isinstance(root, FSDPModule):
         return
@@ -44,13 +44,13 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -
         layers = [layer for layer in root.modules() if isinstance(layer, Pattention)]
         if not layers:
             raise UserError(
-                "trainer.strategy.tensor_parallel_size: only parameter tokens can be divided, and this model has none; "
+                "trainer.strategy.tensor_parallel_size: only parameter tokens can be sharded, and this model has none; "
                 "set data_parallel_size to the number of processes, and tensor_parallel_size to 1"
             )
         for layer in layers:
             _shard_tokens(layer, mesh[TOKENS])
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
-    for block in (module for module in root.modules() if module in blocks):  # in the model's order on every process
+    for block in (module for module in root.modules() if module in blocks):  # the same order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
     fully_shard(root, mesh=mesh[DATA])
     for method in forward_methods:
@@ -78,7 +78,7 @@ def _shard_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
 
 
 def reshard(root: nn.Module) -> None:
-    """Frees what FSDP brought together, so that modules hold the parameters that optimizers hold."""
+    """Free the parameters that FSDP gathered, so that modules hold the shards that optimizers update."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -86,14 +86,14 @@ def reshard(root: nn.Module) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales gradients down to a norm, over tensors that are divided in several ways.
+    """Clip gradients by their total norm, over tensors with different shardings.
 
     Args:
-        parameters: Their gradients may be ``None``.
-        max_norm: The largest norm of all gradients together that is left as it is.
+        parameters: Parameters whose gradients are clipped; those without a gradient are skipped.
+        max_norm: Maximum total norm of all gradients.
 
     Returns:
-        That norm before, ().
+        Total norm before clipping, ().
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     by_mesh: dict[Any, list[Tensor]] = {}

@@ -1,1 +1,1 @@
-"""Inference with a trained model: sampling, text generation, evaluation."""
+"""Inference: sampling, text generation and evaluation."""

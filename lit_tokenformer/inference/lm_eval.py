@@ -1,7 +1,7 @@
-"""Scores of a language model in EleutherAI's lm-evaluation-harness, by whose tasks language models are compared.
+"""Evaluation of language models on the tasks of EleutherAI's lm-evaluation-harness.
 
-Needs the extra ``eval`` (``pip install 'lit-tokenformer[eval]'``). Tasks that are not on this machine are fetched from
-the Hugging Face hub, as ever with the harness; ``include_path`` adds tasks of one's own.
+Requires the extra ``eval`` (``pip install 'lit-tokenformer[eval]'``). The harness downloads missing task data from the
+Hugging Face hub; ``include_path`` adds custom tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
     raise UserError(
-        f"evaluate: the lm-evaluation-harness is missing ({error}); pip install 'lit-tokenformer[eval]'"
+        f"evaluate: the lm-evaluation-harness is not installed ({error}); pip install 'lit-tokenformer[eval]'"
     ) from None
 
 from lit_tokenformer.inference.sampling import Sampling
@@ -35,17 +35,16 @@ from lit_tokenformer.inference.text import TextGenerator
 
 @register_model("lit_tokenformer")
 class HarnessModel(TemplateLM):
-    """A checkpoint as the harness wants it; after ``import lit_tokenformer.inference.lm_eval`` it has the name
-    ``lit_tokenformer`` there.
+    """Harness model of a checkpoint, registered as ``lit_tokenformer`` on import of this module.
 
-    Contexts that are too long lose their beginning, as with the harness's own models.
+    Contexts longer than the model's are truncated on the left, as in the harness's own models.
 
     Args:
-        ckpt_path: A checkpoint of a language model, or a generator.
-        batch_size: Texts that are scored at once.
-        max_batch_size: Not used; the harness gives it.
-        device: Where the model runs; ``auto`` takes the accelerator, if there is one.
-        max_gen_toks: Tokens that are written at most where a task does not say.
+        ckpt_path: Checkpoint of a language model, or a generator.
+        batch_size: Number of texts scored per batch.
+        max_batch_size: Ignored; passed by the harness.
+        device: Device of the model; ``auto`` selects the accelerator, if available.
+        max_gen_toks: Maximum number of new tokens, for tasks without their own.
     """
 
     def __init__(
@@ -67,20 +66,20 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Token id prepended to a text without context."""
         return self.generator.tokenizer.separator_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's cache of requests."""
+        """Key of the tokenizer in the harness's request cache."""
         return self.generator.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text, without any special ones."""
+        """Encode a text without special tokens."""
         return self.generator.tokenizer.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, in disjoint windows as long as the context."""
+        """Compute the log-likelihood of whole texts in nats, in disjoint windows of the context length."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -93,10 +92,10 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the task's stop texts.
+        """Generate a continuation of each context, up to one of the task's stop strings.
 
-        Draws are seeded by the context and by how often it was requested before, so that a text does not depend on its
-        batch, and repeated requests get different samples.
+        Sampling is seeded by the context and its number of previous requests. A text does not depend on its batch, and
+        repeated requests return different samples.
         """
         written = [""] * len(requests)
         groups: dict[Any, list[tuple[list[int], int, int]]] = {}
@@ -113,7 +112,7 @@ class HarnessModel(TemplateLM):
             repeats[context] += 1
             groups.setdefault((length, sampling, stop), []).append((kept, number, seed))
         for (length, sampling, stop), group in groups.items():
-            group.sort(key=lambda one: -len(one[0]))  # rows of similar length need little padding
+            group.sort(key=lambda one: -len(one[0]))  # to reduce padding
             for start in range(0, len(group), self.batch_size):
                 prompts, numbers, seeds = zip(*group[start : start + self.batch_size], strict=True)
                 *_, completions = self.generator.run(prompts, length, sampling, stop, seeds)
@@ -124,7 +123,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation in nats, and whether it is what greedy decoding would write."""
+        """Compute the log-likelihood of each continuation in nats, and whether greedy decoding produces it."""
         pairs = [(context + target)[-self.max_length - 1 :] for _, context, target in requests]
         order = sorted(range(len(pairs)), key=lambda number: len(pairs[number]), reverse=True)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
@@ -154,7 +153,7 @@ class HarnessModel(TemplateLM):
 
 @lru_cache(maxsize=2)
 def _tasks(include_path: str | None) -> TaskManager:
-    """The harness's tasks; reading their files takes seconds."""
+    """Load the harness's tasks, which takes seconds."""
     return TaskManager(include_path=include_path)
 
 
@@ -166,26 +165,26 @@ def evaluate(
     batch_size: int = 8,
     include_path: str | None = None,
 ) -> dict[str, Any]:
-    """The harness's results for a model.
+    """Evaluate a model on tasks of the harness.
 
     Args:
-        generator: The model with its tokenizer.
+        generator: Model with its tokenizer.
         tasks: Names of the harness's tasks, or patterns such as ``blimp_*``.
-        num_fewshot: Solved examples before each question; ``None`` for what the task says.
-        limit: Only so many questions of each task, or this share of them if below 1.
-        batch_size: Texts that are scored at once.
-        include_path: Folder with tasks of one's own.
+        num_fewshot: Number of few-shot examples; ``None`` for the task's default.
+        limit: Maximum number of questions per task, or a fraction of them if below 1.
+        batch_size: Number of texts scored per batch.
+        include_path: Folder of custom tasks.
 
     Returns:
-        As ``lm_eval.simple_evaluate``.
+        Results of ``lm_eval.simple_evaluate``.
 
     Raises:
-        ValueError: For a task that the harness does not know.
+        ValueError: For an unknown task.
     """
     manager = _tasks(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
-        raise UserError(f"tasks: the harness knows no task named {', '.join(unknown) or '(none given)'}")
+        raise UserError(f"tasks: unknown to the harness (got {', '.join(unknown) or 'none'})")
     found = simple_evaluate(
         model=HarnessModel(generator, batch_size=batch_size),
         tasks=manager.match_tasks(list(tasks)),
@@ -194,10 +193,10 @@ def evaluate(
         task_manager=manager,
         log_samples=False,
     )
-    assert found is not None  # only the first of several processes gets results, and there is one
+    assert found is not None  # results are returned on rank zero only, and this is a single process
     return dict(found)
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """The results of :func:`evaluate` as the harness shows them."""
+    """Format the results of :func:`evaluate` as the harness's table."""
     return make_table(results)

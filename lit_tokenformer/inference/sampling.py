@@ -1,8 +1,8 @@
-"""Token ids from a language model, one after the other: sampling, stopping, prompts of different length at once.
+"""Autoregressive decoding: sampling, stopping, and batches of prompts of different length.
 
-Sources: top-p is nucleus sampling, arXiv 1904.09751, section 3.1; the repetition penalty is that of CTRL, arXiv
-1909.05858, section 4.1, in the form of Hugging Face (a negative logit is multiplied instead of divided, so that the
-penalty lowers it too). The order is that of ``transformers``: penalty, temperature, top-k, top-p.
+Sources: top-p is nucleus sampling, arXiv 1904.09751, section 3.1. The repetition penalty is that of CTRL, arXiv
+1909.05858, section 4.1, in the form of Hugging Face: a negative logit is multiplied instead of divided, so that the
+penalty lowers it too. The order is that of ``transformers``: penalty, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.backbone import Tokenformer
 
 ENDED = -1
-"""Stands in place of a token id where a text has ended before."""
+"""Placeholder for the token id of a row that has already ended."""
 
 _NOT_FINITE = -2
-_NUCLEUS = 1024  # most nuclei are smaller, and to find so many takes a sixth of the time of sorting 50,304
+_NUCLEUS = 1024  # most nuclei are smaller, and this top-k takes a sixth of the time of sorting 50,304
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits.
+    """Sampling settings for the next token.
 
     Args:
-        temperature: Divides the logits; 0 always takes the most probable token (greedy).
-        top_k: Only the k most probable tokens can be chosen; ``None`` for all.
-        top_p: Only the most probable tokens that together have this probability; ``None`` for all.
-        repetition_penalty: Makes tokens that occurred before less probable if above 1; 1 for none.
+        temperature: Sampling temperature, the divisor of the logits; 0 is greedy decoding.
+        top_k: Sample from the k most probable tokens; ``None`` for all.
+        top_p: Sample from the smallest set of most probable tokens with this total probability; ``None`` for all.
+        repetition_penalty: Penalty on tokens that occurred before; above 1 lowers their probability, 1 disables it.
 
     Raises:
-        ValueError: For a number out of its range.
+        ValueError: For a value out of range.
 
     Example:
         >>> Sampling(temperature=0.7, top_k=2).scores(torch.tensor([[0.7, 2.1, 1.4]]))
@@ -60,25 +60,25 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Greedy decoding (temperature 0)."""
         return self.temperature == 0
 
     def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Logits as they are sampled from, up to a constant for each row; ``-inf`` for what cannot be chosen.
+        """Compute the logits to sample from, up to a constant per row; ``-inf`` for excluded tokens.
 
         Args:
-            logits: (B, V).
-            seen: Which token ids occurred before, (B, V) bool; ``None`` for none.
+            logits: Logits of the model, (B, V).
+            seen: Mask of token ids that occurred before, (B, V) bool; ``None`` for none.
 
         Returns:
-            (B, V), in float32 or what is wider.
+            Scores (B, V), in float32 or wider.
         """
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if seen is not None and self.repetition_penalty != 1:
-            scores = penalise(scores, seen, self.repetition_penalty)
+            scores = penalize(scores, seen, self.repetition_penalty)
         if self.greedy:
             return scores
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature  # no overflow however cold it is
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature  # no overflow at low temperatures
         if self.top_k is not None:
             scores = keep_top_k(scores, self.top_k)
         if self.top_p is not None and self.top_p < 1:
@@ -86,41 +86,42 @@ class Sampling:
         return scores
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V), those of the tokens in ``seen`` (B, V) bool lowered by the penalty of CTRL."""
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Apply CTRL's repetition penalty to the logits (B, V) of the tokens in ``seen`` (B, V) bool."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits (B, V) with all but the k largest of each row at ``-inf``."""
+    """Set all but the k largest logits (B, V) of each row to ``-inf``."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1, sorted=False)
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits (B, V) with all at ``-inf`` but the smallest set of the largest whose probabilities reach ``p``."""
+    """Set all logits (B, V) to ``-inf`` but the smallest set of the largest whose probabilities reach ``p``."""
     probabilities = logits.softmax(dim=-1)
     largest, ids = probabilities.topk(min(_NUCLEUS, logits.shape[-1]), dim=-1)
     if (largest.sum(dim=-1) < p).any():
         largest, ids = probabilities.sort(dim=-1, descending=True)
-    before = largest.cumsum(dim=-1) - largest  # of all that are more probable; 0 for the first, which always stays
+    before = largest.cumsum(dim=-1) - largest  # of all that are more probable; 0 for the first, which is always kept
     kept = logits.gather(-1, ids).masked_fill(before >= p, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, kept)
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids distributed as the softmax of ``scores``, by inversion of the distribution function.
+    """Sample token ids from the softmax of ``scores`` by inverse transform sampling.
 
     Args:
-        scores: (B, V).
-        uniform: A number in [0, 1) for each row, (B,).
+        scores: Scores, (B, V).
+        uniform: Uniform number in [0, 1) per row, (B,).
 
     Returns:
-        (B,) int64, never an id whose score is ``-inf``; -2 for a row that has no distribution (NaN).
+        Token ids (B,) int64, never one with score ``-inf``; -2 for a row with NaN scores.
     """
     probabilities = scores.softmax(dim=-1)
     reached = probabilities.cumsum(dim=-1)
-    # On some devices rounding lets the sums fall again, so the end is their maximum, over ids that can be chosen.
+    # On some devices the cumulative sums are not monotonic due to rounding, so the end is their maximum over
+    # candidates.
     reached = reached.masked_fill(probabilities == 0, -1)
     end = reached.amax(dim=-1)
     found = (reached > (uniform.to(scores) * end)[:, None]).byte().argmax(dim=-1)  # the first
@@ -137,29 +138,29 @@ def generate_tokens(
     seed: int | Sequence[int] | None = None,
     cache: bool = True,
 ) -> Generator[Tensor, None, None]:
-    """Goes on from prompts, token by token.
+    """Decode continuations of prompts, token by token.
 
-    Each row draws from a generator of its own, so that its text does not depend on the others in the batch. A row
-    ends with a token of ``stop``, after ``max_new_tokens``, or where prompt and new tokens fill the context, if there
-    is an end to it.
+    Each row has its own random generator, so its text does not depend on the rest of the batch. A row ends at a token
+    of ``stop``, after ``max_new_tokens``, or when prompt and new tokens fill a bounded context.
 
     Args:
-        model: A causal language model; it is in eval mode while the generator lives, then as it was.
-        prompts: Token ids, one sequence of at least one for each row; their lengths may differ.
-        max_new_tokens: New tokens of each row at most.
-        sampling: How they are chosen.
-        stop: Token ids that end a row; the one that did is given too.
-        vocab_size: Ids from there on are never chosen (rows of a vocabulary that was rounded up).
-        seed: Of the draws; ``None`` takes one from torch's global generator. One for each row gives each what it gets
-            alone with its seed.
-        cache: Whether keys and values are kept; without, every row is computed anew, alone, for each token.
+        model: Causal language model; in eval mode while the generator is open, restored afterwards.
+        prompts: Token ids, one non-empty sequence per row; lengths may differ.
+        max_new_tokens: Maximum number of new tokens per row.
+        sampling: Sampling settings.
+        stop: Token ids that end a row; the stop token is yielded too.
+        vocab_size: Exclude token ids from here on (padding of a rounded-up vocabulary).
+        seed: Sampling seed; ``None`` draws one from torch's global generator. With a sequence of one seed per row,
+            each row equals its prompt decoded alone with that seed.
+        cache: Whether to use the decoding state (KV caches or recurrent states); without it, every row is recomputed
+            alone for each token.
 
     Yields:
-        The next token id of each row, (B,) int64 on the CPU; ``ENDED`` (-1) for rows that ended before.
+        Next token id of each row, (B,) int64 on the CPU; ``ENDED`` (-1) for rows that have already ended.
 
     Raises:
-        ValueError: At the call, if the arguments do not fit the model; later, if the model's logits are not finite, or
-            if the model grew since the last token (what it remembers is of another model then).
+        ValueError: At the call, if the arguments do not match the model; later, for non-finite logits, or if the model
+            grew since the last token, which invalidates the decoding state.
 
     Example:
         >>> from lit_tokenformer.models import create_backbone
@@ -168,7 +169,7 @@ def generate_tokens(
         6
     """
     config = model.config
-    check_writes_text(model)
+    check_causal_lm(model)
     if isinstance(max_new_tokens, bool) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
     size = config.vocab_size if vocab_size is None else vocab_size
@@ -182,7 +183,7 @@ def generate_tokens(
         if row.ndim != 1 or len(row) == 0:
             raise UserError(f"{name}: expected at least one token id, got shape {tuple(row.shape)}")
         if config.length_limit is not None and len(row) > config.length_limit:
-            raise UserError(f"{name}: it has {len(row)} tokens, the model's context_length is {config.length_limit}")
+            raise UserError(f"{name}: {len(row)} tokens, the model's context_length is {config.length_limit}")
         if row.min() < 0 or row.max() >= config.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
             raise UserError(f"{name}: token id {worst} is not in the model's vocabulary of {config.vocab_size}")
@@ -197,15 +198,15 @@ def generate_tokens(
     return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
 
 
-def check_writes_text(model: Tokenformer) -> None:
-    """Raises a ``ValueError`` for a model that does not predict the next token."""
+def check_causal_lm(model: Tokenformer) -> None:
+    """Reject a model that is not a causal language model with a ``ValueError``."""
     if model.config.head != "language" or not model.config.causal:
         kind = f"head: {model.config.head}, causal: {str(model.config.causal).lower()}"
-        raise UserError(f"model: it cannot write text ({kind}); a causal language model is needed")
+        raise UserError(f"model: not a causal language model (got {kind})")
 
 
 class _Reader:
-    """Reads tokens, and remembers in a state of the model what it read."""
+    """Incremental decoder with a decoding state (KV caches or recurrent states)."""
 
     def __init__(self, model: Tokenformer, rows: list[Tensor], length: int, device: torch.device) -> None:
         longest = max(len(row) for row in rows)
@@ -215,14 +216,14 @@ class _Reader:
         self.prompt = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows]).to(device)
 
     def __call__(self, tokens: Tensor | None) -> Tensor:
-        """The prompts (``None``), or what came after the last tokens (B, 1) -> logits of what comes next, (B, V)."""
-        # not model(...): a compiled model would be compiled anew for each length
+        """Prefill the prompts (``None``) or decode the last tokens (B, 1), and return the next logits (B, V)."""
+        # not model(...): a compiled model would be recompiled for each length
         features = self.model.forward_features(self.prompt if tokens is None else tokens, state=self.state)
         return self.model.forward_head(features[:, -1:])[:, 0]
 
 
 class _Rereader:
-    """Reads each row from its beginning, alone, for every token: slow, and plainly right."""
+    """Reference decoder without a state, which recomputes each row alone for every token."""
 
     def __init__(self, model: Tokenformer, rows: list[Tensor], device: torch.device) -> None:
         self.model = model
@@ -231,7 +232,7 @@ class _Rereader:
     def __call__(self, tokens: Tensor | None) -> Tensor:
         """As :meth:`_Reader.__call__`."""
         if tokens is not None:
-            limit = self.model.config.length_limit  # a row that is full has ended
+            limit = self.model.config.length_limit  # a row that fills the context has ended
             self.rows = [torch.cat([row, new])[:limit] for row, new in zip(self.rows, tokens, strict=True)]
         features = torch.cat([self.model.forward_features(row[None])[:, -1] for row in self.rows])
         return self.model.forward_head(features[:, None])[:, 0]
@@ -265,7 +266,7 @@ def _generate(
             tokens = _next_tokens(read, tokens, sampling, seen, vocab_size, generators)  # (B, 1)
             chosen = tokens[:, 0].tolist()
             if _NOT_FINITE in chosen:
-                raise UserError("model: its logits are not finite; were its weights trained at too high a rate?")
+                raise UserError("model: non-finite logits; the weights may come from a diverged fit")
             chosen = [token if lives else ENDED for token, lives in zip(chosen, alive, strict=True)]
             alive = [
                 lives and token not in stop and count < limit
@@ -288,7 +289,7 @@ def _next_tokens(
     vocab_size: int,
     generators: list[torch.Generator],
 ) -> Tensor:
-    """Reads the last tokens (B, 1) and chooses the next, (B, 1)."""
+    """Decode the last tokens (B, 1) and sample the next, (B, 1)."""
     logits = read(tokens)[:, :vocab_size]  # (B, V)
     scores = sampling.scores(logits, None if seen is None else seen[:, :vocab_size])
     if sampling.greedy:

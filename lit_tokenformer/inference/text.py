@@ -1,4 +1,4 @@
-"""Text from a checkpoint of a language model.
+"""Text generation from a checkpoint of a language model.
 
 Example:
     ::
@@ -24,26 +24,26 @@ import torch
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.inference.sampling import ENDED, Sampling, check_writes_text, generate_tokens
+from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.tasks.rebuild import rebuild_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of the weights that text can be generated in, by name."""
+"""Supported dtypes of the weights, by name."""
 
 
 @dataclass
 class Completion:
-    """What has been written after one prompt so far.
+    """Completion of one prompt, possibly unfinished.
 
     Args:
-        prompt: As it was given.
-        text: What came after it, without stop texts and separator.
-        tokens: New tokens, with the one that ended the text.
-        stopped: Why it ended: ``stop`` (the separator or a stop text), ``length`` (``max_new_tokens``) or ``context``
-            (prompt and new tokens fill the model's context); ``None`` while it goes on.
-        seconds: From the start to the last token, the reading of the prompt included.
+        prompt: Prompt as passed.
+        text: Generated text, without stop strings and separator.
+        tokens: Number of new tokens, including the one that ended the text.
+        stopped: Reason of the end: ``stop`` (the separator or a stop string), ``length`` (``max_new_tokens``) or
+            ``context`` (prompt and new tokens fill the model's context); ``None`` while unfinished.
+        seconds: Time from the start to the last token, including prefill, in seconds.
     """
 
     prompt: str
@@ -54,17 +54,17 @@ class Completion:
 
 
 class TextGenerator:
-    """Writes text with a language model.
+    """Text generator over a causal language model and its tokenizer.
 
-    A prompt is read as it stands, with no separator in front: it may come from the middle of a document. An empty
-    prompt is read as the separator, so that a new document is written. The separator always ends a text.
+    A prompt is encoded without a leading separator: it may come from the middle of a document. An empty prompt is
+    replaced by the separator, which starts a new document. The separator always ends a text.
 
     Args:
-        backbone: A causal language model.
-        tokenizer: The tokenizer that it was trained with.
+        backbone: Causal language model.
+        tokenizer: Tokenizer that the model was trained with.
 
     Raises:
-        ValueError: If the model cannot write text, or the tokenizer has more tokens than the model.
+        ValueError: If the model is not a causal language model, or the tokenizer has more tokens than the model.
 
     Example:
         >>> from lit_tokenformer.models import create_backbone
@@ -75,11 +75,11 @@ class TextGenerator:
     """
 
     def __init__(self, backbone: Tokenformer, tokenizer: Tokenizer) -> None:
-        check_writes_text(backbone)
+        check_causal_lm(backbone)
         if tokenizer.size > backbone.config.vocab_size:
             raise UserError(
                 f"tokenizer: it has {tokenizer.size} tokens, the model's vocab_size is {backbone.config.vocab_size}; "
-                "use the tokenizer that the model was trained with"
+                "use the tokenizer of the training run"
             )
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -91,19 +91,19 @@ class TextGenerator:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
     ) -> TextGenerator:
-        """A generator from a checkpoint of a fit, at whatever size it had grown to.
+        """Load a generator from a checkpoint of a fit, at its grown size.
 
-        The tokenizer is the one in the checkpoint, else the ``tokenizer.json`` beside it; where the fit kept a moving
-        average of the weights, it is the average that writes.
+        The tokenizer is the one in the checkpoint, else the ``tokenizer.json`` next to it. The moving average of the
+        weights is used where the fit kept one.
 
         Args:
-            ckpt_path: The file.
-            device: Where the model runs; ``auto`` takes the accelerator, if there is one.
-            dtype: Type of the weights, by torch's name or as torch has it; ``None`` keeps that of the checkpoint.
+            ckpt_path: Checkpoint to load.
+            device: Device of the model; ``auto`` selects the accelerator, if available.
+            dtype: Dtype of the weights, or its name; ``None`` keeps that of the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or there is
-                no such device or type.
+            ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device
+                or dtype is not available.
         """
         where = _device(device)
         if isinstance(dtype, str):
@@ -113,7 +113,7 @@ class TextGenerator:
         checkpoint = read_checkpoint(ckpt_path, map_location="meta")
         task = rebuild_task(ckpt_path, checkpoint)
         try:
-            check_writes_text(task.backbone)
+            check_causal_lm(task.backbone)
         except ValueError as error:
             raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
         tokenizer = _tokenizer(Path(ckpt_path), checkpoint.get("tokenizer"), getattr(task, "separator_id", None))
@@ -131,21 +131,21 @@ class TextGenerator:
         seed: int | None = 0,
         return_full_text: bool = True,
     ) -> Any:
-        """Goes on from one prompt, or from several at once.
+        """Continue one prompt or a batch of prompts.
 
         Args:
-            prompts: One text, or a list of texts; each is written as if it were alone with its place in the list.
-            max_new_tokens: Tokens that are written for each at most.
-            temperature: How freely the next token is chosen; 0 always takes the most probable.
-            top_k: Only the k most probable tokens are chosen from; ``None`` for all.
-            top_p: Only the most probable tokens that together have this probability; ``None`` for all.
-            repetition_penalty: Makes tokens that occurred before, the prompt's too, less probable if above 1.
-            stop: Texts that end the text where they appear, and are no part of it; the separator ends it too.
-            seed: The same seed gives the same text; ``None`` draws one from torch's global generator.
-            return_full_text: Whether the text begins with its prompt, as Hugging Face's pipelines have it.
+            prompts: Prompt or list of prompts to continue; a completion depends on its prompt and its index only.
+            max_new_tokens: Maximum number of new tokens per prompt.
+            temperature: Sampling temperature; 0 is greedy decoding.
+            top_k: Sample from the k most probable tokens; ``None`` for all.
+            top_p: Sample from the smallest set of most probable tokens with this total probability; ``None`` for all.
+            repetition_penalty: Penalty on tokens that occurred before, including the prompt's; 1 disables it.
+            stop: Stop strings, excluded from the text; the separator ends it too.
+            seed: Sampling seed; ``None`` draws one from torch's global generator.
+            return_full_text: Whether to prepend the prompt, as in Hugging Face's pipelines.
 
         Returns:
-            A text for a text, a list for a list.
+            Text for a single prompt, list of texts for a list.
 
         Raises:
             ValueError: If a setting is out of range, or a prompt is longer than the model's context.
@@ -167,24 +167,24 @@ class TextGenerator:
         seed: int | None = 0,
         return_full_text: bool = True,
     ) -> Iterator[str]:
-        """The text of :meth:`generate` for one prompt, in pieces, as it is produced.
+        """Stream the text of :meth:`generate` for one prompt.
 
         Args:
-            prompt: A text.
-            max_new_tokens: As in :meth:`generate`, like all that follow.
-            temperature: How freely the next token is chosen.
-            top_k: How many tokens are chosen from.
-            top_p: How much probability is chosen from.
-            repetition_penalty: How much tokens that occurred before lose.
-            stop: Texts that end the text.
-            seed: Of the draws.
-            return_full_text: Whether the first piece is the prompt.
+            prompt: Prompt to continue.
+            max_new_tokens: Maximum number of new tokens.
+            temperature: Sampling temperature; 0 is greedy decoding.
+            top_k: Number of candidate tokens; ``None`` for all.
+            top_p: Total probability of the candidate tokens; ``None`` for all.
+            repetition_penalty: Penalty on tokens that occurred before; 1 disables it.
+            stop: Stop strings.
+            seed: Sampling seed.
+            return_full_text: Whether the first chunk is the prompt.
 
         Yields:
-            Whole characters, and nothing that may turn out to be a stop text.
+            Text chunks of complete characters; a possible prefix of a stop string is held back.
 
         Raises:
-            ValueError: At the first piece, as :meth:`generate`.
+            ValueError: At the first chunk, as :meth:`generate`.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         if return_full_text and prompt:
@@ -203,20 +203,20 @@ class TextGenerator:
         stop: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = 0,
     ) -> Iterator[list[Completion]]:
-        """What :meth:`generate` and :meth:`stream` are made of: all completions, as far as they are.
+        """Generate completions step by step; the base of :meth:`generate` and :meth:`stream`.
 
         Args:
-            prompts: The texts to go on from, at least one, each as it is or as token ids; or a single text.
-            max_new_tokens: Tokens that are written for each at most.
-            sampling: How the next token is chosen.
-            stop: Texts that end a text.
-            seed: Of the draws; one for each prompt gives each what it gets alone with its seed.
+            prompts: At least one prompt to continue, as text or token ids; or a single text.
+            max_new_tokens: Maximum number of new tokens per prompt.
+            sampling: Sampling settings.
+            stop: Stop strings.
+            seed: Sampling seed. With one seed per prompt, each completion equals its prompt continued alone.
 
         Yields:
-            The same list before the first and after each token, its completions longer each time.
+            The same list of completions before the first and after each token, updated in place.
 
         Raises:
-            ValueError: As :meth:`generate`, before anything is yielded.
+            ValueError: As :meth:`generate`, before the first yield.
         """
         stops = [stop] if isinstance(stop, str) else list(stop or [])
         if "" in stops:
@@ -252,12 +252,12 @@ class TextGenerator:
 
 
 class _Row:
-    """One text while it is written.
+    """Decoding state of one completion: streamed text and stop strings.
 
     Args:
-        tokenizer: Makes tokens of text, and text of tokens.
-        prompt: What the text goes on from, or its token ids.
-        stops: Texts that end it.
+        tokenizer: Tokenizer of the model.
+        prompt: Prompt to continue, as text or token ids.
+        stops: Stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str | Sequence[int], stops: list[str]) -> None:
@@ -270,14 +270,14 @@ class _Row:
         self.ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.separator_id]
         self.separator_id = tokenizer.separator_id
         self.stops = stops
-        self.held = ""  # the beginning of a stop text, perhaps
+        self.held = ""  # a possible prefix of a stop string
         self.streamer = tokenizer.stream()
-        # Some vocabularies drop the space before the first word of a text, so it has to begin with the prompt.
+        # Some vocabularies drop the space before the first word of a text, so the stream starts with the prompt.
         shown = "".join(self.streamer.step(token) for token in self.ids)
         self.hidden = len(tokenizer.decode(self.ids)) - len(shown)  # characters of the prompt that are still to come
 
     def add(self, token: int, seconds: float) -> None:
-        """Takes the next token."""
+        """Append the next token."""
         if token == ENDED:
             self.end("context")
             return
@@ -289,7 +289,7 @@ class _Row:
             self._write(self.streamer.step(token))
 
     def end(self, reason: str) -> None:
-        """Writes what was held back, unless the text has ended."""
+        """Flush the held text and set the stop reason, unless the text has ended."""
         if self.completion.stopped is None:
             self._write(self.streamer.finish())
         if self.completion.stopped is None:
@@ -323,15 +323,17 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> Tokenizer:
-    """The tokenizer in a checkpoint, else the one beside it, with the separator that the model was trained with."""
+    """Load the tokenizer in a checkpoint, else the one next to it, with the separator of the training run."""
     source = f"the tokenizer in {ckpt_path}"
     if text is None:
-        beside = ckpt_path.with_name(TOKENIZER_FILE)
-        if not beside.is_file():
-            raise UserError(f"ckpt_path: {ckpt_path} has no tokenizer, and there is no {TOKENIZER_FILE} beside it")
-        text, source = beside.read_text(encoding="utf-8"), str(beside)
+        file = ckpt_path.with_name(TOKENIZER_FILE)
+        if not file.is_file():
+            raise UserError(
+                f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)"
+            )
+        text, source = file.read_text(encoding="utf-8"), str(file)
     try:
         added = [token["content"] for token in json.loads(text)["added_tokens"] if token["id"] == separator_id]
     except (ValueError, KeyError, TypeError):
-        added = []  # damaged, or of another make: the tokenizer itself will tell
+        added = []  # damaged or another format: Tokenizer.from_json reports it
     return Tokenizer.from_json(text, added[-1] if added else None, source=source)

@@ -1,4 +1,4 @@
-"""Weights and models of other projects, in and out."""
+"""Import and export of weights in the formats of other projects."""
 
 from lit_tokenformer.interop.tokenformer import load_published, read_published, write_published
 

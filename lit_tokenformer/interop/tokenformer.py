@@ -1,11 +1,11 @@
-"""The published TokenFormer checkpoints: ``pytorch_model.bin`` or ``.safetensors``, with their ``config.json``.
+"""Import and export of published TokenFormer checkpoints: ``pytorch_model.bin`` or ``.safetensors``, ``config.json``.
 
-Source: github.com/Haiyang-W/TokenFormer. Its models are GPT-NeoX pipelines that DeepSpeed has flattened, so tensors
-have the names of ``SequentialWrapper.sequential`` (``megatron/model/gpt2_model.py``), and ``config.json`` has the keys
-of the NeoX configs. One table, ``TENSORS``, serves both ways, and so does ``SETTINGS`` for the configs.
+Source: github.com/Haiyang-W/TokenFormer. Its models are GPT-NeoX pipelines flattened by DeepSpeed: tensors have the
+names of ``SequentialWrapper.sequential`` (``megatron/model/gpt2_model.py``), and ``config.json`` has the keys of the
+NeoX configs. The table ``TENSORS`` maps names in both directions, as does ``SETTINGS`` for the configs.
 
-The format has no tau: it is sqrt(N), always. Here it is a buffer, so that a model may hold another one (after a growth
-by ``zero_keys``, say); such a model has no equal in the format, and is refused.
+The format has no tau: it is always sqrt(N). Here tau is a buffer and may differ, for example after growth by
+``zero_keys``; such a model is not representable in the format and is rejected.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lit_tokenformer.tensor_files import read_tensors, write_tensors
 
 
 class WeightFormat(NamedTuple):
-    """Weights as a project publishes them.
+    """Weight format of another project.
 
     Args:
-        find: File of weights that a file or folder names, ``(source) -> Path``.
+        find: Weights file of a file or folder, ``(source) -> Path``.
         read: ``(weights, config_json) -> (config, state dict)``; ``config_json`` may be ``None``.
         write: ``(folder, config, state dict, dtype, file format)``.
     """
@@ -43,12 +43,12 @@ class WeightFormat(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A tensor of the format.
+    """Tensor of the published format.
 
     Args:
-        published: Its name there; block i is layer i + 2 of the pipeline, norm and head stand after the blocks.
-        ours: Its name in a :class:`Tokenformer`.
-        shape: Its shape, in keys of ``config.json``.
+        published: Published name; block i is layer i + 2 of the pipeline, followed by norm and head.
+        ours: Name in a :class:`Tokenformer`.
+        shape: Shape, in keys of ``config.json``.
     """
 
     published: str
@@ -89,13 +89,13 @@ SETTINGS = {
     "rotary_emb_base": "rotary_base",
     "layernorm_epsilon": "norm_eps",
 }
-"""Keys of ``config.json`` and the fields of :class:`TokenformerConfig` that hold the same."""
+"""Keys of ``config.json`` and the equivalent fields of :class:`TokenformerConfig`."""
 
 SLOTS = {"qkv_slot_num": "qkv", "proj_slot_num": "proj", "ffn_slot_num": "ffn"}
-"""Keys of ``config.json`` and the kinds of projection whose parameter tokens they count."""
+"""Keys of ``config.json`` for the number of parameter tokens, and the kinds of projection."""
 
 SCORE_NORMS = {"l2_norm_gelu": "l2_gelu", "gelu_l2_norm": "gelu_l2", "softmax": "softmax"}
-"""Names of the score normalisations, theirs and ours."""
+"""Names of the score normalizations, published and ours."""
 
 DEFAULTS: dict[str, Any] = {
     "rotary_emb_base": 10000,
@@ -103,8 +103,8 @@ DEFAULTS: dict[str, Any] = {
     "no_weight_tying": False,
     "norm_activation_type": "l2_norm_gelu",
 }
-"""What a ``config.json`` may leave out, as in the NeoX arguments. The share of rotary positions is not among it: the
-default there is not what any published model has."""
+"""Defaults of ``config.json``, as in the NeoX arguments. ``rotary_pct`` is required: no published model has the NeoX
+default."""
 
 FIXED = {
     "pos_emb": "rotary",
@@ -114,21 +114,21 @@ FIXED = {
     "apply_query_key_layer_scaling": False,
     "use_mup": False,
 }
-"""What every published model has; other values are other architectures."""
+"""Settings shared by all published models; other values are unsupported architectures."""
 
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
-"""Names of the file of weights in a folder, by format."""
+"""Name of the weights file in a folder, by format."""
 
 CONFIG_FILE = "config.json"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _FIXED_PARTS: dict[str, Any] = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
-_FREE = ("param_tokens", "drop_path")  # growth changes the one, the other acts in training only
+_FREE = ("param_tokens", "drop_path")  # the first changes with growth, the second is used in training only
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
-    """The file of weights that ``source`` names: itself, or the one in this folder.
+    """Return the weights file of ``source``, a file or a folder.
 
     Raises:
         ValueError: If there is none.
@@ -140,26 +140,26 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
         raise UserError(f"source: {path} is neither a file nor a folder")
     found = [path / name for name in WEIGHTS.values() if (path / name).is_file()]
     if not found:
-        raise UserError(f"source: there is no {' or '.join(WEIGHTS.values())} in {path}")
+        raise UserError(f"source: no {' or '.join(WEIGHTS.values())} in {path}")
     return found[0]
 
 
 def read_published(
     source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None
 ) -> tuple[TokenformerConfig, dict[str, Tensor]]:
-    """The architecture and the weights of a published checkpoint.
+    """Load the architecture and the weights of a published checkpoint.
 
     Args:
-        source: ``pytorch_model.bin``, a ``.safetensors`` file, or a folder that holds one.
-        config_json: The architecture; by default the ``config.json`` beside the weights.
+        source: ``pytorch_model.bin``, a ``.safetensors`` file, or a folder with one of them.
+        config_json: Config of the architecture. Default: the ``config.json`` next to the weights.
 
     Returns:
-        The config, and a state dict that a :class:`Tokenformer` of this config loads strictly. Tensors have the
-        precision of the file; tau, which the format has not, is sqrt(N) in float64.
+        Config, and a state dict that a :class:`Tokenformer` of this config loads strictly. Tensors keep the precision
+        of the file; tau, absent from the format, is sqrt(N) in float64.
 
     Raises:
-        ValueError: If a file cannot be read or holds pickled code, if the config is of another architecture, or if a
-            tensor is missing, superfluous or of another shape than the config says.
+        ValueError: If a file cannot be read or contains pickled code, if the config has another architecture, or if a
+            tensor is missing, unexpected or of a shape that does not match the config.
     """
     weights = find_weights(source)
     settings = _read_settings(Path(config_json) if config_json else weights.with_name(CONFIG_FILE))
@@ -184,14 +184,14 @@ def read_published(
 
 
 def load_published(source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None) -> Tokenformer:
-    """A model with published weights, in torch's default precision.
+    """Load a model with published weights, in torch's default dtype.
 
     Args:
         source: As in :func:`read_published`.
         config_json: As in :func:`read_published`.
 
     Returns:
-        The model, token ids (B, T) -> logits (B, T, V).
+        Model, token ids (B, T) -> logits (B, T, V).
 
     Raises:
         ValueError: As :func:`read_published`.
@@ -209,18 +209,18 @@ def write_published(
     dtype: str | None = None,
     format: str = "safetensors",
 ) -> None:
-    """Writes weights and ``config.json`` as they were published.
+    """Write weights and ``config.json`` in the published format.
 
     Args:
-        folder: Where to, an empty folder.
-        config: The architecture at birth.
-        state: The state dict of a :class:`Tokenformer` of this config, grown or not.
-        dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` leaves it as it is.
+        folder: Empty output folder.
+        config: Initial architecture, before growth.
+        state: State dict of a :class:`Tokenformer` of this config, grown or not.
+        dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` keeps that of ``state``.
         format: ``safetensors``, or ``bin`` for a pickled state dict.
 
     Raises:
-        ValueError: For an unknown ``dtype`` or ``format``, numbers that do not fit into ``dtype``, an architecture
-            that the format has not, or a tau other than sqrt(N). Nothing is written then.
+        ValueError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, an architecture that is not
+            representable in the format, or a tau other than sqrt(N). Nothing is written then.
     """
     if format not in WEIGHTS:
         raise unknown_name("format", format, WEIGHTS)
@@ -233,8 +233,8 @@ def write_published(
         if not math.isclose(tau.item(), math.sqrt(count), rel_tol=1e-6):
             raise UserError(
                 f"state: tau of {name.removesuffix('.tau')} is {tau.item():.6g}, and the published format has only "
-                f"sqrt({count}) = {math.sqrt(count):.6g}; a growth by zero_keys keeps tau: grow by a whole factor with "
-                "method split, or let tau_steps of ParameterGrowthCallback move tau there in a fit"
+                f"sqrt({count}) = {math.sqrt(count):.6g}; zero_keys growth keeps tau: grow by an integer factor with "
+                "method split, or anneal tau in a fit with tau_steps of ParameterGrowthCallback"
             )
     rows = {row.ours: row for row in _rows(settings)}
     skipped = {*taus, "head.weight"} if config.tie_embeddings else set(taus)
@@ -248,7 +248,7 @@ def write_published(
 
 
 def _rows(settings: Mapping[str, Any]) -> Iterator[Row]:
-    """The table for a model of this size: a row for each tensor, numbers filled in."""
+    """Expand the table for a model of this size: a row per tensor, with layer numbers."""
     depth = settings["num_layers"]
     for row in TENSORS:
         if "{head}" in row.published and not settings["no_weight_tying"]:
@@ -259,23 +259,23 @@ def _rows(settings: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _problems(found: Mapping[str, Tensor], rows: Mapping[str, Row], settings: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps tensors from being those of the table, by the names that its keys have; a line each."""
+    """Yield a line for each tensor that is missing, unexpected or of another shape than its row of the table."""
     for name, row in rows.items():
         expected = tuple(settings[key] for key in row.shape)
-        told = f"expected {expected}, which is ({', '.join(row.shape)})"
+        wanted = f"expected {expected}, which is ({', '.join(row.shape)})"
         if name not in found:
-            yield f"{name} is missing, {told}"
+            yield f"{name} is missing, {wanted}"
         elif tuple(found[name].shape) != expected:
-            yield f"{name} has shape {tuple(found[name].shape)}, {told}"
+            yield f"{name} has shape {tuple(found[name].shape)}, {wanted}"
     for name in found:
         if name not in rows:
             near = difflib.get_close_matches(name, rows, n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            hint = f", did you mean {near[0]}?" if near else ""
             yield f"{name} is not one of the {len(rows)} tensors of a model with {settings['num_layers']} layers{hint}"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """What a ``config.json`` says, all that is needed and in its range."""
+    """Load a ``config.json``, with defaults filled in and required keys validated."""
     if path.exists() and not path.is_file():
         raise UserError(f"config_json: {path} is not a file")
     try:
@@ -283,9 +283,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config_json: cannot read {path} ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"config_json: {path} is no JSON ({error})") from None
+        raise UserError(f"config_json: {path} is not JSON ({error})") from None
     if not isinstance(given, dict):
-        raise UserError(f"config_json: {path} holds a {type(given).__name__}, expected keys and values")
+        raise UserError(f"config_json: {path} is not an object (got {type(given).__name__}, expected keys and values)")
     settings = {key.replace("-", "_"): value for key, value in given.items() if value is not None}
     if "max_position_embeddings" in settings:
         settings.setdefault("seq_length", settings["max_position_embeddings"])
@@ -309,17 +309,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _vocab_size(settings: Mapping[str, Any], rows: int) -> int:
-    """The rows that the embedding shall have: NeoX pads the tokenizer's vocabulary, and may tell either number."""
+    """Return the number of embedding rows: NeoX pads the vocabulary and may store either size."""
     if "padded_vocab_size" in settings:
         return settings["padded_vocab_size"]
-    told = settings.get("vocab_size", rows)
+    stored = settings.get("vocab_size", rows)
     multiple = settings.get("make_vocab_size_divisible_by", 128)
-    padded = -(-told // multiple) * multiple
-    return padded if rows == padded else told
+    padded = -(-stored // multiple) * multiple
+    return padded if rows == padded else stored
 
 
 def _config(settings: Mapping[str, Any]) -> TokenformerConfig:
-    """The architecture that a complete ``config.json`` describes."""
+    """Build the architecture of a complete ``config.json``."""
     tokens = ParamTokens(**{kind: settings[key] for key, kind in SLOTS.items()})
     usual = tokens == ParamTokens.parse(tokens.qkv)
     return TokenformerConfig(
@@ -332,7 +332,7 @@ def _config(settings: Mapping[str, Any]) -> TokenformerConfig:
 
 
 def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The ``config.json`` of a model; whatever would not come back from it is refused."""
+    """Build the ``config.json`` of a model; settings lost in a round trip are rejected."""
     activations = {ours: theirs for theirs, ours in SCORE_NORMS.items()}
     slots = dict(config.tokens.items())
     for row in TENSORS:
@@ -349,14 +349,14 @@ def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[st
         "no_weight_tying": not config.tie_embeddings,
         **FIXED,
     }
-    if float(config.rotary_base).is_integer():  # the format has it as a whole number
+    if float(config.rotary_base).is_integer():  # an integer in the format
         settings["rotary_emb_base"] = int(config.rotary_base)
     back = _config(settings)
     names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]
     if lost:
-        told = ", ".join(f"{name} {getattr(config, name)!r} (only {getattr(back, name)!r})" for name in lost)
-        raise UserError(f"config: the published format has no {told}")
+        listed = ", ".join(f"{name} {getattr(config, name)!r} (only {getattr(back, name)!r})" for name in lost)
+        raise UserError(f"config: the published format has no {listed}")
     return settings
 
 
@@ -365,7 +365,7 @@ def _cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
         return tensor
     cast = tensor.to(DTYPES[dtype])
     if cast.isinf().any():
-        raise UserError(f"dtype: {name} holds numbers up to {tensor.abs().max():.3g}, too large for {dtype}")
+        raise UserError(f"dtype: {name} overflows {dtype} (got values up to {tensor.abs().max():.3g})")
     return cast
 
 

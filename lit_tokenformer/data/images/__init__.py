@@ -1,4 +1,4 @@
-"""Images and labels: sources, transforms, datasets, and the LightningDataModule over them."""
+"""Image classification data: sources, transforms, datasets and the LightningDataModule."""
 
 from lit_tokenformer.data.images.datamodule import ImageDataModule
 

@@ -1,7 +1,7 @@
-"""Images and labels for training, evaluation and prediction, as one LightningDataModule over a table of data sets.
+"""LightningDataModule for image classification.
 
-Transforms, mixup and CutMix are timm's; the way a run is resumed bit for bit is in ``loading.py``, the data sets in
-``image_sources.py``.
+Transforms, mixup and CutMix are timm's. Bitwise resuming is in ``data/resumable.py``, the data sets are in
+``sources.py``.
 """
 
 from __future__ import annotations
@@ -48,16 +48,15 @@ _DATA_SET_DEFAULTS = Augmentation()
 
 
 class EvalImageSampler(DistributedSampler):
-    """Every n-th image for each of n processes, none twice, and as many batches for each of them.
+    """Distributed evaluation sampler with every image exactly once and the same number of batches per process.
 
-    Where an image is missing to that, the index behind the last one stands in a batch. Being a ``DistributedSampler``,
-    Lightning leaves it alone; its own would count some images twice.
+    Uneven batches are padded with the index N. Lightning keeps a ``DistributedSampler``; its own would repeat images.
 
     Args:
-        dataset: The images, at least one for each process; it takes the index behind the last one.
-        batch_size: Images in a batch; with 1, and one image more in some processes, a batch of these has two.
-        num_replicas: Processes that see different data.
-        rank: This process among them.
+        dataset: Dataset of N images, at least one per process; it accepts the index N.
+        batch_size: Images per batch. With 1, processes with one image more have batches of two.
+        num_replicas: Number of data-parallel processes.
+        rank: Rank of this process among them.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int) -> None:
@@ -84,48 +83,48 @@ class EvalImageSampler(DistributedSampler):
 class ImageDataModule(ResumableDataModule):
     """Batches ``(image (B, 3, H, W) float32, label (B,) int64)`` for training, evaluation and prediction.
 
-    Images are normalised by the data set's mean and standard deviation; grey ones become RGB. With mixup, CutMix or
-    label smoothing the labels of training batches are ``(B, C)`` float32 instead.
+    Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB. With mixup,
+    CutMix or label smoothing the labels of training batches are ``(B, C)`` float32 instead.
 
-    Every random choice follows from the seed, the epoch and the sample, so a run that was stopped anywhere and resumed
-    sees the same batches as one that was not, bit for bit, with any number of workers (streams: with the same number).
-    No loader draws from the global random generators. An incomplete last training batch is left out.
+    Every random choice is a function of the seed, the epoch and the sample. A resumed run sees the same batches as an
+    uninterrupted one, bit for bit, with any number of workers (streams: with the same number). No loader uses the
+    global random generators. An incomplete last training batch is dropped.
 
-    An unreadable image is named in a warning and left out: in training the next readable one stands in for it, in
-    evaluation its batch gets smaller, in prediction a black image with the label -100 keeps its place.
+    An unreadable image is reported in a warning and skipped. In training it is replaced by the next readable one, in
+    evaluation its batch is smaller, in prediction it is replaced by a black image with label -100.
 
     Args:
-        dataset: Name of the data set: digits (1,797 real 8x8 digits that come with scikit-learn; needs no files),
-            fashion_mnist, cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, ROOT/val/CLASS/IMAGE, if wanted
+        dataset: Data set: digits (1,797 real 8x8 digits bundled with scikit-learn, no files needed), fashion_mnist,
+            cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, ROOT/val/CLASS/IMAGE, optionally
             ROOT/test/CLASS/IMAGE) or huggingface.
-        root: Folder that holds the data. With huggingface it is the ``data_dir`` of ``load_dataset``.
-        image_size: Height and width of the images in a batch, in pixels. None: 8 for digits, 28 for fashion_mnist, 32
-            for cifar10 and cifar100, else 224.
-        batch_size: Training images in a batch, per process.
-        eval_batch_size: Images in a batch of validation, test and prediction, per process. None: as in training.
-        num_workers: Loading processes for each training process. None: the cores of this process shared among the
-            training processes of this machine, at most 8; 0 for digits or where there is only one core.
-        pin_memory: Whether batches are put into page-locked memory. None: where there is CUDA.
-        augmentation: Augmentation of the training images, and the resize of all.
-        val_fraction: Share of the training images that is held out where the data set has no validation split; 0 takes
-            the test split. The same images for every seed.
-        seed: Seed of order and augmentation, 0 or more. None: that of ``seed_everything``, else 0.
-        download: Whether torchvision may fetch a data set that is not in ``root``.
-        predict_root: Folder of images to predict, nested or flat. None: the test split, else the validation split.
-        max_corrupt_share: Share of a split's images that may be unreadable before the run stops, 0 to 1. Three are
-            always allowed, unless the share is 0. A stream is measured by what each worker has read so far.
+        root: Root folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
+        image_size: Input image size (height = width) in pixels. Default: 8 for digits, 28 for fashion_mnist, 32 for
+            cifar10 and cifar100, else 224.
+        batch_size: Training batch size per process.
+        eval_batch_size: Batch size of validation, test and prediction per process. Default: ``batch_size``.
+        num_workers: Number of worker processes per training process. Default: the available cores divided by the
+            training processes on this machine, at most 8; 0 for digits or a single core.
+        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
+        augmentation: Augmentation of training images, and resizing of all images.
+        val_fraction: Fraction of the training images held out if the data set has no validation split; 0 validates on
+            the test split. Independent of the seed.
+        seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
+        download: Whether to download a torchvision data set missing in ``root``.
+        predict_root: Folder of images to predict, nested or flat. Default: the test split, else the validation split.
+        max_corrupt_share: Tolerated share of unreadable images in a split, 0 to 1. Three are always tolerated, unless
+            the share is 0. For a stream, the share is of the images read so far by each worker.
         hf_name: Hugging Face data set (dataset: huggingface).
-        hf_config: Its configuration, where it has several.
-        hf_image_column: Its column of images. None: the first one of that kind.
-        hf_label_column: Its column of class labels. None: the first one of that kind.
-        hf_train_split: Its split to train on.
-        hf_val_split: Its split to validate on. None: validation, valid, val or dev, if there is one.
-        streaming: Whether the Hugging Face data set is read as a stream, without being stored.
-        shuffle_buffer: Samples from which a stream draws the next one.
+        hf_config: Configuration of the Hugging Face data set.
+        hf_image_column: Image column. Default: the first column of images.
+        hf_label_column: Label column. Default: the first column of class labels.
+        hf_train_split: Training split.
+        hf_val_split: Validation split. Default: validation, valid, val or dev, if present.
+        streaming: Whether to stream the Hugging Face data set instead of storing it.
+        shuffle_buffer: Shuffle buffer size of a stream, in samples.
 
     Raises:
-        ValueError: If a setting is wrong (when created) or the data are not there (at the first use of a property or
-            loader); the message is one line and names the setting.
+        ValueError: If a setting is invalid (on creation) or the data are missing (at the first use of a property or
+            loader); the message is one line and begins with the setting.
 
     Example:
         >>> data = ImageDataModule("digits")
@@ -134,7 +133,7 @@ class ImageDataModule(ResumableDataModule):
     """
 
     in_chans = 3
-    """Channels of an image."""
+    """Number of image channels."""
 
     def __init__(
         self,
@@ -200,7 +199,7 @@ class ImageDataModule(ResumableDataModule):
             raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
         if self.augmentation.mixes and batch_size % 2:
             raise UserError(
-                f"data.batch_size: expected an even number, since mixup and cutmix pair images, got {batch_size}"
+                f"data.batch_size: expected an even number for mixup and cutmix, which pair images, got {batch_size}"
             )
         look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
         self._train_transform, self._eval_transform = train_transform(*look), eval_transform(*look)
@@ -212,15 +211,15 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def splits(self) -> Splits:
-        """The data set's splits, found at first use."""
+        """Data set splits, opened at first use."""
         splits = self.source.open(self.settings)
         if len(splits.class_names) < 2:
-            raise UserError(f"data.dataset: expected at least two classes, found only {splits.class_names}")
+            raise UserError(f"data.dataset: expected at least two classes, got {splits.class_names}")
         return splits
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes; a label is an index into it."""
+        """Class names, indexed by label."""
         return self.splits.class_names
 
     @property
@@ -230,21 +229,21 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel that was subtracted, as a share of the full range."""
+        """Mean of each channel for normalization, in units of the full range (0 to 1)."""
         return self.source.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel that was divided by, as a share of the full range."""
+        """Standard deviation of each channel for normalization, in units of the full range (0 to 1)."""
         return self.source.std
 
     @property
     def num_train_samples(self) -> int | None:
-        """Training images in an epoch, over all processes; None for a stream that does not know its length."""
+        """Number of training images per epoch over all processes; None for a stream of unknown length."""
         return self.splits.num_train
 
     def setup(self, stage: str) -> None:
-        """Finds the data, so that what is missing is said before any work.
+        """Open the data, so that missing files fail fast.
 
         Args:
             stage: fit, validate, test or predict.
@@ -254,7 +253,7 @@ class ImageDataModule(ResumableDataModule):
             self._predict_samples  # noqa: B018
 
     def train_dataloader(self) -> DataLoader:
-        """The resumable training loader of this process."""
+        """Create the resumable training loader of this process."""
         samples, seed, (rank, replicas) = self.splits.train, self._seed, self._place
         loader: ResumableLoader | ResumableStreamLoader
         if isinstance(samples, HubStream):
@@ -265,7 +264,7 @@ class ImageDataModule(ResumableDataModule):
                 drop_last=True,
                 num_workers=min(self._workers, stream.stream.num_shards),
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
+                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
             )
             loader.rank, loader.replicas = rank, replicas
             loader.made_with = {
@@ -294,11 +293,11 @@ class ImageDataModule(ResumableDataModule):
         return self._resumed(loader)
 
     def val_dataloader(self) -> DataLoader:
-        """Validation images, in order."""
+        """Create the validation loader, in order."""
         return self._eval_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Test images, in order.
+        """Create the test loader, in order.
 
         Raises:
             UserError: If the data set has no test split.
@@ -308,40 +307,40 @@ class ImageDataModule(ResumableDataModule):
         return self._eval_loader(self.splits.test)
 
     def predict_dataloader(self) -> DataLoader:
-        """Images to predict, in order; the label is -1 where it is not known and -100 where the image is unreadable."""
+        """Create the prediction loader, in order; labels are -1 if unknown and -100 for unreadable images."""
         return self._eval_loader(self._predict_samples, keep_places=True)
 
     def predict_name(self, index: int) -> str:
-        """What the image at a place of the prediction order is called.
+        """Return the name of an image in the prediction order.
 
         Args:
-            index: Zero-based place in the order of ``predict_dataloader`` (over all processes).
+            index: Zero-based index in the order of ``predict_dataloader`` (over all processes).
 
         Returns:
-            The file's path, or the index as text where there is no file.
+            Path of the file, or the index as text without a file.
         """
         samples = self._predict_samples
         return str(index) if isinstance(samples, HubStream) else samples.name(index)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mixes training batches on the device."""
+        """Apply mixup, CutMix and label smoothing to training batches on the device."""
         trainer = self.trainer
         if trainer is None or not trainer.training or self._train_loader is None:
             return batch
-        # The loader's own count: Lightning goes on counting after some resumes of a stream where an epoch has ended.
+        # The loader's own count: Lightning's is not reset after some resumes of a stream at the end of an epoch.
         place = self._train_loader.state_dict()
         return self.mix(batch, epoch=place["epoch"], batch_idx=place["batches"])
 
     def mix(self, batch: tuple[Tensor, Tensor], epoch: int, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Mixup, CutMix and label smoothing of a training batch, seeded by its place in the run.
+        """Apply mixup, CutMix and label smoothing to a training batch, seeded by its position in the run.
 
         Args:
             batch: ``(image (B, 3, H, W), label (B,))``.
             epoch: Zero-based epoch.
-            batch_idx: Zero-based batch of the epoch.
+            batch_idx: Zero-based batch index of the epoch.
 
         Returns:
-            ``(image (B, 3, H, W), label (B, C) float32)``, or the batch as it is where nothing of it is asked for.
+            ``(image (B, 3, H, W), label (B, C) float32)``, or the unchanged batch if all three are disabled.
         """
         image, label = batch
         setting = self.augmentation
@@ -398,8 +397,8 @@ class ImageDataModule(ResumableDataModule):
             strategy = self.trainer.strategy if self.trainer is not None else None
             if replicas > 1 and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
                 raise UserError(
-                    "data.streaming: processes that share a model need as many evaluation batches each, which a stream "
-                    "does not have; set data.streaming: false, or trainer.strategy: ddp"
+                    "data.streaming: a sharded model requires the same number of evaluation batches on each process, "
+                    "which a stream cannot guarantee; set data.streaming: false, or trainer.strategy: ddp"
                 )
             images = self._stream(samples, self.eval_batch_size, seed=None)
             workers = min(workers, images.stream.num_shards)

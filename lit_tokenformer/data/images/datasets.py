@@ -1,4 +1,4 @@
-"""Datasets of images and labels, map-style and streamed, which skip unreadable files."""
+"""Map-style and iterable datasets of images and labels that skip unreadable files."""
 
 from __future__ import annotations
 
@@ -16,45 +16,44 @@ from lit_tokenformer.data.images.transforms import ImageTransform
 from lit_tokenformer.data.resumable import seeded
 
 UNREADABLE = -100
-"""Label of an unreadable image that keeps its place in a batch (prediction only)."""
+"""Label of an unreadable image that is kept in its batch (prediction only)."""
 
 
 class Samples(Protocol):
-    """Labelled images that can be read by index."""
+    """Labeled images with random access."""
 
     labels: np.ndarray  # (N,) int64
 
     def read(self, index: int) -> Image.Image:
-        """The image, RGB. May raise whatever the decoder raises."""
+        """Decode an image to RGB; errors of the decoder are raised unchanged."""
 
     def name(self, index: int) -> str:
-        """The file's path where there is one, else the index as text."""
+        """Return the file's path if there is one, else the index as text."""
 
 
 class ImageReader:
-    """Reads images and keeps count of the unreadable ones, over all worker processes of this process.
+    """Image reader that counts unreadable images over all worker processes of this process.
 
-    An unreadable image is named in a warning once and counted once. The run stops when there are more of them than
-    ``max_corrupt_share`` times the number of images, and more than ``ALLOWED_CORRUPT``; with a share of 0 it stops at
-    the first. All images of the data set are the measure, not those read so far: that way a few bad files in the first
-    batches of a good data set do not end a run, and a data set of which nothing can be read still ends it within
-    seconds.
+    An unreadable image is reported in a warning once and counted once. The run stops when their number exceeds both
+    ``max_corrupt_share`` times the number of images and ``ALLOWED_CORRUPT``; with a share of 0 it stops at the first.
+    The share is of all images of the data set, not of those read so far. A few bad files in the first batches thus do
+    not end a run, and a fully unreadable data set still ends it within seconds.
 
     Args:
-        samples: The images.
-        max_corrupt_share: Share of unreadable images, from 0 to 1.
+        samples: Images to read.
+        max_corrupt_share: Tolerated share of unreadable images, from 0 to 1.
     """
 
     def __init__(self, samples: Samples, max_corrupt_share: float) -> None:
         self.samples = samples
         self.max_corrupt_share = max_corrupt_share
-        self._corrupt = torch.zeros(len(samples.labels), dtype=torch.bool).share_memory_()  # seen by all workers
+        self._corrupt = torch.zeros(len(samples.labels), dtype=torch.bool).share_memory_()  # shared by all workers
 
     def __len__(self) -> int:
         return len(self._corrupt)
 
     def read(self, index: int) -> Image.Image | None:
-        """The image, or None where it cannot be read.
+        """Read an image; None if it is unreadable.
 
         Raises:
             ValueError: If too many images are unreadable.
@@ -63,9 +62,9 @@ class ImageReader:
             return None
         try:
             return self.samples.read(index)
-        except Exception as error:  # whatever a decoder makes of broken bytes
+        except Exception as error:  # damaged bytes raise any exception in a decoder
             self._corrupt[index] = True
-            warnings.warn(f"unreadable image left out: {self.samples.name(index)} ({error})", stacklevel=2)
+            warnings.warn(f"unreadable image skipped: {self.samples.name(index)} ({error})", stacklevel=2)
         bad = self.corrupt_indices
         check_share(len(bad), len(self), self.max_corrupt_share, [self.samples.name(i) for i in bad[:3]])
         if len(bad) == len(self):
@@ -76,19 +75,19 @@ class ImageReader:
 
     @property
     def corrupt_indices(self) -> list[int]:
-        """The unreadable images found so far."""
+        """Indices of the unreadable images found so far."""
         return self._corrupt.nonzero().flatten().tolist()
 
 
 class TrainImages(Dataset):
-    """Training samples under keys ``(epoch, pass, index)``: the augmentation is seeded by the key and by nothing else.
+    """Training images under keys ``(epoch, pass, index)``, with augmentation seeded by run seed and key only.
 
     An unreadable image is replaced by the next readable one, so that batches keep their size.
 
     Args:
-        reader: Reads the images.
-        transform: From an RGB image to a tensor (3, H, W); may be random.
-        seed: The run's seed, >= 0.
+        reader: Image reader.
+        transform: Transform from an RGB image to a tensor (3, H, W); may be random.
+        seed: Seed of the run, >= 0.
     """
 
     def __init__(self, reader: ImageReader, transform: ImageTransform, seed: int) -> None:
@@ -110,14 +109,13 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Evaluation samples; an unreadable image is None and ``collate_readable`` leaves it out, so no other image is
-    counted for it. The index behind the last image is None too.
+    """Evaluation images. An unreadable image is None and dropped by ``collate_readable``; so is the index N.
 
     Args:
-        reader: Reads the images.
-        transform: From an RGB image to a tensor (3, H, W), fixed.
-        keep_places: Put a black image with the label -100 in an unreadable image's place instead (prediction, where the
-            n-th output belongs to the n-th file).
+        reader: Image reader over N images.
+        transform: Deterministic transform from an RGB image to a tensor (3, H, W).
+        keep_places: Replace an unreadable image by a black one with label -100 instead (prediction, where the n-th
+            output belongs to the n-th file).
     """
 
     def __init__(self, reader: ImageReader, transform: ImageTransform, keep_places: bool = False) -> None:
@@ -136,36 +134,36 @@ class EvalImages(Dataset):
 
 
 def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch ``(image (B, 3, H, W), label (B,))`` of the samples that are not None.
+    """Collate the samples that are not None to a batch ``(image (B, 3, H, W), label (B,))``.
 
     Raises:
-        ValueError: If none is left.
+        ValueError: If all samples are None.
     """
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         raise TooManyCorruptSamples(
             f"data.eval_batch_size: all {len(samples)} images of an evaluation batch are unreadable; "
-            "remove them, or take larger batches"
+            "remove them or increase the batch size"
         )
     return tuple(default_collate(readable))  # type: ignore[return-value]
 
 
 class StreamImages(IterableDataset):
-    """Samples of a Hugging Face stream; rank and worker see their own shards.
+    """Images of a Hugging Face stream, sharded over ranks and workers.
 
-    An unreadable training image is replaced by the next readable one, an unreadable evaluation image is left out. Each
-    worker process counts for itself, against the images it has read itself.
+    An unreadable training image is replaced by the next readable one; an unreadable evaluation image is skipped. The
+    share of unreadable images is counted per worker, over the images it has read.
 
     Args:
-        stream: A ``datasets.IterableDataset`` whose image column is not decoded (``{"bytes", "path"}``), or any
-            iterable with such rows.
-        columns: Names of the image column and of the label column.
-        decode: From the image column's value to an RGB image.
-        transform: From an RGB image to a tensor (3, H, W).
-        max_corrupt_share: Share of unreadable images, from 0 to 1.
-        batch_size: Samples in a batch; needed to skip whole batches.
-        seed: The run's seed, or None for evaluation (no augmentation, no replacement).
-        rank: This process among those that see different data.
+        stream: ``datasets.IterableDataset`` with an undecoded image column (``{"bytes", "path"}``), or any iterable of
+            such rows.
+        columns: Names of the image and label columns.
+        decode: Decoder from a value of the image column to an RGB image.
+        transform: Transform from an RGB image to a tensor (3, H, W).
+        max_corrupt_share: Tolerated share of unreadable images, from 0 to 1.
+        batch_size: Batch size, used to skip whole batches.
+        seed: Seed of the run, or None for evaluation (no augmentation, no replacement).
+        rank: Rank of this process among the data-parallel ones.
     """
 
     def __init__(
@@ -189,7 +187,7 @@ class StreamImages(IterableDataset):
         self.rank = rank
         self.epoch = 0
         self.skip_batches = 0
-        """Batches of each worker that are handed out empty, without decoding, because the loader throws them away."""
+        """Number of batches per worker that are yielded empty, without decoding, since the loader discards them."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
@@ -205,9 +203,9 @@ class StreamImages(IterableDataset):
             value, label = (row[column] for column in self.columns)
             try:
                 image = self.decode(value)
-            except Exception as error:  # whatever a decoder makes of broken bytes
+            except Exception as error:  # damaged bytes raise any exception in a decoder
                 name = value.get("path") or f"sample {read} of the stream"
-                warnings.warn(f"unreadable image left out: {name} ({error})", stacklevel=2)
+                warnings.warn(f"unreadable image skipped: {name} ({error})", stacklevel=2)
                 corrupt.append(name)
                 check_share(len(corrupt), read, self.max_corrupt_share, corrupt[:3])
                 missing += 1
@@ -215,7 +213,7 @@ class StreamImages(IterableDataset):
             if self.seed is None:
                 yield self.transform(image), label
                 continue
-            for _ in range(missing + 1):  # stands in for the unreadable ones before it, each time augmented anew
+            for _ in range(missing + 1):  # replaces the unreadable ones before it, with a new augmentation each time
                 with seeded(self.seed, self.epoch, self.rank, worker_id, position):
                     yield_value = self.transform(image)
                 position += 1

@@ -1,7 +1,7 @@
-"""The image data sets by name: one row each, and how its images are found.
+"""Registry of image data sets.
 
-Sources: scikit-learn's digits; Fashion-MNIST (arXiv:1708.07747) and CIFAR through torchvision; folders in the layout of
-ImageNet through torchvision's ``ImageFolder``; any image data set of the Hugging Face ``datasets`` library.
+Sources: scikit-learn's digits; Fashion-MNIST (arXiv:1708.07747) and CIFAR from torchvision; folders in ImageNet layout
+with torchvision's ``ImageFolder``; any image data set of the Hugging Face ``datasets`` library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SPLIT_SEED = 0  # the same validation images for every seed of a run
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Where the data lie; see ``ImageDataModule`` for each setting."""
+    """Location and splits of the data; see ``ImageDataModule`` for each setting."""
 
     root: str | None = None
     download: bool = False
@@ -48,7 +48,7 @@ class SourceSettings:
 
 @dataclass
 class Splits:
-    """The splits of a data set. A stream is a ``HubStream``; everything else can be read by index."""
+    """Data set splits. A stream is a ``HubStream``; all other types support random access."""
 
     class_names: list[str]
     train: Samples | HubStream
@@ -62,7 +62,7 @@ _PHOTOGRAPHS = Augmentation(crop="rrc", hflip=0.5, interpolation="bicubic", crop
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A row of the table of data sets."""
+    """Entry of the registry of data sets."""
 
     open: Callable[[SourceSettings], Splits]
     image_size: int
@@ -70,7 +70,7 @@ class ImageSource:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     augmentation: Augmentation = _PHOTOGRAPHS
     tiny: bool = False
-    """So small that worker processes cost more than they bring."""
+    """Small images, for which worker processes cost more than they save."""
 
 
 class ArraySamples:
@@ -88,7 +88,7 @@ class ArraySamples:
 
 
 class FileSamples:
-    """Image files. Paths are kept in one array, which worker processes share without copies."""
+    """Image files. Paths are stored in one array, shared by worker processes without copies."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
         self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
@@ -102,7 +102,7 @@ class FileSamples:
 
 
 class HubSamples:
-    """A split of a Hugging Face data set whose image column is not decoded."""
+    """Split of a Hugging Face data set with an undecoded image column."""
 
     def __init__(self, rows: Any, columns: tuple[str, str], folders: tuple[str, ...] = ()) -> None:
         self.folders = folders
@@ -118,7 +118,7 @@ class HubSamples:
 
 
 class SubsetSamples:
-    """Some of the samples, in the given order."""
+    """Subset of samples, in the given order."""
 
     def __init__(self, samples: Samples, indices: np.ndarray) -> None:
         self.samples = samples
@@ -134,27 +134,27 @@ class SubsetSamples:
 
 @dataclass
 class HubStream:
-    """A split of a Hugging Face data set that is read from its start to its end."""
+    """Streamed split of a Hugging Face data set."""
 
     rows: Any
     columns: tuple[str, str]
     folders: tuple[str, ...] = ()
-    """Where files that it names may lie."""
+    """Allowed folders of the files that it references."""
 
 
 @cache
 def raster_formats() -> tuple[str, ...]:
-    """Formats of Pillow that are opened. Others run programs (EPS starts Ghostscript, whatever the file's name is)."""
+    """Return the accepted Pillow formats. Others run programs (EPS starts Ghostscript, regardless of the extension)."""
     Image.init()
     usual = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
     return tuple(name for name in usual if name in Image.OPEN)
 
 
 def decode_image(source: str | io.BytesIO) -> Image.Image:
-    """An image file as RGB; grey images get three equal channels.
+    """Decode an image file to RGB; gray images get three equal channels.
 
     Raises:
-        ValueError: If it is not a file: reading a pipe would wait for ever.
+        ValueError: If the path is not a regular file: reading a pipe would block.
     """
     if isinstance(source, str) and not os.path.isfile(source):
         raise UserError(f"{source} is not a file")
@@ -166,32 +166,32 @@ def decode_image(source: str | io.BytesIO) -> Image.Image:
 
 
 def decode_hub_image(value: dict[str, Any], folders: tuple[str, ...] = ()) -> Image.Image:
-    """An undecoded value of a Hugging Face image column, ``{"bytes", "path"}``, as RGB.
+    """Decode a value of a Hugging Face image column, ``{"bytes", "path"}``, to RGB.
 
     Args:
-        value: The value; without bytes its path is opened.
-        folders: Where the path may lead, links followed; a data set of a stranger could name any file.
+        value: Undecoded value; without bytes its path is opened.
+        folders: Allowed folders of the resolved path; an untrusted data set could reference any file.
 
     Raises:
-        ValueError: If it lies elsewhere.
+        ValueError: If the path is outside of the folders.
     """
     if value["bytes"] is not None:
         return decode_image(io.BytesIO(value["bytes"]))
     if not is_within(value["path"], folders):
-        raise UserError(f"data.hf_name: the data set names {value['path']}, which lies outside of its folders")
+        raise UserError(f"data.hf_name: the data set references {value['path']}, outside of its folders")
     return decode_image(value["path"])
 
 
 def find_images(root: str) -> FileSamples:
-    """All images in a folder, nested or flat, sorted by path, with the label -1.
+    """Find all images in a folder, nested or flat, sorted by path, with the label -1.
 
     Raises:
-        ValueError: If there is no such folder, or no image in it.
+        ValueError: If the folder does not exist or contains no image.
     """
     folder = _folder("data.predict_root", root)
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        raise UserError(f"data.predict_root: no images in {root}; known endings: {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"data.predict_root: no images in {root}; known extensions: {', '.join(IMG_EXTENSIONS)}")
     return FileSamples(paths, np.full(len(paths), -1))
 
 
@@ -206,7 +206,7 @@ def _folder(setting: str, path: str | None) -> Path:
 def _with_validation(
     settings: SourceSettings, class_names: list[str], train: Samples, val: Samples | None, test: Samples | None
 ) -> Splits:
-    """Cuts a validation split off the training split where the source has none; test falls back to validation."""
+    """Hold out a validation split of the training split if the source has none; test falls back to validation."""
     if val is None and settings.val_fraction == 0:
         val = test
         if val is None:
@@ -224,7 +224,7 @@ def _with_validation(
 
 
 def _open_digits(settings: SourceSettings) -> Splits:
-    from sklearn.datasets import load_digits  # takes a second, and only this row needs it
+    from sklearn.datasets import load_digits  # takes a second, and only this entry needs it
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
@@ -240,14 +240,14 @@ def _open_torchvision(dataset: Callable[..., Any]) -> Callable[[SourceSettings],
     def open_splits(settings: SourceSettings) -> Splits:
         if settings.download and settings.root:
             Path(settings.root).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(settings.root) / ".download.lock"):  # every process of a run comes here
+            with FileLock(Path(settings.root) / ".download.lock"):  # every process of a run calls this
                 dataset(settings.root, train=True, download=True)
         root = _folder("data.root", settings.root)
         try:
             train, test = (dataset(str(root), train=part) for part in (True, False))
         except RuntimeError as error:
             name = getattr(dataset, "__name__", "data set")
-            raise UserError(f"data.root: no complete {name} in {root}; data.download=true fetches it") from error
+            raise UserError(f"data.root: no complete {name} in {root}; data.download=true downloads it") from error
         parts = [ArraySamples(np.asarray(part.data), part.targets) for part in (train, test)]
         return _with_validation(settings, list(train.classes), parts[0], None, parts[1])
 
@@ -276,10 +276,10 @@ def _open_image_folder(settings: SourceSettings) -> Splits:
         elif folder.classes != class_names:
             odd = sorted(set(folder.classes) ^ set(class_names))
             raise UserError(
-                f"data.root: train and {split} have different classes, {len(odd)} are only in one of them: {_few(odd)}"
+                f"data.root: train and {split} have different classes, {len(odd)} are in one of them only: {_few(odd)}"
             )
         if not folder.samples:
-            raise UserError(f"data.root: no images in {root / split}; known endings: {', '.join(IMG_EXTENSIONS)}")
+            raise UserError(f"data.root: no images in {root / split}; known extensions: {', '.join(IMG_EXTENSIONS)}")
         paths, labels = zip(*folder.samples, strict=True)
         found[split] = FileSamples(paths, labels)
     empty = sorted(set(range(len(class_names))) - set(found["train"].labels.tolist()))
@@ -295,7 +295,7 @@ def _few(names: list[str]) -> str:
 
 
 def _open_hugging_face(settings: SourceSettings) -> Splits:
-    import datasets  # takes a second, and only this row needs it
+    import datasets  # takes a second, and only this entry needs it
 
     if not settings.hf_name:
         raise UserError(
@@ -309,7 +309,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
         OSError,
         ValueError,
         RuntimeError,
-    ) as error:  # not found, offline, wrong config: the library's first line says which
+    ) as error:  # not found, offline, wrong config: the library's first line is specific
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
 
@@ -339,7 +339,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
         return _with_validation(settings, class_names, samples(train), val, test)
     if val is None and (settings.val_fraction > 0 or test is None):
         raise UserError(
-            "data.hf_val_split: a stream cannot be cut, name a split to validate on; "
+            "data.hf_val_split: a stream cannot be split, name a split to validate on; "
             f"{settings.hf_name} has {', '.join(loaded)}"
         )
     val = val or test
@@ -348,7 +348,7 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
 
 
 def _column(setting: str, name: str | None, features: dict[str, Any], kind: type) -> str:
-    """The column with that name, or the first one of that kind."""
+    """Find the column with a name, or the first one of a type."""
     listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items()) or "none known"
     if name is not None and name not in features:
         raise UserError(f"data.{setting}: no column {name!r}; the columns are {listed}")

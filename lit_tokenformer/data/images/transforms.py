@@ -1,7 +1,7 @@
-"""What is done to images before the model sees them: timm's transforms, and a plain random shift for tiny images.
+"""Image transforms: timm's, and a random shift for tiny images.
 
 Sources: timm's ``create_transform`` and ``Mixup``; RandAugment (arXiv:1909.13719), mixup (arXiv:1710.09412), CutMix
-(arXiv:1905.04899), random erasing (arXiv:1708.04896). The shift by a padded crop is the one of the CIFAR recipes
+(arXiv:1905.04899), random erasing (arXiv:1708.04896). The shift by a padded crop is that of the CIFAR recipes
 (arXiv:1512.03385, section 4.2).
 """
 
@@ -29,42 +29,42 @@ ErasingMode = Literal["const", "rand", "pixel"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of the training images, and the resize of all images. None means: what the data set's own row says.
+    """Augmentation of training images, and resizing of all images. None selects the data set's default.
 
     Raises:
-        ValueError: If a value is out of range; the message names the setting.
+        ValueError: If a value is out of range; the message begins with the setting.
     """
 
     crop: Crop | None = None
-    """How a training image is cut: rrc (random area and ratio), rkrc or rkrr (timm's resize that keeps the ratio),
-    shift (whole image, moved by a few pixels), center (whole image, not moved)."""
+    """Training crop mode: rrc (random resized crop), rkrc or rkrr (timm's resize with kept aspect ratio), shift (whole
+    image, shifted by a few pixels), center (whole image, not shifted)."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest area of the cut, as a share of the image (crop: rrc)."""
+    """Random resize scale: minimum and maximum area as a share of the image (crop: rrc)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of the cut (crop: rrc)."""
+    """Random resize aspect ratio: minimum and maximum width / height (crop: rrc)."""
     shift: float | None = None
-    """Largest shift to each side, as a share of the image size (crop: shift); 0.125 is 4 pixels of 32."""
+    """Maximum shift to each side, as a share of the image size (crop: shift); 0.125 is 4 pixels of 32."""
     hflip: float | None = None
-    """Probability of a horizontal flip. Digits are not flipped unless asked."""
+    """Horizontal flip probability. Default: 0 for digits."""
     color_jitter: float = 0.0
-    """Largest relative change of brightness, contrast and saturation. timm leaves it out where auto_augment is set."""
+    """Color jitter factor of brightness, contrast and saturation. Ignored by timm with auto_augment."""
     auto_augment: str | None = None
-    """timm's policy, such as rand-m9-mstd0.5-inc1 (RandAugment), original or v0 (AutoAugment), augmix-m3-w3."""
+    """Auto-augmentation policy of timm: rand-m9-mstd0.5-inc1 (RandAugment), original or v0 (AutoAugment),
+    augmix-m3-w3, ..."""
     reprob: float = 0.0
-    """Probability that a rectangle of the image is erased."""
+    """Random erasing probability."""
     remode: ErasingMode = "pixel"
-    """What is put in its place: const (the mean colour), rand (one random colour), pixel (a random colour for each
-    pixel)."""
+    """Random erasing mode: const (mean color), rand (one random color), pixel (random color per pixel)."""
     interpolation: Interpolation | None = None
-    """How images are resized; random picks bilinear or bicubic for each training image."""
+    """Resize interpolation; random selects bilinear or bicubic per training image."""
     crop_pct: float | None = None
-    """Evaluation: centre crop / resize, so 0.875 resizes the shorter side to 256 and cuts 224."""
+    """Evaluation crop size / resize size: 0.875 resizes the shorter side to 256 and center-crops 224."""
     mixup: float = 0.0
-    """Alpha of mixup's Beta distribution; 0 turns it off. With cutmix on too, each batch gets one of both."""
+    """Mixup alpha; 0 disables it. With cutmix too, each batch uses one of the two."""
     cutmix: float = 0.0
-    """Alpha of CutMix's Beta distribution; 0 turns it off."""
+    """CutMix alpha; 0 disables it."""
     label_smoothing: float = 0.0
-    """Share of each training label that is spread evenly over all classes."""
+    """Label smoothing: share of each training label spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         for name, choices in (("crop", Crop), ("interpolation", Interpolation), ("remode", ErasingMode)):
@@ -85,11 +85,11 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed (mixup or CutMix)."""
+        """Mixup or CutMix is enabled."""
         return self.mixup > 0 or self.cutmix > 0
 
     def completed(self, defaults: Augmentation) -> Augmentation:
-        """This augmentation with every None replaced by the value of ``defaults``."""
+        """Replace every None by the value of ``defaults``."""
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(defaults, name) for name in missing})
 
@@ -109,23 +109,23 @@ _RANGES = (
 def train_transform(
     augmentation: Augmentation, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ImageTransform:
-    """The random transform of a training image; draws from the global generators of Python, NumPy and torch.
+    """Create the random training transform, which uses the global generators of Python, NumPy and torch.
 
     Args:
-        augmentation: A complete augmentation (see ``Augmentation.completed``).
-        image_size: Height and width of the result, in pixels.
+        augmentation: Complete augmentation (see ``Augmentation.completed``).
+        image_size: Output image size (height = width) in pixels.
         mean: Mean of each channel, in units of the full range (0 to 1).
         std: Standard deviation of each channel, in the same units.
 
     Returns:
-        A function from an RGB image to a float32 tensor (3, H, W), normalised.
+        Function from an RGB image to a normalized float32 tensor (3, H, W).
 
     Raises:
-        ValueError: If timm does not know the policy ``auto_augment``.
+        ValueError: If ``auto_augment`` is not a policy of timm.
     """
     own_crop = augmentation.crop in ("shift", "center")
     try:
-        cut, colour, finish = create_transform(
+        crop, color, finish = create_transform(
             image_size,
             is_training=True,
             separate=True,
@@ -143,11 +143,11 @@ def train_transform(
         )
     except (AssertionError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"data.augmentation.auto_augment: timm does not know the policy {augmentation.auto_augment!r}"
+            f"data.augmentation.auto_augment: not a policy of timm (got {augmentation.auto_augment!r})"
         ) from error
     if own_crop:
         padding = round((augmentation.shift or 0.0) * image_size) if augmentation.crop == "shift" else 0
-        cut = transforms.Compose(
+        crop = transforms.Compose(
             [
                 transforms.Resize(image_size, interpolation=transforms.InterpolationMode(_fixed(augmentation))),
                 transforms.CenterCrop(image_size),
@@ -155,18 +155,18 @@ def train_transform(
                 transforms.RandomHorizontalFlip(augmentation.hflip or 0.0),
             ]
         )
-    for step in colour.transforms:
+    for step in color.transforms:
         for operation in getattr(step, "ops", None) or [one for pair in getattr(step, "policy", ()) for one in pair]:
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize
     erasing = [step for step in finish.transforms if isinstance(step, RandomErasing)]
-    return transforms.Compose([cut, colour, transforms.Compose([_Normalised(mean, std), *erasing])])
+    return transforms.Compose([crop, color, transforms.Compose([_ToNormalized(mean, std), *erasing])])
 
 
-class _Normalised:
-    """From an RGB image to a float32 tensor (3, H, W), normalised.
+class _ToNormalized:
+    """Transform from an RGB image to a normalized float32 tensor (3, H, W).
 
-    It gives what timm's ``MaybeToTensor`` and ``Normalize`` give, to the last bit, with fewer copies.
+    Bitwise equal to timm's ``MaybeToTensor`` and ``Normalize``, with fewer copies.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -180,23 +180,23 @@ class _Normalised:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps some bits of each colour. timm may ask for none, which is black in older Pillows, and an error in newer."""
+    """Posterize an image. timm may request 0 bits, which is black in older Pillow versions and an error in newer."""
     return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def eval_transform(
     augmentation: Augmentation, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ImageTransform:
-    """The fixed transform of an evaluation image: resize the shorter side, cut the centre, normalise.
+    """Create the deterministic evaluation transform: resize the shorter side, center-crop, normalize.
 
     Args:
-        augmentation: A complete augmentation; only ``interpolation`` and ``crop_pct`` matter here.
-        image_size: Height and width of the result, in pixels.
+        augmentation: Complete augmentation; only ``interpolation`` and ``crop_pct`` are used.
+        image_size: Output image size (height = width) in pixels.
         mean: Mean of each channel, in units of the full range (0 to 1).
         std: Standard deviation of each channel, in the same units.
 
     Returns:
-        A function from an RGB image to a float32 tensor (3, H, W), normalised.
+        Function from an RGB image to a normalized float32 tensor (3, H, W).
     """
     return create_transform(
         image_size, interpolation=_fixed(augmentation), crop_pct=augmentation.crop_pct, mean=mean, std=std

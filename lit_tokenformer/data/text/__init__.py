@@ -1,4 +1,4 @@
-"""Text: sources, tokenizers, token caches and streams, and the LightningDataModules over them."""
+"""Text data: sources, tokenizers, token caches, streams and the LightningDataModules."""
 
 from lit_tokenformer.data.text.datamodule import TextDataModule
 from lit_tokenformer.data.text.masked import MaskedTextDataModule

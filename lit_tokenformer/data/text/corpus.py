@@ -1,4 +1,4 @@
-"""A source of documents, split, with its tokenizer, and tokenised: what ``TextDataModule`` knows of its text."""
+"""Text corpus of ``TextDataModule``: documents, splits, tokenizer and tokens."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import TEXT_SOURCES
 
 _BPE_TRAINING_BYTES = 200_000_000
-"""A vocabulary is trained on so much of the training documents, from the first on."""
+"""Maximum size of the training documents for BPE training, from the first document on."""
 
 _BPE_STREAM_DOCUMENTS = 20_000
-"""And on so many documents of a stream."""
+"""Maximum number of documents of a stream for BPE training."""
 
 _PEEK = 100
-"""Documents of a stream that are looked at before it is read."""
+"""Documents of a stream that are read ahead for its hash and its bytes per token."""
 
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Splits by the hash of a document's text: a document stays where it is when others come or go, equal documents are
-    never in two splits, and no seed moves them.
+    """Assignment of documents to splits by a hash of their text.
+
+    Splits are stable when the corpus changes, equal documents share a split, and no seed changes the assignment.
 
     Args:
-        val_fraction: Share of the documents to validate on.
-        test_fraction: Share of the documents to test on.
+        val_fraction: Fraction of the documents for validation.
+        test_fraction: Fraction of the documents for the test.
 
     Example:
         >>> split = HashSplit(val_fraction=0.3, test_fraction=0.3)
@@ -52,13 +53,13 @@ class HashSplit:
 
 
 class TextCorpus:
-    """The documents of a source, their splits, their tokenizer and their tokens; everything is made at first use.
+    """Documents of a source with their splits, tokenizer and tokens, all created at first use.
 
     Args:
-        dataset: A name in :data:`~lit_tokenformer.registry.TEXT_SOURCES`.
-        settings: Where the text lies and how it is split.
-        tokenizer: The setting ``data.tokenizer``.
-        separator: The setting ``data.separator``.
+        dataset: Name in :data:`~lit_tokenformer.registry.TEXT_SOURCES`.
+        settings: Location and splits of the text.
+        tokenizer: Setting ``data.tokenizer``.
+        separator: Setting ``data.separator``.
     """
 
     def __init__(self, dataset: str, settings: TextSettings, tokenizer: str, separator: str | None) -> None:
@@ -69,17 +70,17 @@ class TextCorpus:
 
     @cached_property
     def splits(self) -> TextSplits:
-        """The source's documents."""
+        """Documents of the source."""
         return TEXT_SOURCES[self.dataset](self.settings)
 
     @cached_property
     def hash_split(self) -> HashSplit:
-        """How the training documents are split further."""
+        """Split of the training documents into training and held-out ones."""
         return HashSplit(self.settings.val_fraction if self.splits.val is None else 0.0, self.settings.test_fraction)
 
     @cached_property
     def own_splits(self) -> dict[Split, Documents | HubStream]:
-        """Splits that the source brings along."""
+        """Validation and test splits provided by the source."""
         own: dict[Split, Documents | HubStream] = {}
         if self.splits.val is not None:
             own["val"] = self.splits.val
@@ -88,12 +89,12 @@ class TextCorpus:
         return own
 
     def split_of(self, stage: str) -> Split:
-        """The split that a stage (val or test) reads."""
+        """Return the split that a stage (val or test) reads."""
         has_test = self.settings.test_fraction > 0 or "test" in self.own_splits
         return "test" if stage == "test" and has_test else "val"
 
     def documents(self) -> Iterator[tuple[Split, str]]:
-        """All documents of a corpus that is not a stream, each with its split."""
+        """Yield all documents of a stored corpus, each with its split."""
         for text in self.splits.train:
             yield self.hash_split(text), text
         for name, documents in self.own_splits.items():
@@ -101,26 +102,26 @@ class TextCorpus:
                 yield name, text
 
     def stream(self, split: Split) -> tuple[HubStream, HashSplit | None]:
-        """The stream that holds a split's documents, and what picks them out of it (None: all of them are)."""
+        """Return the stream that contains a split's documents, and the filter for them (None: all documents)."""
         stream = self.own_splits.get(split, self.splits.train)
         assert isinstance(stream, HubStream)
         whole = split in self.own_splits or (split == "train" and self.hash_split == HashSplit(0.0, 0.0))
         return stream, None if whole else self.hash_split
 
     def head(self, split: Split, count: int = _PEEK) -> list[str]:
-        """The first documents of a stream's split."""
+        """Return the first documents of a stream's split."""
         stream, pick = self.stream(split)
         return list(islice((text for text in stream if pick is None or pick(text) == split), count))
 
     @property
     def vocab_size(self) -> int:
-        """The largest id + 1; N for ``bpe:N``."""
+        """Largest id + 1; N for ``bpe:N``."""
         size = BYTES_VOCAB_SIZE if self.tokenizer_name == "bytes" else bpe_size(self.tokenizer_name)
         return size or self.tokenizer.size
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; ``bpe:N`` is trained and kept in ``cache_dir``."""
+        """Tokenizer; ``bpe:N`` is trained and cached in ``cache_dir``."""
         size = bpe_size(self.tokenizer_name)
         if size is None:
             return Tokenizer.load(self.tokenizer_name, self.separator)
@@ -136,7 +137,7 @@ class TextCorpus:
         if (tokenizer := kept()) is not None:
             return tokenizer
         with locked(cache_dir, path):
-            if (tokenizer := kept()) is None:  # else made by the process that held the lock
+            if (tokenizer := kept()) is None:  # else trained by the process that held the lock
                 tokenizer = Tokenizer.train_bpe(self._bpe_texts(), size, self.separator)
                 with disk_errors(cache_dir):
                     tokenizer.save(path)
@@ -144,7 +145,7 @@ class TextCorpus:
 
     @cached_property
     def tokens(self) -> TokenCache:
-        """The tokens of a corpus that is not a stream.
+        """Tokens of a stored corpus.
 
         Raises:
             ValueError: If a split is empty.
@@ -156,19 +157,19 @@ class TextCorpus:
         counts = tokens.counts
         total = sum(count.documents for count in counts.values())
         if total == 0:
-            raise UserError(f"data.{'files' if self.settings.files else 'dataset'}: no document holds any text")
+            raise UserError(f"data.{'files' if self.settings.files else 'dataset'}: all documents are empty")
         for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
             if stage == "train" and self.splits.train.size == 0:  # type: ignore[union-attr]
-                continue  # there are only files to validate on
+                continue  # only files for validation are given
             if counts["train" if stage == "train" else self.split_of(stage)].documents == 0:
                 raise self._empty(setting, stage, f"{total} documents")
         return tokens
 
     def check_stream(self) -> None:
-        """Looks for a first document of each split of a stream.
+        """Check that each split of a stream has a document.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If a split is empty.
         """
         for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
             split: Split = "train" if stage == "train" else self.split_of(stage)
@@ -177,16 +178,16 @@ class TextCorpus:
 
     def _empty(self, setting: str, stage: str, of: str) -> UserError:
         if stage == "val" and self.settings.val_files:
-            return UserError("data.val_files: no document holds any text")
+            return UserError("data.val_files: all documents are empty")
         name = {"train": "training", "val": "validation", "test": "test"}[stage]
-        cure = "another share, more documents or data.val_files"
-        return UserError(f"data.{setting}: of {of} none falls into the {name} split, and none is cut; take {cure}")
+        cure = "another fraction, more documents or data.val_files"
+        return UserError(f"data.{setting}: empty {name} split (got none of {of}); documents are never cut: use {cure}")
 
     @cached_property
     def _source_key(self) -> str:
-        """A hash of the documents and of how they are split."""
+        """Hash of the documents and of the split settings."""
         splits, settings = self.splits, self.settings
-        if isinstance(splits.train, HubStream):  # by its first documents: if others change, a vocabulary may stay
+        if isinstance(splits.train, HubStream):  # of its first documents: if others change, a vocabulary stays valid
             head = islice(splits.train, _PEEK)
             parts = [settings.hf_name, settings.hf_config, settings.hf_train_split, *head]
         else:

@@ -1,8 +1,7 @@
-"""Text for causal language models, as one LightningDataModule over a table of sources.
+"""LightningDataModule for causal language modeling.
 
-Where the documents come from is in ``text_sources.py``, their splits and tokenizer in ``text_corpus.py``, tokens on
-disk and blocks in ``token_cache.py``, streams in ``text_stream.py``; the way a run is resumed bit for bit is in
-``loading.py``.
+Documents are in ``sources.py``, splits and tokenizer in ``corpus.py``, tokens on disk and blocks in
+``token_cache.py``, streams in ``streaming.py``, bitwise resuming in ``data/resumable.py``.
 """
 
 from __future__ import annotations
@@ -35,58 +34,57 @@ from lit_tokenformer.registry import TEXT_SOURCES
 
 
 class TextDataModule(ResumableDataModule):
-    """Batches ``tokens (B, T + 1) int64`` for causal language modelling: ``tokens[:, :-1]`` predict ``tokens[:, 1:]``.
+    """Batches ``tokens (B, T + 1) int64`` for causal language modeling: ``tokens[:, :-1]`` predict ``tokens[:, 1:]``.
 
     A split is the stream ``SEP document SEP document SEP ... document SEP``, cut into blocks that overlap by one token.
-    In evaluation every token but the very first is a target exactly once; what the last block lacks is -100, which is
-    neither input nor target, and under several processes a block may be -100 throughout. In training the incomplete
-    last block is left out, blocks are shuffled, and their boundaries shift from epoch to epoch.
+    In evaluation every token but the very first is a target exactly once. The last block is padded with -100, which is
+    neither input nor target; with several processes a block may be all -100. In training the incomplete last block is
+    dropped, blocks are shuffled, and their boundaries shift between epochs.
 
-    A corpus is tokenised once and kept in ``cache_dir``. Documents go to a split by the hash of their text, so they
-    stay where they are when others come; those without a character count as none. Every random choice follows from the
-    seed, the epoch and the block, so a run that was stopped anywhere and resumed sees the same batches as one that was
-    not, bit for bit; a stream goes on with the document it stood at, without reading what came before.
+    A corpus is tokenized once and cached in ``cache_dir``. Documents are assigned to splits by a hash of their text, so
+    splits are stable when the corpus grows; empty documents are ignored. Every random choice is a function of the seed,
+    the epoch and the block. A resumed run sees the same batches as an uninterrupted one, bit for bit. A stream resumes
+    at its current document without reading the previous ones.
 
     Args:
-        dataset: Where the documents come from: python_docs (79 topics of Python's documentation, 466 kB, needs no
-            files), python_stdlib (the source of the standard library, 9.7 MB, needs no files), files or huggingface.
-        files: Files, folders or patterns (dataset: files): .txt and .md files are one document each, .jsonl and
-            .parquet files hold one in each line or row. With huggingface they are the ``data_files`` of
-            ``load_dataset``.
-        val_files: The same for validation. None: documents are held out by their hash. A file of both is held out.
-            Without ``files`` there is nothing to train on, but a model can be evaluated on these.
+        dataset: Source of the documents: python_docs (79 topics of Python's documentation, 466 kB, no files needed),
+            python_stdlib (source of the standard library, 9.7 MB, no files needed), files or huggingface.
+        files: Files, folders or glob patterns (dataset: files). A .txt or .md file is one document, each line of a
+            .jsonl file and each row of a .parquet file is one. With huggingface: ``data_files`` of ``load_dataset``.
+        val_files: Files, folders or glob patterns for validation; files also matched by ``files`` are held out.
+            Default: documents are held out by their hash. Without ``files``, the model can be evaluated only.
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
-        encoding_errors: What happens with text that is not UTF-8: strict stops, replace puts U+FFFD in its place.
+        encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
-            first 200 MB, or 20,000 documents of a stream); a tokenizer.json or a folder that holds one; else the name
-            of a Hugging Face model.
-        separator: Special token that ends a document. None: the first one the vocabulary knows of <|endoftext|>, </s>,
+            first 200 MB, or 20,000 documents of a stream); a tokenizer.json or its folder; else the name of a Hugging
+            Face model.
+        separator: Special token that ends a document. Default: the first one in the vocabulary of <|endoftext|>, </s>,
             <eos>, <|end_of_text|> and [SEP].
-        block_size: Tokens T the model sees at once.
-        batch_size: Training blocks in a batch, per process.
-        eval_batch_size: Blocks in a batch of validation and test, per process. None: as in training.
-        num_workers: Loading processes for each training process. None: 0, since tokens are read from a memory map; for
-            a stream the cores of this process shared among the training processes of this machine, at most 8. A stream
-            has at most as many as it has shards, and is evaluated by at most one.
-        pin_memory: Whether batches are put into page-locked memory. None: where there is CUDA.
-        val_fraction: Share of the documents that is held out for validation where there is no split for it.
-        test_fraction: Share of the documents that is held out for the test; 0 takes the Hugging Face data set's test
-            split, else the validation documents.
-        seed: Seed of the order, 0 or more. None: that of ``seed_everything``, else 0.
-        cache_dir: Folder for tokens and trained vocabularies. None: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
-        hf_name: Hugging Face data set, or one of its readers such as text, json and parquet (dataset: huggingface).
-        hf_config: Its configuration, where it has several.
-        hf_train_split: Its split to train on.
-        hf_val_split: Its split to validate on. None: validation, valid, val or dev, if there is one, else documents are
-            held out by their hash; for a stream that means that validation reads all of it (limit_val_batches).
-        streaming: Whether the Hugging Face data set is tokenised while it is read, without being stored.
-        shuffle_buffer: Documents of a stream that are shuffled among each other, in each worker.
-        max_corrupt_share: Share of the rows of a stream that may have no readable text; each is named in a warning and
-            left out. Up to three never stop a run, unless it is 0.
+        block_size: Context length T in tokens.
+        batch_size: Training batch size per process, in blocks.
+        eval_batch_size: Batch size of validation and test per process, in blocks. Default: ``batch_size``.
+        num_workers: Number of worker processes per training process. Default: 0, since tokens are read from a memory
+            map; for a stream the available cores divided by the training processes on this machine, at most 8. A
+            stream uses at most one worker per shard, and at most one in evaluation.
+        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
+        val_fraction: Fraction of the documents held out for validation if the source has no validation split.
+        test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
+            else the validation documents.
+        seed: Seed of the block order, >= 0. Default: that of ``seed_everything``, else 0.
+        cache_dir: Folder for tokens and trained vocabularies. Default: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
+        hf_name: Hugging Face data set, or a builder such as text, json and parquet (dataset: huggingface).
+        hf_config: Configuration of the Hugging Face data set.
+        hf_train_split: Training split.
+        hf_val_split: Validation split. Default: validation, valid, val or dev, if present, else documents are held out
+            by their hash; for a stream, validation then reads all of it (limit_val_batches).
+        streaming: Whether to tokenize the Hugging Face data set on the fly instead of storing it.
+        shuffle_buffer: Shuffle window of a stream in documents, per worker.
+        max_corrupt_share: Tolerated share of stream rows without readable text, which are reported in a warning and
+            skipped. Three are always tolerated, unless the share is 0.
 
     Raises:
-        ValueError: If a setting is wrong (when created) or the text is not there (at the first use of a property or
-            loader); the message is one line and names the setting.
+        ValueError: If a setting is invalid (on creation) or the text is missing (at the first use of a property or
+            loader); the message is one line and begins with the setting.
 
     Example:
         >>> data = TextDataModule("python_docs", tokenizer="bpe:512")
@@ -95,10 +93,10 @@ class TextDataModule(ResumableDataModule):
     """
 
     _collate: Callable[[Any], Any] | None = None
-    """What makes a batch of what the blocks give; None: they are stacked."""
+    """Collate function of the blocks; None stacks them."""
 
     masked = False
-    """Whether batches hold masked tokens."""
+    """Whether batches contain masked tokens."""
 
     def __init__(
         self,
@@ -127,7 +125,7 @@ class TextDataModule(ResumableDataModule):
         max_corrupt_share: float = 0.001,
     ) -> None:
         super().__init__(seed, num_workers)
-        TEXT_SOURCES[dataset]  # raises where there is no such row
+        TEXT_SOURCES[dataset]  # raises for an unknown name
         if encoding_errors not in ("strict", "replace"):
             raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))
         check_name(tokenizer)
@@ -175,7 +173,7 @@ class TextDataModule(ResumableDataModule):
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
         if streaming and dataset != "huggingface":
-            raise UserError(f"data.streaming: expected data.dataset=huggingface, got {dataset}")
+            raise UserError(f"data.streaming: expected data.dataset: huggingface, got {dataset}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_eval_streams": {}}
@@ -186,16 +184,16 @@ class TextDataModule(ResumableDataModule):
         own = {"dataset": corpus.dataset, "tokenizer": corpus.tokenizer_name, "block_size": self.block_size}
         return {**super().data_settings, **own, **asdict(corpus.settings)}
 
-    # --- What is known of the text -----------------------------------------------------------------------------------
+    # --- Corpus ------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; ``bpe:N`` is trained at first use and kept in ``cache_dir``."""
+        """Tokenizer; ``bpe:N`` is trained at first use and cached in ``cache_dir``."""
         return self.corpus.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary V: the largest id + 1; N for ``bpe:N``, which needs no training to tell."""
+        """Vocabulary size V, the largest id + 1; N for ``bpe:N``, without training it."""
         return self.corpus.vocab_size
 
     @property
@@ -205,22 +203,22 @@ class TextDataModule(ResumableDataModule):
 
     @property
     def context_length(self) -> int:
-        """Tokens T the model sees at once: ``block_size``."""
+        """Context length T in tokens: ``block_size``."""
         return self.block_size
 
     @property
     def num_train_samples(self) -> int | None:
-        """Training blocks in an epoch, over all processes; None for a stream."""
+        """Number of training blocks per epoch over all processes; None for a stream."""
         return None if self.streaming else len(self._train_blocks)
 
     def bytes_per_token(self, stage: str) -> float:
-        """UTF-8 bytes of a split's text for each predicted token: ``loss / ln 2 / bytes_per_token`` are bits per byte.
+        """Compute the UTF-8 bytes per predicted token; ``loss / ln 2 / bytes_per_token`` is bits per byte.
 
         Args:
             stage: val or test.
 
         Returns:
-            Bytes of all documents over the number of targets; for a stream, of the documents read so far.
+            Bytes of all documents divided by the number of targets; for a stream, of the documents read so far.
         """
         if stage not in ("val", "test"):
             raise unknown_name("stage", stage, ("val", "test"))
@@ -230,15 +228,15 @@ class TextDataModule(ResumableDataModule):
         loader = self._eval_streams.get(stage)
         if loader is not None and loader.tokens_read:
             return loader.bytes_read / loader.tokens_read
-        texts = self.corpus.head(self.corpus.split_of(stage))  # asked before the stream was read
+        texts = self.corpus.head(self.corpus.split_of(stage))  # the stream has not been read yet
         num_tokens = sum(map(len, self.tokenizer.encode_batch(texts))) + len(texts)
         return sum(len(text.encode()) for text in texts) / num_tokens
 
     def corpus_summary(self) -> str:
-        """One line that says what was read: documents, bytes, tokens and a hash of the texts."""
+        """Summarize the corpus in one line: documents, bytes, tokens and a hash of the texts."""
         corpus = self.corpus
         if self.streaming:
-            return f"{corpus.settings.hf_name}: a stream"
+            return f"{corpus.settings.hf_name}: streaming"
         total = corpus.tokens.total
         note = f", {corpus.splits.note}" if corpus.splits.note else ""
         return (
@@ -249,13 +247,13 @@ class TextDataModule(ResumableDataModule):
     # --- Lightning ---------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Trains the vocabulary and tokenises the corpus, where that has not been done before."""
+        """Train the vocabulary and tokenize the corpus, unless cached."""
         self.tokenizer  # noqa: B018
         if not self.streaming:
             self.corpus.tokens  # noqa: B018
 
     def setup(self, stage: str) -> None:
-        """Opens the tokens, so that what is missing is said before any work.
+        """Open the tokens, so that missing data fail fast.
 
         Args:
             stage: fit, validate or test.
@@ -271,7 +269,7 @@ class TextDataModule(ResumableDataModule):
             rank_zero_info(self.corpus_summary())
 
     def train_dataloader(self) -> DataLoader:
-        """The resumable training loader of this process."""
+        """Create the resumable training loader of this process."""
         rank, replicas = self._place
         loader: ResumableLoader | TextStreamLoader
         if self.streaming:
@@ -301,16 +299,16 @@ class TextDataModule(ResumableDataModule):
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
+                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
             )
         return self._resumed(loader)
 
     def val_dataloader(self) -> DataLoader:
-        """Validation blocks, in order."""
+        """Create the validation loader, in order."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Test blocks, in order.
+        """Create the test loader, in order.
 
         Raises:
             UserError: If the corpus has no test split.
@@ -320,8 +318,8 @@ class TextDataModule(ResumableDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Refused with a ``ValueError``: text is written by ``generate``, and scored by ``validate``."""
-        raise UserError("predict: text is written by `lit-tokenformer generate`, and scored by `validate`")
+        """Raise a ``ValueError``: text is generated by ``generate`` and scored by ``validate``."""
+        raise UserError("predict: not supported for text; use `lit-tokenformer generate`, or `validate` for scores")
 
     # --- Loaders -----------------------------------------------------------------------------------------------------
 
@@ -336,7 +334,7 @@ class TextDataModule(ResumableDataModule):
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
         if tokens == 0:
-            raise UserError(f"data.files: there are no {name} documents")
+            raise UserError(f"data.files: no {name} documents")
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
             if 0 < blocks < self.batch_size:
@@ -347,8 +345,8 @@ class TextDataModule(ResumableDataModule):
             least = 2 * self.block_size * replicas
         if tokens < least:
             raise UserError(
-                f"data.block_size: the {name} split has {tokens} tokens, "
-                f"and needs {least} for blocks of {self.block_size}"
+                f"data.block_size: too few tokens in the {name} split for blocks of {self.block_size} "
+                f"(got {tokens}, expected at least {least})"
             )
 
     def _eval_loader(self, stage: str) -> DataLoader:

@@ -1,7 +1,4 @@
-"""Text for masked language models: some tokens of an example are hidden, and predicted from all the others.
-
-How examples are cut and tokens are hidden is in ``masking.py``.
-"""
+"""LightningDataModule for masked language modeling; examples and masks are in ``masking.py``."""
 
 from __future__ import annotations
 
@@ -18,65 +15,65 @@ from lit_tokenformer.errors import UserError, unknown_name
 
 
 class MaskedTextDataModule(TextDataModule):
-    """Batches ``(tokens (B, T), labels (B, T), lengths (B,))``, all int64, for masked language modelling.
+    """Batches ``(tokens (B, T), labels (B, T), lengths (B,))``, all int64, for masked language modeling.
 
-    ``labels`` are -100 but where a token is to be predicted; there they hold its id, and ``tokens`` the mask's, another
-    or the same. The first ``lengths`` tokens of a row are real, the rest is padding ([PAD], else the separator).
-    Special tokens and padding are never hidden.
+    ``labels`` are the original ids of the tokens to predict and -100 elsewhere. A token to predict is replaced by the
+    mask, replaced by a random token, or kept. The first ``lengths`` tokens of a row are real, the rest is padding
+    ([PAD], else the separator). Special tokens and padding are never masked.
 
-    ``blocks`` are T tokens each of the stream ``SEP document SEP document SEP ... document SEP``. In evaluation the
-    last one ends where the stream ends; what it shares with the one before is not predicted twice.
+    ``blocks`` have T tokens of the stream ``SEP document SEP document SEP ... document SEP``. In evaluation the last
+    block ends at the end of the stream; its overlap with the previous one is not predicted twice.
 
-    ``sentences`` end after a token with a line break, and after one that ends in ``.``, ``!`` or ``?`` where white
-    space comes next. As many in a row as fit are one example of up to T tokens, all of one document, between [CLS] (or
-    <s>) and [SEP] where the vocabulary has them, else with the separator at its end; a longer sentence is cut.
+    ``sentences`` end after a token with a line break, and after one that ends in ``.``, ``!`` or ``?`` before white
+    space. Consecutive sentences of one document are packed into an example of up to T tokens, and a longer sentence is
+    cut. An example is wrapped in [CLS] (or <s>) and [SEP] if the vocabulary has them, else it ends with the separator.
 
-    In evaluation an example's mask follows from the seed and its number alone, whatever the batch size, the workers and
-    the processes; losses under different fractions cannot be compared. In training each example comes at most once in
-    an epoch; what fills no batch of all processes is left out, other examples in each epoch. Splits, cache and resuming
+    In evaluation an example's mask is a function of the seed and its index only, independent of batch size, workers and
+    processes; losses under different mask fractions are not comparable. In training each example occurs at most once
+    per epoch; an incomplete global batch is dropped, with different examples in each epoch. Splits, cache and resuming
     are those of ``TextDataModule``.
 
     Args:
-        dataset: Where the documents come from: python_docs, python_stdlib, files or huggingface.
-        files: Files, folders or patterns of .txt, .md, .jsonl and .parquet (dataset: files); with huggingface the
-            ``data_files`` of ``load_dataset``.
-        val_files: The same for validation. None: documents are held out by their hash.
+        dataset: Source of the documents: python_docs, python_stdlib, files or huggingface.
+        files: Files, folders or glob patterns of .txt, .md, .jsonl and .parquet (dataset: files); ``data_files`` of
+            ``load_dataset`` for huggingface.
+        val_files: Files, folders or glob patterns for validation. Default: documents are held out by their hash.
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
-        encoding_errors: What happens with text that is not UTF-8: strict stops, replace puts U+FFFD in its place.
+        encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json or its folder; else the name of a
-            Hugging Face model. One without [MASK] or <mask> gets an id for it after its last one.
-        separator: Special token that ends a document. None: the first of the usual ones that the vocabulary knows.
-        pad_vocab_to: The vocabulary's size is rounded up to a multiple of this; the ids above are never seen.
-        examples: blocks (each of block_size tokens) or sentences (of different lengths).
-        block_size: Tokens T of an example, at most, with [CLS] and [SEP].
-        pad_to: Width of a batch of sentences: block (always T: one shape, so nothing is compiled twice) or longest
-            (the batch's longest example).
-        mask_fraction: Share of the tokens that is hidden in training, above 0; 0.3 in MosaicBERT.
-        eval_mask_fraction: The same in validation and test.
-        masking: dynamic draws the hidden tokens anew in each epoch; static hides the same ones of the same examples
-            (blocks then have the same boundaries in each epoch).
-        whole_words: Whether all tokens of a word are hidden together. A word begins with a token whose text begins with
-            white space or punctuation, and after one that ends so; in vocabularies with ``##`` with every token without
-            it. Each is still replaced for itself. The block's edges cut words.
-        batch_size: Training examples in a batch, per process.
-        eval_batch_size: Examples in a batch of validation and test, per process. None: as in training.
-        num_workers: Loading processes for each training process. None: 0, since tokens are read from a memory map.
-        pin_memory: Whether batches are put into page-locked memory. None: where there is CUDA.
-        val_fraction: Share of the documents that is held out for validation where there is no split for it.
-        test_fraction: Share of the documents that is held out for the test; 0 takes the Hugging Face data set's test
-            split, else the validation documents.
-        seed: Seed of order and masks, 0 or more. None: that of ``seed_everything``, else 0.
-        cache_dir: Folder for tokens and trained vocabularies. None: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
-        hf_name: Hugging Face data set, or one of its readers such as text, json and parquet (dataset: huggingface).
-        hf_config: Its configuration, where it has several.
-        hf_train_split: Its split to train on.
-        hf_val_split: Its split to validate on. None: validation, valid, val or dev, if there is one, else documents are
-            held out by their hash.
-        streaming: Not for masked text; the data set is stored.
+            Hugging Face model. A mask token is appended to a vocabulary without [MASK] or <mask>.
+        separator: Special token that ends a document. Default: the first of the usual ones in the vocabulary.
+        pad_vocab_to: Round the vocabulary size up to a multiple of this; the additional ids are unused.
+        examples: blocks (of block_size tokens) or sentences (of variable length).
+        block_size: Maximum length T of an example in tokens, including [CLS] and [SEP].
+        pad_to: Width of a batch of sentences: block (always T, a static shape for torch.compile) or longest (the
+            longest example of the batch).
+        mask_fraction: Fraction of tokens masked in training, above 0; 0.3 in MosaicBERT.
+        eval_mask_fraction: Fraction of tokens masked in validation and test, above 0.
+        masking: dynamic samples new masks in each epoch; static keeps the masks (and the boundaries of blocks) fixed.
+        whole_words: Whole word masking. A word begins with a token that starts with white space or punctuation, and
+            after one that ends in it; with ``##`` vocabularies, with every token without ``##``. Each token of a word
+            is replaced independently. Block edges cut words.
+        batch_size: Training batch size per process.
+        eval_batch_size: Batch size of validation and test per process. Default: ``batch_size``.
+        num_workers: Number of worker processes per training process. Default: 0, since tokens are read from a memory
+            map.
+        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
+        val_fraction: Fraction of the documents held out for validation if the source has no validation split.
+        test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
+            else the validation documents.
+        seed: Seed of sample order and masks, >= 0. Default: that of ``seed_everything``, else 0.
+        cache_dir: Folder for tokens and trained vocabularies. Default: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
+        hf_name: Hugging Face data set, or a builder such as text, json and parquet (dataset: huggingface).
+        hf_config: Configuration of the Hugging Face data set.
+        hf_train_split: Training split.
+        hf_val_split: Validation split. Default: validation, valid, val or dev, if present, else documents are held out
+            by their hash.
+        streaming: Not supported for masked text.
 
     Raises:
-        ValueError: If a setting is wrong (when created) or the text is not there (at the first use of a property or
-            loader); the message is one line and names the setting.
+        ValueError: If a setting is invalid (on creation) or the text is missing (at the first use of a property or
+            loader); the message is one line and begins with the setting.
 
     Example:
         >>> data = MaskedTextDataModule("python_docs", tokenizer="bytes")
@@ -162,29 +159,31 @@ class MaskedTextDataModule(TextDataModule):
         self.whole_words = whole_words
         self._spans: dict[Split, SentenceSpans] = {}
 
-    # --- What is known of the text -----------------------------------------------------------------------------------
+    # --- Corpus ------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with a mask token; ``bpe:N`` is trained at first use and kept in ``cache_dir``."""
+        """Tokenizer with a mask token; ``bpe:N`` is trained at first use and cached in ``cache_dir``."""
         return self._masked_tokenizer
 
     @property
     def mask_id(self) -> int:
-        """Id of the token that hides another."""
+        """Id of the mask token."""
         return self._ids.mask
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary V that a model needs: the largest id + 1, rounded up to a multiple of
-        ``pad_vocab_to``; N + 1, rounded up, for ``bpe:N``, which needs no training to tell."""
+        """Vocabulary size V, rounded up to a multiple of ``pad_vocab_to``.
+
+        It is the largest id + 1; for ``bpe:N`` it is N + 1, without training it.
+        """
         name = self.corpus.tokenizer_name
         own = name == "bytes" or bpe_size(name) is not None
         size = self.corpus.vocab_size + 1 if own else self.tokenizer.size
         return -(-size // self.pad_vocab_to) * self.pad_vocab_to
 
     def corpus_summary(self) -> str:
-        """One line that says what was read, the number of training examples, and how much of a batch is padding."""
+        """Summarize the corpus in one line, with the number of training examples and the share of padding."""
         summary = super().corpus_summary()
         lengths = self._train_blocks.lengths
         if len(lengths) == 0:
@@ -200,14 +199,14 @@ class MaskedTextDataModule(TextDataModule):
         )
 
     def predict_dataloader(self) -> Any:
-        """Refused with a ``ValueError``: masked text is scored by ``validate``."""
-        raise UserError("predict: masked text is scored by `validate`")
+        """Raise a ``ValueError``: masked text is scored by ``validate``."""
+        raise UserError("predict: not supported for masked text; use `validate` for scores")
 
     # --- Loaders -----------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _collate(batch: MaskedBatch) -> MaskedBatch:  # type: ignore[override]
-        return batch  # made whole by MaskedExamples
+        return batch  # collated by MaskedExamples
 
     @cached_property
     def _masked_tokenizer(self) -> Tokenizer:
@@ -251,12 +250,12 @@ class MaskedTextDataModule(TextDataModule):
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         if self.block_size <= self._ids.wraps:
             raise UserError(
-                f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with the tokens around them, "
+                f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with special tokens, "
                 f"got {self.block_size}"
             )
         examples = self._masked(split)
         if len(examples) == 0:
-            raise UserError(f"data.files: there are no {name} documents")
+            raise UserError(f"data.files: no {name} documents")
         if split == "train" and len(examples) // replicas < self.batch_size:
             raise UserError(
                 f"data.batch_size: expected at most {len(examples) // replicas} (the training examples of a process), "

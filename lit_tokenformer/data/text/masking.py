@@ -1,11 +1,13 @@
-"""Which tokens of a text are hidden from a masked language model: examples, words, and the draws.
+"""Masks of a masked language model: examples, word boundaries and sampling.
 
-BERT (arXiv:1810.04805, sec. 3.1) hides 15 % of the tokens: 80 % of these become [MASK], 10 % another token, 10 % stay.
-RoBERTa (arXiv:1907.11692, sec. 4.1) draws them anew in each epoch; MosaicBERT (arXiv:2312.17482) hides 30 % in
-training and 15 % in evaluation. Like Hugging Face's ``DataCollatorForLanguageModeling`` each token (or word) is hidden
-with that probability; unlike it, at least one of an example is, and a random token is never a special one.
+BERT (arXiv:1810.04805, sec. 3.1) masks 15 % of the tokens: 80 % of these become [MASK], 10 % a random token, 10 % are
+kept. RoBERTa (arXiv:1907.11692, sec. 4.1) samples new masks in each epoch; MosaicBERT (arXiv:2312.17482) masks 30 % in
+training and 15 % in evaluation. As in Hugging Face's ``DataCollatorForLanguageModeling``, each token (or word) is
+masked with that probability. Unlike there, at least one token of an example is masked, and a random token is never a
+special one.
 
-Every draw is a hash of (seed, epoch, pass, example, token), so batches are made whole, without a generator's state.
+Every random number is a hash of (seed, epoch, pass, example, token), so batches are vectorized without a generator's
+state.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ MaskedBatch = tuple[Tensor, Tensor, Tensor]
 """``tokens (B, T)``, ``labels (B, T)`` and ``lengths (B,)``, all int64."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: the step of SplitMix64's counter
-_PIECE = 1 << 22  # tokens in which sentences are looked for at once; a longer document is cut
+_PIECE = 1 << 22  # tokens per chunk of sentence splitting; a longer document is cut
 
 
 class MaskIds:
-    """What masking must know of a vocabulary; made once for it.
+    """Token ids and tables of a vocabulary for masking.
 
     Args:
-        tokenizer: One with a mask token.
+        tokenizer: Tokenizer with a mask token.
 
     Raises:
         ValueError: If the token that ends a document is the mask.
@@ -50,39 +52,39 @@ class MaskIds:
         pad, end = (tokenizer.special_id(*names) for names in (("[PAD]", "<pad>"), ("[SEP]",)))
         self.mask: int = mask
         self.start = tokenizer.special_id("[CLS]", "<s>")
-        """What a sentence begins with, if anything."""
+        """Id at the beginning of a sentence, if any."""
         self.end: int = tokenizer.separator_id if end is None else end
-        """What a sentence ends with."""
+        """Id at the end of a sentence."""
         self.pad: int = tokenizer.separator_id if pad is None else pad
         self.wraps = 1 if self.start is None else 2
-        """Special tokens around a sentence."""
+        """Number of special tokens around a sentence."""
         self.special = np.zeros(tokenizer.size, dtype=bool)
-        """Ids that are never hidden, (V,)."""
+        """Ids that are never masked, (V,)."""
         self.special[sorted(tokenizer.special_ids)] = True
         self.ordinary = np.array(
             [i for i, text in enumerate(texts) if text is not None and not self.special[i]], dtype=np.int64
         )
-        """Ids that random tokens are drawn from."""
+        """Ids that random tokens are sampled from."""
         self.begins, self.ends = (self.special | edge for edge in word_edges(tokenizer))
-        """Ids that begin a word, and ids after which one begins, (V,) each."""
+        """Ids that begin a word, and ids followed by the beginning of a word, (V,) each."""
 
 
 def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens begin a word, and after which ones a word begins.
+    """Compute word boundaries by token id.
 
     Args:
-        tokenizer: The vocabulary.
+        tokenizer: Tokenizer of the vocabulary.
 
     Returns:
-        Two tables (V,) bool, by token id. A token begins a word if it is true in the first, or the one before it is in
-        the second.
+        Two tables (V,) bool, ``begins`` and ``ends``. A token begins a word if ``begins`` is true for it, or ``ends``
+        for the previous token.
 
     Example:
         >>> begins, ends = word_edges(Tokenizer.bytes())
         >>> [bool(begins[token] or ends[before]) for before, token in zip(b"-a cat.", b"a cat.", strict=False)]
         [True, True, True, False, False, True]
     """
-    # Where tokens that go on with a word are marked, all others have a space before them: no rule for punctuation.
+    # With marked continuation tokens, all others have a space before them, and punctuation needs no rule.
     is_edge = str.isspace if tokenizer.marks_continuation else _is_edge
     texts = [text or "" for text in tokenizer.texts()]
     begins = np.array([is_edge(text[:1]) for text in texts], dtype=bool)
@@ -91,41 +93,42 @@ def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_edge(char: str) -> bool:
-    """Whether a character is white space or, as in BERT's tokenizer, an ASCII sign or of Unicode's category P."""
+    """Return whether a character is white space or punctuation (ASCII symbols and Unicode category P, as in BERT)."""
     if char.isspace():
         return True
     return "!" <= char <= "~" and not char.isalnum() if char.isascii() else unicodedata.category(char).startswith("P")
 
 
 class Spans(Protocol):
-    """Which tokens of a stream an example holds."""
+    """Spans of a token stream, one per example."""
 
     lengths: np.ndarray
-    """Tokens of each example, (N,) int64."""
+    """Number of tokens of each example, (N,) int64."""
 
     def __call__(self, index: np.ndarray, epoch: int, repeat: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The examples of some numbers; one behind the last gives an example in which nothing is predicted.
+        """Return the spans of some examples; the index N is an example without predictions.
 
         Args:
-            index: The numbers, (B,) int64.
+            index: Example indices, (B,) int64.
             epoch: Zero-based epoch.
-            repeat: The pass through it.
+            repeat: Pass within the epoch.
 
         Returns:
-            ``(starts, lengths, first)``, (B,) each: the place of the first token, the number of tokens, and how many
-            of them are not predicted because another example does.
+            ``(starts, lengths, first)``, (B,) each: position of the first token, number of tokens, and number of
+            leading tokens that are excluded since another example predicts them.
         """
 
 
 class BlockSpans:
-    """Blocks of T tokens side by side. In training they can be shifted, and an incomplete last one is left out; in
-    evaluation the last one ends with the stream.
+    """Adjacent blocks of T tokens.
+
+    In training an incomplete last block is dropped; in evaluation the last block ends at the end of the stream.
 
     Args:
-        tokens: The stream, T or more.
-        block_size: T.
-        seed: The run's seed, >= 0.
-        training: Whether they are trained on.
+        tokens: Token stream of at least T tokens.
+        block_size: Block size T.
+        seed: Seed of the run, >= 0.
+        training: Whether the blocks are for training.
         shifted: Whether boundaries differ between epochs, as in ``TrainBlocks``.
     """
 
@@ -143,14 +146,14 @@ class BlockSpans:
 
 
 class SentenceSpans:
-    """Sentences of one document, as many in a row as fit; see ``MaskedTextDataModule`` for where one ends.
+    """Consecutive sentences of one document, packed up to a maximum length; see ``MaskedTextDataModule``.
 
-    They are found at first use, once in each process: 0.02 s for a million tokens on one core.
+    Sentence boundaries are computed once per process, in 0.02 s per million tokens on one core.
 
     Args:
-        tokens: The stream.
-        tokenizer: Its vocabulary.
-        size: Most tokens of an example.
+        tokens: Token stream.
+        tokenizer: Tokenizer of the stream.
+        size: Maximum number of tokens of an example.
     """
 
     def __init__(self, tokens: TokenFile, tokenizer: Tokenizer, size: int) -> None:
@@ -177,9 +180,9 @@ class SentenceSpans:
         return self.starts[nearest], self.lengths[nearest], np.where(index == nearest, 0, sys.maxsize)
 
     def _examples(self, ids: np.ndarray) -> np.ndarray:
-        """Starts and stops (2, n) of the examples in a piece of the stream."""
+        """Compute starts and stops (2, n) of the examples in a chunk of the stream."""
         separator, before, after = ids == self._separator, ids[:-1], ids[1:]
-        edge = np.ones(len(ids) + 1, dtype=bool)  # the places that a sentence or a separator begins or ends at
+        edge = np.ones(len(ids) + 1, dtype=bool)  # the boundaries of sentences and separators
         edge[1:-1] = self._line[before] & ~self._next_line[after] | self._stop[before] & self._space[after]
         edge[:-1] |= separator
         edge[1:] |= separator
@@ -201,17 +204,17 @@ class SentenceSpans:
 
 
 class MaskedExamples(Dataset):
-    """Masked examples under keys ``(epoch, pass, index)`` or ``index``, a whole batch at once (``__getitems__``).
+    """Masked examples under keys ``(epoch, pass, index)`` or ``index``, batched in ``__getitems__``.
 
     Args:
-        tokens: The stream of a split.
-        spans: Which of its tokens an example holds.
-        ids: What is to be known of the vocabulary.
-        fraction: Share of the tokens that is hidden.
-        whole_words: Whether all tokens of a word are hidden together.
-        wrapped: Whether an example begins with ``ids.start``, if there is one, and ends with ``ids.end``.
-        width: Tokens T of a row, with padding. None: as many as the longest of the batch has.
-        seed: The run's seed, >= 0.
+        tokens: Token stream of a split.
+        spans: Spans of the examples.
+        ids: Token ids and tables of the vocabulary.
+        fraction: Fraction of tokens to mask.
+        whole_words: Whether to mask all tokens of a word together.
+        wrapped: Whether to begin an example with ``ids.start``, if defined, and to end it with ``ids.end``.
+        width: Row length T with padding. None: that of the longest example in the batch.
+        seed: Seed of the run, >= 0.
         dynamic: Whether masks differ between epochs.
     """
 
@@ -242,7 +245,7 @@ class MaskedExamples(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Real tokens of each example, (N,) int64."""
+        """Number of tokens of each example without padding, (N,) int64."""
         return self.spans.lengths + (self.ids.wraps if self.wrapped else 0)
 
     def __getitem__(self, key: tuple[int, int, int] | int) -> MaskedBatch:
@@ -250,8 +253,8 @@ class MaskedExamples(Dataset):
         return tokens[0], labels[0], lengths[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int, int] | int]) -> MaskedBatch:
-        """A batch; all keys are of one epoch and pass."""
-        # A bare index comes from an evaluation, or from Lightning's own sampler (overfit_batches).
+        """Return a batch; all keys are of one epoch and pass."""
+        # A bare index comes from evaluation or from Lightning's own sampler (overfit_batches).
         full = [key if isinstance(key, tuple) else (0, 0, key) for key in keys]
         (epoch, repeat, _), index = full[0], np.array([key[2] for key in full])
         starts, counts, first = self.spans(index, epoch, repeat)
@@ -266,11 +269,11 @@ class MaskedExamples(Dataset):
             if lead:
                 tokens[:, 0] = ids.start
         maskable = ~ids.special[tokens] & (column >= first[:, None])
-        if self.wrapped:  # where the separator stands in for padding and ends, it is special already
+        if self.wrapped:  # a separator used as padding or end is special already
             maskable &= (column >= lead) & (column < lengths[:, None] - 1)
         entropy = (self.seed, epoch, repeat, 2) if self.dynamic else (self.seed, 0, 0, 3)
         run = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        rows = _mix(run + (index + 1).astype(np.uint64) * _GOLDEN)  # a counter's start for each example
+        rows = _mix(run + (index + 1).astype(np.uint64) * _GOLDEN)  # initial counter of each example
         hidden, labels = mask(tokens, maskable, rows, ids, self.fraction, self.whole_words)
         return torch.from_numpy(hidden), torch.from_numpy(labels), torch.from_numpy(lengths)
 
@@ -278,32 +281,32 @@ class MaskedExamples(Dataset):
 def mask(
     tokens: np.ndarray, maskable: np.ndarray, rows: np.ndarray, ids: MaskIds, fraction: float, whole_words: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hides each maskable token, or word, with a probability, at least one of a row (arXiv:1810.04805, section 3.1).
+    """Mask each maskable token or word with a probability, at least one per row (arXiv:1810.04805, section 3.1).
 
     Args:
         tokens: Token ids, (B, T) int64.
-        maskable: Which of them may be hidden, (B, T) bool.
-        rows: What the draws of a row follow from, (B,) uint64.
-        ids: What is to be known of the vocabulary.
-        fraction: The probability.
-        whole_words: Whether all tokens of a word are hidden together.
+        maskable: Mask of candidate tokens, (B, T) bool.
+        rows: Random state of each row, (B,) uint64.
+        ids: Token ids and tables of the vocabulary.
+        fraction: Masking probability.
+        whole_words: Whether to mask all tokens of a word together.
 
     Returns:
-        ``(tokens, labels)``, (B, T) int64 each: 80 % of the hidden tokens are the mask, 10 % are drawn from all tokens
-        that are not special, 10 % stay; labels are the hidden ids, and -100 elsewhere.
+        ``(tokens, labels)``, (B, T) int64 each. 80 % of the selected tokens are replaced by the mask, 10 % by a random
+        non-special token, 10 % are kept; labels are their original ids, and -100 elsewhere.
     """
     column = np.arange(tokens.shape[1])
     draws = _uniform(rows[:, None], column)  # (B, T)
     if whole_words:
         begins = ids.begins[tokens]
         begins[:, 1:] |= ids.ends[tokens[:, :-1]]
-        word = np.maximum.accumulate(np.where(begins, column, 0), axis=1)  # where each token's word begins
+        word = np.maximum.accumulate(np.where(begins, column, 0), axis=1)  # start of each token's word
         draws = np.take_along_axis(draws, word, axis=1)
     draws = np.where(maskable, draws, 2.0)
     chosen = maskable & ((draws < fraction) | (draws == draws.min(axis=1, keepdims=True)))
     labels = np.where(chosen, tokens, PADDING)
     row, place = np.nonzero(chosen)
-    how = _uniform(rows[row], place + (1 << 40))  # (number of hidden tokens,)
+    how = _uniform(rows[row], place + (1 << 40))  # (number of selected tokens,)
     which = (_uniform(rows[row], place + (1 << 41)) * len(ids.ordinary)).astype(np.int64)
     kept = tokens[row, place]
     hidden = tokens.copy()
@@ -312,12 +315,12 @@ def mask(
 
 
 def _uniform(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Numbers from 0 to below 1, float64: the ``count``-th ones of the sequences at ``start`` (uint64)."""
+    """Return the ``count``-th uniform numbers in [0, 1), float64, of the sequences at ``start`` (uint64)."""
     return (_mix(start + (count + 1).astype(np.uint64) * _GOLDEN) >> 11) * 2.0**-53
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """64 random bits of a counter, uint64: SplitMix64's output (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+    """Hash a counter to 64 random bits: SplitMix64's output (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB
     return state ^ (state >> 31)

@@ -1,6 +1,6 @@
-"""The text data sets by name, and how their documents are found.
+"""Registry of text data sets.
 
-Sources: Python's own documentation (``pydoc_data.topics``) and standard library, which every Python installation holds;
+Sources: Python's own documentation (``pydoc_data.topics``) and standard library, part of every Python installation;
 text, Markdown, JSON Lines and Parquet files; any data set of the Hugging Face ``datasets`` library.
 """
 
@@ -35,13 +35,13 @@ TEXT_ENDINGS = (".txt", ".md")
 ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".parquet")
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
-_WORTH_REMEMBERING = 1 << 24  # bytes of a file from which its hash is kept: 16 MB take 20 ms
-_SETTLED = 10.0  # seconds a file must have been left alone for that: clocks of file systems are coarse
+_WORTH_REMEMBERING = 1 << 24  # minimum file size in bytes to cache its hash: 16 MB take 20 ms
+_SETTLED = 10.0  # minimum age in seconds of a file to cache its hash: file system clocks are coarse
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Where the text lies; see ``TextDataModule`` for each setting."""
+    """Location and splits of the text; see ``TextDataModule`` for each setting."""
 
     files: tuple[str, ...] = ()
     val_files: tuple[str, ...] = ()
@@ -59,32 +59,32 @@ class TextSettings:
 
 
 class Documents(Protocol):
-    """Texts in a fixed order that can be gone through again. A text without a character counts as none."""
+    """Reiterable texts in a fixed order; empty texts are skipped."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash that changes when the texts do; far quicker than reading them where they are many."""
+        """Hash that changes with the texts, much faster than reading a large corpus."""
 
     @property
     def size(self) -> int | None:
-        """About how many bytes they have, for a progress bar."""
+        """Approximate size in bytes, for a progress bar."""
 
     def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclass
 class HubStream:
-    """A split of a Hugging Face data set that is read from its start to its end.
+    """Streamed split of a Hugging Face data set.
 
-    A row without readable text is left out and named in a warning; each process and worker counts those it has read.
+    A row without readable text is reported in a warning and skipped; the share is counted per process and worker.
     """
 
     rows: Any
-    """A ``datasets.IterableDataset``."""
+    """``datasets.IterableDataset`` of the split."""
     column: str
     encoding_errors: EncodingErrors = "strict"
     max_corrupt_share: float = 0.001
-    """Share of the rows that may have no readable text."""
+    """Tolerated share of rows without readable text."""
 
     def __iter__(self) -> Iterator[str]:
         corrupt: list[str] = []
@@ -92,7 +92,7 @@ class HubStream:
             try:
                 text = row_text(row, self.column, self.encoding_errors, f"row {number} read from the stream")
             except BadText as error:
-                warnings.warn(f"unreadable row left out: {error}", stacklevel=2)
+                warnings.warn(f"unreadable row skipped: {error}", stacklevel=2)
                 corrupt.append(str(error))
                 check_share(len(corrupt), number, self.max_corrupt_share, corrupt[:3], unit="rows of the stream")
                 continue
@@ -102,17 +102,17 @@ class HubStream:
 
 @dataclass
 class TextSplits:
-    """What a source holds. A split that is None is taken from the training documents, by their hashes."""
+    """Document splits of a source. A split that is None is held out of the training documents by their hashes."""
 
     train: Documents | HubStream
     val: Documents | HubStream | None = None
     test: Documents | HubStream | None = None
     note: str = ""
-    """What else determines the text, such as a version."""
+    """Further identification of the text, such as a version."""
 
 
 class BadText(UserError):
-    """A text that cannot be read."""
+    """Unreadable text."""
 
 
 class TextList:
@@ -134,14 +134,14 @@ class TextList:
 
 
 class TextFiles:
-    """Documents in files: a text file is one, each line of a JSON Lines file and each row of a Parquet file is one.
+    """Documents in files: a text file, a line of a JSON Lines file or a row of a Parquet file is one document.
 
     Args:
-        paths: The files.
+        paths: Files to read.
         column: Name of the text in a line or row.
-        encoding_errors: What happens with bytes that are no UTF-8: ``strict`` is an error, ``replace`` puts U+FFFD in
-            their place, ``skip`` leaves a text file out.
-        memory: File that remembers hashes of large files, by path, size and time of change. None: nothing is kept.
+        encoding_errors: Handling of bytes that are not UTF-8: ``strict`` raises an error, ``replace`` inserts U+FFFD,
+            ``skip`` skips the text file.
+        memory: Cache file for hashes of large files, by path, size and modification time. None: no cache.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class TextFiles:
 
 
 class HubTexts:
-    """A split of a Hugging Face data set that is stored on this machine."""
+    """Stored split of a Hugging Face data set."""
 
     def __init__(self, rows: Any, column: str, encoding_errors: EncodingErrors) -> None:
         self.rows = rows.select_columns([column])
@@ -227,16 +227,16 @@ class HubTexts:
 
 
 def row_text(row: Any, column: str, encoding_errors: str, where: str) -> str:
-    """The text of a line or row; empty where it is null.
+    """Return the text of a line or row; null is an empty text.
 
     Args:
-        row: A mapping.
-        column: Its key.
-        encoding_errors: What happens with half of a surrogate pair, which JSON can hold and UTF-8 cannot.
-        where: What an error calls the row.
+        row: Mapping with the text.
+        column: Key of the text.
+        encoding_errors: Handling of lone surrogates, which are valid in JSON but not in UTF-8.
+        where: Name of the row, for errors.
 
     Raises:
-        ValueError: If there is no text.
+        ValueError: If the row has no text.
     """
     if not isinstance(row, dict) or column not in row:
         raise _no_column(where, column, list(row) if isinstance(row, dict) else None)
@@ -260,7 +260,7 @@ def _no_column(where: str, column: str, columns: list[str] | None) -> BadText:
 
 
 def _not_utf8(where: str, error: UnicodeError) -> BadText:
-    return BadText(f"data.encoding_errors: {where} is not UTF-8 ({error}); replace puts U+FFFD in place of such bytes")
+    return BadText(f"data.encoding_errors: {where} is not UTF-8 ({error}); replace inserts U+FFFD for such bytes")
 
 
 def _hash_of(*parts: str) -> str:
@@ -272,7 +272,7 @@ def _hash_of(*parts: str) -> str:
 
 
 def _file_hashes(paths: list[Path], memory: Path | None) -> list[str]:
-    """SHA-256 of each file's content. Those of large files are kept."""
+    """Compute the SHA-256 of each file; hashes of large files are cached."""
     known: dict[str, list[Any]] = {}
     if memory is not None:
         with suppress(OSError, ValueError):
@@ -291,7 +291,7 @@ def _file_hashes(paths: list[Path], memory: Path | None) -> list[str]:
         if facts.st_size >= _WORTH_REMEMBERING and time.time() - facts.st_mtime > _SETTLED:
             fresh[place] = [*state, hashes[-1]]
     if fresh and memory is not None:
-        with suppress(OSError):  # only time is lost
+        with suppress(OSError):  # the cache only saves time
             memory.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{memory}.lock"), atomic_write(memory) as file:
                 file.write(json.dumps({**known, **fresh}).encode())
@@ -306,21 +306,21 @@ def _file_digest(file: Any) -> str:
 
 
 def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
-    """The text files that paths, folders and patterns name, each once, in that order; those of one name sorted.
+    """Find the text files of paths, folders and glob patterns, without duplicates, in order, sorted per argument.
 
     Args:
-        setting: The setting, for errors.
-        wanted: Files, folders (with all folders in them), or patterns such as ``books/**/*.txt``.
+        setting: Setting name, for errors.
+        wanted: Files, folders (recursive), or glob patterns such as ``books/**/*.txt``.
 
     Raises:
-        ValueError: If one of them names no text file.
+        ValueError: If an argument matches no text file.
     """
     found: dict[Path, Path] = {}
     for name in wanted:
         path = Path(name).expanduser()
         if path.is_file():
             if path.suffix.lower() not in ENDINGS:
-                raise UserError(f"{setting}: expected a file that ends in {', '.join(ENDINGS)}, got {name}")
+                raise UserError(f"{setting}: expected a file with extension {', '.join(ENDINGS)}, got {name}")
             paths = [path]
         elif path.is_dir():
             paths = sorted(inner for inner in path.rglob("*") if inner.is_file())
@@ -330,8 +330,8 @@ def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
             raise UserError(f"{setting}: no such file or folder: {name}")
         kept = [inner for inner in paths if inner.suffix.lower() in ENDINGS]
         if not kept:
-            what = f"{len(paths)} files, but none ends in {', '.join(ENDINGS)}" if paths else "no file"
-            raise UserError(f"{setting}: {name} names {what}")
+            what = f"{len(paths)} files, but none with extension {', '.join(ENDINGS)}" if paths else "no file"
+            raise UserError(f"{setting}: {name} matches {what}")
         found.update((inner.resolve(), inner) for inner in kept if inner.resolve() not in found)
     return list(found.values())
 
@@ -376,13 +376,13 @@ def _open_files(settings: TextSettings) -> TextSplits:
     held_out = {path.resolve() for path in val}
     train = [path for path in train if path.resolve() not in held_out]
     if not train:
-        raise UserError("data.val_files: all of data.files are named here too")
+        raise UserError("data.val_files: includes all of data.files, with no file left for training")
     return TextSplits(documents(train), documents(val))
 
 
 @TEXT_SOURCES.register("huggingface")
 def _open_hugging_face(settings: TextSettings) -> TextSplits:
-    import datasets  # takes a second, and only this row needs it
+    import datasets  # takes a second, and only this entry needs it
 
     if not settings.hf_name:
         raise UserError("data.hf_name: expected the name of a Hugging Face data set, got none")
@@ -396,7 +396,7 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
             settings.hf_name, settings.hf_config, data_files=data_files, streaming=settings.streaming
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # Not found, offline, wrong config, damaged file: the first line says which.
+        # Not found, offline, wrong config, damaged file: the first line is specific.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
 

@@ -1,9 +1,9 @@
-"""Text that is tokenised and packed into blocks while it is read, and goes on where it stood.
+"""Resumable text streams, tokenized and packed into blocks on the fly.
 
-A training stream is read in windows of some documents. Within a window documents are shuffled, packed, and the blocks
-shuffled again; what does not fill a block goes to the next window. The place in a stream is the library's own state at
-the start of the window, the tokens left over from the one before, and the number of blocks handed out, so that a resume
-reads one window again and nothing else.
+A training stream is read in windows of documents. Within a window documents are shuffled and packed, and the blocks are
+shuffled again; the remaining tokens are carried over to the next window. The position in a stream consists of the
+library's own state at the start of the window, the tokens carried over to it, and the number of blocks yielded. A
+resume reads one window again and nothing else.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 
 Keep = tuple[HashSplit, Split]
-"""Which documents of a stream belong to a split."""
+"""Filter for the documents of one split."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker stands behind a block; plain types, so that a checkpoint can hold it."""
+    """Position of a worker after a block, in plain types for a checkpoint."""
 
     worker: int
     state: dict[str, Any]
 
 
 class TrainStream(IterableDataset):
-    """Training blocks ``(tokens (T + 1,) int64, Place)`` of a stream; rank and worker see their own shards.
+    """Training blocks ``(tokens (T + 1,) int64, Place)`` of a stream, sharded over ranks and workers.
 
     Args:
-        stream: The documents of this process.
-        tokenizer: What makes them tokens.
-        block_size: T.
-        shuffle_buffer: Documents in a window.
-        seed: The run's seed, >= 0.
-        keep: Which documents to train on. None: all.
-        rank: This process among those that see different data.
+        stream: Documents of this process.
+        tokenizer: Tokenizer of the documents.
+        block_size: Block size T.
+        shuffle_buffer: Number of documents per window.
+        seed: Seed of the run, >= 0.
+        keep: Filter for training documents. None: all.
+        rank: Rank of this process among the data-parallel ones.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainStream(IterableDataset):
         self.rank = rank
         self.epoch = 0
         self.start: dict[int, dict[str, Any]] = {}
-        """The state each worker goes on from; none: the beginning of the epoch."""
+        """State to resume from by worker; a missing one starts at the beginning of the epoch."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Place]]:
         info = get_worker_info()
@@ -101,7 +101,7 @@ class TrainStream(IterableDataset):
             here, window, rest, done = after, window + 1, tokens[count * size :].tolist(), 0
 
     def _packed(self, rest: list[int], texts: list[str]) -> np.ndarray:
-        """``rest document SEP document SEP ...``, (n,) int64."""
+        """Pack texts to ``rest document SEP document SEP ...``, (n,) int64."""
         separator = np.array([self.tokenizer.separator_id])
         parts = [np.array(rest, dtype=np.int64)]
         for ids, ends in self.tokenizer.encode_documents(texts):
@@ -110,18 +110,18 @@ class TrainStream(IterableDataset):
 
 
 class EvalStream(IterableDataset):
-    """Evaluation blocks of a stream, in order: ``(tokens (T + 1,) int64, bytes, tokens)`` with what was read so far.
+    """Evaluation blocks of a stream in order, ``(tokens (T + 1,) int64, bytes, tokens)`` with cumulative counts.
 
-    Every process reads the whole stream and takes every n-th block, so that all have the same number of blocks and none
-    is counted twice; where they do not come out even, the last block of some is -100 throughout.
+    Every process reads the whole stream and yields every n-th block, so that all have the same number of blocks and
+    none is repeated. An uneven number is padded with blocks that are all -100.
 
     Args:
-        stream: The documents.
-        tokenizer: What makes them tokens.
-        block_size: T.
-        keep: Which documents to read. None: all.
-        rank: This process among those that see different data.
-        replicas: Their number.
+        stream: Documents to read.
+        tokenizer: Tokenizer of the documents.
+        block_size: Block size T.
+        keep: Filter for the documents of the split. None: all.
+        rank: Rank of this process among the data-parallel ones.
+        replicas: Number of data-parallel processes.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class EvalStream(IterableDataset):
 
     def _blocks(self) -> Iterator[tuple[Tensor, int, int]]:
         size, separator = self.block_size, np.array([self.tokenizer.separator_id])
-        sizes: deque[int] = deque()  # of the documents that are being tokenised
+        sizes: deque[int] = deque()  # of the documents being tokenized
         num_bytes, num_tokens = 0, 0
 
         def texts() -> Iterator[str]:
@@ -160,7 +160,7 @@ class EvalStream(IterableDataset):
                 yield text
 
         rest = separator
-        piece_tokens = 0  # of a document whose end is not there yet
+        piece_tokens = 0  # of an unfinished document
         for ids, ends in self.tokenizer.encode_documents(texts()):
             rest = np.concatenate([rest, ids, separator] if ends else [rest, ids], dtype=np.int64, casting="unsafe")
             piece_tokens += len(ids)
@@ -177,11 +177,11 @@ class EvalStream(IterableDataset):
 
 
 def kept(stream: HubStream, keep: Keep | None) -> Iterator[str]:
-    """The documents of a stream that belong to a split.
+    """Iterate over the documents of a stream in one split.
 
     Args:
-        stream: The documents.
-        keep: How they are split, and the split. None: all belong to it.
+        stream: Documents to filter.
+        keep: Hash split and the split to keep. None: all documents.
     """
     if keep is None:
         return iter(stream)
@@ -190,13 +190,13 @@ def kept(stream: HubStream, keep: Keep | None) -> Iterator[str]:
 
 
 class TextStreamLoader(ResumableStreamLoader):
-    """A loader over ``TrainStream`` that goes on where its state says, having read one window of documents again.
+    """Resumable loader over ``TrainStream``; a resume reads one window of documents again.
 
-    The state holds the places of all processes, so all of them must ask for it (Lightning does). It can be gone on from
-    with the same number of workers and processes, which decide who reads which shard.
+    The state contains the positions of all processes, so all of them must request it (as Lightning does). A resume
+    requires the same number of workers and processes, which determine the assignment of shards.
 
     Workers take turns. A state is taken between two rounds, with the number of batches of the next round that were
-    trained on already: they are made again and thrown away.
+    already trained on: these are produced again and discarded.
     """
 
     _loaded: dict[str, Any] | None = None
@@ -204,8 +204,8 @@ class TextStreamLoader(ResumableStreamLoader):
     def _read(self, epoch: int, skip: int) -> Iterator[Tensor]:
         stream: Any = self.dataset
         own: dict[str, Any] = self._loaded["ranks"][self.rank] if skip and self._loaded else {"workers": [], "again": 0}
-        self._rounds: dict[int, dict[str, Any]] = dict(enumerate(own["workers"]))  # the places between two rounds
-        self._since: deque[Place] = deque()  # behind each batch handed out since then
+        self._rounds: dict[int, dict[str, Any]] = dict(enumerate(own["workers"]))  # the positions between two rounds
+        self._since: deque[Place] = deque()  # the position after each batch yielded since then
         again, number = own["again"], 0
         stream.epoch, stream.start = epoch, dict(self._rounds)
         for number, (tokens, place) in enumerate(DataLoader.__iter__(self), start=1):
@@ -219,10 +219,10 @@ class TextStreamLoader(ResumableStreamLoader):
             self._all_have_a_batch(False)
         if number == 0 and skip == 0:
             least = f"{self.batch_size} blocks of {stream.block_size} + 1 tokens"
-            raise UserError(f"data.batch_size: the stream (or a worker's share of it) has less than {least}")
+            raise UserError(f"data.batch_size: the stream (or a worker's shard of it) has less than {least}")
 
     def _settle(self) -> int:
-        """Forgets the rounds that were trained on; returns how many batches behind them were trained on too."""
+        """Drop completed rounds of batches trained on, and return the number of batches trained on after them."""
         trained = len(self._since) - (self._batches - self._batches_trained())
         places = list(self._since)
         whole = 0
@@ -236,7 +236,7 @@ class TextStreamLoader(ResumableStreamLoader):
         return trained - whole
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the batches of it that were trained on, and the places of all processes and workers."""
+        """Return the epoch, its number of batches trained on, and the positions of all processes and workers."""
         state = super().state_dict()
         if self._restored and self._loaded is not None:
             return state | {"ranks": self._loaded["ranks"]}
@@ -252,22 +252,22 @@ class TextStreamLoader(ResumableStreamLoader):
         return state | {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state at the next iteration, if Lightning's epoch is still the state's by then.
+        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
 
         Raises:
-            ValueError: If the state is of the middle of an epoch, and was saved with other settings.
+            ValueError: If the state is in the middle of an epoch and was saved with other settings.
         """
         super().load_state_dict(state_dict)
         self._loaded = state_dict
 
 
 class EvalStreamLoader(DataLoader):
-    """A loader over ``EvalStream`` that keeps count of what was read."""
+    """Loader over ``EvalStream`` that counts bytes and tokens."""
 
     bytes_read = 0
     """UTF-8 bytes of the documents read in the last pass."""
     tokens_read = 0
-    """Their tokens, each with its separator."""
+    """Tokens of these documents, with one separator each."""
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         for tokens, self.bytes_read, self.tokens_read in super().__iter__():
@@ -287,24 +287,24 @@ def train_stream_loader(
     rank: int = 0,
     replicas: int = 1,
 ) -> TextStreamLoader:
-    """The resumable training loader of this process; batches are ``tokens (B, T + 1) int64``.
+    """Create the resumable training loader of this process, with batches ``tokens (B, T + 1) int64``.
 
     Args:
-        stream: The documents of all processes.
-        tokenizer: What makes them tokens.
-        block_size: T.
-        batch_size: B.
-        shuffle_buffer: Documents that are shuffled among each other.
-        seed: The run's seed, >= 0.
-        keep: Which documents to train on. None: all.
-        num_workers: Loading processes; at most one for each shard is started.
-        pin_memory: Whether batches are put into page-locked memory.
-        rank: This process among those that see different data.
-        replicas: Their number.
+        stream: Documents of all processes.
+        tokenizer: Tokenizer of the documents.
+        block_size: Block size T.
+        batch_size: Batch size B.
+        shuffle_buffer: Number of documents per shuffled window.
+        seed: Seed of the run, >= 0.
+        keep: Filter for training documents. None: all.
+        num_workers: Number of worker processes, limited to the number of shards.
+        pin_memory: Whether to copy batches into page-locked memory.
+        rank: Rank of this process among the data-parallel ones.
+        replicas: Number of data-parallel processes.
     """
     from datasets.distributed import split_dataset_by_node
 
-    rows = copy.deepcopy(stream.rows)  # a copy keeps its own place
+    rows = copy.deepcopy(stream.rows)  # a copy has its own position
     if replicas > 1:
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas)
     own = replace(stream, rows=rows)
@@ -316,7 +316,7 @@ def train_stream_loader(
         num_workers=min(num_workers, rows.num_shards),
         pin_memory=pin_memory,
         collate_fn=_stack_train,
-        generator=torch.Generator(),  # of its own: a loader draws a seed for its workers
+        generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
     )
     loader.rank, loader.replicas = rank, replicas
     loader.made_with = {
@@ -340,18 +340,18 @@ def eval_stream_loader(
     rank: int = 0,
     replicas: int = 1,
 ) -> EvalStreamLoader:
-    """The evaluation loader of this process; see ``train_stream_loader``, and ``EvalStream`` for what differs.
+    """Create the evaluation loader of this process over an ``EvalStream``.
 
     Args:
-        stream: The documents.
-        tokenizer: What makes them tokens.
-        block_size: T.
-        batch_size: B.
-        keep: Which documents to read. None: all.
-        num_workers: 0 or 1.
-        pin_memory: Whether batches are put into page-locked memory.
-        rank: This process among those that see different data.
-        replicas: Their number.
+        stream: Documents to read.
+        tokenizer: Tokenizer of the documents.
+        block_size: Block size T.
+        batch_size: Batch size B.
+        keep: Filter for the documents of the split. None: all.
+        num_workers: Number of worker processes, 0 or 1.
+        pin_memory: Whether to copy batches into page-locked memory.
+        rank: Rank of this process among the data-parallel ones.
+        replicas: Number of data-parallel processes.
     """
     own = replace(stream, rows=copy.deepcopy(stream.rows))
     return EvalStreamLoader(

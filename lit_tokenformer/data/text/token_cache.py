@@ -1,7 +1,7 @@
-"""Tokens on disk: a corpus is tokenised once and read from memory maps ever after; and the blocks a model trains on.
+"""Token cache on disk, read through memory maps, and blocks of tokens.
 
-A split is the stream ``SEP document SEP document SEP ... document SEP``: every token of a document and every separator
-has something it is predicted from.
+A split is the stream ``SEP document SEP document SEP ... document SEP``, so that every token of a document and every
+separator after it has a context.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 
 FORMAT = 2
-"""Version of the files. Others are not read."""
+"""Version of the file format. Other versions are ignored."""
 
 PADDING = -100
-"""In the place of tokens that are not there."""
+"""Padding token id, ignored as input and target."""
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_FULL_CHECKSUM = 1 << 26  # bytes of a file up to which all of it is checked: 64 MB take 50 ms
-_SAMPLES, _SAMPLE = 64, 1 << 20  # of a larger one: so many pieces of so many bytes
+_FULL_CHECKSUM = 1 << 26  # maximum file size in bytes for a full checksum: 64 MB take 50 ms
+_SAMPLES, _SAMPLE = 64, 1 << 20  # chunks of a larger file, and bytes per chunk
 
 
 class TokenFile:
-    """Token ids in a file, read through a memory map; worker processes share its pages.
+    """Token ids in a memory-mapped file, whose pages are shared by worker processes.
 
     Args:
-        path: The file.
+        path: File to map.
         dtype: uint16 or uint32.
-        length: Tokens in it.
+        length: Number of tokens.
     """
 
     def __init__(self, path: Path, dtype: str, length: int) -> None:
@@ -61,14 +61,14 @@ class TokenFile:
         return self.length
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a pickled map is a copy of all tokens
+        return {**self.__dict__, "_map": None}  # a pickled map would copy all tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from ``start`` to before ``stop``, (n,) int64; fewer where the file ends."""
+        """Return the tokens ``[start, stop)``, (n,) int64; fewer at the end of the file."""
         return self._tokens[start:stop].astype(np.int64)
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at some places, int64 in the shape of ``places``."""
+        """Gather tokens by index, int64 in the shape of ``places``."""
         return self._tokens[places].astype(np.int64)
 
     @property
@@ -80,24 +80,24 @@ class TokenFile:
 
 @dataclass
 class SplitCount:
-    """What a split holds."""
+    """Document, byte and token counts of a split."""
 
     documents: int = 0
     bytes: int = 0
-    """UTF-8 bytes of the documents' text."""
+    """Number of UTF-8 bytes of the documents."""
     tokens: int = 0
-    """Tokens of the stream, with all separators."""
+    """Number of tokens of the stream, including separators."""
     checksum: str = ""
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted: all but the first separator."""
+        """Number of predicted tokens: all but the first separator."""
         return max(0, self.tokens - 1)
 
 
 @dataclass
 class TokenCache:
-    """The tokenised splits of a corpus."""
+    """Tokenized splits of a corpus."""
 
     folder: Path
     dtype: str
@@ -120,10 +120,10 @@ class TokenCache:
 
 
 def open_cache(folder: Path) -> TokenCache | None:
-    """The cache in a folder, or None if there is none or anything is wrong with it.
+    """Open the cache in a folder; None if it is missing or invalid.
 
     Args:
-        folder: The folder of one corpus.
+        folder: Folder of one corpus.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -146,14 +146,14 @@ def open_or_build(
     tokenizer: Tokenizer,
     size: int | None,
 ) -> TokenCache:
-    """The cache of a corpus; made where there is none or where it is broken. Of several processes one makes it.
+    """Open the cache of a corpus, and build it first if it is missing or invalid. Only one process builds it.
 
     Args:
-        cache_dir: The setting ``data.cache_dir``.
-        key: A hash of all that determines the tokens.
-        documents: Gives the documents, each with its split.
-        tokenizer: What makes them tokens.
-        size: About how many bytes the documents have, for the progress bar.
+        cache_dir: Setting ``data.cache_dir``.
+        key: Hash of everything that determines the tokens.
+        documents: Function that returns the documents, each with its split.
+        tokenizer: Tokenizer of the documents.
+        size: Approximate size of the documents in bytes, for the progress bar.
 
     Raises:
         ValueError: If the disk is full or the folder cannot be written.
@@ -162,7 +162,7 @@ def open_or_build(
     if (cache := open_cache(folder)) is not None:
         return cache
     with locked(cache_dir, folder):
-        if (cache := open_cache(folder)) is not None:  # made by the process that held the lock
+        if (cache := open_cache(folder)) is not None:  # built by the process that held the lock
             return cache
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -172,19 +172,19 @@ def open_or_build(
             raise
         cache = open_cache(folder)
     if cache is None:
-        raise UserError(f"data.cache_dir: what was written to {folder} cannot be read back")
+        raise UserError(f"data.cache_dir: the files written to {folder} cannot be read back")
     total = cache.total
-    rank_zero_info(f"Tokenised {total.documents} documents: {total.bytes} bytes, {total.tokens} tokens, in {folder}")
+    rank_zero_info(f"Tokenized {total.documents} documents: {total.bytes} bytes, {total.tokens} tokens, in {folder}")
     return cache
 
 
 @contextmanager
 def locked(cache_dir: Path, target: Path) -> Iterator[None]:
-    """Keeps other processes from making the same thing meanwhile.
+    """Lock a file or folder while it is built.
 
     Args:
-        cache_dir: The setting ``data.cache_dir``.
-        target: What is made.
+        cache_dir: Setting ``data.cache_dir``.
+        target: File or folder to lock.
 
     Raises:
         ValueError: If the folder cannot be written.
@@ -195,7 +195,7 @@ def locked(cache_dir: Path, target: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            rank_zero_warn(f"Another process makes {target}: waiting for it")
+            rank_zero_warn(f"Waiting for another process that builds {target}")
             lock.acquire()
     try:
         yield
@@ -205,7 +205,7 @@ def locked(cache_dir: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(cache_dir: Path) -> Iterator[None]:
-    """Says in one line what is wrong with the disk under ``cache_dir``."""
+    """Convert disk errors under ``cache_dir`` to a one-line error."""
     try:
         yield
     except OSError as error:
@@ -220,11 +220,11 @@ def _build(
     dtype = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
     separator = np.array([tokenizer.separator_id], dtype=np.uint32)
     counts = {split: SplitCount() for split in SPLITS}
-    on_their_way: deque[Split] = deque()  # the splits of the documents that are being tokenised
+    on_their_way: deque[Split] = deque()  # the splits of the documents being tokenized
     digest = hashlib.sha256()
     rank_zero = getattr(rank_zero_only, "rank", 0) == 0
-    # No bar where the output is a file, nor on another rank than the first.
-    bar = tqdm(total=size, desc="Tokenising", unit="B", unit_scale=True, disable=None if rank_zero else True)
+    # No bar if the output is a file, and on rank zero only.
+    bar = tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=True, disable=None if rank_zero else True)
 
     def texts() -> Iterator[str]:
         for split, text in documents:
@@ -259,7 +259,7 @@ def _build(
                     add(split, separator)
                     on_their_way.popleft()
         finally:
-            with disk_errors(cache_dir):  # what is still in the buffers is written here
+            with disk_errors(cache_dir):  # closing flushes the buffers
                 for file in files.values():
                     file.close()
     with disk_errors(cache_dir):
@@ -276,7 +276,7 @@ def _write(file: Any, ids: np.ndarray) -> None:
 
 
 def _checksum(path: Path) -> str:
-    """SHA-256 of a file, or of 64 pieces of it and its size where it is large."""
+    """Compute the SHA-256 of a file; for a large file, of its size and 64 chunks."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -293,13 +293,13 @@ def _checksum(path: Path) -> str:
 class TrainBlocks(Dataset):
     """Blocks of T + 1 tokens under keys ``(epoch, pass, index)``; the last token of a block is the first of the next.
 
-    The grid of blocks is shifted by 0 to T - 1 tokens, drawn from (seed, epoch, pass), so that boundaries fall
-    elsewhere in each epoch. The number of blocks is the same for every shift.
+    The grid of blocks is shifted by 0 to T - 1 tokens, sampled from (seed, epoch, pass), so that boundaries differ
+    between epochs. The number of blocks is the same for every shift.
 
     Args:
-        tokens: The training stream.
-        block_size: T.
-        seed: The run's seed, >= 0.
+        tokens: Token stream of the training split.
+        block_size: Block size T.
+        seed: Seed of the run, >= 0.
     """
 
     def __init__(self, tokens: TokenFile, block_size: int, seed: int) -> None:
@@ -312,7 +312,7 @@ class TrainBlocks(Dataset):
         return max(0, (len(self.tokens) - self.block_size) // self.block_size)
 
     def shift(self, epoch: int, repeat: int) -> int:
-        """Tokens that are left out at the beginning."""
+        """Return the number of tokens dropped at the beginning."""
         if self._shift[0] != (epoch, repeat):
             word = np.random.SeedSequence((self.seed, epoch, repeat, 1)).generate_state(1)[0]
             self._shift = (epoch, repeat), int(word) % self.block_size
@@ -326,13 +326,13 @@ class TrainBlocks(Dataset):
 
 
 class EvalBlocks(Dataset):
-    """Blocks of T + 1 tokens, in order: every token but the very first is a target exactly once.
+    """Blocks of T + 1 tokens in order: every token but the very first is a target exactly once.
 
-    The last block is filled up with -100; an index behind it gives a block of nothing else.
+    The last block is padded with -100; the block at an index beyond it is all padding.
 
     Args:
-        tokens: The stream of a split.
-        block_size: T.
+        tokens: Token stream of a split.
+        block_size: Block size T.
     """
 
     def __init__(self, tokens: TokenFile, block_size: int) -> None:
@@ -352,14 +352,14 @@ class EvalBlocks(Dataset):
 
 
 class EvalSampler(DistributedSampler):
-    """Every n-th block for each of n processes; where they do not come out even, an index behind the last block.
+    """Distributed evaluation sampler with every block exactly once, padded with indices beyond the last block.
 
-    Being a ``DistributedSampler``, Lightning leaves it alone; its own would count blocks twice.
+    Lightning keeps a ``DistributedSampler``; its own would repeat blocks.
 
     Args:
-        dataset: The blocks; it takes an index behind the last one.
-        num_replicas: Processes that see different data.
-        rank: This process among them.
+        dataset: Dataset of blocks; it accepts indices beyond the last one.
+        num_replicas: Number of data-parallel processes.
+        rank: Rank of this process among them.
     """
 
     def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:

@@ -1,7 +1,6 @@
-"""One tokenizer class for all kinds: raw bytes, a byte-level BPE trained on the spot, a ``tokenizer.json``, a Hugging
-Face name. The work is done by the ``tokenizers`` library.
+"""Tokenizer over the ``tokenizers`` library: raw bytes, a trained byte-level BPE, a ``tokenizer.json``, a hub name.
 
-Byte-level BPE is the one of GPT-2 (Radford et al. 2019, section 2.2); byte-pair encoding is arXiv:1508.07909.
+Byte-level BPE is that of GPT-2 (Radford et al. 2019, section 2.2); byte-pair encoding is arXiv:1508.07909.
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 
 SEPARATOR = "<|endoftext|>"
-"""The special token that ends a document, in our own vocabularies."""
+"""Special token that ends a document, in our own vocabularies."""
 
 USUAL_SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
-"""Looked for, in this order, in the vocabularies of others."""
+"""Default separators of other vocabularies, in order of preference."""
 
 MASKS = ("[MASK]", "<mask>")
-"""Special tokens that hide another one; the first is what ``with_mask`` adds."""
+"""Mask tokens; ``with_mask`` adds the first one."""
 
 _USUAL_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<pad>", "<unk>", "<s>", "</s>", *MASKS)
 
 BYTES_VOCAB_SIZE = 257  # the bytes and the separator
-_PIECE = 1 << 18  # characters that are tokenised at once; a longer document is cut
-_LONG = re.compile(r"\S{1000}(?=\S)|\s{1000}(?=\s)")  # where a word is cut that a vocabulary is trained on
-_BATCH = 1 << 20  # characters in a batch for encode_batch: some 100 MB inside the library
+_PIECE = 1 << 18  # characters that are tokenized at once; a longer document is cut
+_LONG = re.compile(r"\S{1000}(?=\S)|\s{1000}(?=\s)")  # where long words are cut for BPE training
+_BATCH = 1 << 20  # characters per encode_batch: about 100 MB inside the library
 
 
 def bpe_size(name: str) -> int | None:
-    """The vocabulary size N of the name ``bpe:N``, None for every other name.
+    """Parse the vocabulary size N of ``bpe:N``; None for every other name.
 
     Args:
-        name: The setting ``data.tokenizer``.
+        name: Setting ``data.tokenizer``.
 
     Raises:
-        ValueError: If there is no number after ``bpe:``, or one below 257.
+        ValueError: If N is missing or below 257.
 
     Example:
         >>> bpe_size("bpe:4096"), bpe_size("bytes")
@@ -61,13 +60,13 @@ def bpe_size(name: str) -> int | None:
 
 
 def check_name(name: str) -> None:
-    """Refuses what can be seen to be wrong without opening anything.
+    """Validate the setting without opening a file.
 
     Args:
-        name: The setting ``data.tokenizer``.
+        name: Setting ``data.tokenizer``.
 
     Raises:
-        ValueError: If it is a misspelling of ``bytes`` or ``bpe:N``, or the file or folder is not there.
+        ValueError: If it is a misspelling of ``bytes`` or ``bpe:N``, or the file or folder does not exist.
     """
     if name == "bytes" or bpe_size(name) is not None or (name and Path(name).exists()):
         return
@@ -78,16 +77,16 @@ def check_name(name: str) -> None:
 
 
 class Tokenizer:
-    """Text to token ids and back; never adds special tokens, and never reads them out of the text of a document.
+    """Tokenizer that never adds special tokens and never parses them in the text of a document.
 
-    ``decode(encode(text)) == text`` for every text with ``bytes`` and ``bpe:N``; a foreign vocabulary may normalise.
+    ``decode(encode(text)) == text`` for every text with ``bytes`` and ``bpe:N``; other vocabularies may normalize.
 
     Args:
-        backend: A tokenizer of the ``tokenizers`` library. Its templates, padding and truncation are not used.
-        separator: The special token that ends a document. None: the first of ``USUAL_SEPARATORS`` it knows.
+        backend: Tokenizer of the ``tokenizers`` library. Its templates, padding and truncation are disabled.
+        separator: Special token that ends a document. None: the first of ``USUAL_SEPARATORS`` in the vocabulary.
 
     Raises:
-        ValueError: If the vocabulary does not hold the separator.
+        ValueError: If the separator is not in the vocabulary.
 
     Example:
         >>> tokenizer = Tokenizer.bytes()
@@ -103,29 +102,29 @@ class Tokenizer:
         if separator is None:
             separator = next((token for token in USUAL_SEPARATORS if token in vocabulary), None)
             if separator is None:
-                looked = ", ".join(USUAL_SEPARATORS)
+                usual = ", ".join(USUAL_SEPARATORS)
                 raise UserError(
-                    f"data.separator: the tokenizer has none of {looked}; name the one that ends a document"
+                    f"data.separator: the tokenizer has none of {usual}; set the token that ends a document"
                 )
         elif separator not in vocabulary:
             raise UserError(f"data.separator: the tokenizer has no token {separator!r}")
         self._backend = backend
         self.separator = separator
-        """The special token that ends a document."""
+        """Special token that ends a document."""
         self.separator_id: int = vocabulary[separator]
-        """Its id."""
+        """Id of the separator."""
         self.size: int = max(vocabulary.values()) + 1
-        """The largest id + 1."""
+        """Largest id + 1."""
 
     @classmethod
     def bytes(cls, separator: str | None = None) -> Tokenizer:
-        """The vocabulary of raw UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the separator.
+        """Create the vocabulary of raw UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the separator.
 
         Args:
             separator: Name of the separator. None: ``<|endoftext|>``.
         """
         backend = hf.Tokenizer(models.BPE(vocab={_BYTE_CHARS[byte]: byte for byte in range(256)}, merges=[]))
-        # Without GPT-2's regular expression: there is nothing to merge, and it takes three quarters of the time.
+        # Without GPT-2's regular expression: without merges it has no effect and takes three quarters of the time.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         name = separator or SEPARATOR
@@ -134,11 +133,11 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, documents: Iterable[str], vocab_size: int, separator: str | None = None) -> Tokenizer:
-        """A byte-level BPE; the same documents give the same vocabulary.
+        """Train a byte-level BPE, deterministic in the documents.
 
         Args:
-            documents: The texts to train on.
-            vocab_size: Size of the vocabulary, 257 or more. Few texts may give a smaller one.
+            documents: Texts to train on.
+            vocab_size: Vocabulary size, 257 or more. Few texts may result in a smaller one.
             separator: Name of the separator. None: ``<|endoftext|>``.
         """
         _allow_parallelism()
@@ -158,14 +157,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str, separator: str | None = None) -> Tokenizer:
-        """A tokenizer that exists already: ``bytes``, a ``tokenizer.json`` or its folder, or a Hugging Face name.
+        """Load an existing tokenizer: ``bytes``, a ``tokenizer.json`` or its folder, or a Hugging Face name.
 
         Args:
-            name: The setting ``data.tokenizer``, other than ``bpe:N``.
+            name: Setting ``data.tokenizer``, other than ``bpe:N``.
             separator: See the class.
 
         Raises:
-            ValueError: If it is not there or damaged.
+            ValueError: If it is missing or damaged.
         """
         check_name(name)
         if name == "bytes":
@@ -182,19 +181,19 @@ class Tokenizer:
                 raise UserError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
         try:
             backend = hf.Tokenizer.from_pretrained(name)
-        except Exception as error:  # the library raises a plain Exception for much of this
+        except Exception as error:  # the library raises plain Exceptions
             where = "not bytes, bpe:N, a file or a folder, and not loaded from Hugging Face"
             raise UserError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
         return cls(backend, separator)
 
     @classmethod
     def from_json(cls, text: str, separator: str | None = None, source: str = "the tokenizer") -> Tokenizer:
-        """A tokenizer from the text of its ``tokenizer.json``.
+        """Build a tokenizer from the text of its ``tokenizer.json``.
 
         Args:
-            text: What ``to_json`` gave.
+            text: Output of ``to_json``.
             separator: See the class.
-            source: What an error calls it.
+            source: Name of the tokenizer, for errors.
 
         Raises:
             ValueError: If the text is damaged.
@@ -206,23 +205,23 @@ class Tokenizer:
         return cls(backend, separator)
 
     def to_json(self) -> str:
-        """The text of a ``tokenizer.json``."""
+        """Return the text of a ``tokenizer.json``."""
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``tokenizer.json``.
 
         Args:
-            path: The file.
+            path: File to write.
         """
         with atomic_write(path) as file:
             file.write(self.to_json().encode())
 
     def special_id(self, *names: str) -> int | None:
-        """The id of the first of these special tokens that the vocabulary has, None without.
+        """Return the id of the first of these special tokens in the vocabulary, else None.
 
         Args:
-            names: Names such as ``[PAD]``. A BPE may have made a token of that text, which is not special.
+            names: Names such as ``[PAD]``. An ordinary BPE token with the same text is not special.
         """
         added = {token.content: place for place, token in self._backend.get_added_tokens_decoder().items()}
         known = added if isinstance(self._backend.model, models.BPE) else {**self._vocabulary, **added}
@@ -230,17 +229,17 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> set[int]:
-        """Ids that stand for no text: the separator, the unknown token, and all that the vocabulary calls special."""
+        """Ids without text: the separator, the unknown token and the special tokens of the vocabulary."""
         added = self._backend.get_added_tokens_decoder()
         found = {self.special_id(name) for name in _USUAL_SPECIAL} | {self.separator_id}
         found.add(self._vocabulary.get(getattr(self._backend.model, "unk_token", None) or ""))
         return {place for place in found if place is not None} | {i for i, token in added.items() if token.special}
 
     def with_mask(self) -> Tokenizer:
-        """This tokenizer if it has a mask token (``MASKS``), else a copy with one more id for it, the last.
+        """Return this tokenizer if it has a mask token (``MASKS``), else a copy with one appended.
 
         Raises:
-            ValueError: If the vocabulary's ids have gaps, so that no new one comes last.
+            ValueError: If the vocabulary's ids have gaps, so that a new id is not the last one.
         """
         if self.special_id(*MASKS) is not None:
             return self
@@ -251,10 +250,10 @@ class Tokenizer:
         return Tokenizer(copy, self.separator)
 
     def texts(self) -> list[str | None]:
-        """The text that each id stands for, by id; None where there is no such token.
+        """Return the text of each token by id; None for an unused id.
 
-        Bytes that are no UTF-8 become U+FFFD. Where a vocabulary does not hold the spaces (WordPiece, WordLevel), the
-        token that begins a word has one before it.
+        Bytes that are not UTF-8 are replaced by U+FFFD. In vocabularies without spaces (WordPiece, WordLevel), a token
+        that begins a word is prefixed with one.
         """
         model, vocabulary = self._backend.model, self._vocabulary
         prefix = getattr(model, "continuing_subword_prefix", None)
@@ -275,7 +274,7 @@ class Tokenizer:
 
     @property
     def marks_continuation(self) -> bool:
-        """Whether the tokens that go on with a word have a mark of their own, such as ``##``."""
+        """Presence of marks on tokens that continue a word, such as ``##``."""
         return bool(getattr(self._backend.model, "continuing_subword_prefix", None))
 
     @property
@@ -284,31 +283,31 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary, its rules and the separator."""
+        """Hash of the vocabulary, its rules and the separator."""
         return hashlib.sha256(f"{self.separator}\n{self.to_json()}".encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_json, (self.to_json(), self.separator)  # a pickled backend forgets its settings
+        return Tokenizer.from_json, (self.to_json(), self.separator)  # a pickled backend loses its settings
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
+        """Encode a text to token ids."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of some texts, in parallel."""
+        """Encode several texts to token ids, in parallel."""
         _allow_parallelism()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
-        """The token ids of many documents, in order and in bounded memory.
+        """Encode many documents to token ids, in order and in bounded memory.
 
-        A document of more than 262,144 characters is cut where a line ends (see ``cut``).
+        A document of more than 262,144 characters is cut at a line break (see ``cut``).
 
         Args:
-            documents: The texts; read ahead by at most one batch.
+            documents: Texts to encode, read ahead by at most one batch.
 
         Yields:
-            ``(ids (n,) uint32, ends)``: the ids of a piece, and whether its document ends with it.
+            ``(ids (n,) uint32, ends)``: the ids of a piece, and whether it is the last one of its document.
         """
         texts: list[str] = []
         ends: list[bool] = []
@@ -333,16 +332,16 @@ class Tokenizer:
             yield from flush()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some token ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""
+        """Decode token ids to text, with special tokens by name and U+FFFD for bytes that are not UTF-8."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def stream(self) -> TextStreamer:
-        """What turns tokens into text one by one, as they are produced."""
+        """Create an incremental decoder."""
         return TextStreamer(self._backend)
 
 
 class TextStreamer:
-    """Text of tokens that come one by one; holds back what is not a whole character yet.
+    """Incremental decoder that holds back incomplete characters.
 
     Example:
         >>> streamer = Tokenizer.bytes().stream()
@@ -356,31 +355,31 @@ class TextStreamer:
         self._held: list[int] = []
 
     def step(self, token: int) -> str:
-        """The text that is certain now that this token has come; often empty.
+        """Decode the next token and return the completed text, often empty.
 
         Args:
-            token: Its id.
+            token: Token id.
         """
         text = self._stream.step(self._backend, int(token))
         self._held = [*self._held, int(token)] if text is None else []
         return text or ""
 
     def finish(self) -> str:
-        """The text of what is still held back, with U+FFFD for incomplete characters; then begins anew."""
+        """Return the text held back, with U+FFFD for incomplete characters, and reset the decoder."""
         held, self._held = self._held, []
         self._stream = decoders.DecodeStream(skip_special_tokens=False)
         return self._backend.decode(held, skip_special_tokens=False) if held else ""
 
 
 def cut(text: str, size: int = _PIECE) -> Iterator[str]:
-    """Cuts a long text into pieces of at most ``size`` characters.
+    """Cut a long text into pieces of at most ``size`` characters.
 
-    Cut is after a line break that stands alone, else before a space that stands alone. Neither changes what bytes or a
-    byte-level BPE make of it; some foreign vocabularies (those that put a space before each text) see a new beginning.
+    A cut is after a single line break, else before a single space. Neither changes the tokens of bytes or a byte-level
+    BPE; some other vocabularies (those that prepend a space to each text) see the start of a new text.
 
     Args:
-        text: The text.
-        size: Characters in a piece, 3 or more.
+        text: Text to cut.
+        size: Maximum number of characters per piece, 3 or more.
 
     Example:
         >>> list(cut("one two\\nthree four", size=9))
@@ -397,7 +396,7 @@ def cut(text: str, size: int = _PIECE) -> Iterator[str]:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """A text cut wherever a run of spaces or of anything else gets long: training is quadratic in a word's length."""
+    """Cut a text within long runs of spaces or non-spaces: BPE training is quadratic in a word's length."""
     start = 0
     for run in _LONG.finditer(text):
         yield text[start : run.end()]
@@ -406,7 +405,7 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _lone(text: str, space: str, start: int, last: int) -> int:
-    """The last place from start + 1 to last that holds the space between two characters that are none; -1: nowhere."""
+    """Find the last index in [start + 1, last] of the given space between two non-space characters; -1 if none."""
     place = text.rfind(space, start + 1, last + 1)
     while place > start and (text[place - 1].isspace() or text[place + 1].isspace()):
         place = text.rfind(space, start + 1, place)
@@ -414,7 +413,7 @@ def _lone(text: str, space: str, start: int, last: int) -> int:
 
 
 def _byte_chars() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Return the printable character of each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
@@ -426,28 +425,28 @@ _FORKS_ARE_SERIAL = False
 
 
 def _allow_parallelism() -> None:
-    """Threads of the library in this process, none in its forks, where they would hang, and no warnings about it."""
+    """Enable the library's threads in this process and disable them in forks, where they would hang."""
     global _FORKS_ARE_SERIAL
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # once it is set, the library keeps quiet
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if set, the library does not warn
     if not _FORKS_ARE_SERIAL and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
         _FORKS_ARE_SERIAL = True
 
 
 def checked_backend(text: str) -> hf.Tokenizer:
-    """Build the library's tokenizer from the text of a ``tokenizer.json``, and try it.
+    """Build the library's tokenizer from the text of a ``tokenizer.json`` and validate it with a round trip.
 
     Raises:
-        ValueError: If it is damaged: whatever the library raises, panics of Rust included.
+        ValueError: If it is damaged, for any exception of the library including Rust panics.
     """
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(null, 2)  # to which Rust writes what it raises as an exception too
+        os.dup2(null, 2)  # Rust prints a panic to stderr and raises it as an exception too
         backend = hf.Tokenizer.from_str(text)
-        backend.no_padding()  # which may be to any length
+        backend.no_padding()  # the padded length is unbounded
         backend.decode(backend.encode("a 1\n", add_special_tokens=False).ids)
         return backend
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(_first_line(error)) from error
