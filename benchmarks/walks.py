@@ -1,5 +1,6 @@
-"""List the files of this project that five walks through it enter: an image batch, a text batch, a growth, a resume, and
-a checkpoint to text.
+"""List the files of this project that five walks through it enter.
+
+The walks are an image batch, a text batch, a growth, a resume, and a checkpoint to text.
 
 A file counts as entered if a function of it runs; imports do not count. ``docs/design.md`` has the lists.
 
@@ -59,7 +60,7 @@ def trainer(folder: str, epochs: int = 2, **settings: Any) -> Trainer:
 def digits() -> tuple[LitImageClassifier, ImageDataModule]:
     """Build an image classifier and its data."""
     seed_everything(0, verbose=False)
-    overrides = {**SIZES, "patch_size": 4}
+    overrides: Any = {**SIZES, "patch_size": 4}
     task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, overrides=overrides)
     return task, ImageDataModule("digits", batch_size=8, num_workers=0)
 
@@ -71,11 +72,12 @@ def documents(folder: str) -> tuple[LitCausalLM, TextDataModule]:
     for number in range(60):
         (texts / f"{number}.txt").write_text(f"{number} one two three four. " * 200)
     cache = str(Path(folder) / "cache")
+    overrides: Any = {**SIZES, "rotary_fraction": 0.5}
     settings: dict[str, Any] = {"tokenizer": "bytes", "block_size": 16, "batch_size": 4, "num_workers": 0}
     data = TextDataModule("files", files=[str(texts)], cache_dir=cache, **settings)
     data.prepare_data()
     data.setup("fit")
-    return LitCausalLM("tokenformer_lm_tiny", data.vocab_size, 16, overrides={**SIZES, "rotary_fraction": 0.5}), data
+    return LitCausalLM("tokenformer_lm_tiny", data.vocab_size, 16, overrides=overrides), data
 
 
 def image_batch(folder: str, found: set[str]) -> None:

@@ -58,7 +58,7 @@ def plan_stages(
     Returns:
         One stage more than there are growths; the last one's size is the final one.
     """
-    named = {kind for _, _, size in growths for kind in size}
+    named = {kind for _, _, size in growths for kind in size} - {"depth"}
     initial = {kind: total for kind, total in config.size.items() if kind in KINDS or kind in named}
     starts = [(0, 0, initial), *growths]
     ends = [min(step, total_steps) for _, step, _ in growths] + [total_steps]

@@ -493,7 +493,13 @@ def test_a_task_whose_head_was_reset_is_trained_and_saved(digits, tmp_path):
     trainer.fit(task, samples, samples)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     loaded = LitImageClassifier.load_from_checkpoint(tmp_path / "new.ckpt", weights_only=True)
-    assert loaded.backbone.num_classes == 3 and model_size(loaded) == {"heads": 2, "qkv": 32, "proj": 32, "ffn": 128, "depth": 3}
+    assert loaded.backbone.num_classes == 3 and model_size(loaded) == {
+        "heads": 2,
+        "qkv": 32,
+        "proj": 32,
+        "ffn": 128,
+        "depth": 3,
+    }
     assert len(growth.events) == 1
 
 
