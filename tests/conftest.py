@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,9 @@ from lit_tokenformer.data.images.sources import SubsetSamples
 from lit_tokenformer.registry import IMAGE_SOURCES
 
 torch.set_num_threads(1)
+# in the background of a shell, or under nohup, they are ignored, and every process that a test starts inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _read = AttributeDocstrings.get_attr_docs
 
