@@ -210,9 +210,7 @@ def _replace(
             key = tensor.dim, old
             if key in done:
                 setattr(owner, attribute, done[key])
-            elif not any(
-                dim == tensor.dim and old is new for (dim, _), new in done.items()
-            ):  # not yet replaced by a tie
+            elif not any(dim == tensor.dim and old is new for (dim, _), new in done.items()):  # replaced in both places
                 grown = GrownTensor(one.rows, tensor.dim, tensor.block)
                 rows = regrown(old, grown, makes.fill(one.axis, tensor, one.rows, noise, draw))
                 if attribute in owner._buffers:

@@ -82,7 +82,7 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
     if not_carried:
         warnings.warn(
             f"{type(optimizer).__name__} keeps {', '.join(sorted(not_carried))}, which cannot be carried over a "
-            "growth: optimizer state of the grown parameters reset.",
+            "growth: the optimizer state of the grown parameters was reset.",
             stacklevel=2,
         )
 

@@ -113,9 +113,8 @@ def normal(
         generator: Random generator.
     """
     wide = torch.promote_types(reference.dtype, torch.float32)
-    height = 16 * max(
-        1, _DRAWN_AT_ONCE // (16 * math.prod(shape[1:]))
-    )  # multiples of 16 give the draws of one call on a CPU
+    # on a CPU, draws in multiples of 16 are equal to those of one call
+    height = 16 * max(1, _DRAWN_AT_ONCE // (16 * math.prod(shape[1:])))
     for start in range(0, shape[0], height):
         drawn = torch.randn(
             (min(height, shape[0] - start), *shape[1:]),

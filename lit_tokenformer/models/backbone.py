@@ -451,9 +451,8 @@ class Tokenformer(nn.Module):
     @staticmethod
     def _packing(lengths: Tensor, length: int) -> Packing:
         present = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
-        alone = (
-            lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-        )  # accelerators are faster with one batched call
+        # accelerators are faster with one batched call
+        alone = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
         places = present.flatten().nonzero()[:, 0]
         return Packing(places, len(lengths), length, lengths.tolist() if alone else None)
 
