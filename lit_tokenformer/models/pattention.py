@@ -238,7 +238,7 @@ class Pattention(nn.Module):
         return [AxisTensor(f"{name}.key_tokens", 1, OUT, self.key_std)]
 
     def cost(self, length: int) -> Cost:
-        """Cost per data token; the fused backward pass needs the result of the last product."""
+        """Cost per data token; activation checkpointing recomputes the last product of the fused form."""
         total, (dim_in, dim_out) = self.num_tokens, (self.key_tokens.shape[1], self.value_tokens.shape[1])
         by_hand = SCORE_NORMS[self.score_norm].whole is not None and self.series == 1
         kept = total + 1 if by_hand else (2 + self.series) * total  # scores, normalized scores, weights
