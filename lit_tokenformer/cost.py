@@ -1,7 +1,7 @@
-"""Parameters and floating-point operations of a model in closed form.
+"""Parameters and FLOPs of a model in closed form.
 
-The cost of a model is the sum over its parts, which declare theirs (:mod:`lit_tokenformer.models.part_cost`): they are
-made without memory, at the size that is asked for. The numbers agree with arXiv 2410.23168, Table 3 (camera-ready).
+The cost of a model is the sum over its parts, which declare it (:mod:`lit_tokenformer.models.part_cost`). Parts are
+created on the meta device at the requested size. The numbers agree with arXiv 2410.23168, Table 3 (camera-ready).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class _Parts(NamedTuple):
     """Costs of the parts of a model.
 
     Args:
-        stem: For each sample.
-        blocks: Each kind of block of the pattern, for each data token.
-        norm: The final norm.
-        head: For each sample.
-        kinds: Parameters and operations of the projections of each kind, one entry for each kind of block.
+        stem: Cost of the stem, per sample.
+        blocks: Cost of each block of the pattern, per data token.
+        norm: Cost of the final norm.
+        head: Cost of the head, per sample.
+        kinds: Cost of the projections of each kind, for each block of the pattern.
     """
 
     stem: Cost
@@ -41,7 +41,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(config: TokenformerConfig, length: int) -> _Parts:
-    """Costs at the size of the config, for sequences of this length."""
+    """Compute the costs at the size of the config, for sequences of ``length``."""
     fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0, param_tokens=1))
     return _measured((*fields.items(), ("param_tokens", tuple(config.tokens.items()))), length)
 
@@ -59,13 +59,13 @@ def _measured(fields: tuple[tuple[str, Any], ...], length: int) -> _Parts:
 
 
 def _sum(blocks: Sequence[Any], depth: int, field: str) -> int:
-    """Sum of a field over ``depth`` blocks, whose kinds repeat."""
+    """Sum a field over ``depth`` blocks with a repeating pattern."""
     repeats, rest = divmod(depth, len(blocks))
     return sum((repeats + (place < rest)) * getattr(block, field) for place, block in enumerate(blocks))
 
 
 def _for_sample(part: nn.Module, length: int) -> Cost:
-    """Cost of a stem or head; one without its own is estimated for each data token."""
+    """Cost of a stem or head per sample; estimated per data token if the part declares no cost."""
     cost = part_cost(part, length)
     return cost if hasattr(part, "cost") else Cost(cost.parameters, length * cost.flops, length * cost.kept)
 
@@ -77,14 +77,14 @@ def _projections(block: nn.Module, kind: str, length: int) -> Cost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a whole model costs; a sample is an image, or a text of ``context_length``.
+    """Cost of a whole model; a sample is an image, or a text of ``context_length``.
 
     Args:
-        parameters: Numbers that are learned.
+        parameters: Trainable parameters.
         data_tokens: Data tokens of each training sample, T.
-        flops: Operations of one forward pass, for each sample.
-        training_flops: Operations of one forward and backward pass, for each sample.
-        kept: Numbers kept for the backward pass, for each sample (an estimate, without masks of dropout).
+        flops: FLOPs of one forward pass, per sample.
+        training_flops: FLOPs of one forward and backward pass, per sample.
+        kept: Activations saved for backward, in elements per sample (an estimate, without dropout masks).
     """
 
     parameters: int
@@ -94,23 +94,23 @@ class ModelCost:
     kept: int
 
     def training_memory(self, batch_size: int, bytes_per_number: int = 4, states: int = 2) -> int:
-        """Bytes that training takes: weights, gradients, optimizer states and what is kept for backward (an estimate).
+        """Estimate the training memory in bytes: weights, gradients, optimizer states and activations.
 
         Args:
             batch_size: Samples in one forward pass.
-            bytes_per_number: 4 in float32, 2 in half precision.
-            states: Numbers that the optimizer keeps for each parameter; 2 for Adam.
+            bytes_per_number: Bytes per element: 4 in float32, 2 in half precision.
+            states: Optimizer states per parameter; 2 for Adam.
         """
         return bytes_per_number * (self.parameters * (2 + states) + self.kept * batch_size)
 
 
 def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpointing: bool = False) -> ModelCost:
-    """Parameters and operations of a model.
+    """Compute parameters and FLOPs of a model.
 
     Args:
-        config: The architecture.
-        tokens: The size, as of :meth:`TokenformerConfig.at_size`; ``None`` takes that at birth.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        config: Architecture.
+        tokens: Size, see :meth:`TokenformerConfig.at_size`; ``None`` for the initial size.
+        checkpointing: Whether activation checkpointing recomputes the blocks in the backward pass.
 
     Example:
         >>> from lit_tokenformer.models import preset_config
@@ -119,7 +119,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
     """
     config = config.at_size(tokens or {})
     dim, depth, length, full = config.dim, config.depth, config.num_data_tokens, config.num_positions
-    parts, whole = _parts(config, length), _parts(config, full)  # out of training no patch is left out
+    parts, whole = _parts(config, length), _parts(config, full)  # no patches are dropped outside training
     stem, norm, head = parts.stem, parts.norm, parts.head
     parameters, flops = _sum(parts.blocks, depth, "parameters"), _sum(parts.blocks, depth, "flops")
     kept, again = _sum(parts.blocks, depth, "kept"), 0
@@ -140,22 +140,21 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
 
 
 def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: str = "parameters") -> dict[str, int]:
-    """Parameter tokens at which a model's blocks cost what those of another model cost.
+    """Find the parameter tokens that match the cost of a model's blocks to another model's.
 
-    The projections of each kind are matched to those of the same kind, and the feed-forward takes up what remains.
-    Embedding and head do not count.
+    Projections are matched kind by kind; the feed-forward absorbs the difference. Embedding and head are not counted.
 
     Args:
-        config: The architecture that tokens are wanted for.
-        reference: The architecture to be matched, at birth.
-        by: ``parameters``, or ``flops`` (operations for each data token).
+        config: Architecture to choose parameter tokens for.
+        reference: Architecture to match, at its initial size.
+        by: ``parameters``, or ``flops`` (FLOPs per data token).
 
     Returns:
-        A total for each kind; kinds without a Pattention layer keep theirs.
+        Total of each kind; kinds without a Pattention layer are unchanged.
 
     Raises:
-        ValueError: If no projection is a Pattention layer, if the rest of the model alone costs more than the
-            reference, or for another ``by``.
+        UserError: If the feed-forward has no Pattention layer, if the rest of the model alone costs more than the
+            reference, or if ``by`` is unknown.
 
     Example:
         >>> from lit_tokenformer.models import preset_config
@@ -166,7 +165,7 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
         raise unknown_name("match", by, ("parameters", "flops"))
 
     def kinds(config: TokenformerConfig, tokens: Totals) -> dict[str, int]:
-        """Cost of all blocks, by the kind of their projections; ``rest`` is that of everything else."""
+        """Cost of all blocks by kind of projection; ``rest`` is everything else."""
         config = config.at_size(tokens)
         parts = _parts(config, config.num_data_tokens)
         found = {kind: _sum([kinds[kind] for kinds in parts.kinds], config.depth, by) for kind in KINDS}
@@ -180,12 +179,12 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     ones, twos = (dict.fromkeys(tokens, n) for n in (1, 2))
     step = {kind: kinds(config, twos)[kind] - kinds(config, ones)[kind] for kind in tokens}
     if not step["ffn"]:
-        raise UserError("match: the feed-forward has no Pattention layer whose tokens could be chosen")
+        raise UserError("match: the feed-forward has no Pattention layer")
     for kind in ("qkv", "proj"):
         if step[kind]:
             tokens[kind] = max(1, round(wanted[kind] / step[kind]))
     left = sum(wanted.values()) - cost(config, {**tokens, "ffn": 1})
     tokens["ffn"] = 1 + round(left / step["ffn"])
     if tokens["ffn"] < 1:
-        raise UserError(f"match: all but the feed-forward has more {by} than the model to be matched")
+        raise UserError(f"match: the model without its feed-forward has more {by} than the reference")
     return tokens

@@ -1,4 +1,4 @@
-"""Module paths of earlier releases: each is an alias of the module that took its place."""
+"""Aliases of the module paths of earlier releases."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ MOVED = {
     "lit_tokenformer.text_generation": "lit_tokenformer.inference.text",
     "lit_tokenformer.token_growth": "lit_tokenformer.growth.axes",
 }
-"""Old path to new path. Class paths in configs and checkpoints, and imports in a user's code, may hold the old ones."""
+"""Old path to new path; configs, checkpoints and user code may contain old paths."""
 
 
 class _Alias(MetaPathFinder, Loader):
-    """Import an old path as its new module, the same object."""
+    """Import hook that resolves an old path to the new module object."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -67,10 +67,10 @@ class _Alias(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        module.__spec__ = module.__spec__.loader_state  # the import system wrote the alias's spec over the module's own
+        module.__spec__ = module.__spec__.loader_state  # the import system has set the alias's spec
 
 
 def install() -> None:
-    """Make the old paths importable."""
+    """Install the import hook for old paths."""
     if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
         sys.meta_path.append(_Alias())

@@ -1,7 +1,7 @@
-"""Registries: the parts, sources and methods that a name in a config stands for, and the plugins that add to them.
+"""Registries of named parts, data sources and growth methods, and the plugins that extend them.
 
-A plugin is any module that registers something when it is imported. Packages name theirs in the entry-point group
-``lit_tokenformer.plugins``; ``--plugins my_module`` on the command line imports one by hand.
+A plugin is a module that registers entries on import. Packages declare plugins in the entry-point group
+``lit_tokenformer.plugins``; ``--plugins my_module`` on the command line imports one explicitly.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Generic, TypeVar, cast
 from lit_tokenformer.errors import UserError, unknown_name
 
 PLUGIN_GROUP = "lit_tokenformer.plugins"
-"""Entry-point group of the plugins; each entry point is a module."""
+"""Entry-point group of plugins; each entry point is a module."""
 
 T = TypeVar("T")
 Entry = TypeVar("Entry")
 
 
 class Registry(Generic[T]):
-    """The entries that a setting can name.
+    """Mapping of the names that a setting accepts to entries.
 
     Args:
-        setting: The setting, as errors name it.
+        setting: Name of the setting in errors.
 
     Example:
         >>> colors = Registry("color")
@@ -46,19 +46,18 @@ class Registry(Generic[T]):
         self._needs: dict[str, dict[str, tuple[Any, ...]]] = {}
 
     def register(self, name: str, **needs: tuple[Any, ...]) -> Callable[[Entry], Entry]:
-        """Decorate what the name stands for.
+        """Register the decorated object under a name.
 
         Args:
-            name: The name, as configs write it.
-            needs: For a part of a model: fields of the architecture and the values of each that the part supports;
-                fields that are left out may have any. Of two parts that exclude each other, the later one can name the
-                other here, and they go together.
+            name: Name in configs.
+            needs: Fields of the architecture with the values that a part supports; other fields are unrestricted. It is
+                enough that one of two parts declares support for the other.
 
         Raises:
-            UserError: For a name that is taken.
+            UserError: If the name is taken.
         """
         if name in self.entries:
-            raise UserError(f"{self.setting}: {name!r} is registered already; choose another name")
+            raise UserError(f"{self.setting}: {name!r} is already registered; choose another name")
 
         def decorate(entry: Entry) -> Entry:
             self.entries[name] = cast(T, entry)
@@ -68,12 +67,12 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> list[str]:
-        """All names, those of plugins included, sorted."""
+        """Sorted names, including those of plugins."""
         load_plugins()
         return sorted(self.entries)
 
     def needs(self, name: str) -> dict[str, tuple[Any, ...]]:
-        """Fields of the architecture that an entry restricts, and the values that it supports."""
+        """Fields of the architecture that an entry restricts, with the supported values."""
         return self._needs.get(name, {})
 
     def __getitem__(self, name: str) -> T:
@@ -96,9 +95,9 @@ class Registry(Generic[T]):
 
 
 PRESETS: Registry[dict[str, Any]] = Registry("preset")
-"""Architectures: fields of :class:`~lit_tokenformer.models.TokenformerConfig`."""
+"""Fields of :class:`~lit_tokenformer.models.TokenformerConfig`."""
 STEMS: Registry[Any] = Registry("stem")
-"""Classes, ``(config)``: input -> (B, T, D); with ``num_positions(config)``, the length of the sequence."""
+"""``(config) -> module``: input -> (B, T, D); a class with ``num_positions(config)``, the sequence length."""
 HEADS: Registry[Callable[..., Any]] = Registry("head")
 """``(config, stem) -> module``: (B, T, D) -> predictions."""
 MIXERS: Registry[Callable[..., Any]] = Registry("mixer")
@@ -128,13 +127,13 @@ TEXT_SOURCES: Registry[Callable[..., Any]] = Registry("data.dataset")
 WEIGHT_FORMATS: Registry[Any] = Registry("project")
 """A :class:`~lit_tokenformer.interop.tokenformer.WeightFormat`."""
 TASKS: Registry[type] = Registry("ckpt_path: task")
-"""LightningModules by class name, which commands rebuild from a checkpoint."""
+"""LightningModules by class name, rebuilt from a checkpoint by the commands."""
 
 _loaded = False
 
 
 def load_plugins() -> None:
-    """Import the modules of the entry-point group, once; a broken one is reported in a warning and skipped."""
+    """Import the plugins of the entry-point group, once; skip a broken one with a warning."""
     global _loaded
     if _loaded:
         return
@@ -142,19 +141,19 @@ def load_plugins() -> None:
     for point in metadata.entry_points(group=PLUGIN_GROUP):
         try:
             point.load()
-        except Exception as error:  # of somebody else's code, which must not stop the rest
+        except Exception as error:  # third-party code must not break the rest
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            warnings.warn(f"plugin {point.name!r} ({point.value}) is not loaded: {reason}", stacklevel=2)
+            warnings.warn(f"plugin {point.name!r} ({point.value}) skipped: {reason}", stacklevel=2)
 
 
 def import_plugins(modules: Iterable[str]) -> None:
-    """Import plugins that a user names.
+    """Import plugins by module name.
 
     Args:
-        modules: Dotted names of modules.
+        modules: Dotted module names.
 
     Raises:
-        UserError: For a module that does not exist. An error inside of one keeps its traceback.
+        UserError: If a module does not exist; errors inside a module keep their traceback.
     """
     for name in modules:
         try:

@@ -197,7 +197,7 @@ def test_a_cache_from_before_a_growth_is_refused(method):
     steps = generate_tokens(model, PROMPTS, 6, GREEDY)
     next(steps)
     grow(model, 32, method=method)
-    with pytest.raises(ValueError, match="state: it is from before a growth"):
+    with pytest.raises(ValueError, match="state: created before a growth"):
         next(steps)
     assert rows(model, PROMPTS) == rows(model, PROMPTS, cache=False)  # a new one knows the new size
 

@@ -393,7 +393,7 @@ def tie_to_a_kind_that_stays():
 def test_ties_that_a_growth_would_cut_are_refused(tie):
     model, tokens = tie()
     before = dict(model.named_parameters(remove_duplicate=False))
-    with pytest.raises(ValueError, match="is tied to a parameter that would grow in another way") as error:
+    with pytest.raises(ValueError, match="is tied to a parameter that grows differently") as error:
         grow(model, tokens)
     assert "\n" not in str(error.value)
     now = dict(model.named_parameters(remove_duplicate=False))
@@ -422,7 +422,7 @@ def test_what_a_growth_would_lose_is_refused_and_nothing_changes(spoil):
     model = nn.Sequential(Pattention(4, 4, 4), nn.Tanh(), Pattention(4, 4, 4))
     spoil(model[2])
     parameters = list(model.parameters())
-    with pytest.raises(ValueError, match=r"2\.(key|value)_tokens (is parametrized|carries hooks)"):
+    with pytest.raises(ValueError, match=r"2\.(key|value)_tokens (is parametrized|has hooks)"):
         grow(model, 8)
     assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
     assert model[0].num_tokens == model[2].num_tokens == 4 and model[0].tau.item() == model[2].tau.item() == 2
@@ -482,7 +482,7 @@ def test_an_old_gradient_is_not_carried_along():
 @pytest.mark.parametrize(("method", "total"), [("zero_keys", 8), ("split", 10)])
 def test_new_tokens_with_both_key_and_value_zero_are_refused(method, total):
     layer = Pattention(8, 8, num_tokens=4, value_std=0.0)
-    with pytest.raises(ValueError, match="would read and write zeros, and never train"):
+    with pytest.raises(ValueError, match="would have zero input and output weights, and never train"):
         grow(layer, total, method)
     assert layer.num_tokens == 4
 
@@ -514,7 +514,9 @@ def test_an_optimizer_that_a_growth_left_behind_raises_at_its_next_step():
     kept, left = torch.optim.AdamW(model[1].parameters()), torch.optim.SGD(model[3].parameters(), lr=0.1)
     grown = grow(model, 8, optimizer=kept)
     step(model, kept)
-    with pytest.raises(RuntimeError, match=r"SGD holds 2 parameters that a growth replaced .* grow\(..., optimizer="):
+    with pytest.raises(
+        RuntimeError, match=r"SGD: stale after a growth \(got 2 replaced parameters, .* grow\(..., optimizer="
+    ):
         step(model, left)
     grow_optimizer(left, grown)
     step(model, left)
@@ -546,7 +548,7 @@ def test_a_model_that_is_grown_in_part_counts_its_smallest_layers():
 def test_a_growth_beyond_the_memory_is_refused_in_one_line():
     model = own_model()
     with pytest.raises(
-        ValueError, match=r"tokens: the new parameters alone need [\d,.]+ GiB, and [\d,.]+ GiB of memory"
+        ValueError, match=r"tokens: not enough memory for .* \(got [\d,.]+ GiB .* expected at least [\d,.]+ GiB\)"
     ):
         grow(model, 10**12)
     assert model[1].num_tokens == 4

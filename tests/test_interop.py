@@ -370,7 +370,7 @@ def test_a_tensor_that_is_missing_superfluous_or_misshapen_is_named(change, mess
         ({"num_layers": 2}, r"sequential.5.norm.weight is missing"),
         ({"num_layers": 4}, r"sequential.5.attention.query.key_param_tokens is missing"),
         ({"no_weight_tying": True}, r"sequential.7.final_linear.weight is missing, expected \(37, 32\)"),
-        ({"num_attention_heads": 5}, r"config_json: num_heads: 5 heads do not divide dim 32"),
+        ({"num_attention_heads": 5}, r"config_json: num_heads: not a divisor of dim 32 \(got 5\)"),
         ({"num_layers": "3"}, r"config_json: .*: num_layers: expected a whole number of at least 1, got '3'"),
         ({"rotary_pct": True}, r"config_json: .*: rotary_pct: expected a number, got True"),
         ({"rotary_pct": None}, r"config_json: .* has no rotary_pct"),

@@ -338,7 +338,9 @@ def test_state_of_another_size_is_refused_when_it_is_loaded(name):
 
     wrong = make(groups(build()))
     wrong.register_load_state_dict_post_hook(check_optimizer_state)
-    with pytest.raises(ValueError, match=r"optimizer state: \w+ of parameter 1 in group 0 has shape \(32, ") as error:
+    with pytest.raises(
+        ValueError, match=r"optimizer state: \w+ of parameter 1 in group 0 has the wrong shape \(got \(32, "
+    ) as error:
         wrong.load_state_dict(saved)
     assert "\n" not in str(error.value)
 

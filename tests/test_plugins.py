@@ -209,7 +209,7 @@ def test_installed_plugins_load_once_and_a_broken_one_stops_nothing(tmp_path, mo
     (tmp_path / "toy_norm.py").write_text(norm)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_loaded", False)
-    with pytest.warns(UserWarning, match=r"plugin 'broken' \(broken_norm\) is not loaded: OSError: no such device"):
+    with pytest.warns(UserWarning, match=r"plugin 'broken' \(broken_norm\) skipped: OSError: no such device"):
         model = create_backbone("gpt2_tiny", **SIZES, norm="toy_norm", vocab_size=11)
     assert "toy_norm" in NORMS.names() and model(torch.tensor([[1, 2]])).isfinite().all()
     del NORMS.entries["toy_norm"]
@@ -231,5 +231,5 @@ def test_part_without_cost_is_estimated_with_one_warning(monkeypatch):
 def test_names_are_unique():
     shapes = Registry("shape")
     shapes.register("round")(1)
-    with pytest.raises(UserError, match="shape: 'round' is registered already"):
+    with pytest.raises(UserError, match="shape: 'round' is already registered"):
         shapes.register("round")(2)

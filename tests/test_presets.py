@@ -79,8 +79,8 @@ def test_unknown_names_are_told_the_nearest_right_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dim": 30, "num_heads": 4}, "num_heads: 4 heads do not divide dim 30"),
-        ({"image_size": 30, "patch_size": 4}, "image_size: 30 is not divisible by patch_size 4"),
+        ({"dim": 30, "num_heads": 4}, r"num_heads: not a divisor of dim 30 \(got 4\)"),
+        ({"image_size": 30, "patch_size": 4}, r"image_size: not divisible by patch_size 4 \(got 30\)"),
         ({"depth": 0}, "depth: expected a whole number of at least 1, got 0"),
         ({"dim": 32.0}, "dim: expected a whole number"),
         ({"num_heads": True}, "num_heads: expected a whole number"),
@@ -104,7 +104,7 @@ def test_unknown_names_are_told_the_nearest_right_one():
         ({"param_tokens": True}, "param_tokens: expected a whole number or totals for each kind, got True"),
         ({"param_tokens": "96"}, "param_tokens: expected a whole number or totals for each kind, got '96'"),
         ({"param_tokens": 9.5}, "param_tokens: expected a whole number or totals for each kind, got 9.5"),
-        ({"param_tokens": {"qkv": 8, "ffn": 32}}, "param_tokens: no total given for proj"),
+        ({"param_tokens": {"qkv": 8, "ffn": 32}}, "param_tokens: missing totals: proj"),
         ({"param_tokens": {"qkv": 8, "proj": 8, "fnn": 32}}, "param_tokens: unknown value 'fnn', did you mean 'ffn'"),
         ({"param_tokens": {"qkv": 8, "proj": 8, "ffn": True}}, "param_tokens.ffn: expected a whole number"),
         ({"param_tokens": {"qkv": 8, "proj": "8", "ffn": 8}}, "param_tokens.proj: expected a whole number"),

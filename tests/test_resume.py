@@ -150,7 +150,9 @@ def test_optimizer_state_of_a_wrong_shape_is_found_at_load(fitted, tmp_path):
     key = next(key for key, value in state.items() if value["exp_avg"].ndim == 2 and len(value["exp_avg"]) == 16)
     state[key]["exp_avg"] = state[key]["exp_avg"][:8]
     torch.save(checkpoint, tmp_path / "broken.ckpt")
-    with pytest.raises(ValueError, match=r"optimizer state: exp_avg of parameter .* has shape \(8, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"optimizer state: exp_avg of parameter .* has the wrong shape \(got \(8, 32\)"
+    ):
         run(tmp_path / "again", BY_EPOCH, ckpt_path=tmp_path / "broken.ckpt")
     check_optimizer_state(make_task().build_optimizer())
 

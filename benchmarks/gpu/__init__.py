@@ -1,1 +1,1 @@
-"""A check of the project on a GPU in a few minutes: whether it is right there, and how fast."""
+"""GPU check in a few minutes: correctness and speed."""

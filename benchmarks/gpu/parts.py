@@ -29,10 +29,10 @@ class Findings:
 
     Args:
         part: Name of the part.
-        folder: Where the file goes.
-        device: Where it is measured, ``cuda`` or ``cpu``.
+        folder: Folder of the file.
+        device: Device, ``cuda`` or ``cpu``.
         tiny: Whether sizes are those of a rehearsal.
-        deadline: When the part must have ended, in seconds since the epoch.
+        deadline: Time at which the part must have ended, in seconds since the epoch.
     """
 
     part: str
@@ -64,7 +64,7 @@ class Findings:
         self.save()
 
     def fits(self, seconds: float, what: str) -> bool:
-        """Whether there is time for something that takes so long on an H100; if not, note that it is skipped."""
+        """Check whether the time left covers ``seconds`` on an H100; if not, note ``what`` as skipped."""
         enough = self.tiny or time.time() + seconds <= self.deadline
         if not enough:
             self.skipped.append(f"no time left for {what}")
@@ -76,7 +76,7 @@ def work(parts: Sequence[str], options: argparse.Namespace) -> int:
     """Run parts until one fails; called in the worker.
 
     Returns:
-        0, or :data:`RESTART` after a failure, since a CUDA context may be of no use any more.
+        0, or :data:`RESTART` after a failure, since the CUDA context may be unusable.
     """
     if options.device == "cpu":
         torch.set_num_threads(1)  # a part may fork
@@ -132,7 +132,7 @@ def right(findings: Findings) -> None:
 
 
 def _reason(case: ET.Element) -> str:
-    """The first line of what went wrong in a test."""
+    """First line of the error of a test."""
     element = case.find("failure") if case.find("failure") is not None else case.find("error")
     return (element.attrib.get("message", "") if element is not None else "").splitlines()[0][:300]
 

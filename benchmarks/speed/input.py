@@ -1,7 +1,7 @@
 """Training images per second of our image pipeline, against torchvision's folder with timm's transforms.
 
 Both read the same folder of JPEG files, which is made here (random structure and noise, about 500 x 375 pixels), with
-the same train transforms of 224 pixels, batch size and number of worker processes, and give batches of normalised
+the same train transforms of 224 pixels, batch size and number of worker processes, and yield batches of normalized
 float32 tensors. Ours is ``ImageDataModule``; theirs is ``torchvision.datasets.ImageFolder`` with
 ``timm.data.create_transform(is_training=True)`` in a shuffled ``DataLoader``. Workers live on between epochs. Whole
 epochs take turns, after two that start the workers and fill the page cache; the wait for the first batch, with the

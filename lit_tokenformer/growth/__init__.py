@@ -1,8 +1,8 @@
-"""Growth of a model by its axes and its depth, with the optimizer that trains it. Pure torch: no trainer, no schedule.
+"""Growth of a model along its axes and in depth, with its optimizer state. Pure torch: no trainer, no schedule.
 
-:mod:`~lit_tokenformer.growth.axes` checks and replaces tensors, :mod:`~lit_tokenformer.growth.methods` has the ways in
-which new units are made, :mod:`~lit_tokenformer.growth.depth` inserts blocks, and
-:mod:`~lit_tokenformer.growth.optimizer` carries optimizer state over.
+:mod:`~lit_tokenformer.growth.axes` checks and replaces tensors, :mod:`~lit_tokenformer.growth.methods` initializes new
+units, :mod:`~lit_tokenformer.growth.depth` inserts blocks, and :mod:`~lit_tokenformer.growth.optimizer` carries
+optimizer state over.
 """
 
 from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, planned_rows, target_sizes

@@ -1,4 +1,4 @@
-"""Growth of a module by its axes: which tensors grow together, checked before anything changes, then one by one."""
+"""Growth of a module along its axes: checked as a whole, then applied one parameter at a time."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from lit_tokenformer.models.axes import Axis, axis_sizes, find_axes, refresh, re
 from lit_tokenformer.models.config import KINDS, OTHER
 
 UNITS = {"depth": "blocks", "hidden": "hidden units", "heads": "heads", **dict.fromkeys((*KINDS, OTHER), "tokens")}
-"""Names of the units of each kind; those of other kinds are called by the kind."""
+"""Names of the units of each kind; units of other kinds are named by the kind."""
 
 
 @dataclass(frozen=True)
 class GrownParameter:
-    """A parameter that was replaced, and what its optimizer needs to know of it.
+    """Replaced parameter, with the information that its optimizer needs.
 
     Args:
-        name: Its name in the module that was grown.
-        old: The parameter that was there; no longer part of the module.
-        new: The parameter in its place.
-        grown: Where the rows of ``new`` come from, and along which dimension.
-        gradient_scale: Factor on the gradient of an old row: 1/r for what a unit reads that was split, else 1.
+        name: Name in the grown module.
+        old: Old parameter, removed from the module.
+        new: New parameter.
+        grown: Growth of the tensor: origin of its rows, and dimension.
+        gradient_scale: Factor on the gradient of an old row: 1/r for tensors of role ``in`` or ``own`` under a split,
+            else 1.
     """
 
     name: str
@@ -46,13 +47,13 @@ class GrownParameter:
 
 @dataclass(frozen=True)
 class PlannedGrowth:
-    """An axis that is about to grow.
+    """Planned growth of one axis.
 
     Args:
         name: Name of the part in the module.
-        part: The part that declares it.
-        axis: The axis.
-        rows: Where its units will come from.
+        part: Part that declares the axis.
+        axis: Growing axis.
+        rows: Origin of its units.
     """
 
     name: str
@@ -62,20 +63,20 @@ class PlannedGrowth:
 
 
 def target_sizes(tokens: Tokens, current: Mapping[str, int], setting: str = "tokens") -> dict[str, int]:
-    """Totals for each kind of axis that a model has.
+    """Resolve the target size of each kind of axis.
 
     Args:
-        tokens: A bare n (qkv n, proj n, ffn 4n and other n, as far as the model has them) or totals by kind:
-            parameter tokens, ``hidden`` units, ``heads``, units of a part's own kind, and ``depth`` (blocks).
-        current: The totals now, from :func:`~lit_tokenformer.models.param_tokens` or, where more than parameter tokens
-            may grow, :func:`~lit_tokenformer.models.model_size`.
-        setting: Name of the setting, for the errors.
+        tokens: A single n (qkv n, proj n, ffn 4n and other n, for the kinds of the model) or totals by kind: parameter
+            tokens, ``hidden`` units, ``heads``, units of a part's own kind, and ``depth`` (blocks).
+        current: Current size, from :func:`~lit_tokenformer.models.param_tokens` or, to grow more than parameter tokens,
+            :func:`~lit_tokenformer.models.model_size`.
+        setting: Name of the setting in errors.
 
     Returns:
-        A total for each kind in ``current``; kinds that ``tokens`` leaves out keep theirs.
+        Total of each kind in ``current``; kinds missing from ``tokens`` are unchanged.
 
     Raises:
-        UserError: For a kind that the model has not, a total that is not a whole number >= 1, or one that shrinks.
+        UserError: If the model does not have a kind, or a total is not an integer >= 1 or would shrink.
 
     Example:
         >>> target_sizes(192, {"qkv": 96, "proj": 96, "ffn": 384})
@@ -108,14 +109,14 @@ def target_sizes(tokens: Tokens, current: Mapping[str, int], setting: str = "tok
 
 
 def grown_sizes(module: nn.Module, tokens: Tokens) -> dict[str, int]:
-    """The totals of a module that a growth is about: parameter tokens, and the other kinds that it names."""
+    """Current size in the kinds affected by a growth: parameter tokens, and the other kinds named in ``tokens``."""
     named = tokens if isinstance(tokens, Mapping) else {}
     more = {kind: total for kind, total in model_size(module).items() if kind in named}
     return {**param_tokens(module), **more}
 
 
 def describe_sizes(sizes: Mapping[str, object]) -> str:
-    """Totals by kind as a line for a log: parameter tokens first, then other units.
+    """Format totals by kind for a log line: parameter tokens first, then other units.
 
     Example:
         >>> describe_sizes({"qkv": "8 -> 16", "ffn": "32 -> 64", "heads": "2 -> 4"})
@@ -129,16 +130,16 @@ def describe_sizes(sizes: Mapping[str, object]) -> str:
 def planned_rows(
     module: nn.Module, targets: Mapping[str, int], method: str, setting: str = "tokens"
 ) -> list[PlannedGrowth]:
-    """The axes of a module that a growth enlarges, in the module's order.
+    """Plan the growth of all axes of a module, in module order.
 
     Args:
-        module: The module.
-        targets: Totals by kind; kinds that are left out keep theirs.
+        module: Module to grow.
+        targets: Totals by kind; missing kinds are unchanged.
         method: Name of the growth method.
-        setting: Name of the setting, for the errors.
+        setting: Name of the setting in errors.
 
     Raises:
-        UserError: If an axis would shrink, or if the method cannot keep the function of its part.
+        UserError: If an axis would shrink, or the method cannot preserve the function of its part.
     """
     makes = growth_method(method)
     found = []
@@ -165,11 +166,11 @@ def grow_one_by_one(
     noise: float = 1.0,
     seed: int = 0,
 ) -> Iterator[GrownParameter]:
-    """Append units as :func:`~lit_tokenformer.growth.grow` does, one parameter for each item.
+    """Append units as :func:`~lit_tokenformer.growth.grow` does, yielding one parameter at a time.
 
-    An optimizer can let go of it before the next is made, so no more than one is twice in memory. Of a sharded model
-    every process makes the rows that it holds: without communication where copies stay next to their originals, else
-    with the old parameter gathered, one at a time.
+    The caller can release each parameter before the next is created, so at most one is in memory twice. In a sharded
+    model every process creates its local rows: without communication if copies stay on the process of their originals,
+    else by gathering the old parameter, one at a time.
     """
     makes = growth_method(method)
     if not 0 <= noise < math.inf:
@@ -198,8 +199,8 @@ def _replace(
     sharded = ShardedParameters(module)
     uses = Counter((tensor.dim, tensor.of(one.part)) for one in plan for tensor in one.axis.tensors)
     tied = {key for key, count in uses.items() if count > 1}
-    del uses  # it would keep every old parameter alive
-    done: dict[tuple[int, Tensor], Tensor] = {}  # of those that are tied
+    del uses  # would keep every old parameter alive
+    done: dict[tuple[int, Tensor], Tensor] = {}  # tied parameters only
     for one in plan:
         name = one.name if one.axis.tau is not None else f"{one.name}.{one.axis.kind}"
         draw = generator or _part_generator(seed, name, one.rows.after)
@@ -226,12 +227,12 @@ def _replace(
             refresh(owner)
             del old, key
         if one.axis.tau is not None:
-            with torch.no_grad():  # somebody may have made it a parameter
+            with torch.no_grad():  # tau may be a parameter
                 one.axis.tau.copy_(makes.tau(one.axis.tau, one.rows))
 
 
 def _check_replaceable(one: PlannedGrowth) -> None:
-    """Raise a ``UserError`` if a parameter carries what a growth would lose."""
+    """Reject parameters with hooks or parametrizations that a growth would lose."""
     for tensor in one.axis.tensors:
         owner, attribute = tensor.owner(one.part)
         name = f"{one.name}.{tensor.name}".lstrip(".")
@@ -239,13 +240,13 @@ def _check_replaceable(one: PlannedGrowth) -> None:
             continue
         parameter = owner._parameters.get(attribute)
         if parametrize.is_parametrized(owner, attribute) or parameter is None:
-            raise UserError(f"tokens: {name} is parametrized; remove the parametrization before a growth")
+            raise UserError(f"tokens: {name} is parametrized; remove the parametrization before growth")
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise UserError(f"tokens: {name} carries hooks that a growth would lose; remove them first")
+            raise UserError(f"tokens: {name} has hooks that growth would lose; remove them first")
 
 
 def _check_ties(module: nn.Module, plan: Iterable[PlannedGrowth]) -> None:
-    """Raise a ``UserError`` if a parameter that grows is also used where it would not grow in the same way."""
+    """Reject a growing parameter that is tied to one that does not grow in the same way."""
     ways: dict[tuple[nn.Module, str], set[tuple[int, str, int, Rows]]] = {}
     for one in plan:
         for tensor in one.axis.tensors:
@@ -257,12 +258,12 @@ def _check_ties(module: nn.Module, plan: Iterable[PlannedGrowth]) -> None:
         for attribute, parameter in owner._parameters.items():
             if parameter in grown and ways.get((owner, attribute)) != grown[parameter]:
                 raise UserError(
-                    f"tokens: {f'{name}.{attribute}'.lstrip('.')} is tied to a parameter that would grow in another way"
+                    f"tokens: {f'{name}.{attribute}'.lstrip('.')} is tied to a parameter that grows differently"
                 )
 
 
 def added_bytes(module: nn.Module, targets: Mapping[str, int]) -> int:
-    """Bytes by which the tensors of a module grow on this process when its axes grow to some totals."""
+    """Bytes that the growth of a module to ``targets`` adds on this process."""
     return sum(
         _added(tensor.of(part), Rows(axis.size(part), targets[axis.kind]))
         for _, part, axis in find_axes(module)
@@ -276,26 +277,26 @@ def _added(tensor: Tensor, rows: Rows) -> int:
 
 
 def check_memory(needed: int, device: torch.device, setting: str) -> None:
-    """Reject a growth whose new parameters alone need more memory than there is.
+    """Reject a growth whose new parameters alone exceed the available memory.
 
     Args:
-        needed: Bytes.
-        device: Where they will be.
-        setting: What the user calls the growth, for the message.
+        needed: Memory of the new parameters, in bytes.
+        device: Device of the parameters.
+        setting: Name of the setting in errors.
 
     Raises:
-        UserError: If the device has less available.
+        UserError: If less memory is available.
     """
     available = _available_memory(device)
     if available is not None and needed > available:
         raise UserError(
-            f"{setting}: the new parameters alone need {needed / 2**30:,.1f} GiB, "
-            f"and {available / 2**30:,.1f} GiB of memory are available on {device}"
+            f"{setting}: not enough memory for the new parameters alone (got {available / 2**30:,.1f} GiB available on "
+            f"{device}, expected at least {needed / 2**30:,.1f} GiB)"
         )
 
 
 def _available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; ``None`` where the system does not say."""
+    """Available memory in bytes; ``None`` if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

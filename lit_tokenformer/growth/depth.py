@@ -1,8 +1,8 @@
-"""How a model grows in depth: blocks are inserted as identities, so the function stays the same.
+"""Function-preserving growth in depth: blocks are inserted as identities.
 
-Behind each block stand copies of it whose last layers are zero: what they add to the residual stream is nothing, and
-the gradients of these layers are not. Relatives: Net2DeeperNet's identity layers (arXiv 1511.05641), zero outputs as in
-arXiv 2308.06103; stacks of copies that are no identities are G_stack (arXiv 2405.15319). Knows no trainer.
+Each block is followed by copies of itself with zero output layers: they add nothing to the residual stream, but their
+output layers receive gradients. Related work: Net2DeeperNet's identity layers (arXiv 1511.05641), zero outputs as in
+arXiv 2308.06103; G_stack (arXiv 2405.15319) stacks copies that are not identities. Independent of the trainer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lit_tokenformer.models import Tokenformer
 
 
 class Inserted(NamedTuple):
-    """A parameter of an inserted block.
+    """Parameter of an inserted block.
 
     Args:
-        parameter: The parameter.
-        origin: That of the block it is a copy of.
-        zero: Whether it is zero instead.
+        parameter: New parameter.
+        origin: Parameter of the copied block.
+        zero: Whether the new parameter is zero instead of a copy.
     """
 
     parameter: nn.Parameter
@@ -35,17 +35,17 @@ class Inserted(NamedTuple):
 
 @torch.no_grad()
 def deepen(module: nn.Module, depth: int) -> list[Inserted]:
-    """Inserts blocks into every Tokenformer in ``module``, in place, spread evenly.
+    """Insert blocks into every Tokenformer of ``module``, in place and evenly spaced.
 
     Args:
-        module: Anything that holds models; those that share their blocks grow once.
-        depth: Total of blocks, at least those that are there.
+        module: Module with one or more models; models that share their blocks grow once.
+        depth: Total number of blocks, at least the current one.
 
     Returns:
-        What is new, for :func:`insert_parameters`.
+        Inserted parameters, for :func:`insert_parameters`.
 
     Raises:
-        ValueError: If a model would shrink, or if its blocks cannot be identities. The module is unchanged then.
+        UserError: If a model would shrink, or its blocks cannot be identities. The module is unchanged then.
 
     Example:
         >>> from lit_tokenformer.models import create_backbone
@@ -63,7 +63,7 @@ def deepen(module: nn.Module, depth: int) -> list[Inserted]:
     for model in models:
         blocks = list(model.blocks)
         if len(blocks) == depth:
-            continue  # or it shares them with one that has grown already
+            continue  # or the blocks are shared with a model that has grown already
         order: list[nn.Module] = []
         for number in model.origins(depth):
             block = blocks[number]
@@ -73,27 +73,30 @@ def deepen(module: nn.Module, depth: int) -> list[Inserted]:
 
 
 def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
-    """Raises a ``ValueError`` if blocks cannot be inserted up to this total."""
+    """Check that blocks can be inserted up to ``depth``.
+
+    Raises:
+        UserError: If they cannot.
+    """
     if depth < len(model.blocks):
-        raise UserError(f"{setting}: it would shrink from {len(model.blocks)} to {depth}; blocks can only be inserted")
+        raise UserError(f"{setting}: would shrink from {len(model.blocks)} to {depth}; blocks can only be inserted")
     if depth > len(model.blocks) and model.config.norm_position == "post":
-        raise UserError(f"{setting}: blocks with norm_position 'post' cannot be identities, so none can be inserted")
+        raise UserError(f"{setting}: blocks with norm_position 'post' cannot be inserted as identities")
     if depth > len(model.blocks):
         unit, present = model.config.pattern_length, len(model.blocks)
         if present % unit or depth % unit:
             raise UserError(
-                f"{setting}: blocks that differ grow by whole repeats of their pattern of {unit} "
-                f"(got {present} -> {depth})"
+                f"{setting}: not a whole number of repeats of the pattern of {unit} blocks (got {present} -> {depth})"
             )
         for block in model.blocks:
-            list(block.outputs())  # type: ignore[operator]  # raises where a part does not declare its last layer
+            list(block.outputs())  # type: ignore[operator]  # raises if a part declares no output layer
         held = sum(parameter.nbytes for parameter in model.blocks.parameters())
         device = next(model.blocks.parameters()).device
         check_memory(held * (depth - len(model.blocks)) // len(model.blocks), device, setting)
 
 
 def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
-    """A copy of a block that adds nothing to the residual stream."""
+    """Copy a block, with zero output layers."""
     new = copy.deepcopy(block)
     last = set(new.outputs())  # type: ignore[operator]
     for parameter, origin in zip(new.parameters(), block.parameters(), strict=True):
@@ -105,14 +108,14 @@ def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
 
 
 def insert_parameters(optimizer: torch.optim.Optimizer, module: nn.Module, inserted: Iterable[Inserted]) -> None:
-    """Puts inserted parameters into the groups of their origins, where an optimizer that is made anew has them.
+    """Add inserted parameters to the groups of their origins, in the order of a newly built optimizer.
 
-    Copies go on with the state of their origins; what is zero begins without any.
+    Copies inherit the state of their origins; zero parameters start without state.
 
     Args:
-        optimizer: The optimizer of the module.
-        module: What was deepened.
-        inserted: What :func:`deepen` gave.
+        optimizer: Optimizer of the module.
+        module: Module that has grown.
+        inserted: Inserted parameters, as returned by :func:`deepen`.
     """
     place = {parameter: number for number, parameter in enumerate(module.parameters())}
     inserted = list(inserted)

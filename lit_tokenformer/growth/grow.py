@@ -1,4 +1,4 @@
-"""Growth of a whole model: its axes, its depth, and the optimizer that trains it."""
+"""Growth of a whole model: axes, depth and optimizer state."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ def grow(
     """Append units to the axes of a module (parameter tokens, hidden units, heads), and insert blocks, in place.
 
     Args:
-        module: Any module with Pattention layers, or with parts that declare :class:`~lit_tokenformer.models.Axis`.
-        tokens: Totals, never increments: a number n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or
-            totals by kind, ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``. Kinds that are left
-            out keep theirs.
+        module: Module with Pattention layers, or with parts that declare :class:`~lit_tokenformer.models.Axis`.
+        tokens: Totals, not increments: n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or totals by kind,
+            ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``. Missing kinds are unchanged.
         method: ``split``, ``zero`` or ``random``; see :mod:`~lit_tokenformer.growth.methods`.
-        generator: Draws all new units, part after part. Without it each part has a generator of its own, seeded by
-            ``seed``, its name and its new size, so that nothing else decides what is drawn.
+        generator: Random generator for all new units, in module order. ``None`` uses one generator per part, seeded by
+            ``seed``, the part's name and its new size, so that the draws depend on nothing else.
         noise: Size of the differences between the copies of a split, in standard deviations of initial values.
         seed: See ``generator``.
-        optimizer: The optimizer of the module, or all of them. It gets the new parameters in the places of the old
-            ones, and their state is carried over. Without it, the next step of an optimizer that still holds replaced
-            parameters raises a ``RuntimeError``.
+        optimizer: Optimizer of the module, or all of them. New parameters replace the old ones in its groups, and their
+            state is carried over. Without it, the next step of an optimizer with replaced parameters raises a
+            ``RuntimeError``.
         new_state: Second moments of rows that are not copies; see
             :func:`~lit_tokenformer.growth.optimizer.grow_optimizer`.
 
     Returns:
-        The parameters that were replaced. Empty if every layer already had its size.
+        Replaced parameters; empty if every layer already has its size.
 
     Raises:
-        UserError: If the totals do not fit the module or the memory, if the method cannot keep the function of a layer,
-            if a parameter carries hooks or parametrizations that would be lost, or if it is tied to one that does not
-            grow in the same way. The module is unchanged then.
+        UserError: If the totals do not fit the module or the memory, if the method cannot preserve the function of a
+            layer, if a parameter has hooks or parametrizations that would be lost, or if it is tied to a parameter that
+            grows differently. The module is unchanged then.
 
     Example:
         >>> from lit_tokenformer.models import Pattention
@@ -75,9 +74,9 @@ def grow_with_optimizers(
     seed: int = 0,
     new_state: str = "mean",
 ) -> Iterator[GrownParameter]:
-    """Grow a module as :func:`grow` does, one parameter for each item.
+    """Grow a module as :func:`grow` does, yielding one parameter at a time.
 
-    No more than one parameter is twice in memory, if the caller lets go of each item.
+    At most one parameter is in memory twice, if the caller releases each item.
     """
     optimizers = list(optimizers)
     targets = target_sizes(tokens, model_size(module))

@@ -1,17 +1,18 @@
-"""Growth methods: how the new units of an axis are made (N units become r N, or any larger number).
+"""Growth methods: initialization of the new units of an axis (N units become r N, or any larger number).
 
 ``split``
-    Every unit is copied r times: tensors of role *in* repeat, tensors of role *out* become ``out / r + E_j`` with
-    random E_j that sum to zero, tau becomes sqrt(r) tau. The output stays the same for every activation and score
-    normalization, and the copies get different gradients from the first step. Relatives: Net2WiderNet (arXiv
-    1511.05641), LEMON (arXiv 2310.07999). Copies are next to their originals. A remainder of a factor that is not whole
-    is made by ``zero``.
+    Copies every unit r times: tensors of role *in* repeat, tensors of role *out* become ``out / r + E_j`` with random
+    E_j that sum to zero, tau becomes sqrt(r) tau. The output is unchanged for every activation and score normalization,
+    and the copies get different gradients from the first step. Copies directly follow their originals. If r is not
+    whole, the remainder is initialized by ``zero``. Related work: Net2WiderNet (arXiv 1511.05641), LEMON (arXiv
+    2310.07999).
 ``zero``
-    New units read at random and write zero; parameter tokens, whose normalization couples all scores, read zero and
-    write at random (arXiv 2410.23168, section 3.3 with tau fixed). Exact for every normalization but softmax. What is
-    zero moves at the first optimizer step, what is random at the second.
+    Initializes input weights at random and output weights to zero. Parameter tokens, whose normalization couples all
+    scores, have zero keys and random values (arXiv 2410.23168, section 3.3 with tau fixed). Exact for every
+    normalization except softmax. Zero weights change in the first optimizer step, random ones in the second.
 ``random``
-    New units as initialized, tau by the new number: what the published code does. It changes the function.
+    Initializes new units as a new model does, with tau of the new size, as the published code. Not
+    function-preserving.
 """
 
 from __future__ import annotations
@@ -28,37 +29,37 @@ from lit_tokenformer.registry import GROWTH_METHODS
 
 
 class GrowthMethod:
-    """A way to make the new units of an axis; this one is ``zero``, and a base for others.
+    """Initialization of the new units of an axis: ``zero``, and the base class of other methods.
 
     Attributes:
-        exact: Whether the model computes the same function after a growth.
+        exact: Whether growth preserves the function of the model.
     """
 
     exact = True
 
     def rows(self, before: int, after: int) -> Rows:
-        """Where the units come from when ``before`` of them become ``after``."""
+        """Plan the origin of the units of an axis that grows from ``before`` to ``after``."""
         return Rows(before, after)
 
     def std(self, axis: Axis, tensor: AxisTensor) -> float:
-        """Standard deviation of units that are no copies; 0 for zeros.
+        """Standard deviation of appended units; 0 for zeros.
 
         Args:
-            axis: The axis that grows.
-            tensor: One of its tensors.
+            axis: Growing axis.
+            tensor: Tensor of the axis.
         """
         random = tensor.role == OWN or (tensor.role == OUT) == (axis.tau is not None)
         return tensor.std if random else 0.0
 
     def fill(self, axis: Axis, tensor: AxisTensor, rows: Rows, noise: float, generator: torch.Generator) -> Fill:
-        """The function that writes the new units of a tensor.
+        """Build the function that writes the new units of a tensor.
 
         Args:
-            axis: The axis that grows.
-            tensor: One of its tensors.
-            rows: Where its units come from.
+            axis: Growing axis.
+            tensor: Tensor of the axis.
+            rows: Origin of its units.
             noise: Size of the differences between copies, in standard deviations of initial values.
-            generator: Source of random values.
+            generator: Random generator.
         """
 
         def write(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
@@ -73,23 +74,23 @@ class GrowthMethod:
         return write
 
     def tau(self, tau: Tensor, rows: Rows) -> Tensor:
-        """The scale of the normalization after the growth, ()."""
+        """Compute the scale of the normalization after the growth, ()."""
         return tau.double() * math.sqrt(rows.copies)
 
     def gradient_scale(self, tensor: AxisTensor, rows: Rows) -> float:
-        """Factor on the gradient of an old unit: 1/r for what units read that were split."""
+        """Factor on the gradient of an old unit: 1/r for tensors of role ``in`` or ``own`` under a split."""
         return 1.0 if tensor.role == OUT else 1 / rows.copies
 
 
 class Split(GrowthMethod):
-    """``split``: see the head of this module."""
+    """``split``: see the module docstring."""
 
     def rows(self, before: int, after: int) -> Rows:
         return Rows(before, after, after // before)
 
 
 class Random(GrowthMethod):
-    """``random``: see the head of this module."""
+    """``random``: see the module docstring."""
 
     exact = False
 
@@ -109,10 +110,10 @@ EARLIER_NAMES = {"zero_keys": "zero"}
 
 
 def growth_method(name: str) -> GrowthMethod:
-    """The method of a name.
+    """Look up a growth method by name.
 
     Raises:
-        UserError: For an unknown name.
+        UserError: If the name is unknown.
     """
     return GROWTH_METHODS[EARLIER_NAMES.get(name, name)]
 
@@ -124,20 +125,22 @@ def _share(copies: Tensor, old: Tensor, place: slice, before: int, std: float, g
         spread.sub_(spread.mean(dim=1, keepdim=True)).mul_(math.sqrt(count / (count - 1)))
         whole, parts = old[part].to(spread.dtype), copies[part]
         parts.copy_(spread.add_(whole[:, None] / count))
-        parts[:, -1] = whole - parts[:, :-1].to(spread.dtype).sum(dim=1)  # rounding must not change the sum
+        parts[:, -1] = whole - parts[:, :-1].to(spread.dtype).sum(dim=1)  # the sum is exact despite rounding
 
 
 def check_rows(axis: Axis, rows: Rows, method: GrowthMethod, name: str) -> None:
-    """Reject a growth that cannot keep a part's function, or whose new units would never train.
+    """Check that a growth preserves the function of a part and that its new units are trainable.
 
     Raises:
-        UserError: If that is so.
+        UserError: If it does not, or they are not.
     """
     appended = rows.after > rows.copies * rows.before
     if method.exact and appended and not axis.zero_exact:
         raise UserError(
-            f"method: zero keys change the output under score_norm 'softmax'; layer {name!r} can go from "
-            f"{rows.before} tokens to a multiple of it by 'split', not to {rows.after}"
+            f"method: zero keys change the output under score_norm 'softmax' (layer {name!r} got {rows.before} -> "
+            f"{rows.after} tokens, expected a multiple of {rows.before} with 'split')"
         )
     if appended and not any(method.std(axis, tensor) for tensor in axis.tensors if tensor.role != OWN):
-        raise UserError(f"method: new {axis.kind} of {name!r} would read and write zeros, and never train")
+        raise UserError(
+            f"method: new {axis.kind} of {name!r} would have zero input and output weights, and never train"
+        )

@@ -1,4 +1,4 @@
-"""Optimizers of a model that grows: their parameters, and the state of these."""
+"""Growth of optimizers: parameter groups and optimizer state."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ _MOMENTS = {
     "col_var": 2,
     "variance": 2,
 }
-"""Optimizer state that can be carried over, and its degree in the gradient (2: an average or sum of squares)."""
+"""Optimizer state that can be carried over, and its degree in the gradient (2: average or sum of squares)."""
 
 
 def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParameter], new_state: str = "mean") -> None:
-    """Puts grown parameters in the places of the old ones, and carries their optimizer state over.
+    """Replace grown parameters in an optimizer, and carry their state over.
 
-    Rows that were split inherit the state of their original (for keys the first moment divided by r, the second by
-    r^2, as their gradients are). Other new rows start with a first moment of zero.
+    Copies of a split inherit the state of their original, scaled as their gradients (for keys, first moment / r, second
+    moment / r^2). Other new rows start with a first moment of zero.
 
     Args:
-        optimizer: Any optimizer; parameters it does not hold are left alone.
-        grown: What :func:`grow` returned.
-        new_state: Second moment of the other new rows: ``mean`` (that of the old rows; with zeros and an old step count
-            their first updates would be 3 to 6 times the learning rate at beta2 = 0.999) or ``zeros``. ``reset`` drops
-            the whole state of each grown parameter, as the published code does.
+        optimizer: Any optimizer; parameters of other optimizers are ignored.
+        grown: Replaced parameters, as returned by :func:`grow`.
+        new_state: Second moment of the other new rows: ``mean`` (mean of the old rows) or ``zeros`` (with an old step
+            count, the first updates are 3 to 6 times the learning rate at beta2 = 0.999). ``reset`` drops the whole
+            state of each grown parameter, as the published code does.
 
     Warns:
-        UserWarning: If an optimizer keeps state that cannot be carried over; that of the parameter is reset then.
+        UserWarning: If optimizer state cannot be carried over; the state of that parameter is reset.
     """
     if new_state not in NEW_STATES:
         raise unknown_name("new_state", new_state, NEW_STATES)
@@ -76,7 +76,7 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
             not_carried |= unknown
             _reset_state(optimizer, one.new)
         else:
-            optimizer.state[one.new] = {  # each old one is let go before the next is made
+            optimizer.state[one.new] = {  # releases each old tensor before creating the next
                 key: _grow_state(key, state.pop(key), one, new_state) for key in list(state)
             }
     if not_carried:
@@ -88,9 +88,9 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
 
 
 class _StaleOptimizers:
-    """Guard against optimizers that a growth left behind: they would train nothing of what is new, silently.
+    """Guard against stale optimizers, which would silently not train the new parameters.
 
-    It looks at every optimizer of the process, before each step, as long as replaced parameters are alive.
+    Checks every optimizer of the process before each step while replaced parameters are alive.
     """
 
     def __init__(self) -> None:
@@ -101,11 +101,11 @@ class _StaleOptimizers:
     def watch(
         self, replaced: Iterable[nn.Parameter] = (), inserted: Iterable[tuple[nn.Parameter, nn.Parameter]] = ()
     ) -> None:
-        """Reject the next step of an optimizer that holds what a growth replaced, or lacks what it inserted.
+        """Reject the next step of an optimizer that has replaced parameters or lacks inserted ones.
 
         Args:
-            replaced: Parameters that are no longer part of a model.
-            inserted: Pairs of a parameter that stays and one that an optimizer of it needs too.
+            replaced: Parameters that a growth has removed from a model.
+            inserted: Pairs ``(origin, new)``: an optimizer with ``origin`` must also have ``new``.
         """
         self._replaced.update((id(one), one) for one in replaced)
         self._inserted += [(weakref.ref(origin), weakref.ref(new)) for origin, new in inserted if new.requires_grad]
@@ -123,9 +123,9 @@ class _StaleOptimizers:
                 missing += id(origin) in held
         if old or missing:
             raise RuntimeError(
-                f"{type(optimizer).__name__} holds {old} parameters that a growth replaced and lacks {missing} that it "
-                "inserted, so the grown model would not train: pass it to grow(..., optimizer=optimizer), or make a "
-                "new optimizer after the growth"
+                f"{type(optimizer).__name__}: stale after a growth (got {old} replaced parameters, {missing} inserted "
+                "parameters missing), so the grown model would not train: pass it to grow(..., optimizer=optimizer), "
+                "or create a new optimizer after the growth"
             )
         self._inserted = waiting
         if self._hook is not None and not self._replaced and not waiting:
@@ -137,9 +137,12 @@ watch_optimizers = _StaleOptimizers().watch
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raises a ``ValueError`` if any state of the optimizer is no tensor of the shape of its parameter.
+    """Check that optimizer state has the shape of its parameters.
 
-    ``Optimizer.load_state_dict`` compares counts only, and a wrong shape would be found at the first step.
+    ``Optimizer.load_state_dict`` compares counts only; a wrong shape would fail in the first step.
+
+    Raises:
+        UserError: If a state is not a tensor or has another shape.
     """
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
@@ -148,23 +151,23 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
                     continue
                 if not isinstance(value, Tensor):
                     raise UserError(
-                        f"optimizer state: {key} of parameter {index} in group {number}: expected a tensor, "
-                        f"got {type(value).__name__}"
+                        f"optimizer state: {key} of parameter {index} in group {number} is not a tensor "
+                        f"(got {type(value).__name__})"
                     )
                 if value.ndim != parameter.ndim:
                     continue
                 pairs = zip(value.shape, parameter.shape, strict=True)
                 if any(have not in (want, 1) for have, want in pairs):
                     raise UserError(
-                        f"optimizer state: {key} of parameter {index} in group {number} has shape "
-                        f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
-                        "the checkpoint's weights and optimizer state do not belong together"
+                        f"optimizer state: {key} of parameter {index} in group {number} has the wrong shape "
+                        f"(got {tuple(value.shape)}, expected {tuple(parameter.shape)}); "
+                        "the checkpoint's weights and optimizer state do not match"
                     )
 
 
 def _reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """Give a parameter the state that it has in a new optimizer: none, unless it is set at construction (Adagrad)."""
-    with contextlib.suppress(TypeError):  # defaults that are no arguments: the state is set in the first step
+    """Reset the state of a parameter to that of a new optimizer: none, unless set at construction (Adagrad)."""
+    with contextlib.suppress(TypeError):  # defaults differ from arguments: state is set in the first step
         fresh = type(optimizer)([parameter], **optimizer.defaults).state
         optimizer.state.update({key: state for key, state in fresh.items() if state})
 

@@ -1,4 +1,4 @@
-"""Rows of a tensor that grows along one dimension: where each unit comes from, and how the new ones are written."""
+"""Growth of one tensor along one dimension: the origin of each unit, and the writing of new units."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.distributed.tensor import DTensor
 from lit_tokenformer.growth.shards import gather, local, moves_no_rows, owned_rows
 
 Fill = Callable[[Tensor, Tensor, Tensor, slice], None]
-"""Write the units of a tensor that grew, given the empty copies (n, copies, ...), the empty units that are no copies
-(m, ...), the old units (n, ...), and which of all old units these are. m is 0 unless they are all."""
+"""Writer of grown units: ``(copies, appended, old, place)``, with uninitialized copies (n, copies, ...), uninitialized
+appended units (m, ...), old units (n, ...) and their slice of all old units. m is 0 unless the slice is the whole."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the units of a grown axis come from.
+    """Origin of the units of a grown axis.
 
     Args:
         before: Units before the growth, N.
-        after: Units after it.
-        copies: How often each old unit stands in the new axis, side by side; 1 unless it was split.
+        after: Units after the growth.
+        copies: Consecutive copies of each old unit, r; 1 unless split.
     """
 
     before: int
@@ -32,19 +32,19 @@ class Rows:
     copies: int = 1
 
     def new(self, device: torch.device | None = None) -> Tensor:
-        """Mask of the units that were not there before, (after,) bool; the first of each set of copies was."""
+        """Mask of the new units, (after,) bool; the first of each set of copies is the original."""
         index = torch.arange(self.after, device=device)
         return (index % self.copies != 0) | (index >= self.copies * self.before)
 
 
 @dataclass(frozen=True)
 class GrownTensor:
-    """Rows of one tensor of a grown axis.
+    """Growth of one tensor of an axis.
 
     Args:
-        rows: Where its units come from.
-        dim: The dimension that grew.
-        block: Entries for each unit.
+        rows: Origin of its units.
+        dim: Dimension that grew.
+        block: Entries per unit.
     """
 
     rows: Rows
@@ -56,10 +56,10 @@ class GrownTensor:
         return self.rows.new(device).repeat_interleave(self.block)
 
     def new(self, tensor: Tensor) -> Tensor:
-        """Mask of the new entries, broadcastable to what this process holds of ``tensor``.
+        """Mask of the new entries, broadcastable to the local shard of ``tensor``.
 
         Args:
-            tensor: The tensor at its new size, whole or sharded by rows.
+            tensor: Tensor at its new size, replicated or sharded by rows.
         """
         mask = self.mask(tensor.device)
         if self.dim == 0:
@@ -70,12 +70,12 @@ class GrownTensor:
 
 @torch.no_grad()
 def regrown(old: Tensor, grown: GrownTensor, fill: Fill) -> Tensor:
-    """The part that this process holds of a tensor that grows; of a tensor that is not sharded, all.
+    """Grow a tensor and return the local shard of the result; the whole of an unsharded tensor.
 
     Args:
-        old: The tensor, whole or sharded by rows.
-        grown: How it grows.
-        fill: Writes the new units.
+        old: Tensor, replicated or sharded by rows.
+        grown: Growth of the tensor.
+        fill: Writer of the new units.
     """
     rows, dim, block = grown.rows, grown.dim, grown.block
     by_rows = dim == 0 and block == 1
@@ -101,19 +101,20 @@ def regrown(old: Tensor, grown: GrownTensor, fill: Fill) -> Tensor:
 def normal(
     shape: tuple[int, ...], place: slice, reference: Tensor, std: float, generator: torch.Generator
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of N(0, std) in float32 at least, block by block, each with its place among the wanted rows.
+    """Yield blocks of rows from N(0, std) in float32 or wider, each with its slice of the requested rows.
 
-    They are drawn on the generator's device in float32, and all of them, so that every process draws the same.
+    All rows are drawn, in float32 on the generator's device, so that every process consumes the same draws.
 
     Args:
-        shape: Shape of the whole.
-        place: The wanted rows.
-        reference: A tensor on the wanted device and in the wanted precision.
+        shape: Shape of the whole tensor.
+        place: Requested rows.
+        reference: Tensor with the device and precision of the result.
         std: Standard deviation.
-        generator: Source of the draws.
+        generator: Random generator.
     """
     wide = torch.promote_types(reference.dtype, torch.float32)
-    height = 16 * max(1, _DRAWN_AT_ONCE // (16 * math.prod(shape[1:])))  # by 16 a CPU draws what it draws all at once
+    # on a CPU, draws in multiples of 16 are equal to those of one call
+    height = 16 * max(1, _DRAWN_AT_ONCE // (16 * math.prod(shape[1:])))
     for start in range(0, shape[0], height):
         drawn = torch.randn(
             (min(height, shape[0] - start), *shape[1:]),
@@ -128,7 +129,7 @@ def normal(
 
 
 _DRAWN_AT_ONCE = 2**18
-"""Numbers; 1 MB, which stays in a CPU's cache."""
+"""Elements per block: 1 MB, which fits a CPU cache."""
 
 
 def fill_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:

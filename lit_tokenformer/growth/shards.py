@@ -1,4 +1,4 @@
-"""Tensors sharded by rows over processes (DTensor), and replacement of FSDP2 parameters by larger ones."""
+"""Row-sharded tensors (DTensor), and replacement of FSDP2 parameters by larger ones."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from lit_tokenformer.errors import UserError
 
 
 def owned_rows(tensor: Tensor, total: int) -> range:
-    """The rows that this process would hold of a tensor that is divided as ``tensor`` is.
+    """Compute the local rows of a tensor sharded as ``tensor``.
 
     Args:
-        tensor: Whole, or divided by rows.
-        total: Rows of the whole.
+        tensor: Reference tensor, replicated or sharded by rows.
+        total: Rows of the whole tensor.
     """
     return shares(total, _divisions(tensor) if isinstance(tensor, DTensor) else [])
 
 
 def moves_no_rows(tensor: Tensor, before: int, copies: int) -> bool:
-    """Whether copies that lie beside their originals stay in the processes where these are."""
+    """Check whether copies next to their originals stay on the same process."""
     return isinstance(tensor, DTensor) and before % math.prod(size for size, _ in _divisions(tensor)) == 0
 
 
 def _divisions(tensor: DTensor) -> list[tuple[int, int]]:
-    """Into how many parts rows are divided, one division after the other, and which part is this process's."""
+    """List successive divisions of the rows as ``(parts, index of the local part)``."""
     mesh = tensor.device_mesh
     by_rows = [i for i, placement in enumerate(tensor.placements) if getattr(placement, "dim", None) == 0]
-    return [(mesh.size(i), mesh.get_local_rank(i)) for i in reversed(by_rows)]  # the tensor-parallel one first
+    return [(mesh.size(i), mesh.get_local_rank(i)) for i in reversed(by_rows)]  # tensor parallel first
 
 
 def shares(total: int, divisions: list[tuple[int, int]]) -> range:
-    """As ``torch.chunk`` divides: all parts but the last ones are of equal size."""
+    """Compute the local rows under successive divisions, split as ``torch.chunk`` does."""
     rows = range(total)
     for parts, part in divisions:
         share = -(-len(rows) // parts)
@@ -47,21 +47,21 @@ def shares(total: int, divisions: list[tuple[int, int]]) -> range:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Get what this process holds of a tensor, without gradient, in the same memory."""
+    """Get the local shard of a tensor, detached, in the same memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every process."""
+    """Gather the whole tensor on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(reference: Tensor, local: Tensor) -> Tensor:
-    """A tensor of the shape of ``reference``, divided as it is.
+    """Build a tensor with the shape and sharding of ``reference``.
 
     Args:
-        reference: Whole or divided.
-        local: What this process holds of the new tensor.
+        reference: Replicated or sharded tensor.
+        local: Local shard of the new tensor.
     """
     if not isinstance(reference, DTensor):
         return local
@@ -76,15 +76,15 @@ def like(reference: Tensor, local: Tensor) -> Tensor:
 
 
 class ShardedParameters:
-    """The parameters that FSDP2 keeps for the modules below a root, each of which can be replaced by a larger one.
+    """FSDP2 parameters below a root module, replaceable by larger ones.
 
-    torch has no public way to do this: a parameter is taken out of its group, and one of the new size put in its place.
+    torch has no public API for this: the parameter is swapped inside its parameter group.
 
     Args:
-        root: A module that was given to ``fully_shard``; of any other, nothing is found.
+        root: Module passed to ``fully_shard``; other modules have no FSDP2 parameters.
 
     Raises:
-        UserError: If this torch keeps them in another way than the one this was written for.
+        UserError: If the FSDP2 internals of this torch version are not supported.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -95,16 +95,16 @@ class ShardedParameters:
                 self._places[kept._module_info.module, kept._module_info.param_name] = group, index
 
     def replace(self, module: nn.Module, name: str, local: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-        """Put a parameter of another shape in the place of one.
+        """Replace a parameter by one of another shape.
 
         Args:
-            module: What holds it.
-            name: Its name there.
-            local: The rows of the new one that this process holds.
-            shape: Shape of the whole new one.
+            module: Module that owns the parameter.
+            name: Attribute name.
+            local: Local rows of the new parameter.
+            shape: Shape of the whole new parameter.
 
         Returns:
-            The new parameter.
+            New parameter.
         """
         old = getattr(module, name)
         if (module, name) not in self._places:
@@ -114,7 +114,7 @@ class ShardedParameters:
         group, index = self._places[module, name]
         kept = group.fsdp_params[index]
         whole = torch.empty(shape, device="meta", dtype=old.dtype)
-        if kept.is_dtensor:  # divided by tokens before FSDP came
+        if kept.is_dtensor:  # already sharded by tensor parallel
             tokens = kept._unsharded_dtensor_spec if hasattr(kept, "_unsharded_dtensor_spec") else kept._tp_spec
             share = shares(shape[0], [(tokens.mesh.size(), tokens.mesh.get_local_rank())])
             part = whole[share.start : share.stop]
@@ -134,7 +134,7 @@ class ShardedParameters:
         made._setattr_on_modules(new)
         made.reset_sharded_param()
         made._param_fqn = kept._param_fqn
-        if hasattr(kept, "orig_dtype"):  # set when the group was first used
+        if hasattr(kept, "orig_dtype"):  # set in the first forward pass
             made.init_dtype_attrs(group.mp_policy)
         kept._post_load_hook_handle.remove()
         group.fsdp_params[index] = made
@@ -163,8 +163,8 @@ def _check_torch(group: Any, kept: Any) -> None:
 
 def _unknown_torch(difference: str) -> UserError:
     return UserError(
-        f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({difference}); leave the "
-        "growth callback out and grow a checkpoint between two runs with `lit-tokenformer grow`, or use 'ddp'"
+        f"trainer.strategy: a model cannot grow under FSDP2 in torch {torch.__version__} ({difference}); use 'ddp', or "
+        "remove the growth callback and grow a checkpoint between two runs with `lit-tokenformer grow`"
     )
 
 
@@ -174,7 +174,5 @@ def _groups(root: nn.Module) -> Iterator[Any]:
             if not hasattr(module, "_get_fsdp_state"):
                 raise _unknown_torch("no _get_fsdp_state")
             state: Any = module._get_fsdp_state()
-            groups = getattr(
-                state, "_fsdp_param_groups", None
-            )  # older torch has one, or None where there are no parameters
+            groups = getattr(state, "_fsdp_param_groups", None)  # older torch: one group, None without parameters
             yield from (one for one in ([state._fsdp_param_group] if groups is None else groups) if one is not None)

@@ -1,4 +1,4 @@
-"""Architectures in plain torch and timm layers: no loss, no logging, no lightning."""
+"""Architectures in plain torch and timm layers, without losses, logging or Lightning."""
 
 from lit_tokenformer.models.axes import Axis, AxisTensor, input_units, output_units
 from lit_tokenformer.models.backbone import Tokenformer, model_size, param_tokens

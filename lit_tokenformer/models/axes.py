@@ -1,8 +1,7 @@
-"""Axes: the directions in which a model can grow, as its parts declare them.
+"""Axes: growable dimensions that the parts of a model declare.
 
-An axis is a set of tensors that share one index, that of its units: parameter tokens, hidden units, attention heads. A
-part that can grow has a method ``axes()`` which returns its axes; :mod:`lit_tokenformer.growth` knows nothing else of
-it.
+An axis is a set of tensors indexed by the same units: parameter tokens, hidden units or attention heads. A growable
+part implements ``axes()``; :mod:`lit_tokenformer.growth` depends on nothing else.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 IN, OUT, OWN = "in", "out", "own"
-"""Roles of a tensor: what a unit reads, what it writes, and parameters of the unit itself."""
+"""Roles of a tensor: input weights, output weights, and parameters of the unit itself."""
 
 
 @dataclass(frozen=True)
 class AxisTensor:
-    """A parameter or buffer that has an index for each unit of an axis.
+    """Parameter or buffer with one slice per unit of an axis.
 
     Args:
-        name: Its name below the part, such as ``fc1.weight``.
-        dim: The dimension that the units are counted along.
-        role: ``in`` (what a unit reads: copies repeat it), ``out`` (what a unit writes: copies share it) or ``own``.
+        name: Name relative to the part, such as ``fc1.weight``.
+        dim: Dimension of the units.
+        role: ``in`` (input weights, repeated by copies), ``out`` (output weights, split among copies) or ``own``.
         std: Standard deviation of initial values.
-        settle: Applied to new units of role ``own`` after they are drawn, (units, ...).
-        block: Entries for each unit, such as the width of a head.
+        settle: Function applied in place to new units of role ``own`` after they are drawn, (units, ...).
+        block: Entries per unit, such as the width of a head.
     """
 
     name: str
@@ -39,25 +38,25 @@ class AxisTensor:
     block: int = 1
 
     def owner(self, part: nn.Module) -> tuple[nn.Module, str]:
-        """The module below ``part`` that holds the tensor, and its attribute there."""
+        """Find the submodule of ``part`` that owns the tensor, and the attribute name."""
         path, _, attribute = self.name.rpartition(".")
         return part.get_submodule(path), attribute
 
     def of(self, part: nn.Module) -> Tensor:
-        """The tensor."""
+        """Get the tensor from ``part``."""
         owner, attribute = self.owner(part)
         return getattr(owner, attribute)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Tensors of a part that share the index of its units.
+    """Tensors of a part that are indexed by the same units.
 
     Args:
-        kind: Which total of a growth schedule it follows, such as ``qkv``, ``hidden`` or ``heads``.
-        tensors: At least one each of the roles ``in`` and ``out``.
-        tau: Scale of a normalization over all units (Pattention); ``None`` where units are independent.
-        zero_exact: Whether a unit that reads zeros leaves the others as they are.
+        kind: Kind in growth schedules, such as ``qkv``, ``hidden`` or ``heads``.
+        tensors: At least one tensor each of the roles ``in`` and ``out``.
+        tau: Scale of a normalization over all units (Pattention); ``None`` if units are independent.
+        zero_exact: Whether a unit with zero input weights does not change the others.
 
     Example:
         >>> class Hidden(nn.Module):
@@ -79,13 +78,13 @@ class Axis:
     zero_exact: bool = True
 
     def size(self, part: nn.Module) -> int:
-        """Units that the part has now."""
+        """Current number of units of ``part``."""
         first = self.tensors[0]
         return first.of(part).shape[first.dim] // first.block
 
 
 def output_units(name: str, layer: nn.Module) -> list[AxisTensor]:
-    """The tensors of a projection that have an index for each of its outputs, as what a unit reads.
+    """Declare the tensors of a projection indexed by output, as input weights of the units.
 
     Args:
         name: Name of the layer in the part.
@@ -98,7 +97,7 @@ def output_units(name: str, layer: nn.Module) -> list[AxisTensor]:
 
 
 def input_units(name: str, layer: nn.Module) -> list[AxisTensor]:
-    """The tensors of a projection that have an index for each of its inputs, as what a unit writes.
+    """Declare the tensors of a projection indexed by input, as output weights of the units.
 
     Args:
         name: Name of the layer in the part.
@@ -110,12 +109,12 @@ def input_units(name: str, layer: nn.Module) -> list[AxisTensor]:
 
 
 def initial_std(layer: Any) -> float:
-    """Standard deviation of a linear layer's initial weights: its ``init_std``, or that of torch's default."""
+    """Initial standard deviation of a linear layer's weights: its ``init_std``, or torch's default."""
     return getattr(layer, "init_std", (3 * layer.weight.shape[1]) ** -0.5)
 
 
 def find_axes(module: nn.Module) -> Iterator[tuple[str, nn.Module, Axis]]:
-    """Find all axes below a module, with the name and the part that declares each; shared parts count once."""
+    """Yield all axes of a module with the name and module of each part; shared parts count once."""
     for name, part in module.named_modules():
         for axis in part.axes() if callable(getattr(part, "axes", None)) else ():  # type: ignore[operator]
             if isinstance(axis, Axis):
@@ -123,7 +122,7 @@ def find_axes(module: nn.Module) -> Iterator[tuple[str, nn.Module, Axis]]:
 
 
 def axis_sizes(module: nn.Module) -> dict[str, int]:
-    """Count the units of each kind of axis; of parts with different numbers the smallest counts."""
+    """Count the units of each kind of axis; the smallest number counts if parts differ."""
     found: dict[str, int] = {}
     for _, part, axis in find_axes(module):
         size = axis.size(part)
@@ -132,21 +131,21 @@ def axis_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def resized_shape(tensor: Tensor, dim: int, length: int) -> tuple[int, ...]:
-    """The shape of a tensor with another length in one dimension."""
+    """Compute the shape of a tensor resized to ``length`` along ``dim``."""
     return (*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
 
 
 def refresh(owner: nn.Module) -> None:
-    """Set the sizes that a linear layer shows by its weight."""
+    """Update ``in_features`` and ``out_features`` of a linear layer from its weight."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
 
 
 def follow_sizes(part: nn.Module) -> None:
-    """Let a part with axes take the sizes of the tensors that it loads.
+    """Make a part adopt the sizes of a loaded state dict.
 
     Args:
-        part: A module with a method ``axes``; it gets a pre-hook of ``load_state_dict``, once.
+        part: Module with a method ``axes``; a ``load_state_dict`` pre-hook is registered once.
     """
     if not any(hook is _take_sizes for hook in _load_hooks(part)):
         part.register_load_state_dict_pre_hook(_take_sizes)
@@ -161,7 +160,7 @@ def _take_sizes(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
         saved = {tensor: state_dict.get(prefix + tensor.name) for tensor in axis.tensors}
         sizes = {divmod(one.shape[tensor.dim], tensor.block) for tensor, one in saved.items() if one is not None}
         if any(saved[tensor] is None for tensor in axis.tensors if tensor.role != OWN) or len(sizes) != 1:
-            continue  # load_state_dict reports what is missing
+            continue  # load_state_dict reports missing keys
         size, rest = sizes.pop()
         for tensor in axis.tensors if size and not rest else ():
             resize(part, tensor, size * tensor.block, persistent=saved[tensor] is not None)
@@ -169,13 +168,13 @@ def _take_sizes(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 
 @torch.no_grad()
 def resize(part: nn.Module, tensor: AxisTensor, length: int, persistent: bool = True) -> None:
-    """Give a tensor another length, with values that mean nothing.
+    """Resize a tensor in place, with undefined values.
 
     Args:
-        part: The part that declares it.
-        tensor: Which one.
-        length: Entries in its dimension.
-        persistent: Whether a buffer is part of the state dict from now on.
+        part: Part that declares the tensor.
+        tensor: Tensor to resize.
+        length: New number of entries along its dimension.
+        persistent: Whether a buffer becomes part of the state dict.
     """
     owner, attribute = tensor.owner(part)
     present = getattr(owner, attribute)

@@ -1,9 +1,9 @@
-"""Tokenformer: a stem, blocks, a final norm and a head, under timm's contract for backbones.
+"""Tokenformer backbone: stem, blocks, final norm and head, with timm's backbone interface.
 
-Source: arXiv 2410.23168, section 3.2; the contract is that of ``timm.models.vision_transformer``.
+Source: arXiv 2410.23168, section 3.2; the interface is that of ``timm.models.vision_transformer``.
 
 Shapes: B batch, T data tokens, D width. The input is ``image (B, C, height, width)`` or ``tokens (B, T) int64``,
-as the config's stem has it.
+depending on the stem.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from lit_tokenformer.registry import POSITIONS
 
 
 class DecodingState:
-    """What a model remembers of the sequences it has read so far, so that they can go on token by token.
+    """Decoding state for incremental generation (KV caches or recurrent states).
 
     Args:
-        blocks: What each block remembers.
-        length: Data tokens that fit.
-        padding: Data tokens at the left of each sequence that are none of it, (B,) int64; ``None`` for none at all.
-        model: The model it belongs to.
+        blocks: State of each block.
+        length: Capacity in data tokens.
+        padding: Left padding of each sequence in data tokens, (B,) int64; ``None`` without padding.
+        model: Model that the state belongs to.
 
     Attributes:
-        start: Data tokens read so far, those of the padding included.
+        start: Data tokens read so far, including padding.
     """
 
     def __init__(self, blocks: list[State], length: int, padding: Tensor | None, model: Tokenformer) -> None:
@@ -60,28 +60,37 @@ class DecodingState:
         return [tensor.of(part).shape[tensor.dim] for tensor, part in self._axes]
 
     def check(self, more: int) -> None:
-        """Raises a ``ValueError`` if the model has grown since, or if ``more`` data tokens do not fit."""
+        """Check that the model has not grown and that ``more`` data tokens fit.
+
+        Raises:
+            UserError: If it has grown, or if they do not fit.
+        """
         grown = len(self._model_blocks) != len(self.blocks)
         if grown or self._axis_lengths() != self._sizes:
-            raise UserError("state: it is from before a growth of the model; begin with a new one")
+            raise UserError("state: created before a growth of the model; create a new one")
         if self.start + more > self.length:
-            raise UserError(f"state: {self.start + more} data tokens do not fit into its length of {self.length}")
+            raise UserError(
+                f"state: capacity exceeded (got {self.start + more} data tokens, expected at most {self.length})"
+            )
         if self._positions is not None and self.start + more > self._positions:
-            raise UserError(f"context_length: {self.start + more} data tokens are more than the learned positions")
+            raise UserError(
+                f"context_length: more data tokens than learned positions (got {self.start + more}, "
+                f"expected at most {self._positions})"
+            )
 
 
 class Tokenformer(nn.Module):
-    """A Transformer for images or text whose projections are Pattention layers.
+    """Transformer for images or text with Pattention projections.
 
     Args:
-        config: The architecture at birth.
+        config: Initial architecture.
 
     Attributes:
-        config: As given; a growth does not change it.
+        config: Initial architecture; growth does not change it.
         loss_names: Names of the auxiliary losses that the parts declare.
         aux_losses: Auxiliary losses of the last forward pass in training, by name, () each.
-        num_classes: Outputs of the head.
-        num_features: Width of what ``forward_features`` gives, D.
+        num_classes: Number of classes of the head.
+        num_features: Feature dimension of ``forward_features``, D.
 
     Example:
         >>> import torch
@@ -109,26 +118,26 @@ class Tokenformer(nn.Module):
 
     @property
     def param_tokens(self) -> dict[str, int]:
-        """Parameter tokens that the layers hold now, for each kind that has a Pattention layer."""
+        """Current parameter tokens for each kind that has a Pattention layer."""
         return param_tokens(self)
 
     @property
     def size(self) -> dict[str, int]:
-        """What growth changes: units of each kind of axis, and ``depth``, the number of blocks."""
+        """Current size: units of each kind of axis, and ``depth``, the number of blocks."""
         return model_size(self)
 
     @property
     def grown(self) -> bool:
-        """Whether the size is not that of the config: after a growth, or with weights of another size."""
+        """True if the current size differs from the config's, after growth or loading weights of another size."""
         initial = self.config.size
         return any(total != initial.get(name, total) for name, total in self.size.items())
 
     def new_block(self, number: int) -> Block:
-        """A block with fresh weights, for a place in the stack."""
+        """Create a freshly initialized block for index ``number`` of the stack."""
         return Block(self.config, number)
 
     def set_blocks(self, blocks: Iterable[nn.Module]) -> None:
-        """Puts other blocks in the places of those that are there; the rates of stochastic depth rise through them."""
+        """Replace the blocks; stochastic-depth rates are set to rise linearly with depth."""
         found: list[Any] = list(blocks)
         rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
         for block, rate in zip(found, rates, strict=True):
@@ -136,16 +145,16 @@ class Tokenformer(nn.Module):
         declared = (getattr(part, "aux_losses", ()) for block in found for part in block.modules())
         self.loss_names = sorted({name for names in declared for name in names})
         self._uses_mask = any(getattr(block.attn, "uses_mask", False) for block in found)
-        del self.blocks[:]  # in place, for tasks may share them
+        del self.blocks[:]  # in place, since tasks may share them
         self.blocks.extend(found)
 
     def origins(self, depth: int) -> Iterator[int]:
-        """Number of the block that stands, or whose copy stands, at each place of a stack with more blocks.
+        """Index of the source block for each position of a deeper stack.
 
-        Copies stand behind their origins; where blocks differ, whole repeats of the pattern do.
+        Copies directly follow their source; with a layer pattern, whole repeats of the pattern do.
 
         Args:
-            depth: Total of blocks, a multiple of the pattern's.
+            depth: Total number of blocks, a multiple of the pattern length.
 
         Example:
             >>> list(Tokenformer(TokenformerConfig(dim=4, depth=2, num_heads=1, param_tokens=2)).origins(4))
@@ -156,10 +165,10 @@ class Tokenformer(nn.Module):
             yield number // unit * (len(self.blocks) // unit) // (depth // unit) * unit + number % unit
 
     def set_depth(self, depth: int) -> None:
-        """Drop the last blocks, or append blocks with fresh weights, which a checkpoint is about to replace.
+        """Drop the last blocks, or append freshly initialized ones, before a checkpoint is loaded.
 
         Args:
-            depth: Total of blocks.
+            depth: Total number of blocks.
         """
         reference = next(self.blocks.parameters())
         with torch.device(reference.device), torch.random.fork_rng(devices=[]):
@@ -167,7 +176,7 @@ class Tokenformer(nn.Module):
         self.set_blocks([*self.blocks, *fresh][:depth])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the depth of the blocks in ``state_dict``, if growth leads from this architecture to it."""
+        """Adopt the depth of ``state_dict`` if it is reachable by growth."""
         blocks = f"{prefix}blocks."
         numbers = {name[len(blocks) :].partition(".")[0] for name in state_dict if name.startswith(blocks)}
         depth = len(numbers)
@@ -176,23 +185,23 @@ class Tokenformer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_patch_drop_rate(self, rate: float) -> None:
-        """Leaves out another share of each image's patches in training.
+        """Set the share of patches dropped in training.
 
         Args:
-            rate: As ``patch_drop_rate`` of the architecture.
+            rate: See ``patch_drop_rate`` of the architecture.
 
         Raises:
-            ValueError: If it is no rate, or if the model reads no images.
+            ValueError: If it is outside [0, 1), or if the model is not an image model.
         """
         self.config = dataclasses.replace(self.config, patch_drop_rate=rate)
         self.patch_drop.prob = rate
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed, beside all that have one dimension."""
+        """Parameter names without weight decay, in addition to one-dimensional parameters."""
         return {f"{name}.{part}" for name, declared in self._declared("no_weight_decay") for part in declared}
 
     def lr_scales(self) -> dict[str, float]:
-        """Learning rates of parameters in multiples of the optimizer's, where an architecture was published with some.
+        """Learning-rate multipliers by parameter name, for architectures published with per-parameter rates.
 
         Example:
             >>> from lit_tokenformer.models import create_backbone
@@ -203,35 +212,35 @@ class Tokenformer(nn.Module):
         return {f"{name}.{part}": scale for name, scales in found for part, scale in scales.items()}
 
     def _declared(self, method: str) -> Iterator[tuple[str, Any]]:
-        """What the modules below declare of their parameters, by the name of each module."""
+        """Yield module names with the result of ``method``, for all submodules that define it."""
         for name, module in self.named_modules():
             if module is not self and hasattr(module, method):
                 yield name, getattr(module, method)()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers, for timm's layer-wise learning rates."""
+        """Parameter-name patterns of layers, for timm's layer-wise learning-rate decay."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed again in the backward pass instead of keeping their activations."""
+        """Enable or disable activation checkpointing of the blocks."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer of the head."""
+        """Get the last linear layer of the head."""
         return getattr(self.head, "fc", self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head with fresh weights.
+        """Reset the classifier head.
 
         Args:
-            num_classes: Outputs; 0 leaves the linear layer out.
-            global_pool: ``token``, ``avg`` or ``""``; ``None`` keeps what it was.
+            num_classes: Number of classes; 0 removes the linear layer.
+            global_pool: Pooling type: ``token``, ``avg`` or ``""``; ``None`` keeps the current one.
 
         Raises:
             ValueError: If the model has no image head.
         """
         if not isinstance(self.head, ImageHead):
-            raise UserError(f"head: a {self.config.head} head has no classes that could be set")
+            raise UserError(f"head: no classes to reset (got {self.config.head!r}, expected 'image')")
         pool = self.head.global_pool if global_pool is None else global_pool
         reference = self.stem.pos_embed  # the final norm may have been pruned
         self.head = ImageHead(self.num_features, num_classes, pool, self.num_prefix_tokens)
@@ -240,12 +249,11 @@ class Tokenformer(nn.Module):
         self.num_classes = num_classes
 
     def new_state(self, length: int, padding: Tensor | None = None) -> DecodingState:
-        """A state for decoding token by token, with nothing read yet.
+        """Create an empty decoding state.
 
         Args:
-            length: Data tokens that must fit, those of the padding included.
-            padding: Data tokens at the left of each sequence that are none of it, (B,) int64, so that sequences of
-                different length end together.
+            length: Capacity in data tokens, including padding.
+            padding: Left padding of each sequence in data tokens, (B,) int64, for batches of different lengths.
         """
         blocks: list[Any] = list(self.blocks)
         return DecodingState([block.new_state(length) for block in blocks], length, padding, self)
@@ -257,19 +265,18 @@ class Tokenformer(nn.Module):
         state: DecodingState | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The input -> normalised data tokens (B, T, D).
+        """Compute the normalized features (B, T, D) of the input.
 
         Args:
             x: Images (B, C, height, width) or token ids (B, T) int64.
-            documents: Number of the document that each token belongs to, (B, T) int64; a token does not attend to
-                those of another document.
-            state: What was read before; it is extended by what is read now.
-            lengths: Data tokens of each sequence, (B,) int64, at least 1; what stands after them is padding, and what
-                comes out there means nothing.
+            documents: Document index of each token, (B, T) int64; attention does not cross document boundaries.
+            state: Decoding state, updated in place.
+            lengths: Length of each sequence in data tokens, (B,) int64, at least 1; the rest is padding, whose outputs
+                are undefined.
 
         Raises:
-            ValueError: If the state is full, or if it is from before a growth; for documents, in a model that cannot
-                keep them apart.
+            UserError: If the state is full or was created before a growth; for ``documents``, if the model cannot mask
+                document boundaries.
         """
         start, padding = (0, None) if state is None else (state.start, state.padding)
         if state is not None:
@@ -288,12 +295,12 @@ class Tokenformer(nn.Module):
         return x if context.packing is None else context.packing.unpack(x)
 
     def take_aux_losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of the last forward pass in training, by name, () each; they are given once."""
+        """Return and clear the auxiliary losses of the last training forward pass, by name, () each."""
         found, self.aux_losses = self.aux_losses, {}
         return found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits`` what they are made from."""
+        """(B, T, D) -> logits, (B, C) or (B, T, V); with ``pre_logits``, the input of the last linear layer."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(
@@ -308,13 +315,13 @@ class Tokenformer(nn.Module):
         """Images (B, C, height, width) -> logits (B, C), or token ids (B, T) -> logits (B, T, V).
 
         Args:
-            x: The input.
-            documents: As in :meth:`forward_features`.
-            state: As in :meth:`forward_features`.
-            pre_logits: Give what the logits are made from, (B, D) or (B, T, D).
-            lengths: As in :meth:`forward_features`.
-            places: Data tokens that the head is wanted for, (M,) int64, numbered through the whole batch; what is given
-                has their number in the place of B and T then.
+            x: Input.
+            documents: See :meth:`forward_features`.
+            state: See :meth:`forward_features`.
+            pre_logits: Return features before the last linear layer, (B, D) or (B, T, D).
+            lengths: See :meth:`forward_features`.
+            places: Flat indices of the data tokens to apply the head to, (M,) int64; the output then has M in place of
+                (B, T).
         """
         features = self.forward_features(x, documents, state, lengths)
         if places is not None:
@@ -331,19 +338,19 @@ class Tokenformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Outputs of chosen blocks, as timm's feature extraction wants them.
+        """Forward features and return intermediates, for timm's feature extraction.
 
         Args:
             x: Images, (B, C, height, width), or token ids, (B, T).
-            indices: The last n blocks, these blocks, or all (``None``).
-            return_prefix_tokens: Give ``(patches, prefix)`` pairs instead of patches.
-            norm: Apply the final norm to each.
-            stop_early: Leave after the last wanted block.
+            indices: Last n blocks if int, all if ``None``, matching indices if a sequence.
+            return_prefix_tokens: Return ``(patches, prefix)`` pairs instead of patches.
+            norm: Apply the final norm to all intermediates.
+            stop_early: Stop after the last requested block.
             output_fmt: ``NCHW`` (B, D, rows, columns) or ``NLC`` (B, T, D).
-            intermediates_only: Give the list alone, without the final features.
+            intermediates_only: Return only the intermediates, without the final features.
 
         Raises:
-            ValueError: For another ``output_fmt``.
+            ValueError: If ``output_fmt`` is unknown.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -367,7 +374,7 @@ class Tokenformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what ``forward_intermediates`` with these ``indices`` does not need; returns the blocks' indices."""
+        """Prune layers that ``forward_intermediates`` does not need for ``indices``; return the indices kept."""
         take, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -383,16 +390,16 @@ class Tokenformer(nn.Module):
         state: DecodingState | None = None,
         lengths: Tensor | None = None,
     ) -> Context:
-        """What the blocks need to know of the data tokens (B, T, D)."""
+        """Build the context that the blocks share, for data tokens (B, T, D)."""
         config, length, device = self.config, x.shape[1], x.device
         start, padding = (0, None) if state is None else (state.start, state.padding)
         if documents is not None and not self.keeps_documents_apart:
-            raise UserError("documents: a model with a token shift reads on from one to the next")
+            raise UserError("documents: unsupported by a model with a token shift, which crosses document boundaries")
         rotary = None
         if self._positions.rotary is not None:
             rotary = self._positions.rotary(config, token_positions(start, length, padding, device), x.dtype)
         packing = self._packing(lengths, length) if config.unpad and lengths is not None else None
-        alone = packing is not None and packing.lengths is not None  # and so without padding
+        alone = packing is not None and packing.lengths is not None  # without padding
         return Context(
             rotary,
             self._mask(x, documents, start, padding, None if alone else lengths),
@@ -405,13 +412,13 @@ class Tokenformer(nn.Module):
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether ``documents`` can be given: whether data tokens meet nowhere but where a mask lets them."""
+        """True if ``documents`` is supported: data tokens interact only where the mask allows it."""
         return all(block.keeps_documents_apart for block in self.blocks)
 
     def _mask(
         self, x: Tensor, documents: Tensor | None, start: int, padding: Tensor | None, lengths: Tensor | None
     ) -> Tensor | None:
-        """Who attends to whom, bool or what is added to scores; ``None`` where all do, or all that come before."""
+        """Attention mask, bool or additive; ``None`` for full or plain causal attention."""
         config, length, device = self.config, x.shape[1], x.device
         if not self._uses_mask:
             return None
@@ -423,7 +430,7 @@ class Tokenformer(nn.Module):
         if lengths is not None:
             given = (columns < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
             mask = given if mask is None else mask & (given | (columns == rows))
-        if padding is not None:  # a token of the padding attends to itself, for a softmax needs something
+        if padding is not None:  # padding attends to itself: a softmax over an empty set is NaN
             mask = (columns >= padding[:, None, None, None]) | (columns == rows)  # (B, 1, T, S)
         if config.causal and length > 1 and (mask is not None or start or bias is not None):
             before = (columns <= rows)[None, None]  # (1, 1, T, S)
@@ -444,7 +451,8 @@ class Tokenformer(nn.Module):
     @staticmethod
     def _packing(lengths: Tensor, length: int) -> Packing:
         present = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
-        alone = lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator wants all at once
+        # accelerators are faster with one batched call
+        alone = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
         places = present.flatten().nonzero()[:, 0]
         return Packing(places, len(lengths), length, lengths.tolist() if alone else None)
 
@@ -462,21 +470,21 @@ class Tokenformer(nn.Module):
 
 
 def model_size(module: nn.Module) -> dict[str, int]:
-    """Report what growth changes: units of each kind of axis and, where there is a model, ``depth``.
+    """Count the units of each kind of axis and, if there is a Tokenformer, its ``depth``.
 
     Args:
-        module: Any module; of models with different numbers of blocks the smallest counts.
+        module: Any module; the smallest depth counts if several models differ.
     """
     depths = [len(model.blocks) for model in module.modules() if isinstance(model, Tokenformer)]
     return {**axis_sizes(module), **({"depth": min(depths)} if depths else {})}
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:
-    """Count the parameter tokens of the Pattention layers in ``module``, for each kind of projection.
+    """Count the parameter tokens of the Pattention layers in ``module``, by kind of projection.
 
     Args:
-        module: Any module; of layers of one kind with different numbers of tokens the smallest counts, so a model that
-            is grown in part is not mistaken for a grown one.
+        module: Any module; the smallest number counts if layers of one kind differ, so a partly grown model is not
+            mistaken for a grown one.
 
     Returns:
         Totals by kind; ``other`` for layers without a kind.

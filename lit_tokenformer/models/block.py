@@ -1,4 +1,4 @@
-"""One block: mixer and feed-forward, each added to the residual stream, with norms before, after or beside them."""
+"""Transformer block: mixer and feed-forward with residual connections, pre-norm, post-norm or parallel."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lit_tokenformer.models.part_cost import Cost, part_cost
 from lit_tokenformer.models.pattention import Pattention
 
 State = tuple[Any, Any]
-"""What mixer and feed-forward of a block remember of a sequence."""
+"""Decoding states of a block's mixer and feed-forward."""
 
 
 class AugmentedShortcut(nn.Module):
-    """A narrow map beside the mixer, ``up(GELU(down x))`` (PanGu-pi, arXiv 2312.17276, eq. 4 and the text below it).
+    """Bottleneck branch around the mixer, ``up(GELU(down x))``.
 
-    It is linear whatever the projections are: a bottleneck already.
+    Source: PanGu-pi, arXiv 2312.17276, eq. 4 and the text below it. Both maps are linear for every ``projection``,
+    since the branch is a bottleneck already.
 
     Args:
-        config: Its width is ``dim / shortcut_reduction``.
+        config: Architecture; the width is ``dim / shortcut_reduction``.
     """
 
     def __init__(self, config: TokenformerConfig) -> None:
@@ -43,7 +44,7 @@ class AugmentedShortcut(nn.Module):
         return self.up
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; it shares its input with the mixer."""
+        """Cost per data token; the input is shared with the mixer."""
         parameters, inner = self.down.weight.numel() + self.up.weight.numel(), self.down.out_features
         return Cost(parameters, 2 * parameters, 2 * inner)
 
@@ -53,14 +54,14 @@ class AugmentedShortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """A block (arXiv 2410.23168, eq. 5-10); as published it is pre-norm and its norms have no parameters.
+    """Transformer block (arXiv 2410.23168, eq. 5-10); the published one is pre-norm with parameter-free norms.
 
     Args:
-        config: The architecture.
-        layer: Its number, from 0.
+        config: Architecture.
+        layer: Index of the block, from 0.
 
     Attributes:
-        drop_path: Stochastic depth; the model sets it.
+        drop_path: Stochastic depth, set by the model.
     """
 
     drop_path: nn.Module
@@ -77,24 +78,24 @@ class Block(nn.Module):
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether data tokens meet nowhere but where the mask lets them."""
+        """True if data tokens interact only where the mask allows it."""
         return getattr(self.attn, "uses_mask", False) and getattr(self.mlp, "pointwise", False)
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token of a sequence of this length, T."""
+        """Cost per data token of a sequence of ``length`` T."""
         parts = (self.norm1, self.attn, self.shortcut or nn.Identity(), self.norm2, self.mlp)
         total = sum((part_cost(part, length) for part in parts), start=Cost())
-        return replace(total, spared=0) if self._order is _post else total  # the norm behind it reads the last product
+        return replace(total, spared=0) if self._order is _post else total  # the norm after it needs the last product
 
     def new_state(self, length: int) -> State:
-        """What it remembers of a sequence of at most ``length`` data tokens."""
+        """Create the decoding states of both parts, for at most ``length`` data tokens."""
         return self.attn.new_state(length), self.mlp.new_state(length)  # type: ignore[operator]
 
     def forward(self, x: Tensor, context: Context = Context(), state: State = (None, None)) -> Any:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands.
+        """(B, T, D) -> (B, T, D); with a state, continues from it.
 
-        Where the context collects auxiliary losses, the output and those of this block, by name. They are outputs, so
-        that activation checkpointing computes them once and FSDP2 sees their gradients.
+        If the context collects auxiliary losses, returns a pair of the output and this block's losses by name. As
+        outputs, they are computed once under activation checkpointing and FSDP2 registers their gradients.
         """
         if context.aux_losses is None:
             return self._order(self, x, context, state)
@@ -103,22 +104,22 @@ class Block(nn.Module):
         return x, own
 
     def outputs(self) -> Iterator[nn.Parameter]:
-        """Parameters without which nothing is added to the residual stream: those of the last layers."""
+        """Yield the parameters of the output layers; with all of them zero, the block is an identity."""
         for part in filter(None, (self.attn, self.mlp, self.shortcut)):
             layer: Any = getattr(part, "output_layer", None)
             if layer is None:
                 raise UserError(
-                    f"depth: {type(part).__name__} declares no output_layer, so no copy of it is an identity"
+                    f"depth: {type(part).__name__} declares no output_layer, so no identity block can be inserted"
                 )
             yield from [layer.value_tokens] if isinstance(layer, Pattention) else layer.parameters()
 
     def mix(self, x: Tensor, context: Context, state: State) -> Tensor:
-        """What the mixer, and the shortcut beside it, add to the residual stream."""
+        """Residual branch of the mixer, with the augmented shortcut."""
         out = self.attn(x, context, state[0])
         return self.drop_path(out if self.shortcut is None else out + self.shortcut(x))
 
     def feed_forward(self, x: Tensor, context: Context, state: State) -> Tensor:
-        """What the feed-forward adds to the residual stream."""
+        """Residual branch of the feed-forward."""
         return self.drop_path(self.mlp(x, context, state[1]))
 
 

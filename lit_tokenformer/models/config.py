@@ -1,6 +1,6 @@
-"""The numbers and part names that make up one architecture, checked when they are put together.
+"""Architecture config: sizes and names of parts, validated at construction.
 
-A config describes a model at birth. How many parameter tokens a model holds *now* is read off its layers
+A config describes the initial model. The *current* number of parameter tokens is read from the layers
 (:attr:`Tokenformer.param_tokens`), because growth changes the layers and never the config.
 """
 
@@ -26,17 +26,17 @@ from lit_tokenformer.registry import (
 )
 
 Tokens = int | dict[str, int]
-"""How a user writes parameter tokens: one number, or totals for each kind of projection."""
+"""Parameter tokens as users write them: one number, or totals by kind of projection."""
 
 
 @dataclass(frozen=True)
 class ParamTokens:
-    """Totals of parameter tokens for each kind of projection.
+    """Parameter tokens by kind of projection.
 
     Args:
-        qkv: Tokens of each of the query, key and value projections.
-        proj: Tokens of the attention's output projection.
-        ffn: Tokens of the feed-forward layer.
+        qkv: Parameter tokens of each query, key and value projection.
+        proj: Parameter tokens of the attention output projection.
+        ffn: Parameter tokens of the feed-forward.
     """
 
     qkv: int
@@ -49,22 +49,22 @@ class ParamTokens:
                 raise UserError(f"param_tokens.{kind}: expected a whole number of at least 1, got {total!r}")
 
     def items(self) -> list[tuple[str, int]]:
-        """The pairs ``(kind, total)`` in a fixed order."""
+        """Pairs ``(kind, total)`` in a fixed order."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
     @classmethod
     def parse(cls, tokens: Tokens, base: ParamTokens | None = None) -> ParamTokens:
-        """Totals from what a user writes.
+        """Parse user input into totals by kind.
 
         Args:
-            tokens: A bare n means ``qkv=n, proj=n, ffn=4n`` (the published proportion); a mapping names totals.
-            base: Where the kinds that a mapping leaves out take their totals from.
+            tokens: A single n is ``qkv=n, proj=n, ffn=4n`` (the published proportion); a mapping gives totals by kind.
+            base: Defaults for kinds missing from the mapping.
 
         Returns:
-            The totals for every kind.
+            Totals of every kind.
 
         Raises:
-            ValueError: For an unknown kind, a kind without a total, or something that is not a whole number >= 1.
+            UserError: If a kind is unknown or has no total, or a total is not an integer >= 1.
 
         Example:
             >>> ParamTokens.parse(96)
@@ -83,15 +83,15 @@ class ParamTokens:
         if base is None:
             missing = [kind for kind in kinds if kind not in tokens]
             if missing:
-                raise UserError(f"param_tokens: no total given for {', '.join(missing)}")
+                raise UserError(f"param_tokens: missing totals: {', '.join(missing)}")
             return cls(**tokens)
         return replace(base, **tokens)
 
 
 KINDS = tuple(field.name for field in fields(ParamTokens))
-"""The kinds of projection that a growth schedule can name."""
+"""Kinds of projection that a growth schedule can name."""
 OTHER = "other"
-"""The kind of Pattention layers that are none of these, as in a user's own model."""
+"""Kind of all other Pattention layers, as in a user's own model."""
 
 
 _PARTS: dict[str, Registry[Any]] = {
@@ -106,10 +106,10 @@ _PARTS: dict[str, Registry[Any]] = {
     "norm": NORMS,
     "init": INITS,
 }
-"""Fields that name a part."""
+"""Fields that name a part, with the registry of each."""
 
 _CHOICES = {"norm_position": ("pre", "post", "parallel"), "global_pool": ("token", "avg")}
-"""Fields with one of a few values."""
+"""Fields with a fixed set of values."""
 
 
 MAY_CHANGE = {
@@ -118,7 +118,7 @@ MAY_CHANGE = {
     *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "rotary_base"),
     *("tie_embeddings", "unpad", "low_precision_norm"),
 }
-"""Fields that a model may change when it loads weights; all others decide what the same weights compute."""
+"""Fields that may differ when weights are loaded; all others change what the same weights compute."""
 
 
 @dataclass(frozen=True)
@@ -128,55 +128,55 @@ class TokenformerConfig:
     Args:
         dim: Width of the residual stream, D.
         depth: Number of blocks, L.
-        num_heads: Attention heads, H; must divide ``dim`` unless ``head_dim`` is set.
-        head_dim: Width of each head, d; ``None`` for ``dim / num_heads``.
-        param_tokens: Parameter tokens at birth: a number n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
-        projection: What projects queries, keys, values and outputs: ``pattention`` or ``linear``.
-        mixer: How data tokens interact: softmax ``attention``, or RWKV-4's ``wkv`` with a token shift.
-        feed_forward: ``pattention`` (one layer, as published), ``mlp`` (two projections with an activation between),
-            ``glu`` (a gated one) or RWKV-4's ``channel_mix``.
-        score_norm: How Pattention normalises its scores: ``l2_gelu`` (published), ``gelu_l2``, ``softmax``, ``gelu``.
-        mlp_ratio: Hidden width of ``mlp``, ``glu`` and ``channel_mix`` in multiples of ``dim``.
-        activation: Of ``mlp`` and ``glu``: ``gelu``, ``gelu_tanh`` (its approximation), ``silu`` or ``relu``.
-        series: Terms of the activation in ``mlp``, ``glu`` and ``pattention`` feed-forwards; above 1 it is PanGu-pi's
-            series informed activation.
-        shortcut_reduction: How many times narrower than ``dim`` the augmented shortcut around the mixer is (PanGu-pi);
-            0 for none.
-        bias: Whether linear projections have a bias; Pattention never has one, nor has the way into a ``glu``.
-        norm: ``layer_norm`` or ``rms_norm``.
-        norm_position: ``pre``, ``post`` (after each sum, and none at the end) or ``parallel`` (mixer and feed-forward
-            read the same input, each through its own norm).
-        norm_affine: Whether the norms inside the blocks have weights and biases; the others always have.
+        num_heads: Number of attention heads, H; must divide ``dim`` unless ``head_dim`` is set.
+        head_dim: Width of each attention head, d; ``None`` for ``dim / num_heads``.
+        param_tokens: Initial parameter tokens: n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
+        projection: Layer type of query, key, value and output projections: ``pattention`` or ``linear``.
+        mixer: Token mixer: softmax ``attention``, or RWKV-4's ``wkv`` with a token shift.
+        feed_forward: Feed-forward type: ``pattention`` (one layer, as published), ``mlp`` (two projections and an
+            activation), ``glu`` (gated) or RWKV-4's ``channel_mix``.
+        score_norm: Score normalization of Pattention: ``l2_gelu`` (published), ``gelu_l2``, ``softmax`` or ``gelu``.
+        mlp_ratio: Ratio of hidden units to ``dim`` in ``mlp``, ``glu`` and ``channel_mix``.
+        activation: Activation of ``mlp`` and ``glu``: ``gelu``, ``gelu_tanh`` (tanh approximation), ``silu`` or
+            ``relu``.
+        series: Terms of the activation in ``mlp``, ``glu`` and ``pattention`` feed-forwards; above 1, PanGu-pi's series
+            informed activation.
+        shortcut_reduction: Ratio of ``dim`` to the width of PanGu-pi's augmented shortcut around the mixer; 0 disables
+            it.
+        bias: Enable bias for linear projections; Pattention and the input projections of ``glu`` have none.
+        norm: Normalization layer: ``layer_norm`` or ``rms_norm``.
+        norm_position: ``pre``, ``post`` (after each residual sum, without a final norm) or ``parallel`` (mixer and
+            feed-forward read the same input, each through its own norm).
+        norm_affine: Enable weight and bias of the norms inside the blocks; all other norms have them.
         norm_eps: Epsilon of every norm.
-        low_precision_norm: Whether layer norms compute in autocast's precision instead of float32.
-        stem_norm: Whether the embedding is normalised.
-        init: How weights are born: ``trunc_normal`` (ViT), ``normal`` (BERT), ``gpt2``, ``neox`` or ``rwkv``;
-            Pattention is always born as published.
-        dropout: Rate of dropout after the embedding, the mixer and the feed-forward (in a ``glu`` before its
-            last map).
-        attn_dropout: Rate of dropout of attention's weights.
-        drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
-        patch_drop_rate: Share of an image's patches that are left out at random in training (timm's ``PatchDropout``).
-        causal: Whether a data token attends only to those before it and to itself.
-        positions: ``learned`` (added by the stem), ``rotary`` (queries and keys are turned), ``alibi`` (scores fall
-            with the distance) or ``none``.
-        rotary_fraction: Share of each head's dimensions that ``rotary`` turns, the first ones.
+        low_precision_norm: Compute layer norms in autocast's precision instead of float32.
+        stem_norm: Normalize the embedding.
+        init: Weight initialization: ``trunc_normal`` (ViT), ``normal`` (BERT), ``gpt2``, ``neox`` or ``rwkv``;
+            Pattention always uses the published one.
+        dropout: Dropout rate after the embedding, the mixer and the feed-forward (in a ``glu``, before its output
+            projection).
+        attn_dropout: Attention dropout rate.
+        drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first block.
+        patch_drop_rate: Share of patches dropped at random in training (timm's ``PatchDropout``).
+        causal: Use causal attention.
+        positions: Position encoding: ``learned`` (added by the stem), ``rotary`` (RoPE), ``alibi`` or ``none``.
+        rotary_fraction: Share of each head's dimensions rotated by ``rotary``, starting from the first.
         rotary_base: Base of the rotary frequencies.
-        stem: What the input is: ``patch`` (images) or ``token`` (token ids).
-        head: What comes out: ``image`` (logits of classes), ``language`` (logits over the vocabulary) or
-            ``masked_language`` (the same after a dense layer).
-        image_size: Side of the square input images in pixels.
-        patch_size: Side of the square patches in pixels; must divide ``image_size``.
-        in_chans: Channels of the input images.
-        num_classes: Outputs of the head; 0 leaves the head out.
-        global_pool: ``token`` (the class token) or ``avg`` (the mean of the patch tokens).
-        class_token: Whether a class token is prepended to the patches.
-        vocab_size: Token ids that can be read and written, V.
-        context_length: Longest sequence of token ids, T.
-        tie_embeddings: Whether the language head shares the weights of the token embedding.
-        unpad: Whether padding is left out of all that treats data tokens one by one; only attention sees it then.
-        layers: Repeating pattern of the blocks, from the first: names of mixers, or ``mixer+feed_forward`` where the
-            feed-forward differs too, as in ``[wkv, wkv, attention+mlp]``; ``None`` for ``mixer`` in every block.
+        stem: Input embedding: ``patch`` (images) or ``token`` (token ids).
+        head: Output head: ``image`` (class logits), ``language`` (vocabulary logits) or ``masked_language``
+            (vocabulary logits after a dense layer).
+        image_size: Input image size in pixels (square).
+        patch_size: Patch size in pixels (square); must divide ``image_size``.
+        in_chans: Number of image input channels.
+        num_classes: Number of classes of the head; 0 removes the linear layer.
+        global_pool: Type of global pooling: ``token`` (class token) or ``avg`` (mean of the patch tokens).
+        class_token: Prepend a class token to the patches.
+        vocab_size: Vocabulary size, V.
+        context_length: Maximum sequence length in tokens, T.
+        tie_embeddings: Share the weights of the token embedding with the language head.
+        unpad: Remove padding before all per-token layers; only attention sees it.
+        layers: Repeating pattern of blocks: names of mixers, or ``mixer+feed_forward`` to set the feed-forward too, as
+            in ``[wkv, wkv, attention+mlp]``; ``None`` uses ``mixer`` in every block.
     """
 
     dim: int = 384
@@ -235,9 +235,9 @@ class TokenformerConfig:
         if self.head_dim is not None and (not isinstance(self.head_dim, int) or self.head_dim < 1):
             raise UserError(f"head_dim: expected a whole number of at least 1, got {self.head_dim!r}")
         if self.head_dim is None and self.dim % self.num_heads:
-            raise UserError(f"num_heads: {self.num_heads} heads do not divide dim {self.dim}")
+            raise UserError(f"num_heads: not a divisor of dim {self.dim} (got {self.num_heads})")
         if self.image_size % self.patch_size:
-            raise UserError(f"image_size: {self.image_size} is not divisible by patch_size {self.patch_size}")
+            raise UserError(f"image_size: not divisible by patch_size {self.patch_size} (got {self.image_size})")
         for name in ("drop_path", "dropout", "attn_dropout", "patch_drop_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
@@ -250,13 +250,13 @@ class TokenformerConfig:
                 raise unknown_name(name, getattr(self, name), choices)
         if self.global_pool == "token" and not self.class_token:
             raise UserError("global_pool: 'token' needs class_token: true; use 'avg' without a class token")
-        if isinstance(self.layers, list):  # as YAML has it
+        if isinstance(self.layers, list):  # from YAML
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers is not None and not (self.layers and all(isinstance(one, str) for one in self.layers)):
             raise UserError(f"layers: expected names of mixers, or mixer+feed_forward, got {self.layers!r}")
         for parts in self._block_parts():
             for field, name in parts.items():
-                _PARTS[field][name]  # raises where there is no such part
+                _PARTS[field][name]  # raises for an unknown name
             for field, name in parts.items():
                 self._check_needs(field, name, parts)
         if self.shortcut_reduction > self.dim:
@@ -264,8 +264,8 @@ class TokenformerConfig:
         softmax = self.score_norm == "softmax" and any(names[1] == "pattention" for names in self._pattern)
         if self.series > 1 and softmax:
             raise UserError(
-                f"series: {self.series} terms need an activation; feed_forward 'pattention' with score_norm 'softmax' "
-                "has none"
+                f"series: feed_forward 'pattention' with score_norm 'softmax' has no activation "
+                f"(got {self.series}, expected 1)"
             )
         if self.unpad and self.drop_path > 0:
             raise UserError(f"unpad: true needs drop_path: 0, got {self.drop_path}")
@@ -276,18 +276,18 @@ class TokenformerConfig:
             )
         if POSITIONS[self.positions].rotary is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise UserError(
-                f"rotary_fraction: {self.rotary_fraction} of {self.head_width} dimensions in a head are "
-                f"{self.rotary_dim}; expected an even number of at least 2"
+                f"rotary_fraction: invalid number of rotary dimensions (got {self.rotary_dim} = "
+                f"{self.rotary_fraction} of {self.head_width}, expected an even number of at least 2)"
             )
 
     @property
     def tokens(self) -> ParamTokens:
-        """Parameter tokens at birth, as totals for each kind."""
+        """Initial parameter tokens by kind."""
         return ParamTokens.parse(self.param_tokens)
 
     @property
     def _pattern(self) -> list[tuple[str, str]]:
-        """Mixer and feed-forward of the blocks, as they repeat."""
+        """Repeating pattern of mixer and feed-forward names."""
         if self.layers is None:
             return [(self.mixer, self.feed_forward)]
         pairs = [layer.partition("+") for layer in self.layers]
@@ -295,11 +295,11 @@ class TokenformerConfig:
 
     @property
     def pattern_length(self) -> int:
-        """Blocks after which the parts of the blocks repeat."""
+        """Number of blocks in one repeat of the pattern."""
         return 1 if self.layers is None else len(self.layers)
 
     def parts_of(self, layer: int) -> tuple[str, str]:
-        """Names of mixer and feed-forward of the block with this number.
+        """Mixer and feed-forward names of block ``layer``.
 
         Example:
             >>> config = TokenformerConfig(layers=("attention", "attention+mlp"), feed_forward="glu")
@@ -309,12 +309,12 @@ class TokenformerConfig:
         return self._pattern[layer % len(self._pattern)]
 
     def _block_parts(self) -> Iterator[dict[str, str]]:
-        """Names of all parts of a model, for each kind of block."""
+        """Yield the part names of each block of the pattern."""
         for mixer, feed_forward in self._pattern:
             yield {name: getattr(self, name) for name in _PARTS} | {"mixer": mixer, "feed_forward": feed_forward}
 
     def _check_needs(self, part: str, name: str, names: Mapping[str, str]) -> None:
-        """Raise an error if a part does not support the rest; either of two parts can declare that they go together."""
+        """Reject unsupported combinations; it is enough that one of two parts declares support for the other."""
         for field, supported in _PARTS[part].needs(name).items():
             value = names.get(field, getattr(self, field))
             declared = _PARTS[field].needs(value).get(part, ()) if field in _PARTS else ()
@@ -324,17 +324,17 @@ class TokenformerConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Data tokens that stand before the patches."""
+        """Number of prefix tokens before the patches."""
         return int(self.class_token)
 
     @property
     def num_positions(self) -> int:
-        """Length of the sequence, T, for an image of ``image_size`` or a text of ``context_length``."""
+        """Sequence length, T, of an image of ``image_size`` or a text of ``context_length``."""
         return STEMS[self.stem].num_positions(self)
 
     @property
     def num_data_tokens(self) -> int:
-        """Length of the sequence in training: ``num_positions``, less the patches that are left out."""
+        """Sequence length in training: ``num_positions`` without dropped patches."""
         if not self.patch_drop_rate:
             return self.num_positions
         patches = self.num_positions - self.num_prefix_tokens
@@ -342,12 +342,12 @@ class TokenformerConfig:
 
     @property
     def length_limit(self) -> int | None:
-        """Data tokens that the model can read at most; ``None`` where nothing limits them."""
+        """Maximum sequence length in data tokens; ``None`` without a limit."""
         return self.num_positions if POSITIONS[self.positions].limited else None
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that rotary positions turn."""
+        """Rotated dimensions of each head."""
         return int(self.head_width * self.rotary_fraction)
 
     @property
@@ -357,21 +357,21 @@ class TokenformerConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        """Hidden width of feed-forwards that have one."""
+        """Hidden units of the feed-forward."""
         return round(self.dim * self.mlp_ratio)
 
     @property
     def size(self) -> dict[str, int]:
-        """Initial totals of all that can grow, by kind."""
+        """Initial size of all growable axes and the depth, by kind."""
         tokens = dict(self.tokens.items())
         return {**tokens, "hidden": self.mlp_hidden, "heads": self.num_heads, "depth": self.depth}
 
     def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
-        """The same architecture at another size, as a growth leads to it.
+        """Resize the architecture, as growth does.
 
         Args:
             size: Totals by kind: parameter tokens (``qkv``, ``proj``, ``ffn``), ``hidden`` units of the feed-forward,
-                ``heads``, and ``depth`` (blocks). Kinds that are left out keep theirs.
+                ``heads`` and ``depth`` (blocks). Missing kinds are unchanged.
 
         Example:
             >>> TokenformerConfig(dim=384, num_heads=6).at_size({"depth": 24, "heads": 8}).head_width
@@ -390,15 +390,15 @@ class TokenformerConfig:
 
     @property
     def shortcut_dim(self) -> int:
-        """Width of the augmented shortcut; 0 for none."""
+        """Width of the augmented shortcut; 0 without one."""
         return self.dim // self.shortcut_reduction if self.shortcut_reduction else 0
 
 
 def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two architectures differ, with both values; stem and head come first."""
+    """Compare two architectures: differing fields with both values, stem and head first."""
     names = sorted((field.name for field in fields(saved)), key=lambda name: name not in ("stem", "head"))
     pairs = {name: (getattr(saved, name), getattr(present, name)) for name in names}
-    if saved.head_width == present.head_width:  # then another number of heads is another size
+    if saved.head_width == present.head_width:  # then the number of heads is a matter of size
         del pairs["num_heads"], pairs["head_dim"]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -1,4 +1,4 @@
-"""What a block does to each data token by itself (RWKV's channel mix looks at the one before, too)."""
+"""Feed-forward layers: pointwise, except RWKV's channel mix with its token shift."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ACTIVATIONS.register("relu")(F.relu)
 
 
 class Activation(nn.Module):
-    """An activation, or a series of it (PanGu-pi, arXiv 2312.17276, eq. 7) with a scale and a shift for each channel.
+    """Activation, or a series of it (PanGu-pi, arXiv 2312.17276, eq. 7) with a scale and shift per channel.
 
     Args:
-        config: Its name and number of terms.
+        config: Architecture, with the activation's name and number of terms.
     """
 
     def __init__(self, config: TokenformerConfig) -> None:
@@ -38,15 +38,15 @@ class Activation(nn.Module):
         self._hidden = config.mlp_hidden
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token."""
+        """Cost per data token."""
         return Cost(count_parameters(self), 0, self._hidden * self.series)
 
     def units(self, name: str) -> list[AxisTensor]:
-        """The tensors that have an index for each channel; none without a series."""
+        """Tensors indexed by channel; none without a series."""
         return series_tensors(f"{name}.scale", f"{name}.shift") if self.series > 1 else []
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
+        """Parameter names without weight decay."""
         return {"scale", "shift"} if self.series > 1 else set()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,21 +55,20 @@ class Activation(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What all have in common: most need no more than the data token itself.
+    """Base class of feed-forwards, (B, T, D) -> (B, T, D).
 
-    Each declares its ``output_layer``, as mixers do: the layer without which it adds nothing to the residual stream;
-    and its ``cost``.
+    A feed-forward declares ``output_layer``, the layer that writes to the residual stream, and its ``cost``.
 
     Attributes:
-        pointwise: Whether it reads no other data token.
-        aux_losses: Names of the auxiliary losses that it adds in training, by ``Context.add_loss``.
+        pointwise: Whether each output depends on its own data token only.
+        aux_losses: Names of the auxiliary losses that the feed-forward adds in training by ``Context.add_loss``.
     """
 
     pointwise = True
     aux_losses: tuple[str, ...] = ()
 
     def new_state(self, length: int) -> RecurrentState | None:
-        """What it remembers of a sequence: nothing."""
+        """Create a decoding state; ``None``, since a pointwise layer needs none."""
         return None
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
@@ -82,8 +81,8 @@ class PattentionFeedForward(Pattention):
     """One Pattention layer as the whole feed-forward (arXiv 2410.23168, eq. 10).
 
     Args:
-        config: Sizes.
-        layer: Number of the block it stands in; all are alike.
+        config: Architecture.
+        layer: Index of the block; unused.
     """
 
     pointwise = True
@@ -104,11 +103,11 @@ class PattentionFeedForward(Pattention):
 
     @property
     def output_layer(self) -> nn.Module:
-        """The layer itself."""
+        """Layer that writes to the residual stream: the layer itself."""
         return self
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token."""
+        """Cost per data token."""
         return _with_dropout(super().cost(length), self.dropout)
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
@@ -118,11 +117,11 @@ class PattentionFeedForward(Pattention):
 
 @FEED_FORWARDS.register("mlp")
 class MLP(FeedForward):
-    """Two projections with an activation between them.
+    """MLP: two projections with an activation between them.
 
     Args:
-        config: Sizes, the activation and the kind of projection.
-        layer: Number of the block it stands in; all are alike.
+        config: Architecture.
+        layer: Index of the block; unused.
     """
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
@@ -134,7 +133,7 @@ class MLP(FeedForward):
         follow_sizes(self)
 
     def axes(self) -> list[Axis]:
-        """The axis of hidden units."""
+        """Declare the axis of hidden units."""
         reads, writes = output_units("fc1", self.fc1), input_units("fc2", self.fc2)
         return [Axis("hidden", (*reads, *self.activation.units("activation"), *writes))]
 
@@ -144,7 +143,7 @@ class MLP(FeedForward):
         return self.fc2
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token."""
+        """Cost per data token."""
         parts = (part_cost(part, length) for part in (self.fc1, self.activation, self.fc2))
         return _with_dropout(sum(parts, start=Cost()), self.dropout)
 
@@ -155,13 +154,13 @@ class MLP(FeedForward):
 
 @FEED_FORWARDS.register("glu")
 class GLU(FeedForward):
-    """A gated feed-forward (arXiv 2002.05202, section 2): ``down(activation(gate x) * up x)``.
+    """Gated linear unit (arXiv 2002.05202, section 2): ``down(activation(gate x) * up x)``.
 
-    With ``gelu`` it is MosaicBERT's, with ``silu`` and a series PanGu-pi's.
+    MosaicBERT uses ``gelu``; PanGu-pi uses ``silu`` with a series.
 
     Args:
-        config: Sizes, the activation and the kind of projection.
-        layer: Number of the block it stands in; all are alike.
+        config: Architecture.
+        layer: Index of the block; unused.
     """
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
@@ -175,7 +174,7 @@ class GLU(FeedForward):
         follow_sizes(self)
 
     def axes(self) -> list[Axis]:
-        """The axis of hidden units."""
+        """Declare the axis of hidden units."""
         reads = output_units("gate", self.gate) + output_units("up", self.up)
         return [Axis("hidden", (*reads, *self.activation.units("activation"), *input_units("down", self.down)))]
 
@@ -185,7 +184,7 @@ class GLU(FeedForward):
         return self.down
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; both factors of the hidden units are kept."""
+        """Cost per data token; both factors of the hidden units are saved for backward."""
         into = same_input_cost(self._dim, length, self.gate, self.up)
         hidden = self.activation.cost(length) + Cost(kept=2 * self._hidden)
         return into + hidden + part_cost(self.down, length)
@@ -197,13 +196,13 @@ class GLU(FeedForward):
 
 @FEED_FORWARDS.register("channel_mix", causal=(True,), unpad=(False,), series=(1,))
 class ChannelMix(FeedForward):
-    """RWKV-4's channel mix: ``sigmoid(R x_r) * V relu(K x_k)^2``, where x_r and x_k hold a share of the token before.
+    """RWKV-4's channel mix: ``sigmoid(R x_r) * V relu(K x_k)^2``, with token-shifted inputs x_r and x_k.
 
     Source: arXiv 2305.13048, eq. 18-20.
 
     Args:
-        config: Sizes and the kind of projection.
-        layer: Number of the block it stands in; the shares are born by it.
+        config: Architecture.
+        layer: Index of the block; the initial token shift depends on it.
     """
 
     pointwise = False
@@ -221,7 +220,7 @@ class ChannelMix(FeedForward):
         follow_sizes(self)
 
     def axes(self) -> list[Axis]:
-        """The axis of hidden units."""
+        """Declare the axis of hidden units."""
         return [Axis("hidden", (*output_units("key", self.key), *input_units("value", self.value)))]
 
     @property
@@ -230,12 +229,12 @@ class ChannelMix(FeedForward):
         return self.value
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; the gate multiplies the last product."""
+        """Cost per data token; the gate needs the result of the last product."""
         parts = (part_cost(part, length) for part in (self.key, self.value, self.receptance))
         return sum(parts, start=Cost()) + Cost(2 * self._dim, 0, 2 * self._dim + self._hidden)
 
     def new_state(self, length: int) -> RecurrentState:
-        """What it remembers of a sequence: the last data token."""
+        """Create a recurrent state with the last data token."""
         return RecurrentState()
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
@@ -247,10 +246,10 @@ class ChannelMix(FeedForward):
 
 
 def _with_dropout(cost: Cost, dropout: nn.Dropout) -> Cost:
-    """Cost with dropout behind it, whose backward pass needs its input."""
+    """Cost of a layer followed by dropout, whose backward pass needs its input."""
     return replace(cost, spared=0) if dropout.p > 0 else cost
 
 
 def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
-    """The feed-forward of the block with this number, (B, T, D) -> (B, T, D)."""
+    """Create the feed-forward of block ``layer``, (B, T, D) -> (B, T, D)."""
     return FEED_FORWARDS[config.parts_of(layer)[1]](config, layer)

@@ -1,4 +1,4 @@
-"""From the residual stream to predictions."""
+"""Output heads: from the residual stream to logits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lit_tokenformer.registry import ACTIVATIONS, HEADS, INITS
 
 
 class ImageHead(nn.Module):
-    """Pools the data tokens and maps them to one logit for each class.
+    """Classifier head with global pooling.
 
     Args:
         dim: Width of the residual stream, D.
-        num_classes: Classes, C; 0 gives the pooled features themselves.
-        global_pool: ``token`` (the first data token), ``avg`` (the mean without the prefix), or ``""`` (none).
-        num_prefix_tokens: Data tokens before the patches.
+        num_classes: Number of classes, C; 0 returns the pooled features.
+        global_pool: Type of global pooling: ``token`` (first data token), ``avg`` (mean without the prefix) or ``""``.
+        num_prefix_tokens: Number of prefix tokens before the patches.
 
     Raises:
-        ValueError: If ``token`` is asked for where no class token stands, or ``global_pool`` is not known.
+        UserError: If ``global_pool`` is unknown, or ``token`` without a class token.
     """
 
     def __init__(self, dim: int, num_classes: int, global_pool: str, num_prefix_tokens: int) -> None:
@@ -41,7 +41,7 @@ class ImageHead(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     def cost(self, length: int) -> Cost:
-        """Cost for each sample."""
+        """Cost per sample."""
         fc = part_cost(self.fc, length)
         return Cost(fc.parameters, fc.flops, length * self.dim)
 
@@ -55,11 +55,11 @@ class ImageHead(nn.Module):
 
 
 class LanguageHead(nn.Module):
-    """Maps each data token to one logit for each token id; without a bias, as published.
+    """Language-model head without bias, as published.
 
     Args:
-        config: Width and vocabulary.
-        embedding: Weights to share, (V, D); ``None`` for weights of its own.
+        config: Architecture.
+        embedding: Embedding to tie the weights to, (V, D); ``None`` for untied weights.
     """
 
     def __init__(self, config: TokenformerConfig, embedding: nn.Parameter | None = None) -> None:
@@ -70,22 +70,22 @@ class LanguageHead(nn.Module):
             INITS[config.init].head(self.weight)
 
     def cost(self, length: int) -> Cost:
-        """Cost for each sample."""
+        """Cost per sample."""
         return _logits_cost(self, length)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, T, D) -> (B, T, V), or what was given with ``pre_logits``."""
+        """(B, T, D) -> (B, T, V), or the unchanged input with ``pre_logits``."""
         return x if pre_logits else F.linear(x, self.weight)
 
 
 class MaskedLanguageHead(nn.Module):
-    """BERT's head: a dense layer, an activation and a norm, then one logit for each token id, with a bias.
+    """BERT's masked-language-model head: dense layer, activation, norm and vocabulary projection with a bias.
 
     Source: arXiv 1810.04805, section 3.1, as in its published code.
 
     Args:
-        config: Width, vocabulary, activation and norm.
-        embedding: Weights to share, (V, D); ``None`` for weights of its own.
+        config: Architecture.
+        embedding: Embedding to tie the weights to, (V, D); ``None`` for untied weights.
     """
 
     def __init__(self, config: TokenformerConfig, embedding: nn.Parameter | None = None) -> None:
@@ -102,12 +102,12 @@ class MaskedLanguageHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def cost(self, length: int) -> Cost:
-        """Cost for each sample, if the logits of all data tokens are computed."""
+        """Cost per sample, with logits of all data tokens."""
         dense, dim = part_cost(self.dense, length).flops, self.dense.in_features
         return _logits_cost(self, length) + Cost(0, dense * length, 2 * length * dim)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(..., D) -> (..., V), or what the logits are made from, (..., D), with ``pre_logits``."""
+        """(..., D) -> (..., V), or the input of the vocabulary projection, (..., D), with ``pre_logits``."""
         x = self.norm(self.activation(self.dense(x)))
         return x if pre_logits else F.linear(x, self.weight, self.bias)
 
@@ -128,7 +128,7 @@ def _masked_language(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
 
 
 def _logits_cost(head: LanguageHead | MaskedLanguageHead, length: int) -> Cost:
-    """Parameters, of which shared weights are the stem's, and the product that gives the logits."""
+    """Cost of the vocabulary projection; tied weights count for the stem."""
     (vocabulary, dim), shared = head.weight.shape, head.weight.numel() if head.shared else 0
     return Cost(count_parameters(head) - shared, 2 * vocabulary * dim * length, length * dim)
 
@@ -138,5 +138,5 @@ def _shared(config: TokenformerConfig, stem: nn.Module) -> nn.Parameter | None:
 
 
 def make_head(config: TokenformerConfig, stem: nn.Module) -> nn.Module:
-    """The head that ``config.head`` names, for a model with this stem."""
+    """Create the head that ``config.head`` names, for a model with ``stem``."""
     return HEADS[config.head](config, stem)

@@ -1,4 +1,4 @@
-"""Interaction between data tokens: softmax attention, and RWKV-4's time mix."""
+"""Token mixers: softmax attention and RWKV-4's time mix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lit_tokenformer.registry import MIXERS, POSITIONS
 
 
 class Packing(NamedTuple):
-    """Data tokens of a padded batch (B, T), side by side without the padding.
+    """Layout of a padded batch (B, T) packed into n data tokens without padding.
 
     Args:
-        places: Where each of them stands in the flattened batch, (n,) int64.
-        batch: Sequences, B.
-        length: Data tokens of each with padding, T.
-        lengths: Data tokens of each without it, where attention takes one sequence after the other; ``None`` where it
-            takes all at once, with their padding.
+        places: Index of each packed data token in the flattened batch, (n,) int64.
+        batch: Number of sequences, B.
+        length: Padded length, T.
+        lengths: Data tokens of each sequence without padding, if attention runs per sequence; ``None`` if attention
+            runs on the padded batch.
     """
 
     places: Tensor
@@ -40,23 +40,23 @@ class Packing(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(1, n, ...) -> (B, T, ...), zeros where there is padding."""
+        """(1, n, ...) -> (B, T, ...), with zeros at the padding."""
         padded = x.new_zeros(self.batch * self.length, *x.shape[2:]).index_copy(0, self.places, x[0])
         return padded.unflatten(0, (self.batch, self.length))
 
 
 class Context(NamedTuple):
-    """What all blocks need to know of a sequence.
+    """Per-batch context shared by all blocks.
 
     Args:
-        rotary: Angles of the positions, where there are rotary ones.
-        mask: Who attends to whom, bool or what is added to the scores, (B, 1 | H, T, S), or (1, ...) for all; ``None``
-            for the rule in ``causal``.
-        causal: Whether a data token attends only to those before it and to itself, where there is no mask.
-        start: Data tokens of the sequence that were computed before, S - T.
-        present: Which data tokens are part of the sequence, (B, T, 1) bool; ``None`` for all.
-        packing: How the data tokens of the batch are packed; ``None`` where they are (B, T).
-        aux_losses: Auxiliary losses by name, () each, to which parts add theirs; ``None`` where none are collected.
+        rotary: Rotary angles of the positions; ``None`` without rotary positions.
+        mask: Attention mask, bool or additive, (B, 1 | H, T, S), or (1, ...) for the whole batch; ``None`` applies
+            ``causal`` alone.
+        causal: Whether attention is causal; ignored with a mask.
+        start: Data tokens of the sequence already in the decoding state, S - T.
+        present: Mask of the data tokens that are not padding, (B, T, 1) bool; ``None`` for all.
+        packing: Layout of a packed batch; ``None`` for a batch (B, T).
+        aux_losses: Auxiliary losses by name, () each, accumulated by the parts; ``None`` disables their collection.
     """
 
     rotary: Rotary | None = None
@@ -68,17 +68,17 @@ class Context(NamedTuple):
     aux_losses: dict[str, Tensor] | None = None
 
     def add_loss(self, name: str, loss: Tensor) -> None:
-        """Add an auxiliary loss to the training loss; losses of one name are summed over the blocks.
+        """Add an auxiliary loss to the training loss; losses of the same name are summed over the blocks.
 
         Args:
-            name: Its name in the logs, ``train/aux/NAME``; the part declares it in its attribute ``aux_losses``.
-            loss: The loss with its weight, ().
+            name: Name of the loss, logged as ``train/aux/NAME``; declared by the part in its attribute ``aux_losses``.
+            loss: Weighted loss, ().
         """
         if self.aux_losses is not None:
             self.aux_losses[name] = self.aux_losses[name] + loss if name in self.aux_losses else loss
 
     def alone(self, number: int, length: int) -> Context:
-        """What it is for the sequence with this number by itself, with ``length`` data tokens and no padding."""
+        """Slice the context for sequence ``number`` alone, with ``length`` data tokens and no padding."""
         rotary, mask = self.rotary, self.mask
         if rotary is not None:
             rotary = rotary[0][..., :length, :], rotary[1][..., :length, :]
@@ -88,10 +88,10 @@ class Context(NamedTuple):
 
 
 class KeyValueCache:
-    """Keys and values of the data tokens that were computed before, in memory that is taken once.
+    """KV cache of one attention layer, allocated once.
 
     Args:
-        length: Data tokens that fit.
+        length: Capacity in data tokens.
     """
 
     def __init__(self, length: int) -> None:
@@ -100,7 +100,7 @@ class KeyValueCache:
         self.value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Puts keys and values (B, H, T, d) at ``start``; returns all up to there, (B, H, start + T, d)."""
+        """Write keys and values (B, H, T, d) at ``start``; return all up to the end, (B, H, start + T, d)."""
         if self.key is None or self.value is None:
             shape = (*key.shape[:2], self.length, key.shape[3])
             self.key, self.value = key.new_empty(shape), value.new_empty(shape)
@@ -111,24 +111,24 @@ class KeyValueCache:
 
 
 class Mixer(nn.Module):
-    """Interaction between data tokens, (B, T, D) -> (B, T, D).
+    """Base class of token mixers, (B, T, D) -> (B, T, D).
 
-    A mixer is made by ``(config, layer)``, the architecture and the number of its block. It declares the layer without
-    which it adds nothing to the residual stream, ``output_layer``, and its ``cost``.
+    A mixer is constructed as ``(config, layer)``: the architecture and the index of the block. It declares
+    ``output_layer``, the layer that writes to the residual stream, and its ``cost``.
 
     Attributes:
-        uses_mask: Whether data tokens meet nowhere but where ``Context.mask`` and ``Context.causal`` let them.
-        aux_losses: Names of the auxiliary losses that it adds in training, by :meth:`Context.add_loss`.
+        uses_mask: Whether data tokens interact only as ``Context.mask`` and ``Context.causal`` allow.
+        aux_losses: Names of the auxiliary losses that the mixer adds in training by :meth:`Context.add_loss`.
     """
 
     uses_mask = False
     aux_losses: tuple[str, ...] = ()
 
     def new_state(self, length: int) -> Any:
-        """Decoding state for a sequence of at most ``length`` data tokens.
+        """Create a decoding state for at most ``length`` data tokens.
 
         Raises:
-            UserError: If the mixer does not define one.
+            UserError: If the mixer does not define a decoding state.
         """
         raise UserError(f"mixer: {type(self).__name__} has no decoding state, so the model cannot generate")
 
@@ -144,8 +144,8 @@ class Attention(Mixer):
     Source: arXiv 2410.23168, eq. 6-8; the scale is 1/sqrt(d).
 
     Args:
-        config: Sizes and the kind of projection.
-        layer: Number of the block it stands in; all are alike.
+        config: Architecture.
+        layer: Index of the block; unused.
     """
 
     uses_mask = True
@@ -167,7 +167,7 @@ class Attention(Mixer):
         follow_sizes(self)
 
     def axes(self) -> list[Axis]:
-        """The axis of attention heads."""
+        """Declare the axis of attention heads."""
         reads = [unit for name in ("query", "key", "value") for unit in output_units(name, getattr(self, name))]
         units = [replace(unit, block=self.head_dim) for unit in (*reads, *input_units("proj", self.proj))]
         slopes = [AxisTensor("slope_of_head", 0, OWN, 0.0)] if self._has_slopes else []
@@ -179,16 +179,16 @@ class Attention(Mixer):
         return self.proj
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; queries, keys, values and what they give are kept."""
+        """Cost per data token; queries, keys, values and the attention output are saved for backward."""
         into = same_input_cost(self._dim, length, self.query, self.key, self.value)
         return into + Cost(0, 4 * length * self._inner, 4 * self._inner) + part_cost(self.proj, length)
 
     def new_state(self, length: int) -> KeyValueCache:
-        """What it remembers of a sequence: all keys and values."""
+        """Create a KV cache."""
         return KeyValueCache(length)
 
     def forward(self, x: Tensor, context: Context = Context(), state: KeyValueCache | None = None) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a state, data tokens attend to those in it too."""
+        """(B, T, D) -> (B, T, D); with a state, data tokens also attend to those in the KV cache."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         packing = context.packing
         if packing is None:
@@ -205,7 +205,7 @@ class Attention(Mixer):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: KeyValueCache | None = None
     ) -> Tensor:
-        """Queries, keys and values (B, T, H d) -> mixed values (B, T, H d)."""
+        """Attend: queries, keys and values (B, T, H d) -> (B, T, H d)."""
         split = (*query.shape[:2], -1, self.head_dim)
         query = query.view(split).transpose(1, 2)  # (B, H, T, d)
         key = key.view(split).transpose(1, 2)  # (B, H, T, d)
@@ -224,11 +224,11 @@ class Attention(Mixer):
 
 
 class RecurrentState:
-    """What RWKV's layers remember of a sequence: of the same size however long it is.
+    """Recurrent state of one RWKV layer; its size does not depend on the sequence length.
 
     Attributes:
         last: Input of the last data token, (B, 1, D), for the token shift.
-        sums: The weighted sums of the WKV operator; ``None`` where there is none.
+        sums: Weighted sums of the WKV operator; ``None`` without one.
     """
 
     last: Tensor | None = None
@@ -236,12 +236,12 @@ class RecurrentState:
 
 
 def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None) -> Tensor:
-    """The input of the data token before, (B, T, D) -> (B, T, D); zeros before the first.
+    """Shift the sequence by one data token, (B, T, D) -> (B, T, D); zeros before the first.
 
     Args:
         x: Inputs.
-        present: Which of them are part of the sequence, (B, T, 1) bool; ``None`` for all.
-        state: Where the last input is remembered.
+        present: Mask of the data tokens that are not padding, (B, T, 1) bool; ``None`` for all.
+        state: Recurrent state with the last input, updated in place.
     """
     if present is not None:
         x = x * present
@@ -252,26 +252,26 @@ def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None)
 
 
 def mixed(x: Tensor, shifted: Tensor, share: Tensor) -> Tensor:
-    """``share`` (D,) of each data token, and the rest of the one before it."""
+    """Interpolate between the previous data token and the current one, with weight ``share`` (D,) on the latter."""
     return torch.lerp(shifted, x, share.to(x.dtype))
 
 
 def layer_ratios(config: TokenformerConfig, layer: int) -> tuple[float, float, Tensor]:
-    """How deep a block stands, from 0 to 1 and from 1 to almost 0; each channel's place, (D,) from 0 to almost 1."""
-    layer = min(layer, config.depth - 1)  # of a model that has grown in depth
+    """Relative depth of a block, as 0 to 1 and as 1 to 1/L, and relative index of each channel, (D,) in [0, 1)."""
+    layer = min(layer, config.depth - 1)  # after a growth in depth
     return layer / max(config.depth - 1, 1), 1 - layer / config.depth, torch.arange(config.dim) / config.dim
 
 
 @MIXERS.register("wkv", stem=("token",), positions=("none",), causal=(True,), unpad=(False,))
 class TimeMix(Mixer):
-    """RWKV-4's time mix: a gated average of all values so far, whose weights decay with the distance.
+    """RWKV-4's time mix: a gated average of past values with exponentially decaying weights.
 
-    Source: arXiv 2305.13048, eq. 11-17; born as in the official code (RWKV-v4neo). All that is exponential is computed
-    in float32 at least.
+    Source: arXiv 2305.13048, eq. 11-17; initialization of the official code (RWKV-v4neo). Exponentials are computed in
+    float32 or wider.
 
     Args:
-        config: Sizes and the kind of projection.
-        layer: Number of the block it stands in; decay and shift are born by it.
+        config: Architecture.
+        layer: Index of the block; initial decay and token shift depend on it.
     """
 
     def __init__(self, config: TokenformerConfig, layer: int = 0) -> None:
@@ -297,21 +297,21 @@ class TimeMix(Mixer):
         return self.proj
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; two more inputs, key, value, two sums, the gate twice, and its product are kept."""
+        """Cost per data token; two shifted inputs, key, value, two sums, the gate twice and its product are saved."""
         dim = len(self.mix_key)
         into = same_input_cost(dim, length, self.key, self.value, self.receptance)
         return into + Cost(5 * dim, 0, 9 * dim) + part_cost(self.proj, length)
 
     def new_state(self, length: int) -> RecurrentState:
-        """What it remembers of a sequence, however long."""
+        """Create a recurrent state."""
         return RecurrentState()
 
     def lr_scales(self) -> dict[str, float]:
-        """Learning rates of its parameters, in multiples, as the official code has them."""
+        """Learning-rate multipliers of the official code, by parameter name."""
         return {"time_decay": 2.0, "time_first": 3.0}
 
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
-        """(B, T, D) -> (B, T, D); with a state, it goes on where that stands."""
+        """(B, T, D) -> (B, T, D); with a state, continues from it."""
         shifted = token_shift(x, context.present, state)
         key = self.key(mixed(x, shifted, self.mix_key))
         value = self.value(mixed(x, shifted, self.mix_value))
@@ -325,5 +325,5 @@ class TimeMix(Mixer):
 
 
 def make_mixer(config: TokenformerConfig, layer: int) -> nn.Module:
-    """The mixer of the block with this number, (B, T, D) -> (B, T, D)."""
+    """Create the mixer of block ``layer``, (B, T, D) -> (B, T, D)."""
     return MIXERS[config.parts_of(layer)[0]](config, layer)

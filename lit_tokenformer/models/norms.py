@@ -1,4 +1,4 @@
-"""Norms of the residual stream."""
+"""Normalization layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_tokenformer.registry import NORMS
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
-    """A layer norm that computes in autocast's precision; without autocast it is an ordinary one.
+    """Layer norm in autocast's precision; a regular layer norm without autocast.
 
-    Autocast computes norms in float32. In half precision they are faster on memory-bound hardware, at the cost of
-    some accuracy (MosaicBERT, arXiv 2312.17482, section 3.1.5).
+    Autocast computes norms in float32. Half precision is faster on memory-bound hardware at the cost of some accuracy
+    (MosaicBERT, arXiv 2312.17482, section 3.1.5).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def _rms_norm(config: TokenformerConfig, affine: bool) -> nn.Module:
 
 
 def make_norm(config: TokenformerConfig, affine: bool = True) -> nn.Module:
-    """The norm that ``config.norm`` names, (..., D) -> (..., D).
+    """Create the norm that ``config.norm`` names, (..., D) -> (..., D).
 
     Args:
-        config: The architecture.
-        affine: Whether it has a weight, and a layer norm a bias.
+        config: Architecture.
+        affine: Enable the weight, and the bias of a layer norm.
     """
     return NORMS[config.norm](config, affine)

@@ -1,8 +1,8 @@
-"""Cost of one part of a model: parameters, floating-point operations, activations kept for the backward pass.
+"""Cost of one part of a model: parameters, FLOPs, activations saved for the backward pass.
 
-A multiply-add counts as two operations, and only matrix products and convolutions count, as in
-``torch.utils.flop_counter``. A part has a method ``cost(length)``, with the length of the sequence, T, which gives its
-:class:`Cost` for each data token; that of a stem or a head is for each sample.
+A multiply-add counts as two FLOPs. Only matrix products and convolutions count, as in ``torch.utils.flop_counter``. A
+part implements ``cost(length)``, where length is the sequence length T, and returns a :class:`Cost` per data token; a
+stem or a head returns it per sample.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a part; ``+`` adds what is computed after it.
+    """Cost of a part; ``a + b`` is the cost of a followed by b.
 
     Args:
         parameters: Trainable parameters.
-        flops: Operations of the forward pass.
-        kept: Activations kept for the backward pass.
-        spared: Operations of the last product, if the backward pass needs no result of it: activation checkpointing
-            does not repeat it.
+        flops: FLOPs of the forward pass.
+        kept: Activations saved for the backward pass, in elements.
+        spared: FLOPs of the last product, if the backward pass does not need its result; activation checkpointing does
+            not recompute it.
     """
 
     parameters: int = 0
@@ -38,17 +38,17 @@ class Cost:
 
 
 def count_parameters(part: nn.Module) -> int:
-    """Trainable parameters of a module."""
+    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in part.parameters())
 
 
 def part_cost(part: nn.Module, length: int) -> Cost:
-    """Cost of a part for each data token.
+    """Compute the cost of a part per data token.
 
     Args:
-        part: A module with a method ``cost``, or a layer of torch's own. Any other is estimated, with a warning: two
-            operations for each parameter.
-        length: Length of the sequence, T.
+        part: Module with a method ``cost``, or a torch layer. Any other module is estimated at two FLOPs per parameter,
+            with a warning.
+        length: Sequence length, T.
 
     Example:
         >>> part_cost(nn.Linear(4, 8), length=1)
@@ -70,11 +70,11 @@ def part_cost(part: nn.Module, length: int) -> Cost:
 
 
 def same_input_cost(dim: int, length: int, *layers: nn.Module) -> Cost:
-    """Cost of layers that read the same input (..., dim), which is kept once."""
+    """Compute the cost of layers with a shared input (..., dim), which is saved once."""
     costs = [part_cost(layer, length) for layer in layers]
     return sum(costs, start=Cost()) + Cost(kept=-(len(costs) - 1) * dim)
 
 
 @lru_cache
 def _warn(kind: str) -> None:
-    warnings.warn(f"{kind} declares no cost; it is counted with two operations for each parameter", stacklevel=4)
+    warnings.warn(f"{kind} declares no cost; estimated at two FLOPs per parameter", stacklevel=4)

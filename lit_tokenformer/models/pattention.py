@@ -1,9 +1,9 @@
-"""Pattention: attention of data tokens over learnable key and value parameter tokens.
+"""Pattention: attention of data tokens over trainable key and value parameter tokens.
 
-Source: Wang et al., "TokenFormer", arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Where we differ from the published
-code: the scale ``tau`` is a stored buffer instead of the square root of the *current* number of tokens, so that tokens
-can be appended without changing the layer's function; a row of zero scores gives zeros instead of NaN; the ``softmax``
-form subtracts the maximum, so that it cannot overflow.
+Source: Wang et al., "TokenFormer", arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Differences from the published code:
+the scale ``tau`` is a buffer instead of the square root of the *current* number of tokens, so that tokens can be
+appended without changing the layer's function; a row of zero scores yields zeros instead of NaN; the ``softmax`` form
+subtracts the maximum, so that it cannot overflow.
 
 Shapes: B batch, T data tokens, N parameter tokens. ``...`` is any number of leading dimensions.
 """
@@ -31,16 +31,16 @@ Activation = Callable[[Tensor], Tensor]
 
 
 SERIES_STD = 0.02
-"""Standard deviation at birth of the scales of a series, but for the first term's."""
+"""Initial standard deviation of the scales of a series, except for the first term's."""
 
 
 class ScoreNorm(NamedTuple):
-    """How scores become weights.
+    """Score normalization of Pattention.
 
     Args:
-        function: Of scores (..., N), tau and an activation; gives weights (..., N).
-        zero_keys_exact: Whether a token with a zero key takes no part in it.
-        whole: The whole of Pattention with GELU, by hand, of x, K, V and tau; ``None`` where there is none.
+        function: ``(scores, tau, activation) -> weights``, (..., N) each.
+        zero_keys_exact: Whether a parameter token with a zero key has no effect on the output.
+        whole: Fused Pattention with GELU, ``(x, K, V, tau) -> y``; ``None`` without one.
     """
 
     function: Callable[[Tensor, Tensor, Activation], Tensor]
@@ -68,7 +68,7 @@ def _gelu(scores: Tensor, tau: Tensor, activation: Activation) -> Tensor:
 
 SCORE_NORMS.register("l2_gelu")(ScoreNorm(_l2_gelu, zero_keys_exact=True, whole=l2_gelu))
 SCORE_NORMS.register("gelu_l2")(ScoreNorm(_gelu_l2, zero_keys_exact=True))
-SCORE_NORMS.register("softmax")(ScoreNorm(_softmax, zero_keys_exact=False))  # exp(0) = 1: a zero key takes weight
+SCORE_NORMS.register("softmax")(ScoreNorm(_softmax, zero_keys_exact=False))  # exp(0) = 1: a zero key has weight
 SCORE_NORMS.register("gelu")(ScoreNorm(_gelu, zero_keys_exact=True))
 
 
@@ -76,10 +76,10 @@ def series_activation(x: Tensor, scale: Tensor, shift: Tensor, activation: Activ
     """Series informed activation of PanGu-pi (arXiv 2312.17276, eq. 7): ``sum_i activation(a_i x + b_i)``.
 
     Args:
-        x: (..., N).
-        scale: a, (N, terms).
-        shift: b, (N, terms).
-        activation: What each term goes through.
+        x: Input, (..., N).
+        scale: Scales a, (N, terms).
+        shift: Shifts b, (N, terms).
+        activation: Activation of each term.
 
     Returns:
         (..., N).
@@ -89,9 +89,9 @@ def series_activation(x: Tensor, scale: Tensor, shift: Tensor, activation: Activ
 
 
 def new_series(size: int, terms: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Scale and shift, each (size, terms), of a series that starts near the plain activation, with unequal terms.
+    """Initialize scale and shift of a series near the plain activation, (size, terms) each.
 
-    The first term is the plain activation (a = 1); the others begin with a ~ N(0, SERIES_STD); every b is 0.
+    The first term is the plain activation (a = 1); the others start with a ~ N(0, SERIES_STD); every b is 0.
     """
     scale, shift = torch.empty(size, terms), torch.zeros(size, terms)
     nn.init.normal_(scale, std=SERIES_STD)
@@ -100,7 +100,7 @@ def new_series(size: int, terms: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def series_tensors(scale: str, shift: str) -> list[AxisTensor]:
-    """Scale and shift of a series along an axis; the series of a new unit starts near the plain activation."""
+    """Declare scale and shift of a series along an axis; the series of a new unit starts near the plain activation."""
 
     def settle(new: Tensor) -> None:
         new[:, 0] = 1.0
@@ -116,15 +116,15 @@ def pattention(
     score_norm: str = "l2_gelu",
     activation: Activation = F.gelu,
 ) -> Tensor:
-    """Attention of ``x`` over parameter tokens: ``y = norm(x K^T) V``.
+    """Attend from data tokens ``x`` to parameter tokens: ``y = norm(x K^T) V``.
 
     Args:
         x: Data tokens, (..., D_in).
-        key_tokens: K, (N, D_in).
-        value_tokens: V, (N, D_out).
-        tau: Scale of the normalised scores, (); sqrt(N) at birth.
-        score_norm: A name in ``SCORE_NORMS``.
-        activation: What takes the place of GELU in the score normalisations that have one.
+        key_tokens: Key parameter tokens K, (N, D_in).
+        value_tokens: Value parameter tokens V, (N, D_out).
+        tau: Scale of the normalized scores, (); initially sqrt(N).
+        score_norm: Score normalization, a name in ``SCORE_NORMS``.
+        activation: Replacement of GELU in score normalizations with an activation.
 
     Returns:
         (..., D_out).
@@ -142,29 +142,29 @@ def pattention(
 
 
 class Pattention(nn.Module):
-    """A projection whose weights are parameter tokens; more tokens can be appended at any time.
+    """Projection by attention over parameter tokens; more tokens can be appended at any time.
 
-    A checkpoint with another number of tokens can be loaded: the layer takes the size of what it is given.
+    A checkpoint with another number of tokens can be loaded: the layer adopts its size.
 
     Args:
-        dim_in: Width of the input, D_in.
-        dim_out: Width of the output, D_out.
+        dim_in: Input dimension, D_in.
+        dim_out: Output dimension, D_out.
         num_tokens: Number of parameter tokens, N.
-        score_norm: A name in ``SCORE_NORMS``; ``l2_gelu`` is the published one.
-        kind: Which total of a growth schedule this layer follows (``qkv``, ``proj``, ``ffn``); ``None`` for ``other``.
-        key_std: Standard deviation of keys at birth.
-        value_std: Standard deviation of values at birth, for tokens appended later too.
-        series: Terms of a series informed activation in the place of GELU; 1 is GELU itself.
+        score_norm: Score normalization, a name in ``SCORE_NORMS``; ``l2_gelu`` is the published one.
+        kind: Kind of parameter tokens in growth schedules (``qkv``, ``proj``, ``ffn``); ``None`` for ``other``.
+        key_std: Initial standard deviation of key tokens.
+        value_std: Initial standard deviation of value tokens, also of tokens appended later.
+        series: Terms of a series informed activation in place of GELU; 1 is GELU itself.
 
     Attributes:
-        key_tokens: (N, D_in).
-        value_tokens: (N, D_out).
+        key_tokens: Key parameter tokens, (N, D_in).
+        value_tokens: Value parameter tokens, (N, D_out).
         scale_tokens: Scales of the series, (N, series); ``None`` for GELU itself.
         shift_tokens: Shifts of the series, (N, series); ``None`` for GELU itself.
-        tau: (), float32 or wider whatever the precision of the weights, because the exactness of growth rests on it.
+        tau: Scale of the normalized scores, (); float32 or wider in any precision, so that growth is exact.
 
     Raises:
-        ValueError: If ``num_tokens`` < 1, ``score_norm`` is not known, or a series has no activation to stand for.
+        UserError: If ``num_tokens`` < 1, ``score_norm`` is unknown, or a series is set without an activation.
 
     Example:
         >>> Pattention(8, 16, num_tokens=4)(torch.zeros(2, 3, 8)).shape
@@ -172,7 +172,7 @@ class Pattention(nn.Module):
     """
 
     PARTS = ("key_tokens", "value_tokens", "scale_tokens", "shift_tokens")
-    """The parameters with a row for each parameter token."""
+    """Parameters with one row per parameter token."""
 
     tau: Tensor
     scale_tokens: nn.Parameter | None
@@ -216,11 +216,11 @@ class Pattention(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """Parameter tokens the layer holds now, N."""
+        """Current number of parameter tokens, N."""
         return self.key_tokens.shape[0]
 
     def axes(self) -> list[Axis]:
-        """The axis of parameter tokens."""
+        """Declare the axis of parameter tokens."""
         tensors = [
             AxisTensor("key_tokens", 0, IN, self.key_std),
             AxisTensor("value_tokens", 0, OUT, self.value_std),
@@ -230,15 +230,15 @@ class Pattention(nn.Module):
         return [Axis(self.kind, tuple(tensors), tau=self.tau, zero_exact=SCORE_NORMS[self.score_norm].zero_keys_exact)]
 
     def output_units(self, name: str) -> list[AxisTensor]:
-        """What has an index for each output: the columns of the values."""
+        """Declare the tensor indexed by output: the columns of the values."""
         return [AxisTensor(f"{name}.value_tokens", 1, IN, self.value_std)]
 
     def input_units(self, name: str) -> list[AxisTensor]:
-        """What has an index for each input: the columns of the keys."""
+        """Declare the tensor indexed by input: the columns of the keys."""
         return [AxisTensor(f"{name}.key_tokens", 1, OUT, self.key_std)]
 
     def cost(self, length: int) -> Cost:
-        """Cost for each data token; a backward pass by hand computes the last product again."""
+        """Cost per data token; activation checkpointing recomputes the last product of the fused form."""
         total, (dim_in, dim_out) = self.num_tokens, (self.key_tokens.shape[1], self.value_tokens.shape[1])
         by_hand = SCORE_NORMS[self.score_norm].whole is not None and self.series == 1
         kept = total + 1 if by_hand else (2 + self.series) * total  # scores, normalized scores, weights
@@ -246,11 +246,11 @@ class Pattention(nn.Module):
         return Cost(count_parameters(self), 2 * total * (dim_in + dim_out), dim_in + kept, spared)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: those of a series."""
+        """Parameter names without weight decay: those of a series."""
         return {"scale_tokens", "shift_tokens"} if self.series > 1 else set()
 
     def reset_parameters(self) -> None:
-        """Draws all tokens anew: keys N(0, key_std), values N(0, value_std); tau is sqrt(N) again."""
+        """Reinitialize all tokens: keys N(0, key_std), values N(0, value_std), tau sqrt(N)."""
         nn.init.normal_(self.key_tokens, std=self.key_std)
         nn.init.normal_(self.value_tokens, std=self.value_std)
         if self.series > 1:

@@ -1,10 +1,10 @@
-"""The published form of Pattention, ``y = GELU(tau s / ||s||) V`` with ``s = x K^T``, with a backward pass by hand.
+"""Published form of Pattention, ``y = GELU(tau s / ||s||) V`` with ``s = x K^T``, with a hand-written backward pass.
 
-Source: arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Autograd would keep the scores, the normalised scores and their
-GELU for the backward pass. Here one of the three is kept, ``z = tau s / ||s||``, and one number for each data token;
-the GELU is computed again. What lies between the products works in place wherever nobody needs what was there.
+Source: arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Autograd saves the scores, the normalized scores and their GELU.
+This implementation saves only ``z = tau s / ||s||`` and one scalar per data token, and recomputes the GELU. Operations
+between the matrix products run in place where possible.
 
-With ``w = GELU(z)``, from ``dy`` follow ``dV = w^T dy``, ``dw = dy V^T``, ``dz = dw * GELU'(z)``,
+With ``w = GELU(z)`` and the output gradient ``dy``: ``dV = w^T dy``, ``dw = dy V^T``, ``dz = dw * GELU'(z)``,
 ``ds = (dz - z (dz . z) / tau^2) tau / ||s||``, ``dK = ds^T x`` and ``dx = ds K``.
 """
 
@@ -18,27 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-12
-"""Smallest norm that scores are divided by; below it they count as zeros."""
+"""Smallest norm of a row of scores; rows below it are treated as zeros."""
 
 _BLOCK = 2**24
-"""Bytes of scores that are worked on at once where that saves memory."""
+"""Bytes of scores processed at once by blockwise kernels."""
 
 
 def l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
-    """tau / ||scores||_2 for each row, (..., 1) in float32 at least; 0 for a row of zeros."""
+    """Compute tau / ||scores||_2 of each row, (..., 1) in float32 or wider; 0 for a row of zeros."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
     norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_EPS)
-    return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # of tokens that are divided among processes, summed up once
+    return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # with sharded tokens, one all-reduce
 
 
 def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-    """Pattention (..., D_in) -> (..., D_out); under autocast in its precision.
+    """Compute Pattention (..., D_in) -> (..., D_out), in autocast's precision if enabled.
 
     Args:
         x: Data tokens, (..., D_in).
-        key_tokens: K, (N, D_in).
-        value_tokens: V, (N, D_out).
-        tau: Norm of the normalised scores, ().
+        key_tokens: Key parameter tokens K, (N, D_in).
+        value_tokens: Value parameter tokens V, (N, D_out).
+        tau: Norm of the normalized scores, ().
     """
     device = x.device.type
     if not torch.is_grad_enabled() and _on_cpu(x) and x.numel() == x.shape[-1] and not torch.is_autocast_enabled("cpu"):
@@ -51,7 +51,7 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         if torch.is_grad_enabled():
             out = _L2GELU.apply(rows, key_tokens, value_tokens, tau)
         else:
-            scores, _ = _normalised(F.linear(rows, key_tokens), tau)
+            scores, _ = _normalized(F.linear(rows, key_tokens), tau)
             out = torch.ops.aten.gelu_(scores) @ value_tokens
     return out.view(*x.shape[:-1], value_tokens.shape[1])
 
@@ -59,32 +59,32 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
 class _L2GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-        normalised, scale = _normalised(F.linear(x, key_tokens), tau)
-        ctx.save_for_backward(x, key_tokens, value_tokens, tau, normalised, scale)
-        return F.gelu(normalised) @ value_tokens
+        normalized, scale = _normalized(F.linear(x, key_tokens), tau)
+        ctx.save_for_backward(x, key_tokens, value_tokens, tau, normalized, scale)
+        return F.gelu(normalized) @ value_tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, key_tokens, value_tokens, tau, normalised, scale = ctx.saved_tensors
+        x, key_tokens, value_tokens, tau, normalized, scale = ctx.saved_tensors
         for_x, for_keys, for_values, for_tau = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is to be differentiated too
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
             return _differentiable_gradients(ctx, grad)
         x_grad = keys_grad = values_grad = tau_grad = None
         with _without_autocast(grad.device.type):
             if for_values:
-                values_grad = F.gelu(normalised).T @ grad
+                values_grad = F.gelu(normalized).T @ grad
             if for_x or for_keys or for_tau:
-                scores_grad = _before_gelu(grad @ value_tokens.T, normalised)
+                scores_grad = _before_gelu(grad @ value_tokens.T, normalized)
                 if for_tau:
-                    tau_grad = (scores_grad * normalised).sum(dtype=tau.dtype) / tau
-                scores_grad = _before_norm(scores_grad, normalised, scale, tau)
+                    tau_grad = (scores_grad * normalized).sum(dtype=tau.dtype) / tau
+                scores_grad = _before_norm(scores_grad, normalized, scale, tau)
                 keys_grad = scores_grad.T @ x if for_keys else None
                 x_grad = scores_grad @ key_tokens if for_x else None
         return x_grad, keys_grad, values_grad, tau_grad
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by autograd, so that it can go on to the second ones."""
+    """Gradients through autograd, for double backward."""
     inputs = ctx.saved_tensors[:4]
     x, key_tokens, value_tokens, tau = inputs
     with _without_autocast(grad.device.type):
@@ -101,13 +101,13 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether to call the CPU's own kernels: they divide by the size, and a compiler fuses the plain lines better."""
+    """Check whether CPU kernels apply: they divide by the size, and a compiler fuses the plain formula better."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() > 0
 
 
-def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (T, N), which are overwritten, times their scale; and the scale, (T, 1) in float32 at least."""
-    if _on_cpu(scores) and scores.dtype == torch.bfloat16:  # a mixed product would copy all to float32
+def _normalized(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalize scores (T, N) in place; return them and their scale, (T, 1) in float32 or wider."""
+    if _on_cpu(scores) and scores.dtype == torch.bfloat16:  # mixed precision would copy the scores to float32
         one = scores.new_ones(len(scores), 1)
         scores, norm = torch.ops.aten._weight_norm_interface(scores, one, 0)
         if (norm <= NORM_EPS).any():
@@ -118,38 +118,36 @@ def _normalised(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_row(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-    """The same of a single data token, (D_in,) -> (D_out,), on a CPU; K and V are read once."""
+    """Compute a single data token, (D_in,) -> (D_out,), on a CPU; K and V are read once."""
     scores = torch.mv(key_tokens, x).to(torch.promote_types(x.dtype, torch.float32))  # (N,)
     norm = torch.linalg.vector_norm(scores).item()
     scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0)
-    weights = scores.mul_(torch.special.ndtr(scores)).to(
-        x.dtype
-    )  # GELU, for which oneDNN would prepare itself each time
+    weights = scores.mul_(torch.special.ndtr(scores)).to(x.dtype)  # GELU without oneDNN's set-up on each call
     if value_tokens.dtype.itemsize > 2:
         return weights @ value_tokens
-    # a product in half precision would first bring V into another order, and take twice as long
+    # a half-precision product would reorder V first, at twice the time
     size, threads = len(weights), torch.get_num_threads()
     bags = torch.arange(0, size, -(-size // threads))
     numbers = torch.arange(size)
     return F.embedding_bag(numbers, value_tokens, bags, mode="sum", per_sample_weights=weights).sum(dim=0)
 
 
-def _before_gelu(grad: Tensor, normalised: Tensor) -> Tensor:
-    """From the gradient with regard to the weights (T, N), which is overwritten, that with regard to z."""
+def _before_gelu(grad: Tensor, normalized: Tensor) -> Tensor:
+    """Backward of the GELU: gradient of the weights (T, N) -> gradient of z, in place."""
     if torch.compiler.is_compiling():
-        return torch.ops.aten.gelu_backward(grad, normalised)
-    return torch.ops.aten.gelu_backward.grad_input(grad, normalised, grad_input=grad)
+        return torch.ops.aten.gelu_backward(grad, normalized)
+    return torch.ops.aten.gelu_backward.grad_input(grad, normalized, grad_input=grad)
 
 
-def _before_norm(grad: Tensor, normalised: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
-    """From the gradient with regard to the normalised scores that with regard to the scores, both (T, N)."""
-    if _on_cpu(grad) and grad.dtype != torch.float16:  # the same as of weight normalisation, in one pass
-        given = grad, normalised, (scale * tau).to(grad.dtype), tau.to(scale.dtype).expand(scale.shape).contiguous()
+def _before_norm(grad: Tensor, normalized: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
+    """Backward of the normalization: gradient of z (T, N) -> gradient of the scores (T, N)."""
+    if _on_cpu(grad) and grad.dtype != torch.float16:  # fused kernel of weight normalization
+        given = grad, normalized, (scale * tau).to(grad.dtype), tau.to(scale.dtype).expand(scale.shape).contiguous()
         if grad.nbytes <= _BLOCK:
             return torch.ops.aten._weight_norm_interface_backward(*given, 0)[0]
         rows = max(1, _BLOCK // (grad.shape[1] * grad.element_size()))
         for block in zip(*(one.split(rows) for one in given), strict=True):
             block[0].copy_(torch.ops.aten._weight_norm_interface_backward(*block, 0)[0])
         return grad
-    along = (grad * normalised).sum(dim=-1, keepdim=True, dtype=scale.dtype) / -tau.square()
-    return grad.addcmul_(normalised, along.to(grad.dtype)).mul_(scale)
+    along = (grad * normalized).sum(dim=-1, keepdim=True, dtype=scale.dtype) / -tau.square()
+    return grad.addcmul_(normalized, along.to(grad.dtype)).mul_(scale)

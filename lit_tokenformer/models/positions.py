@@ -1,8 +1,8 @@
-"""Positions of data tokens, and those that act inside attention.
+"""Position encodings: learned, rotary and ALiBi.
 
-Sources: rotary positions, arXiv 2104.09864, section 3.2, in GPT-NeoX's form (the two halves of the turned dimensions
-are the pairs, and only the first dimensions of each head are turned), which the published TokenFormer uses; ALiBi,
-arXiv 2108.12409, section 3, and its symmetric form for models that look both ways, arXiv 2312.17482, section 3.1.
+Sources: rotary positions, arXiv 2104.09864, section 3.2, in GPT-NeoX's form as in the published TokenFormer (only the
+first dimensions of each head are rotated, paired by halves); ALiBi, arXiv 2108.12409, section 3, and its symmetric form
+for bidirectional models, arXiv 2312.17482, section 3.1.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.registry import POSITIONS
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each (T, r / 2) or (B, 1, T, r / 2), of the angles by which r dimensions of a head are turned."""
+"""Cosines and sines of the rotary angles of r dimensions, (T, r / 2) or (B, 1, T, r / 2) each."""
 
 
 class Positions(NamedTuple):
-    """Where the order of the data tokens enters a model.
+    """Position encoding of a model.
 
     Args:
         learned: Whether the stem adds a trainable vector to each data token.
-        limited: Whether no sequence can be longer than the model's length.
-        rotary: Angles of queries and keys, ``(config, positions, dtype) -> Rotary``.
-        bias: Sum with the scores, ``(num_heads, start, length, like) -> (1, H, T, S)``.
+        limited: Whether the sequence length is limited.
+        rotary: Rotary angles of queries and keys, ``(config, positions, dtype) -> Rotary``.
+        bias: Additive bias of the attention scores, ``(num_heads, start, length, like) -> (1, H, T, S)``.
     """
 
     learned: bool = False
@@ -38,20 +38,20 @@ class Positions(NamedTuple):
 
 
 def token_positions(start: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
-    """Places of data tokens in their sequence, (T,) int64, or (B, T) where there is padding at the left.
+    """Compute the positions of data tokens, (T,) int64, or (B, T) with left padding.
 
     Args:
-        start: Data tokens that came before.
-        length: Data tokens, T.
-        padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
-        device: Where they are put.
+        start: Data tokens of the sequence already in the decoding state.
+        length: Number of data tokens, T.
+        padding: Left padding of each sequence in data tokens, (B,) int64.
+        device: Device of the result.
     """
     positions = torch.arange(start, start + length, device=device)
     return positions if padding is None else (positions - padding[:, None]).clamp_min(0)
 
 
 def alibi_slopes(num_heads: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """How fast the scores of each head fall with the distance, (H,).
+    """Compute the ALiBi slope of each head, (H,).
 
     Example:
         >>> alibi_slopes(4, torch.float32).tolist()
@@ -63,14 +63,14 @@ def alibi_slopes(num_heads: int, dtype: torch.dtype, device: torch.device | None
 
 
 def alibi_bias(num_heads: int, start: int, length: int, like: Tensor, heads: Tensor | None = None) -> Tensor:
-    """What is added to the scores of T data tokens with all S = start + T, (1, H, T, S): minus slope times distance.
+    """Compute the ALiBi bias of the attention scores, -slope * distance, (1, H, T, S) with S = start + T.
 
     Args:
-        num_heads: H.
-        start: Data tokens that came before.
-        length: Data tokens, T.
-        like: What it is on the device of, in its precision or in float32, whichever is wider.
-        heads: Which of ``num_heads`` slopes each head has, (H',) int64; ``None`` for one each.
+        num_heads: Number of heads, H.
+        start: Data tokens of the sequence already in the decoding state.
+        length: Number of data tokens, T.
+        like: Reference tensor; the result is on its device, in its dtype or float32, whichever is wider.
+        heads: Slope index of each head, (H',) int64; ``None`` for one slope each.
     """
     slopes = alibi_slopes(num_heads, torch.promote_types(like.dtype, torch.float32), like.device)
     slopes = slopes if heads is None else slopes[heads]
@@ -80,7 +80,7 @@ def alibi_bias(num_heads: int, start: int, length: int, like: Tensor, heads: Ten
 
 
 def rotary_angles(config: TokenformerConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Cosines and sines for positions (T,) or (B, T), in ``dtype`` or float32, whichever is wider."""
+    """Compute rotary angles of positions (T,) or (B, T), in ``dtype`` or float32, whichever is wider."""
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=wide) / config.rotary_dim
     angles = positions[..., None].to(wide) * config.rotary_base**-exponents  # (..., T, r / 2)
@@ -89,7 +89,7 @@ def rotary_angles(config: TokenformerConfig, positions: Tensor, dtype: torch.dty
 
 
 def turn(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns the first r dimensions of each head in ``x``, (B, H, T, d) -> (B, H, T, d)."""
+    """Rotate the first r dimensions of each head, (B, H, T, d) -> (B, H, T, d)."""
     cos, sin = rotary
     half = cos.shape[-1]
     left, right, kept = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)

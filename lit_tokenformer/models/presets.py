@@ -1,18 +1,17 @@
-"""Named architectures: rows of numbers and part names, nothing else.
+"""Model presets: one row of sizes and part names per architecture.
 
-Sizes of the vision models: arXiv 2410.23168, Table 9 (with the misprinted feed-forward of Large-matched read as
-3072, the only reading that gives the published 304 M). The Small and Tiny rows follow DeiT's widths and depths.
-Sizes of the language models: appendix F (Pile), appendix D (``owt``: the growth ladder on OpenWebText) and the
-published configs (``owt2``: the pair on OpenWebText2). Names hold the size as published, and so ``owt_1_4b`` has
-1,309,705,728 parameters.
+Sizes of the vision models: arXiv 2410.23168, Table 9 (with the misprinted feed-forward of Large-matched read as 3072,
+the only reading that reproduces the published 304 M). The Small and Tiny rows follow DeiT's widths and depths. Sizes of
+the language models: appendix F (Pile), appendix D (``owt``: the growth ladder on OpenWebText) and the published configs
+(``owt2``: the pair on OpenWebText2). Names carry the published size; ``owt_1_4b`` has 1,309,705,728 parameters.
 
-The challengers: ``transformer`` is TokenFormer's twin with linear projections; GPT-2 (Radford et al. 2019), Pythia
-(arXiv 2304.01373), BERT (arXiv 1810.04805), RoBERTa (arXiv 1907.11692), MosaicBERT (arXiv 2312.17482), RWKV-4 (arXiv
-2305.13048), PanGu-pi (arXiv 2312.17276; the width of its feed-forward is not published and is LLaMA's, 8/3). Segment
-embeddings of the BERTs and RoBERTa's two positions for padding are left out. Each family has a ``tiny`` and a ``small``
-row of the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``; ``tokenformer_mlm`` is TokenFormer for masked
-language modelling. ``hybrid`` has attention in every third block of RWKV-4, without positions, which the recurrence
-stands for (as in Jamba, arXiv 2403.19887, section 6.6), and six blocks.
+Baselines: ``transformer`` (TokenFormer with linear projections), GPT-2 (Radford et al. 2019), Pythia (arXiv
+2304.01373), BERT (arXiv 1810.04805), RoBERTa (arXiv 1907.11692), MosaicBERT (arXiv 2312.17482), RWKV-4 (arXiv
+2305.13048) and PanGu-pi (arXiv 2312.17276; its hidden width is not published and follows LLaMA's, 8/3). Segment
+embeddings of the BERT family and RoBERTa's two padding positions are omitted. Each family has a ``tiny`` and a
+``small`` row with the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``. ``tokenformer_mlm`` is TokenFormer
+for masked language modeling. ``hybrid`` is RWKV-4 with attention in every third of six blocks and without position
+encoding, since the recurrence encodes order (as in Jamba, arXiv 2403.19887, section 6.6).
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ for _name, _row in _ROWS.items():
 
 if TYPE_CHECKING:
     BackboneOverrides = TokenformerConfig
-else:  # the fields of the config, each optional, so that every one is an option of the command line
+else:  # every field of the config, optional, so that each is a command-line option
     BackboneOverrides = dataclasses.make_dataclass(
         "BackboneOverrides",
         [(name, Optional[kind], None) for name, kind in get_type_hints(TokenformerConfig).items()],  # noqa: UP045
@@ -151,7 +150,7 @@ else:  # the fields of the config, each optional, so that every one is an option
 
 
 def list_presets() -> list[str]:
-    """The names that :func:`create_backbone` takes.
+    """List the names of all presets.
 
     Example:
         >>> "tokenformer_vit_small_patch16_224" in list_presets()
@@ -161,14 +160,14 @@ def list_presets() -> list[str]:
 
 
 def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
-    """The config of a preset, with some of its fields replaced.
+    """Build the config of a preset.
 
     Args:
-        name: One of :func:`list_presets`.
-        overrides: Fields of :class:`TokenformerConfig`; ``None`` keeps the preset's value.
+        name: Preset name, see :func:`list_presets`.
+        overrides: Fields of :class:`TokenformerConfig` to replace; ``None`` keeps the preset's value.
 
     Raises:
-        ValueError: For an unknown preset or field (the nearest right one is named), or fields that do not fit.
+        UserError: If the preset or a field is unknown, or the fields are invalid together.
     """
     preset = PRESETS[name]
     known = [field.name for field in dataclasses.fields(TokenformerConfig)]
@@ -180,17 +179,17 @@ def preset_config(name: str, **overrides: Any) -> TokenformerConfig:
 
 
 def create_backbone(name: str, **overrides: Any) -> Tokenformer:
-    """A model with fresh weights.
+    """Create a model with freshly initialized weights.
 
     Args:
-        name: One of :func:`list_presets`.
-        overrides: Fields of :class:`TokenformerConfig` that replace the preset's.
+        name: Preset name, see :func:`list_presets`.
+        overrides: Fields of :class:`TokenformerConfig` to replace.
 
     Returns:
-        The model, weights drawn from torch's global generator.
+        Model, initialized from torch's global random state.
 
     Raises:
-        ValueError: As :func:`preset_config`.
+        UserError: See :func:`preset_config`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""One factory for every projection of every architecture: linear, or Pattention; and how weights are born."""
+"""Projections, linear or Pattention, and weight initialization."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lit_tokenformer.registry import INITS, PROJECTIONS
 
 
 class Init(NamedTuple):
-    """Weight initialization, in place.
+    """In-place weight initialization scheme.
 
     Args:
-        projection: Of a linear projection, given the config and whether it writes to the residual stream.
-        embedding: Of an embedding of token ids, (V, D).
-        head: Of a language head of its own, (V, D).
-        std: Standard deviation of a linear projection's weights, given the config, whether it writes to the residual
-            stream, and its inputs.
+        projection: Initializes a linear projection: ``(weight, config, residual)``, where ``residual`` marks layers
+            that write to the residual stream.
+        embedding: Initializes a token embedding, (V, D).
+        head: Initializes an untied language head, (V, D).
+        std: Standard deviation of a linear projection's weights: ``(config, residual, dim_in) -> std``.
     """
 
     projection: Callable[[Tensor, TokenformerConfig, bool], object]
@@ -60,7 +60,7 @@ INITS.register("trunc_normal")(
 INITS.register("normal")(Init(lambda weight, config, residual: _normal(weight), _normal, _normal))
 INITS.register("gpt2")(_normal_of(_gpt2_std))  # Radford et al. 2019, section 2.3
 INITS.register("neox")(_normal_of(_neox_std))  # arXiv 2204.06745, section 2.1
-INITS.register("rwkv")(  # the official code's; its norm makes an embedding so small one of unit size
+INITS.register("rwkv")(  # of the official code; its norm after the embedding rescales the small values
     Init(
         lambda weight, config, residual: _orthogonal(weight),
         lambda weight: nn.init.uniform_(weight, -1e-4, 1e-4),
@@ -75,7 +75,7 @@ def _linear(
     config: TokenformerConfig, kind: str, dim_in: int, dim_out: int, residual: bool, bias: bool, zero: bool
 ) -> nn.Module:
     layer = nn.Linear(dim_in, dim_out, bias=bias)
-    layer.init_std = INITS[config.init].std(config, residual, dim_in)  # type: ignore[assignment]  # of units that grow
+    layer.init_std = INITS[config.init].std(config, residual, dim_in)  # type: ignore[assignment]  # for growth
     if zero:
         nn.init.zeros_(layer.weight)
     else:
@@ -98,13 +98,13 @@ def _pattention(
         key_std=0.02,
         value_std=pattention_value_std(config),
     )
-    if zero:  # never the keys: scores of zero give values no gradient
+    if zero:  # not the keys: zero scores give values zero gradient
         nn.init.zeros_(layer.value_tokens)
     return layer
 
 
 def pattention_value_std(config: TokenformerConfig) -> float:
-    """Standard deviation of values at birth: the published "wang_init"."""
+    """Initial standard deviation of value tokens: the published "wang_init"."""
     return 2 / (config.depth * math.sqrt(config.dim))
 
 
@@ -117,16 +117,16 @@ def make_projection(
     bias: bool | None = None,
     zero: bool = False,
 ) -> nn.Module:
-    """A map (..., dim_in) -> (..., dim_out) with fresh weights, linear or Pattention as ``config.projection`` has it.
+    """Create the projection (..., dim_in) -> (..., dim_out) that ``config.projection`` names.
 
     Args:
-        config: The architecture it belongs to.
-        kind: Which total of parameter tokens it follows: ``qkv``, ``proj`` or ``ffn``.
-        dim_in: Width of the input.
-        dim_out: Width of the output.
-        residual: Whether its output is added to the residual stream.
-        bias: Whether a linear one has a bias; ``None`` for what the config says.
-        zero: Whether its output is zero at birth.
+        config: Architecture.
+        kind: Kind of parameter tokens: ``qkv``, ``proj`` or ``ffn``.
+        dim_in: Input dimension.
+        dim_out: Output dimension.
+        residual: Whether the output is added to the residual stream.
+        bias: Enable bias of a linear projection; ``None`` uses ``config.bias``.
+        zero: Initialize the output to zero.
     """
     wanted = config.bias if bias is None else bias
     layer = PROJECTIONS[config.projection](config, kind, dim_in, dim_out, residual, wanted, zero)

@@ -1,4 +1,4 @@
-"""From raw input to the residual stream."""
+"""Stems: embeddings of images and token ids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_tokenformer.registry import INITS, POSITIONS, STEMS
 
 @STEMS.register("patch", positions=("learned",))
 class PatchStem(nn.Module):
-    """Patches, a class token and learned positions, which are resampled for an image of another size.
+    """Patch embedding with a class token and learned positions, resampled for other image sizes.
 
     Args:
-        config: Sizes of images and patches.
+        config: Architecture.
     """
 
     def __init__(self, config: TokenformerConfig) -> None:
@@ -42,28 +42,28 @@ class PatchStem(nn.Module):
 
     @staticmethod
     def num_positions(config: TokenformerConfig) -> int:
-        """Length of the sequence, T, for an image of the config's size."""
+        """Sequence length, T, of an image of ``image_size``."""
         return (config.image_size // config.patch_size) ** 2 + config.num_prefix_tokens
 
     def cost(self, length: int) -> Cost:
-        """Cost for each sample; patches are left out after the stem."""
+        """Cost per sample; patches are dropped after the stem."""
         positions, dim = self.pos_embed.shape[1:]
         patches, pixels = positions - self.num_prefix_tokens, self.patch_embed.proj.weight[0].numel()
         return Cost(count_parameters(self), 2 * patches * pixels * dim, positions * dim)
 
     def reset_parameters(self) -> None:
-        """Draws positions, class token and patch projection anew (truncated normal, as in timm's ViT)."""
+        """Reinitialize positions, class token and patch projection (truncated normal, as in timm's ViT)."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
         self.patch_embed.proj.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
+        """Parameter names without weight decay."""
         return {"cls_token", "pos_embed"} if self.cls_token is not None else {"pos_embed"}
 
     def forward(self, image: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
-        """(B, C, height, width) in pixels -> (B, 1 + patches, D); an image is read at once, and has no padding."""
+        """(B, C, height, width) -> (B, 1 + patches, D); ``start`` and ``padding`` are ignored."""
         x = self.patch_embed(image)  # (B, height / patch, width / patch, D)
         pos_embed = self._positions(self.pos_embed, (x.shape[1], x.shape[2]))
         x = x.flatten(1, 2)  # (B, patches, D)
@@ -72,7 +72,7 @@ class PatchStem(nn.Module):
         return x + pos_embed
 
     def _positions(self, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The learned positions (1, prefix + patches, D) for a grid of (rows, columns) of patches."""
+        """Learned positions (1, prefix + patches, D) for a grid of (rows, columns) of patches."""
         if grid == self.grid_size:
             return pos_embed
         return resample_abs_pos_embed(
@@ -90,13 +90,13 @@ class PatchStem(nn.Module):
 
 @STEMS.register("token", patch_drop_rate=(0,))
 class TokenStem(nn.Module):
-    """An embedding of token ids; with learned positions, a norm and dropout where the config has them.
+    """Token embedding with optional learned positions, norm and dropout.
 
     Args:
-        config: Width, vocabulary and what is done to the embedding.
+        config: Architecture.
 
     Attributes:
-        positions: Learned positions, (T, D); ``None`` where there are none.
+        positions: Learned positions, (T, D); ``None`` without them.
     """
 
     positions: nn.Parameter | None
@@ -114,21 +114,21 @@ class TokenStem(nn.Module):
 
     @staticmethod
     def num_positions(config: TokenformerConfig) -> int:
-        """Length of the sequence, T: the config's context."""
+        """Sequence length, T: ``context_length``."""
         return config.context_length
 
     def cost(self, length: int) -> Cost:
-        """Cost for each sample; an embedding is a look-up."""
+        """Cost per sample; an embedding lookup has no FLOPs."""
         return Cost(count_parameters(self), 0, length * self.embedding.embedding_dim)
 
     def reset_parameters(self) -> None:
-        """Draws the embedding anew."""
+        """Reinitialize the embedding."""
         self._init(self.embedding.weight)
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: none, as published."""
+        """Parameter names without weight decay: none, as published."""
         return set()
 
     def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
@@ -136,21 +136,20 @@ class TokenStem(nn.Module):
 
         Args:
             tokens: Token ids.
-            start: Data tokens of the sequence that were read before.
-            padding: Data tokens at the left of each sequence that are none of it, (B,) int64.
-
-        With padding, sequences that are full may stand beside shorter ones that go on; what they give means nothing.
+            start: Data tokens of the sequence already in the decoding state.
+            padding: Left padding of each sequence in data tokens, (B,) int64. Positions past the last learned one are
+                clamped: a finished sequence may be longer than the ones still decoding, and its output is unused.
 
         Raises:
-            ValueError: If there are more of them than learned positions; with padding, the decoding state says so.
+            UserError: If there are more data tokens than learned positions; with padding, the decoding state checks it.
         """
         x = self.embedding(tokens)
         if self.positions is not None:
             length = tokens.shape[1]
             if padding is None and start + length > len(self.positions):
                 raise UserError(
-                    f"context_length: the model has {len(self.positions)} learned positions, "
-                    f"and was given {start + length} data tokens"
+                    f"context_length: more data tokens than learned positions (got {start + length}, "
+                    f"expected at most {len(self.positions)})"
                 )
             places = token_positions(start, length, padding, tokens.device)
             x = x + self.positions[places.clamp_max(len(self.positions) - 1)]
@@ -158,5 +157,5 @@ class TokenStem(nn.Module):
 
 
 def make_stem(config: TokenformerConfig) -> nn.Module:
-    """The stem that ``config.stem`` names; what it gives is (B, T, D)."""
+    """Create the stem that ``config.stem`` names, input -> (B, T, D)."""
     return STEMS[config.stem](config)

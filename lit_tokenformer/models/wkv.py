@@ -1,16 +1,16 @@
-"""WKV, the attention of RWKV-4 that takes linear time: a mean of values whose weights decay with distance.
+"""WKV, the linear-time attention of RWKV-4: an average of values with exponentially decaying weights.
 
-Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048v2, section 3.1.2, eq. 16, and
-appendix D, which writes it as a recurrent cell with the largest exponent kept apart: that, as in the published CUDA
-kernel, is :func:`wkv_recurrent`. Per channel, with w = exp(time_decay) and u = time_first::
+Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048v2, section 3.1.2, eq. 16.
+:func:`wkv_recurrent` is the numerically stable recurrence of appendix D, as in the published CUDA kernel. Per channel,
+with w = exp(time_decay) and u = time_first::
 
     y_t = (sum_{i<t} e^{-(t-1-i)w + k_i} v_i + e^{u + k_t} v_t) / (the same sums without v)
 
-Where we differ: training takes a scan of two levels instead of one step per data token. A state is held as the mean of
-the values and the logarithm of their weights' sum, neither of which can overflow; two of them add up by a sigmoid and a
-logaddexp. The backward pass is the same scan from the right.
+Difference from the published kernel: training uses a two-level scan instead of one step per data token. Its state is
+the mean of the values and the logarithm of the sum of their weights, neither of which can overflow; two states combine
+by a sigmoid and a logaddexp. The backward pass is the same scan from the right.
 
-Shapes: B batch, T data tokens, D channels; P payloads that share weights, L data tokens of a chunk, n chunks.
+Shapes: B batch, T data tokens, D channels; P payloads that share weights, L data tokens per chunk, n chunks.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from torch import Tensor
 from lit_tokenformer.errors import UserError
 
 EMPTY = -1e38
-"""Logarithm of the weight of nothing; also the key of a data token that is not there."""
+"""Logarithm of a zero weight; also the key of a masked data token."""
 
 
 class WKVState(NamedTuple):
-    """What WKV remembers of the data tokens it has read: their weights' sums, with and without the values.
+    """Recurrent state of WKV: weighted sum of the values and sum of the weights.
 
-    The true sums are ``numerator * e^log_scale`` and ``denominator * e^log_scale``; different triples may stand for the
-    same sums.
+    The sums are ``numerator * e^log_scale`` and ``denominator * e^log_scale``; the representation is not unique.
 
     Attributes:
-        numerator: (B, D), float32, or float64 if the inputs are.
-        denominator: (B, D).
-        log_scale: (B, D), in nats.
+        numerator: Weighted sum of the values, (B, D), float32, or float64 if the inputs are.
+        denominator: Sum of the weights, (B, D).
+        log_scale: Logarithm of the common scale, (B, D), in nats.
     """
 
     numerator: Tensor
@@ -48,16 +47,16 @@ class WKVState(NamedTuple):
 def initial_state(
     batch: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> WKVState:
-    """The state before the first data token.
+    """Create the state before the first data token.
 
     Args:
-        batch: B.
-        dim: D.
-        device: Where it lies.
-        dtype: float32 or float64; a half precision is too coarse for a decay close to 1.
+        batch: Batch size, B.
+        dim: Number of channels, D.
+        device: Device of the state.
+        dtype: float32 or float64; half precision is too coarse for a decay close to 1.
 
     Returns:
-        Sums of nothing, (B, D) each.
+        Empty sums, (B, D) each.
     """
     zeros = torch.zeros(batch, dim, device=device, dtype=dtype)
     return WKVState(zeros, zeros.clone(), torch.full_like(zeros, EMPTY))
@@ -66,17 +65,17 @@ def initial_state(
 def wkv_recurrent(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: WKVState | None = None
 ) -> tuple[Tensor, WKVState]:
-    """WKV, one data token after the other, as the published CUDA kernel has it; plain autograd, also through the state.
+    """Compute WKV one data token at a time, as the published CUDA kernel; autograd also flows through the state.
 
     Args:
-        time_decay: Logarithm of the decay per data token, (D,).
-        time_first: What a data token's own key has on top, u, (D,), in nats.
+        time_decay: Logarithm of the decay rate per data token, (D,).
+        time_first: Bonus u added to the key of the current data token, (D,), in nats.
         key: Logarithms of the weights, (B, T, D).
-        value: (B, T, D).
-        state: What came before; ``None`` for nothing.
+        value: Values, (B, T, D).
+        state: State before the first data token; ``None`` for an empty one.
 
     Returns:
-        The output, (B, T, D) in the dtype of ``value``, and the state after the last data token.
+        Output, (B, T, D) in the dtype of ``value``, and the state after the last data token.
     """
     dtype = _exact_dtype(time_decay, time_first, key, value)
     if state is None:
@@ -98,41 +97,41 @@ def wkv_recurrent(
 def wkv(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: WKVState | None = None
 ) -> tuple[Tensor, WKVState]:
-    """WKV of whole sequences in about 2 sqrt(T) steps; generation, T = 1 without gradients, takes the recurrent form.
+    """Compute WKV of whole sequences in about 2 sqrt(T) steps; decoding (T = 1 without gradients) is recurrent.
 
-    Computes in float32, under autocast too, or in float64 if an input has it. A key of -1e38 or less with a value of 0
-    says that a data token is not there: it has no weight and no gradient, and its output is 0 if nothing came before.
-    Time passes all the same, so only on the left of a sequence it is as if it had not been there.
+    Computation is in float32, also under autocast, or in float64 if an input is. A key of -1e38 or less with a value of
+    0 masks a data token: it has no weight and no gradient, and its output is 0 if nothing precedes it. A masked data
+    token still counts for the decay, so only left padding has no effect on the rest.
 
     Args:
-        time_decay: Logarithm of the decay per data token, (D,): a weight shrinks by e^-exp(time_decay) with each.
-        time_first: What a data token's own key has on top, u, (D,), in nats.
+        time_decay: Logarithm of the decay rate, (D,): a weight shrinks by e^-exp(time_decay) per data token.
+        time_first: Bonus u added to the key of the current data token, (D,), in nats.
         key: Logarithms of the weights, (B, T, D), T >= 1.
-        value: (B, T, D).
-        state: What came before, (B, D) each; a constant. ``None`` for nothing.
+        value: Values, (B, T, D).
+        state: State before the first data token, (B, D) each, without gradients; ``None`` for an empty one.
 
     Returns:
-        The output, (B, T, D) in the dtype of ``value``, differentiable once by the four inputs, and the state after the
-        last data token, detached.
+        Output, (B, T, D) in the dtype of ``value``, once differentiable in the four inputs, and the detached state
+        after the last data token.
 
     Raises:
-        ValueError: If ``state`` requires a gradient.
-        RuntimeError: In the backward pass, if it is to be differentiated again (``create_graph=True``).
+        UserError: If ``state`` requires a gradient.
+        RuntimeError: In the backward pass, under double backward (``create_graph=True``).
 
     Example:
         >>> key, value = torch.zeros(1, 3, 1), torch.tensor([[[1.0], [3.0], [8.0]]])
-        >>> output, state = wkv(torch.full((1,), -30.0), torch.zeros(1), key, value)  # hardly a decay: running means
+        >>> output, state = wkv(torch.full((1,), -30.0), torch.zeros(1), key, value)  # almost no decay: running means
         >>> output.flatten().tolist()
         [1.0, 2.0, 4.0]
     """
     if state is not None and any(tensor.requires_grad for tensor in state):
-        raise UserError("state: expected one without gradients, since none go through it; detach it")
+        raise UserError("state: requires a gradient, which wkv does not propagate (got requires_grad=True); detach it")
     if key.shape[1] == 1 and not torch.is_grad_enabled():
         return wkv_recurrent(time_decay, time_first, key, value, state)
     return _parallel(time_decay, time_first, key, value, state)
 
 
-@torch.compiler.disable  # unrolled into a graph, the scans take a minute to compile, for each block again
+@torch.compiler.disable  # the unrolled scans take a minute to compile, per block
 def _parallel(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: WKVState | None
 ) -> tuple[Tensor, WKVState]:
@@ -148,10 +147,10 @@ def _parallel(
 
 
 class _WKV(torch.autograd.Function):
-    """The output (B, T, D), and the mean and the log-sum (B, D) after it.
+    """Output (B, T, D), with the mean and the log-sum (B, D) after it.
 
-    Kept for the backward pass: ``key`` and ``value`` as they came, and the mean and the log-sum before each data token,
-    4 D numbers per data token. The output and its denominator follow from them in one step.
+    Saved for backward: ``key``, ``value``, and mean and log-sum before each data token; 4 D elements per data token.
+    Output and denominator are recomputed from them in one step.
     """
 
     @staticmethod
@@ -171,17 +170,17 @@ class _WKV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # `once_differentiable` would leave terms out, in silence, after a linear loss
-            raise RuntimeError("wkv: has no second derivative, so create_graph=True cannot be had")
+        if torch.is_grad_enabled():  # `once_differentiable` would silently drop terms after a linear loss
+            raise RuntimeError("wkv: double backward is not supported (got create_graph=True)")
         time_decay, time_first, key, value, mean, log_sum = ctx.saved_tensors
         dtype = log_sum.dtype
         with _without_autocast(key.device):
             log_decay, first = -time_decay.to(dtype).exp(), time_first.to(dtype)
             k, v, g = _log_weights(key, dtype), value.to(dtype), grad_output.to(dtype)
             y, log_denominator = _add(mean, log_sum, v, k + first)
-            # where nothing was there yet, 1 / denominator is to be 0, not infinite; all gradients are 0 then
+            # before the first data token 1 / denominator is set to 0 instead of infinity, so all gradients are 0
             log_denominator = log_denominator.masked_fill_(log_denominator < EMPTY / 2, -EMPTY)
-            # Gradients of numerators and denominators: g and -g y, weighted by 1 / denominator, from the right.
+            # gradients of numerators and denominators: g and -g y, weighted by 1 / denominator, from the right
             payload = torch.stack((g, -g * y))
             nothing = torch.zeros_like(payload[:, :, 0]), torch.full_like(log_sum[:, 0], EMPTY)
             (to_numerator, to_denominator), reach = _scan(log_decay, -log_denominator, payload, *nothing, reverse=True)
@@ -190,7 +189,7 @@ class _WKV(torch.autograd.Function):
             grad_first = own * (v - y)
             grad_key = grad_first + later * (to_numerator * v + to_denominator)
             grad_value = own + later * to_numerator
-            # what flows past a data token, from those before it to those after it, decays with it
+            # gradient paths that cross a data token, from earlier inputs to later outputs, carry its decay
             grad_decay = torch.exp(log_sum + reach + log_decay) * (to_numerator * mean + to_denominator) * log_decay
         return (
             grad_decay.sum((0, 1)).to(time_decay.dtype),
@@ -205,15 +204,15 @@ class _WKV(torch.autograd.Function):
 def _scan(
     log_decay: Tensor, log_weight: Tensor, payload: Tensor, mean: Tensor, log_sum: Tensor, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The state before each data token: first within all chunks at once, then from chunk to chunk.
+    """Scan for the state before each data token: within all chunks in parallel, then across chunks.
 
     Args:
-        log_decay: Per data token, (D,).
-        log_weight: (B, T, D).
-        payload: What is averaged, (P, B, T, D).
-        mean: Of what lies before the sequence, (P, B, D).
-        log_sum: Of that, (B, D).
-        reverse: From the right to the left, so that "before" is "after".
+        log_decay: Logarithm of the decay per data token, (D,).
+        log_weight: Logarithms of the weights, (B, T, D).
+        payload: Values to average, (P, B, T, D).
+        mean: Mean before the sequence, (P, B, D).
+        log_sum: Log-sum before the sequence, (B, D).
+        reverse: Scan from the right, for the state after each data token.
 
     Returns:
         Means (P, B, T, D) and log-sums (B, T, D).
@@ -244,7 +243,7 @@ def _scan(
 
 
 def _add(mean: Tensor, log_sum: Tensor, other_mean: Tensor, other_log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """The state of two states together; either may be empty."""
+    """Combine two states; either may be empty."""
     share = torch.sigmoid(other_log_sum - log_sum)
     return torch.lerp(mean, other_mean, share), torch.logaddexp(log_sum, other_log_sum)
 
@@ -254,7 +253,7 @@ def _exact_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _log_weights(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys with those of missing data tokens made equal, whatever the rounding of a half precision made of them."""
+    """Clamp keys so that all masked data tokens have the same one, whatever their half-precision rounding."""
     return key.to(dtype).clamp_min(EMPTY)
 
 
