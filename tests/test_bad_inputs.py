@@ -159,7 +159,7 @@ NUMBERS = [
     (
         "channels",
         image("--model.overrides.in_chans", "1"),
-        "model.in_chans: does not match the data (got 1, expected 3)",
+        r"model.in_chans: does not match the data \(got 1, expected 3\)",
     ),
     ("seed_negative", image("--seed_everything", "-1"), "seed_everything"),
     ("lr_negative", optimizer(lr=-1.0), "model.optimizer: .*learning rate: -1"),
@@ -182,12 +182,12 @@ NAMES = [
 ]
 
 SCHEDULES = [
-    ("not_rising", growing({2: 16, 1: 32}), "schedule: keys must increase (got epoch 1 after epoch 2)"),
+    ("not_rising", growing({2: 16, 1: 32}), r"schedule: keys must increase \(got epoch 1 after epoch 2\)"),
     ("below_birth", growing({1: 4}), "schedule: epoch 1: qkv would shrink from 8 to 4"),
     ("beyond_the_end", growing({9: 16}), r"schedule: epoch 9 is beyond the end of the fit \(trainer.max_epochs=3"),
     ("key_is_negative", growing({-1: 16}), "schedule: expected a non-negative integer as epoch, got -1"),
     ("is_a_list", growing([1, 16]), "schedule"),
-    ("split_without_noise", growing({1: 16}, noise=0), "noise: 0 would leave the copies"),
+    ("split_without_noise", growing({1: 16}, noise=0), "noise: 0 keeps the copies of a split identical"),
     ("noise_nan", growing({1: 16}, noise=float("nan")), "noise: expected at least 0, got nan"),
     (
         "zero_keys_with_softmax",
