@@ -1,4 +1,4 @@
-"""Lightning callbacks: when a model grows, what a run reports of it, and what happens when something goes wrong."""
+"""Lightning callbacks for growth, monitoring, checkpoints and error handling."""
 
 from callbacks.error_log import ErrorLog
 from callbacks.growing_ema import GrowingEMA

@@ -21,15 +21,15 @@ from lit_tokenformer.errors import UserError, from_process
 
 
 class ErrorLog(Callback):
-    """Writes the error that ends a process to ``errors/rank_N.log`` in the run's folder, with time, epoch and step.
+    """Write the error that ends a process to ``errors/rank_N.log`` in the run folder, with time, epoch and step.
 
-    Settings that are refused before the first training step are not logged.
+    Settings rejected before the first training step are not logged.
 
-    Where Lightning started the other processes of this machine, the first one waits for their errors for some seconds
-    when it ends with one itself, and ends those that are still there: they would wait for it until their timeout.
+    If Lightning launched the other processes of this machine and the first process fails, it waits a few seconds for
+    their errors and then kills the remaining ones, which would otherwise block until their timeout.
 
     Args:
-        seconds: How long the other processes are waited for.
+        seconds: Time to wait for the other processes, in seconds.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,13 +39,13 @@ class ErrorLog(Callback):
     def __init__(self, seconds: float = 5.0) -> None:
         self.seconds = seconds
         self.path: Path | None = None
-        """The file with the error; None while there is none."""
+        """Log file of the error; ``None`` without an error."""
         self.trained = False
-        """Whether a training step has ended, after which an error is hardly one in the settings."""
+        """Whether a training step has completed; later errors rarely come from the settings."""
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = Path(run_folder(trainer)) / "errors"  # asks all processes
+        self._folder = Path(run_folder(trainer)) / "errors"  # collective
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.trained = True
@@ -54,16 +54,16 @@ class ErrorLog(Callback):
         if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
             return
         if self.trained or not isinstance(from_process(exception), (UserError, MisconfigurationException)):
-            run = trainer.log_dir if trainer.world_size == 1 else None  # of several processes, setup asks all
+            run = trainer.log_dir if trainer.world_size == 1 else None  # collective, see setup
             folder = self._folder or Path(run or trainer.default_root_dir) / "errors"
             path = folder / f"rank_{trainer.global_rank}.log"
-            with contextlib.suppress(OSError):  # of a full disk, which may be the error that is to be told
+            with contextlib.suppress(OSError):  # a full disk, which may be the reported error itself
                 folder.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(_report(trainer, exception))
                 self.path = path
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            atexit.register(_end, trainer.strategy.launcher.procs, self.seconds)  # when the error is on the screen
+            atexit.register(_end, trainer.strategy.launcher.procs, self.seconds)  # after the error is printed
 
 
 def _end(processes: list[subprocess.Popen], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Output check of a growth: what a module computes for the same batch before and after it."""
+"""Output check of a growth: model outputs for the same batch before and after it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch.utils._pytree import tree_leaves
 class OutputCheck:
     """Compare the outputs of a module for a batch, in evaluation mode and without autocast.
 
-    It calls ``model_output(batch)`` where the module has it, and else its ``forward`` with the batch, or with the first
-    item of a batch that is a tuple or list. Where neither works it warns once, and reports NaN from then on.
+    The check calls ``model_output(batch)`` if the module defines it. Otherwise it calls ``forward`` with the batch, or
+    with the first item of a tuple or list. If neither works, it warns once and reports NaN from then on.
 
     Args:
         pl_module: The module.
         batch: The batch.
-        enabled: Whether anything is computed.
+        enabled: Whether to compute outputs.
     """
 
-    _warned: ClassVar[set[type]] = set()  # a warning for each class of modules is enough
+    _warned: ClassVar[set[type]] = set()  # one warning per module class
 
     def __init__(self, pl_module: LightningModule, batch: Any, enabled: bool = True) -> None:
         self._module, self._batch = pl_module, batch
         self._before = self._checked_outputs() if enabled else []
 
     def difference(self) -> float:
-        """Relative difference of the outputs to those at the start, in the L2 norm; NaN without outputs."""
+        """Compute the relative L2 difference of the outputs to the initial ones; NaN without outputs."""
         if not self._before:
             return float("nan")
         return max(map(_relative_difference, self._before, self._outputs()))
@@ -42,12 +42,12 @@ class OutputCheck:
             return self._outputs()
         try:
             return self._outputs()
-        except Exception as error:  # whatever a user's forward raises for an input that it was not written for
+        except Exception as error:  # a user's forward may raise anything for an unsupported input
             if kind not in self._warned:
                 self._warned.add(kind)
                 problem = "has no forward" if kind.forward is LightningModule.forward else f"forward raised {error!r}"
                 rank_zero_warn(
-                    f"check: the outputs before and after a growth are not compared ({kind.__name__} {problem}); "
+                    f"check: cannot compare the outputs before and after a growth ({kind.__name__} {problem}); "
                     "define model_output(batch), which returns the model's outputs for a batch, or set check: false"
                 )
             return []
@@ -70,7 +70,7 @@ class OutputCheck:
 
 
 def _relative_difference(before: Tensor, after: Tensor) -> float:
-    """In the L2 norm; ``after`` is used up."""
+    """Compute the relative L2 difference; overwrites ``after``."""
     wide = torch.promote_types(before.dtype, torch.float32)
     norm = torch.linalg.vector_norm(before, dtype=wide).clamp_min(torch.finfo(wide).tiny)
     return float(torch.linalg.vector_norm(after.sub_(before), dtype=wide) / norm)

@@ -1,4 +1,4 @@
-"""Optimizer steps after a growth: learning rate, size of the updates, tau."""
+"""Adjusted optimizer steps after a growth: learning rate, update size, tau."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of the steps after a growth; see :class:`~callbacks.ParameterGrowthCallback` for each."""
+    """Settings of the steps after a growth; documented in :class:`~callbacks.ParameterGrowthCallback`."""
 
     tau_steps: int = 0
     ramp_steps: int = 0
@@ -33,11 +33,11 @@ class StepSettings:
         return bool(self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps)
 
     def rewarm_factor(self, done: int) -> float:
-        """Factor on the learning rate of the coming optimizer step, ``done`` steps after the latest growth."""
+        """Return the learning-rate factor of the next optimizer step, ``done`` steps after the latest growth."""
         return (done + 1) / self.rewarm_steps if done < self.rewarm_steps else 1.0
 
     def shares(self, done: int) -> tuple[float, float]:
-        """Shares of their updates that new and old rows take in the coming step."""
+        """Return the shares of their updates that new and old rows apply in the next step."""
         new = min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0
         frozen = done < self.freeze_old_steps or self.freeze_old_steps < 0
         return new, self.old_updates if frozen else 1.0
@@ -51,21 +51,21 @@ def add_step_hooks(
     optimizer: torch.optim.Optimizer,
     place: int,
 ) -> list[Any]:
-    """Change the steps of an optimizer after a growth.
+    """Adjust the steps of an optimizer after a growth.
 
     Args:
-        settings: What changes, and for how long.
-        latest: Returns the latest growth, or ``None`` if there was none.
-        trainer: The trainer, whose steps are counted.
+        settings: Adjustments and their durations.
+        latest: Returns the latest growth, or ``None`` without one.
+        trainer: The trainer, whose global step is counted.
         pl_module: The model.
         optimizer: One of its optimizers.
-        place: Index among the trainer's callbacks at which changed learning rates are shown.
+        place: Index in the trainer's callbacks at which adjusted learning rates become visible.
 
     Returns:
-        The hooks, to be removed when the fit ends.
+        The hooks, to be removed at the end of the fit.
     """
     rates: list[Any] = []
-    held: list[tuple[Tensor, Tensor, Tensor]] = []  # what this process holds of each: now, before the step, and share
+    held: list[tuple[Tensor, Tensor, Tensor]] = []  # local shards: current, before the step, share
 
     def factor() -> float:
         event = latest()
@@ -109,10 +109,10 @@ def add_step_hooks(
 
 
 class ShownRates(Callback):
-    """Show callbacks such as LearningRateMonitor the learning rates of the coming step, which ``rewarm_steps`` lowers.
+    """Expose the next step's learning rates, lowered by ``rewarm_steps``, to callbacks such as LearningRateMonitor.
 
-    Parameter groups have them from the growth callback's ``on_train_batch_start`` to the backward pass alone, so that
-    neither a scheduler nor a checkpoint sees them.
+    Parameter groups hold them only from the growth callback's ``on_train_batch_start`` to the backward pass, so neither
+    a scheduler nor a checkpoint sees them.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ShownRates(Callback):
         trainer.callbacks = [*callbacks[:place], self, *callbacks[place:]]  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """Leave the trainer's callbacks."""
+        """Remove this callback from the trainer."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         self.trainer.callbacks = [one for one in callbacks if one is not self]  # type: ignore[attr-defined]
 
@@ -143,18 +143,18 @@ class ShownRates(Callback):
         self.restore()  # after a training_step that returned None
 
     def restore(self) -> None:
-        """Give parameter groups the rates of their scheduler; nothing, where they have them."""
+        """Restore the scheduler's learning rates in the parameter groups, if they were replaced."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
             group["lr"] = rate
         self.rates = []
 
 
 def latest_rows(module: nn.Module, event: Event) -> Iterator[tuple[str, nn.Parameter, GrownTensor]]:
-    """Find the parameters that a growth enlarged, with their names, and where their rows come from.
+    """Yield the parameters enlarged by a growth, with their names and the origin of their rows.
 
     Args:
-        module: The model, at the size after it.
-        event: That growth; its row map is in ``rows``.
+        module: The model, at the size after the growth.
+        event: The growth; its row map is in ``rows``.
     """
     rows = event["rows"] if "rows" in event else _rows_of_earlier_release(module, event)
     parameters = dict(module.named_parameters())
@@ -165,13 +165,13 @@ def latest_rows(module: nn.Module, event: Event) -> Iterator[tuple[str, nn.Param
 
 
 def row_map(name: str, grown: GrownTensor) -> dict[str, list[int]]:
-    """The entry of a parameter in the row map of a growth, as plain numbers for a checkpoint."""
+    """Build a parameter's entry in the row map of a growth, as plain numbers for a checkpoint."""
     rows = grown.rows
     return {name: [rows.before, rows.after, rows.copies, grown.dim, grown.block]}
 
 
 def new_entries(module: nn.Module, event: Event) -> dict[nn.Parameter, Tensor]:
-    """Masks of what a growth appended, broadcastable to what this process holds of each parameter it enlarged."""
+    """Build masks of the entries appended by a growth, broadcastable to the local shard of each parameter."""
     found: dict[nn.Parameter, Tensor] = {}
     for _, parameter, grown in latest_rows(module, event):
         mask = grown.new(parameter)
@@ -180,7 +180,7 @@ def new_entries(module: nn.Module, event: Event) -> dict[nn.Parameter, Tensor]:
 
 
 def _rows_of_earlier_release(module: nn.Module, event: Event) -> dict[str, list[int]]:
-    """The row map of a growth that was recorded without one: by totals, and sizes of layers that had others."""
+    """Build the row map of a growth recorded without one, from totals and sizes of layers that had others."""
     found: dict[str, list[int]] = {}
     own = event.get("layers_before", {})
     for name, part, axis in find_axes(module):

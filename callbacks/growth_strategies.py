@@ -1,4 +1,4 @@
-"""What surrounds a growth under each of Lightning's strategies, and which of them a model cannot grow under."""
+"""Context of a growth under each Lightning strategy, and strategies that do not support growth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lit_tokenformer.errors import UserError
 
 @contextmanager
 def _rewrap_ddp(trainer: Trainer) -> Iterator[None]:
-    """Takes the model out of DDP and wraps it again: a reducer that outlives its parameters averages no gradient."""
+    """Unwrap the model from DDP and wrap it again: a reducer of replaced parameters would not average gradients."""
     strategy = trainer.strategy
     assert isinstance(strategy, DDPStrategy)
     wrapped: Any = strategy.model
@@ -39,8 +39,10 @@ def _rewrap_ddp(trainer: Trainer) -> Iterator[None]:
 
 
 def _forget_buckets(state: Any) -> None:
-    """Drops what PowerSGD keeps of each bucket of gradients; like a new one it averages plainly for two steps first,
-    since DDP lays the buckets out anew after the first."""
+    """Clear PowerSGD's state per gradient bucket.
+
+    Like a new state, it runs vanilla all-reduce for two steps first, because DDP rebuilds the buckets after the first.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState  # not in every build of torch
 
     if isinstance(state, PowerSGDState):
@@ -51,7 +53,7 @@ def _forget_buckets(state: Any) -> None:
 
 @contextmanager
 def _between_gathers(trainer: Trainer) -> Iterator[None]:
-    """Growth of a model that is divided: modules must hold what the optimizer holds."""
+    """Reshard the modules before a growth, so that they hold the same parameters as the optimizer."""
     reshard(trainer.lightning_module)
     yield
 
@@ -60,21 +62,21 @@ _STRATEGIES: dict[type, Callable[[Trainer], AbstractContextManager[None]] | None
     SingleDeviceStrategy: lambda trainer: nullcontext(),
     DDPStrategy: _rewrap_ddp,
     ModelParallelStrategy: _between_gathers,
-    DeepSpeedStrategy: None,  # inherits from DDPStrategy, but its engine owns flat copies of the parameters
+    DeepSpeedStrategy: None,  # a DDPStrategy, but its engine owns flat copies of the parameters
     SingleDeviceXLAStrategy: None,
     XLAStrategy: None,
 }
-"""What surrounds a growth under each strategy; the first class in a strategy's MRO counts, None refuses."""
+"""Context of a growth by strategy; the first class in a strategy's MRO applies, ``None`` rejects."""
 
 
 def refuse_strategy(kind: type) -> None:
-    """Refuses a strategy under which a model cannot grow.
+    """Reject a strategy that does not support growth.
 
     Args:
-        kind: The class of the strategy.
+        kind: Class of the strategy.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it does not support growth.
     """
     if _around_growth(kind) is None:
         raise UserError(
@@ -84,10 +86,10 @@ def refuse_strategy(kind: type) -> None:
 
 
 def growth_context(trainer: Trainer) -> AbstractContextManager[None]:
-    """What surrounds a growth under the trainer's strategy.
+    """Return the context manager of a growth under the trainer's strategy.
 
     Raises:
-        ValueError: If a model cannot grow under it.
+        ValueError: If the strategy does not support growth.
     """
     refuse_strategy(type(trainer.strategy))
     context = _around_growth(type(trainer.strategy))

@@ -1,8 +1,8 @@
-"""Growth that waits for the training loss: what is measured of a fit, and the rules that decide by it.
+"""Loss-based growth triggers, and the training-loss signal that they evaluate.
 
-The slope rule is after Shen et al. 2022, "Staged Training for Transformer Language Models" (arXiv 2203.06211), who grow
-where the loss of the larger model would fall faster for each operation. That slope is not known inside a run; here the
-model's own steepest one stands for it.
+The slope rule follows Shen et al. 2022, "Staged Training for Transformer Language Models" (arXiv 2203.06211), who grow
+where the loss of the larger model would decrease faster per FLOP. That slope is unknown within a run; the steepest
+slope of the current model replaces it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lit_tokenformer.registry import TRIGGERS
 
 
 class Trigger(Protocol):
-    """A rule that is told the loss of one window after the other, all of one size of the model."""
+    """Rule evaluated on successive window losses, all at one size of the model."""
 
     def update(self, loss: float, compute: float) -> bool:
-        """Whether the model should grow now.
+        """Return whether the model should grow now.
 
         Args:
-            loss: Mean of the training loss over the latest window, in nats.
-            compute: What training cost up to the end of this window, since the fit began; greater than the last time.
+            loss: Mean training loss of the latest window, in nats.
+            compute: Training compute from the start of the fit to the end of this window; strictly increasing.
         """
         ...
 
@@ -38,11 +38,11 @@ class Trigger(Protocol):
 
 
 class Plateau:
-    """Fires when the loss does not improve any more, as ``EarlyStopping`` stops.
+    """Fire when the loss stops improving, by the rule of ``EarlyStopping``.
 
     Args:
-        patience: Windows without improvement after which it fires.
-        min_delta: Least fall of the loss that is an improvement, in nats.
+        patience: Windows without improvement before the trigger fires.
+        min_delta: Minimum decrease of the loss that counts as an improvement, in nats.
 
     Example:
         >>> plateau = Plateau(patience=2, min_delta=0.1)
@@ -71,11 +71,12 @@ class Plateau:
 
 
 class Slope:
-    """Fires when the loss falls much more slowly with the logarithm of compute than it did.
+    """Fire when the loss decreases much more slowly with the logarithm of compute than at its steepest.
 
     Args:
-        patience: Latest windows through which a line is laid, by least squares.
-        threshold: It fires at this share of the steepest such line so far, or at a loss that never fell.
+        patience: Number of latest windows in the least-squares fit of a line.
+        threshold: Share of the steepest slope so far at which the trigger fires. It also fires at a loss that never
+            decreased.
 
     Raises:
         ValueError: For settings out of range.
@@ -125,13 +126,13 @@ def _plateau(patience: int, min_delta: float, threshold: float) -> Trigger:
 
 
 class LossSignal:
-    """Means of the training loss over windows of a fit, told to a trigger; all processes decide alike.
+    """Window means of the training loss for a trigger; all processes reach the same decision.
 
-    Losses that are no number are left out. Compute is counted in training operations where the module tells them (see
+    Non-finite losses are ignored. Compute is measured in training FLOPs if the module reports them (see
     :class:`~callbacks.TrainingMonitor`), otherwise in optimizer steps.
 
     Args:
-        make_trigger: Makes a trigger that was told nothing yet.
+        make_trigger: Factory of a trigger in its initial state.
         window: Optimizer steps in a window.
         cooldown: Optimizer steps before the first window.
     """
@@ -142,42 +143,42 @@ class LossSignal:
         self._trigger = make_trigger()
         self._window = window
         self._cooldown = cooldown
-        self._begins = math.inf  # the optimizer step at which the window begins
-        # the sum of the losses of the window, how many they are, and the compute since the last window
+        self._begins = math.inf  # first optimizer step of the window
+        # sum and number of the losses in the window, and compute since the last window
         self._sums = torch.zeros(3, dtype=torch.float32)
-        self._compute = 0.0  # up to the last window
+        self._compute = 0.0  # until the end of the last window
         self._costs: dict[str, int] = {}
         self._step = 0
 
     def begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the model, and waits for the cool-down unless a resumed run did already."""
+        """Measure the model and start the cooldown, unless a resumed run has already started it."""
         self.measure(trainer, pl_module)
         self._sums = self._sums.to(trainer.strategy.root_device)
         self._step = trainer.global_step
         self._begins = min(self._begins, self._step + self._cooldown)
 
     def begin_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets everything but the compute, after a growth."""
+        """Reset everything except the compute after a growth."""
         self.measure(trainer, pl_module)
         self.fired, self._trigger = False, self._make_trigger()
         self._begins = trainer.global_step + self._cooldown
         self._sums = self._sums * self._sums.new_tensor([0, 0, 1])
 
     def add_batch(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
-        """Counts a batch that was trained on; the last one of a window asks the trigger.
+        """Add a training batch to the window; the last one of a window updates the trigger.
 
         Args:
             trainer: The trainer.
-            outputs: What ``training_step`` gave, its loss divided by the batches that are accumulated.
+            outputs: Output of ``training_step``, with the loss divided by the number of accumulated batches.
             batch: The batch.
         """
         flops = sum(cost * num_samples(batch[task] if task else batch) for task, cost in self._costs.items())
         spent = float(flops or trainer.global_step - self._step)
         loss = self._sums.new_full((), math.nan)
-        if "loss" in (outputs or {}) and self._step >= self._begins:  # training_step may leave a batch out
+        if "loss" in (outputs or {}) and self._step >= self._begins:  # training_step may skip a batch
             loss = outputs["loss"].detach().to(loss) * trainer.accumulate_grad_batches
         known = loss.isfinite()
-        # not in place: a checkpoint during a validation leaves tensors of the inference mode
+        # out of place: a checkpoint during validation leaves inference tensors
         self._sums = self._sums + torch.stack([loss.where(known, 0), known.to(loss), torch.full_like(loss, spent)])
         self._step = trainer.global_step
         if self._step < self._begins + self._window:
@@ -191,7 +192,7 @@ class LossSignal:
             self.fired = True
 
     def agree(self, trainer: Trainer) -> None:
-        """Gives each process the mean of what all of them measured since the last window."""
+        """Average the measurements since the last window over all processes."""
         self._sums = trainer.strategy.reduce(self._sums)  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class LossSignal:
         self._trigger.load_state_dict(state_dict["decision"])
 
     def measure(self, trainer: Trainer, pl_module: Any) -> None:
-        """What one sample of each task costs at the model's size, for all processes together."""
+        """Measure the training FLOPs of one sample per task at the current size, summed over all processes."""
         cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
         found = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]

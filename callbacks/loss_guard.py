@@ -1,4 +1,4 @@
-"""Guard against non-finite losses and gradients: the fit stops and names the batch, or goes back without it."""
+"""Guard against non-finite losses and gradients: stop the fit and report the batch, or roll back and skip it."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ from callbacks.training_monitor import norms_by_age, rows_by_age
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.shards import gather, local
 
-_DIVIDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _SHOWN = 64
-"""Samples of a batch that are named."""
+"""Maximum number of reported samples per batch."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a batch, or a gradient of it, is NaN or infinite."""
+    """Error for a batch whose loss or gradient is NaN or infinite."""
 
 
 class LossGuard(Callback):
-    """Finds a loss or gradient that is NaN or infinite before the optimizer takes a step with it.
+    """Detect a NaN or infinite loss or gradient before the optimizer applies it.
 
-    All processes decide together, if it is that of one of them. Reported: epoch, step, the batch and its samples
-    (their indices, where the data module has ``train_samples(batch)``), and the norms of weights and gradients of the
-    parameter tokens that the latest growth appended, of the others, and of all other parameters.
+    All processes decide together, even if only one is affected. The report contains epoch, step, the batch and its
+    samples (their indices, if the data module has ``train_samples(batch)``), and the norms of weights and gradients of
+    three groups: parameter tokens appended by the latest growth, all other tokens, and all other parameters.
 
     Args:
-        action: ``stop`` ends the fit with an error; the checkpoints written before are whole and good. ``rollback``
-            puts weights, their moving average and the optimizer's state back to where the loss was finite, and
-            continues with the next batch; the schedule of the learning rate counts on.
-        every_n_steps: Optimizer steps from one copy of that state to the next, with ``rollback``; it is kept in the
-            memory of the CPU.
-        max_rollbacks: So many times the fit goes back; then it stops.
+        action: ``stop`` ends the fit with an error; earlier checkpoints remain intact. ``rollback`` restores weights,
+            their moving average and optimizer state from a step with a finite loss, and continues with the next batch.
+            The learning-rate schedule is not rolled back.
+        every_n_steps: Optimizer steps between copies of that state, with ``rollback``; they are kept in CPU memory.
+        max_rollbacks: Maximum number of rollbacks before the fit stops.
 
     Raises:
-        ValueError: For settings out of range, and when a fit starts, for ``rollback`` under a strategy that divides the
-            model among processes.
-        NonFiniteLoss: During a fit, as ``action`` says.
+        ValueError: For settings out of range, and when a fit starts, for ``rollback`` under a strategy that shards the
+            model.
+        NonFiniteLoss: During a fit, depending on ``action``.
 
     Note:
-        Under DDP this is one number for each optimizer step that all processes reduce. On a GPU the host does not wait
-        for it: all gradients of a wrong step are set to zero on the device, and the fit stops or goes back before the
-        next step, or before a checkpoint is saved. A fused optimizer of torch (``fused: true``) of parameters that are
-        not sharded skips the step on the device. Any other takes it with gradients of zero, so momentum and weight
-        decay still change the weights once; ``rollback`` undoes that, and ``stop`` saves no checkpoint after it.
-        Gradients that overflow with a loss scale (16-bit precision) are left to the scaler.
+        Under DDP the check costs one all-reduce of a scalar per optimizer step. On a GPU the host does not wait for it.
+        All gradients of a non-finite step are zeroed on the device, and the fit stops or rolls back before the next
+        step, or before a checkpoint is saved. A fused torch optimizer (``fused: true``) of unsharded parameters skips
+        the step on the device. Any other optimizer applies zero gradients, so momentum and weight decay still change
+        the weights once; ``rollback`` undoes that, and ``stop`` saves no checkpoint after it. Gradient overflows under
+        a loss scale (16-bit precision) are left to the scaler.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -71,7 +70,7 @@ class LossGuard(Callback):
         self.every_n_steps = every_n_steps
         self.max_rollbacks = max_rollbacks
         self.rollbacks = 0
-        """How often the fit went back."""
+        """Number of rollbacks so far."""
         self._batch = 0
         self._losses: list[tuple[int, Tensor]] = []
         self._pending: _Step | None = None
@@ -84,20 +83,20 @@ class LossGuard(Callback):
         self.rollbacks = state_dict["rollbacks"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.action == "rollback" and isinstance(trainer.strategy, _DIVIDING):
+        if self.action == "rollback" and isinstance(trainer.strategy, _SHARDING):
             strategy = type(trainer.strategy).__name__
-            raise UserError(f"action: rollback needs the whole model in each process, not {strategy}; use stop")
+            raise UserError(f"action: rollback needs an unsharded model in each process (got {strategy}); use stop")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses, self._pending, self._kept = [], None, None
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
-        """Lets go of the state before a growth, which does not fit any more.
+        """Drop the state from before a growth, whose shapes no longer fit.
 
         Args:
             trainer: The trainer.
-            pl_module: The model, grown already.
-            event: What was done.
+            pl_module: The grown model.
+            event: The growth.
         """
         self._kept = None
 
@@ -107,12 +106,12 @@ class LossGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._losses.append((self._batch, loss.detach()))
         if self.action == "rollback" and self._kept is None:
-            self._kept = _State(trainer, pl_module)  # at the start and after a growth there is none that is proven
+            self._kept = _State(trainer, pl_module)  # initially and after a growth, no state is verified yet
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         losses, self._losses = self._losses, []
         if self._settle(trainer, pl_module):  # the step before
-            optimizer.zero_grad(set_to_none=True)  # of weights that are gone; the optimizer skips what has no gradient
+            optimizer.zero_grad(set_to_none=True)  # stale gradients; the optimizer skips parameters without one
             return
         gradients = _gradients(trainer, optimizer)
         wrong = _in_any_process(trainer, _non_finite([loss for _, loss in losses], gradients, pl_module.device))
@@ -130,7 +129,7 @@ class LossGuard(Callback):
             self._kept = _State(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.action == "stop":  # a rollback waits for the next step: the checkpoint has taken its tensors already
+        if self.action == "stop":  # a rollback waits for the next step: the checkpoint already holds its tensors
             self._settle(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,39 +145,39 @@ class LossGuard(Callback):
             vars(optimizer).pop("found_inf", None)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Act on the step whose verdict is pending.
+        """Act on the pending verdict of a step.
 
         Returns:
-            Whether the fit went back.
+            Whether the fit rolled back.
 
         Raises:
-            NonFiniteLoss: If the step was wrong and the fit does not go back.
+            NonFiniteLoss: If the step is non-finite and the fit does not roll back.
         """
         step, self._pending = self._pending, None
         if step is None or not step.wrong():
             return False
         found = _describe(trainer, pl_module, step)
         if self.action == "stop" or self._kept is None or self.rollbacks >= self.max_rollbacks:
-            spent = f"; the fit went back {self.rollbacks} times already" if self.rollbacks else ""
-            raise NonFiniteLoss(f"{found}; no optimizer step was taken with it{spent}")
+            spent = f"; stopped after {self.rollbacks} rollbacks" if self.rollbacks else ""
+            raise NonFiniteLoss(f"{found}; gradient not applied{spent}")
         self.rollbacks += 1
         self._kept.restore(trainer)
         rank_zero_warn(
-            f"{found}; back to the state of step {self._kept.step}, without these batches "
-            f"({self.rollbacks} of {self.max_rollbacks} times)"
+            f"{found}; rolled back to step {self._kept.step}, skipping these batches "
+            f"(rollback {self.rollbacks} of {self.max_rollbacks})"
         )
         return True
 
 
 class _Step(NamedTuple):
-    """An optimizer step and what was found of it.
+    """Optimizer step with its pending verdict.
 
     Args:
-        wrong: Wait for the device and get whether a loss or gradient was not finite.
-        losses: Its batches by number, each with its loss.
+        wrong: Waits for the device and returns whether a loss or gradient is non-finite.
+        losses: Batch indices of the step, each with its loss.
         epoch: Its epoch.
-        step: Its number.
-        lags: Whether the gradients have become those of the next step when the verdict is read.
+        step: Its global step.
+        lags: Whether the gradients already belong to the next step when the verdict is read.
     """
 
     wrong: Callable[[], bool]
@@ -189,18 +188,18 @@ class _Step(NamedTuple):
 
 
 def _lags(verdict: Tensor) -> bool:
-    """Whether the host reads the verdict of a step one step later, and the device runs on meanwhile."""
+    """Return whether the host reads the verdict one step later, while the device continues."""
     return verdict.is_cuda
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer takes no step where its attribute ``found_inf`` is 1, as loss scalers set it."""
+    """Return whether the optimizer skips a step if its attribute ``found_inf`` is 1, as set by loss scalers."""
     groups = optimizer.param_groups
     return all(one.get("fused") and not any(isinstance(p, DTensor) for p in one["params"]) for one in groups)
 
 
 def _to_host(verdict: Tensor) -> Callable[[], bool]:
-    """Start to copy a verdict, () bool, to the host; returns what waits for it."""
+    """Start copying a verdict, () bool, to the host; return a function that waits for it."""
     if not verdict.is_cuda:
         return lambda: bool(verdict)
     copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(verdict, non_blocking=True)
@@ -215,7 +214,7 @@ def _to_host(verdict: Tensor) -> Callable[[], bool]:
 
 
 def _gradients(trainer: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What this process holds of an optimizer's gradients; none where a scaler looks at them itself."""
+    """Collect the local shards of an optimizer's gradients; none if a loss scaler checks them."""
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return []
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -224,24 +223,24 @@ def _gradients(trainer: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Whether any loss or gradient is not finite, () bool on the device."""
-    seen = [torch.zeros((), device=device), *losses]  # training_step may return None, and there is no loss then
+    """Return whether any loss or gradient is non-finite, () bool on the device."""
+    seen = [torch.zeros((), device=device), *losses]  # no loss if training_step returns None
     if gradients:
         seen.append(_norm(gradients))
     return ~torch.stack([one.to(device, torch.float32) for one in seen]).isfinite().all()
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """A norm that is finite if and only if all gradients are: the largest number, or the faster one on a CPU."""
+    """Compute a norm that is finite if and only if all gradients are: maximum norm, or the faster L2 norm on CPU."""
     if not gradients[0].is_cuda:
         norm = torch.nn.utils.get_total_norm(gradients)
         if norm.isfinite():
-            return norm  # else its squares may have overflowed
+            return norm  # otherwise its squares may have overflowed
     return torch.nn.utils.get_total_norm(gradients, math.inf)
 
 
 def _in_any_process(trainer: Trainer, wrong: Tensor) -> Tensor:
-    """Whether it is so in any process, () bool on the device; unlike a strategy's ``reduce`` the host does not wait."""
+    """Reduce to true if any process is true, () bool on the device; unlike a strategy's ``reduce``, without a sync."""
     found = wrong.float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
@@ -251,7 +250,7 @@ def _in_any_process(trainer: Trainer, wrong: Tensor) -> Tensor:
 
 
 class _State:
-    """Weights and buffers of a model and of its moving averages, and the state of its optimizers, in the CPU's memory.
+    """CPU copy of weights and buffers of a model and its moving averages, and of the optimizer state.
 
     Args:
         trainer: The trainer.
@@ -274,7 +273,7 @@ class _State:
 
     @torch.no_grad()
     def restore(self, trainer: Trainer) -> None:
-        """Puts everything back.
+        """Restore the copied state.
 
         Args:
             trainer: The trainer.
@@ -291,12 +290,12 @@ class _State:
 
 
 def _copy(value: Any) -> Any:
-    """A copy in the CPU's memory with the device it came from; what is no tensor, as it is."""
+    """Copy a tensor to the CPU, paired with its device; return any other value unchanged."""
     return (value.detach().to("cpu", copy=True), value.device) if isinstance(value, Tensor) else value
 
 
 def _describe(trainer: Trainer, pl_module: LightningModule, step: _Step) -> str:
-    """What was found, in one line, the same in every process."""
+    """Describe a non-finite step in one line, identical in every process."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     known = hasattr(datamodule, "train_samples") and not getattr(trainer, "overfit_batches", 0)
     own = [
@@ -320,7 +319,7 @@ def _describe(trainer: Trainer, pl_module: LightningModule, step: _Step) -> str:
 
 
 def _samples(found: Any) -> str:
-    """The samples of a batch, or those of each task."""
+    """Format the samples of a batch, or those of each task."""
     if isinstance(found, Mapping):
         return "".join(f", {name}{_samples(samples)}" for name, samples in found.items() if samples)
     if not found:
@@ -330,7 +329,7 @@ def _samples(found: Any) -> str:
 
 
 def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """Norms of weights or gradients: of old parameter tokens, of new ones after a growth, and of everything else."""
+    """Yield norms of weights or gradients: of old parameter tokens, of new ones after a growth, and of all others."""
     growths = [event for one in trainer.callbacks if isinstance(one, ParameterGrowthCallback) for event in one.events]  # type: ignore
     tokens = list(rows_by_age(pl_module, growths[-1] if growths else None))
     taken = {one.tensor for one in tokens}
@@ -344,10 +343,10 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
             if growths:
                 yield f"of {kind} of new rows", float(appended)
         rest = [tensor for parameter in others if (tensor := _part(kind, parameter)) is not None]
-        if rest:  # norms are brought together, not tensors: the whole model may not fit
+        if rest:  # gather norms, not tensors: the unsharded model may not fit
             yield f"of other {kind}", float(torch.stack([gather(tensor.float().norm()) for tensor in rest]).norm())
 
 
 def _part(kind: str, parameter: Tensor) -> Tensor | None:
-    """A parameter or its gradient; of one that is divided among processes, the part of this one."""
+    """Return a parameter or its gradient; a sharded parameter yields its local shard."""
     return parameter.detach() if kind == "weights" else parameter.grad

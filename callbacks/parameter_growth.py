@@ -1,4 +1,4 @@
-"""Growth inside a running fit: its schedule, and what surrounds it. :mod:`lit_tokenformer.growth` grows the model."""
+"""Growth inside a running fit: schedule and context. :mod:`lit_tokenformer.growth` grows the model itself."""
 
 from __future__ import annotations
 
@@ -41,49 +41,50 @@ class ParameterGrowthCallback(Callback):
     Parameter tokens, hidden units of the feed-forward, attention heads and blocks can grow, and units of any part that
     declares :class:`~lit_tokenformer.models.Axis`.
 
-    A growth is due where ``epoch >= key`` and, with a ``trigger``, once the training loss asked for it; it takes place
-    before the first batch after that at which no gradient is pending. The schedule holds totals, so a resumed run finds
-    by itself what is due.
+    A growth is due at ``epoch >= key`` and, with a ``trigger``, once the training loss fires it. It takes place before
+    the next batch without a pending gradient. The schedule contains totals, so a resumed run determines the due stages
+    from the model's size.
 
     Args:
-        schedule: ``{epoch: size}``, zero-indexed and in rising order. A size is totals: a number n of parameter tokens
-            (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
-            heads: H, depth: L}``; kinds that are left out keep theirs. ``other`` is of Pattention layers without a
-            kind, as in a user's own model, ``hidden`` of MLP, GLU and channel mix. ``depth`` is a total of blocks: new
-            ones are inserted as identities, under any ``method``.
-        unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
-        method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact but for
-            softmax) or ``random`` (as published; the function jumps).
-        noise: Size of the differences between the copies of a split, in standard deviations of values at birth.
+        schedule: ``{epoch: size}``, zero-indexed and in increasing order. A size is a total: a number n of parameter
+            tokens (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
+            heads: H, depth: L}``. Omitted kinds keep their size. ``other`` applies to Pattention layers without a kind,
+            as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total number of blocks;
+            new ones are inserted as identities under any ``method``.
+        unit: Unit of the keys of ``schedule``: ``epoch``, or ``step`` (optimizer steps).
+        method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact except
+            for softmax) or ``random`` (as published; changes the function).
+        noise: Scale of the difference between the copies of a split, in standard deviations of the value
+            initialization.
         new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
             ``reset`` drops the whole state of each grown parameter.
         tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
-        ramp_steps: Optimizer steps over which the updates of new rows rise from nothing to full size.
-        freeze_old_steps: Optimizer steps for which old rows stand still; -1 until the end.
-        old_updates: Share of their updates that old rows take in these steps, 0 (they stand still) to 1.
-        rewarm_steps: Optimizer steps over which the learning rate rises again to where its schedule is.
+        ramp_steps: Optimizer steps over which the updates of new rows ramp up from zero to full size.
+        freeze_old_steps: Optimizer steps for which old rows are frozen; -1 until the end.
+        old_updates: Share of their updates that old rows apply in these steps, from 0 (frozen) to 1.
+        rewarm_steps: Optimizer steps over which the learning rate warms up again to its schedule.
         seed: Seed of the new rows.
         check: Compare the model's outputs for the next batch before and after each growth: those of the module's
             ``model_output(batch)``, or else of its ``forward``.
-        trigger: What a growth waits for once its key is reached: nothing (``schedule``), or the training loss, averaged
-            over windows. ``plateau`` fires when it no longer improves; ``slope`` when it falls far less for each
-            e-fold of compute than at its steepest since the last growth (after arXiv 2203.06211). A trigger may fire
-            before the key, causes one growth each time, and starts anew after it.
+        trigger: Condition of a growth after its key is reached: none (``schedule``), or a rule on the training loss
+            averaged over windows. ``plateau`` fires when the loss stops improving. ``slope`` fires when the loss
+            decreases much less per e-fold of compute than at its steepest since the last growth (after arXiv
+            2203.06211). A trigger may fire before the key, causes one growth each time, and resets after it.
         window: Optimizer steps in a window.
-        patience: Windows without improvement after which ``plateau`` fires; latest windows of which ``slope`` takes the
-            slope, at least 2.
-        min_delta: Least fall of the loss that is an improvement to ``plateau``, in nats.
+        patience: Windows without improvement before ``plateau`` fires; number of latest windows in the slope of
+            ``slope``, at least 2.
+        min_delta: Minimum decrease of the loss that counts as an improvement for ``plateau``, in nats.
         threshold: Share of the steepest slope at which ``slope`` fires, between 0 and 1.
-        cooldown: Optimizer steps after the start and after each growth whose loss no trigger sees.
+        cooldown: Optimizer steps after the start and after each growth whose loss is ignored by the trigger.
 
     Raises:
         ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
-            settings out of range; and when a fit starts, for a schedule that begins beyond its end, for more
-            tokens than memory, and for a strategy or an average of the weights that cannot grow.
+            settings out of range. When a fit starts, for a schedule that begins beyond its end, for more tokens than
+            memory, and for a strategy or weight averaging that does not support growth.
 
     Note:
-        Other callbacks that define ``on_parameter_growth(trainer, pl_module, event)`` are told of each growth; an EMA
-        of the weights grows there. Under a trigger all processes average three numbers for each window.
+        Other callbacks that define ``on_parameter_growth(trainer, pl_module, event)`` are called after each growth; an
+        EMA of the weights grows there. A trigger costs one reduction of three numbers per window.
 
     Example:
         >>> callback = ParameterGrowthCallback({10: 192, 20: {"qkv": 384, "proj": 384, "ffn": 1536}})
@@ -135,7 +136,7 @@ class ParameterGrowthCallback(Callback):
         if old_updates > 1:
             raise UserError(f"old_updates: expected at most 1, got {old_updates}")
         if growth_method(method).rows(1, 2).copies > 1 and noise == 0:
-            raise UserError("noise: 0 would leave the copies of a split equal forever")
+            raise UserError("noise: 0 keeps the copies of a split identical (expected more than 0)")
         self.schedule = _checked_schedule(schedule, unit)
         self.unit = unit
         self.method = method
@@ -146,9 +147,9 @@ class ParameterGrowthCallback(Callback):
         self.check = check
         self.trigger = trigger
         self.events: list[dict[str, Any]] = []
-        """One entry for each growth: epoch, step, totals before and after, settings, what it did.
+        """One entry per growth: epoch, step, totals before and after, settings, results.
 
-        ``rows`` is its row map: ``[before, after, copies, dim, block]`` by the name of each parameter.
+        ``rows`` is its row map: ``[before, after, copies, dim, block]`` by parameter name.
         """
         self._signal: LossSignal | None = None
         if trigger in TRIGGERS:
@@ -158,11 +159,11 @@ class ParameterGrowthCallback(Callback):
         self._step_hooks: list[Any] = []
 
     def stages(self, tokens: Mapping[str, int], grown: bool = False) -> list[tuple[int, dict[str, int]]]:
-        """The schedule as totals for each kind that a model has.
+        """Expand the schedule to totals for each kind that a model has.
 
         Args:
-            tokens: The model's totals at birth.
-            grown: Whether the model grew before the fit; the first stages that its totals reach are skipped then.
+            tokens: The model's initial totals.
+            grown: Whether the model grew before the fit; the first stages that its totals reach are then skipped.
 
         Returns:
             Pairs (key, totals) in order.
@@ -173,7 +174,7 @@ class ParameterGrowthCallback(Callback):
         found: list[tuple[int, dict[str, int]]] = []
         current = dict(tokens)
         if not current:
-            return []  # nothing can grow
+            return []  # not growable
         for key, wanted in self.schedule.items():
             setting = f"schedule: {self.unit} {key}"
             if grown and not found and _is_reached(wanted, current, setting):
@@ -183,23 +184,23 @@ class ParameterGrowthCallback(Callback):
         return found
 
     def remaining_stages(self, module: nn.Module) -> list[tuple[int, dict[str, int]]]:
-        """The stages of the schedule, without the first ones that a model reached before the fit."""
+        """Return the stages of the schedule, without the first ones that a model reached before the fit."""
         grown = any(model.grown for model in module.modules() if isinstance(model, Tokenformer))
-        return self.stages(self._birth(module), grown)
+        return self.stages(self._initial_size(module), grown)
 
-    def _birth(self, module: nn.Module) -> dict[str, int]:
-        """The size at which the first fit of a model began."""
-        before = self.events[0]["before"] if self.events else {}  # `lit-tokenformer grow` notes no depth
+    def _initial_size(self, module: nn.Module) -> dict[str, int]:
+        """Return the size at which the first fit of a model began."""
+        before = self.events[0]["before"] if self.events else {}  # `lit-tokenformer grow` does not record depth
         return {**self.size(module), **before}
 
     def size(self, module: nn.Module) -> dict[str, int]:
-        """What the schedule is about in a model: parameter tokens, and the other kinds that it names."""
+        """Return the scheduled sizes of a model: parameter tokens, and the other kinds that the schedule names."""
         named = {kind: 1 for size in self.schedule.values() if isinstance(size, Mapping) for kind in size}
         return grown_sizes(module, named)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         for _, part, _ in find_axes(pl_module):
-            follow_sizes(part)  # in a user's own module: a checkpoint may be of another size
+            follow_sizes(part)  # a checkpoint of a user's module may have another size
         if stage != "fit":
             return
         growth_context(trainer)
@@ -208,17 +209,17 @@ class ParameterGrowthCallback(Callback):
             for kind in wanted if isinstance(wanted, Mapping) else ():
                 if kind not in sizes and kind not in (*KINDS, OTHER):
                     raise unknown_name(f"schedule: {self.unit} {key}", kind, sizes)
-        birth = self._birth(pl_module)
-        if not birth:  # the same config serves architectures that grow and those that do not
+        initial = self._initial_size(pl_module)
+        if not initial:  # one config serves growing and linear architectures
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
         stages = self.remaining_stages(pl_module)
-        self._check_depth(trainer, pl_module, birth, stages)
+        self._check_depth(trainer, pl_module, initial, stages)
         method = growth_method(self.method)
         for name, part, axis in find_axes(pl_module):
-            if axis.kind not in birth:
+            if axis.kind not in initial:
                 continue
-            first = birth[axis.kind] if self.events else axis.size(part)
+            first = initial[axis.kind] if self.events else axis.size(part)
             for before, after in itertools.pairwise([first, *(size[axis.kind] for _, size in stages)]):
                 rows = method.rows(before, after) if after >= before else Rows(before, after)
                 check_rows(axis, rows, method, name)
@@ -231,9 +232,9 @@ class ParameterGrowthCallback(Callback):
         check_end(dict(stages), self.unit, trainer)
 
     @staticmethod
-    def _check_depth(trainer: Any, pl_module: nn.Module, birth: dict[str, int], stages: list[Any]) -> None:
-        final = stages[-1][1].get("depth", 0) if stages else birth.get("depth", 0)
-        if final == birth.get("depth", 0):
+    def _check_depth(trainer: Any, pl_module: nn.Module, initial: dict[str, int], stages: list[Any]) -> None:
+        final = stages[-1][1].get("depth", 0) if stages else initial.get("depth", 0)
+        if final == initial.get("depth", 0):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
@@ -246,17 +247,17 @@ class ParameterGrowthCallback(Callback):
         stages = dict(self.remaining_stages(pl_module))
         if self.size(pl_module) and (skipped := [key for key in self.schedule if key not in stages]):
             keys = ", ".join(f"{self.unit} {key}" for key in skipped)
-            rank_zero_info(f"schedule: skipped stages ({keys}): the initial model has reached their totals")
+            rank_zero_info(f"schedule: skipped stages ({keys}); the initial model has reached their totals")
         check_last_step(stages, self.unit, trainer)
         if stages and self.size(pl_module):
-            ShardedParameters(pl_module)  # rejects a torch under which they cannot grow now, not at the first growth
+            ShardedParameters(pl_module)  # reject an unsupported torch now, not at the first growth
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)
         stages = list(self.schedule.items())
         self._next = 0 if current else len(stages)
         while self._next < len(stages) and _is_reached(stages[self._next][1], current):
-            self._next += 1  # the checkpoint that the fit resumes from holds this growth already
+            self._next += 1  # the resumed checkpoint already contains this growth
         for key, wanted in stages[self._next :]:
             current = target_sizes(wanted, current, setting=f"schedule: {self.unit} {key}")
         callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
@@ -274,7 +275,7 @@ class ParameterGrowthCallback(Callback):
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
             targets = target_sizes(stages[self._next][1], self.size(pl_module))
-            targets = trainer.strategy.broadcast(targets)  # all processes grow alike, whatever each was told
+            targets = trainer.strategy.broadcast(targets)  # all processes grow to the same size
             if targets != self.size(pl_module):
                 self._grow(trainer, pl_module, targets, batch)
             self._next += 1
@@ -286,13 +287,13 @@ class ParameterGrowthCallback(Callback):
             self._signal.add_batch(trainer, outputs, batch)
 
     def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A trigger goes by compute, so it measures what a sample costs again."""
+        """Update the cost of a sample, which the compute of a trigger depends on."""
         if self._signal is not None:
             self._signal.measure(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._signal is not None and self._next < len(self.schedule):
-            self._signal.agree(trainer)  # each process goes on with what it would read from the checkpoint
+            self._signal.agree(trainer)  # each process continues with the state in the checkpoint
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -303,7 +304,7 @@ class ParameterGrowthCallback(Callback):
         left = [str(tokens) for tokens in rest if not _is_reached(tokens, current)]
         if left:
             rank_zero_warn(
-                f"trigger: the fit ended before {self.trigger!r} let the model grow to {', then '.join(left)} tokens"
+                f"training ended before trigger {self.trigger!r} fired; remaining growth: {', then '.join(left)} tokens"
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -321,11 +322,11 @@ class ParameterGrowthCallback(Callback):
             self._signal.load_state_dict(signal)
 
     def _latest(self) -> dict[str, Any] | None:
-        """The latest growth."""
+        """Return the latest growth, or ``None``."""
         return self.events[-1] if self.events else None
 
     def _measured_for(self) -> dict[str, Any]:
-        """What the signal was measured for; it says nothing to another trigger, nor after a growth between two runs."""
+        """Identify the signal: it is invalid for another trigger, and after a growth between two runs."""
         return {"trigger": self.trigger, "growths": len(self.events)}
 
     def _grow(self, trainer: Trainer, pl_module: LightningModule, targets: dict[str, int], batch: Any) -> None:
@@ -342,9 +343,9 @@ class ParameterGrowthCallback(Callback):
             settings: Any = {"noise": self.noise, "seed": self.seed, "new_state": self.new_state}
             for grown in grow_with_optimizers(pl_module, targets, trainer.optimizers, self.method, **settings):
                 rows |= row_map(grown.name, grown.grown)
-                del grown  # and with it the last reference to the old parameter
+                del grown  # the last reference to the old parameter
         if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()  # code compiled for the old size would count against the limit of recompilations
+            torch._dynamo.reset()  # code for the old size would count against the recompile limit
         seconds = time.perf_counter() - start
 
         event = {
@@ -369,9 +370,9 @@ class ParameterGrowthCallback(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_parameter_growth"):
                 callback.on_parameter_growth(trainer, pl_module, event)
-        self._tell(trainer, event, parameters, flops)
+        self._report(trainer, event, parameters, flops)
 
-    def _tell(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
+    def _report(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
         pairs = {kind: f"{event['before'][kind]} -> {total}" for kind, total in event["after"].items()}
         facts = [
             f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {describe_sizes(pairs)}",
@@ -384,8 +385,8 @@ class ParameterGrowthCallback(Callback):
         rank_zero_info("; ".join([*facts, f"{event['seconds']:.2f} s"]))
         if growth_method(self.method).exact and event["output_difference"] > 0.05:
             rank_zero_warn(
-                f"The growth changed the model's output by {event['output_difference']:.1e}, although method "
-                f"{self.method!r} should not change it."
+                f"method: {self.method!r} should preserve the model's output (got a relative difference of "
+                f"{event['output_difference']:.1e})"
             )
         for logger in trainer.loggers:
             metrics = {
@@ -402,15 +403,15 @@ class ParameterGrowthCallback(Callback):
 
 
 def _checked_schedule(schedule: Mapping[Key, Tokens], unit: str) -> dict[int, Tokens]:
-    """The schedule, if its keys rise and no total shrinks.
+    """Validate that the keys of a schedule increase and no total shrinks.
 
     Raises:
         ValueError: Otherwise.
     """
     checked = checked_keys(schedule, unit)
     named = {str(kind) for size in checked.values() if isinstance(size, Mapping) for kind in size}
-    misspelt = [kind for kind in sorted(named - UNITS.keys()) if nearest_name(kind, UNITS)]
-    current = dict.fromkeys((*UNITS, *sorted(named.difference(misspelt))), 1)  # parts may have kinds of their own
+    misspelled = [kind for kind in sorted(named - UNITS.keys()) if nearest_name(kind, UNITS)]
+    current = dict.fromkeys((*UNITS, *sorted(named.difference(misspelled))), 1)  # parts may declare their own kinds
     for key, tokens in checked.items():
         current = target_sizes(tokens, current, setting=f"schedule: {unit} {key}")
     return checked
@@ -422,25 +423,25 @@ def _check_averages(trainer: Any) -> None:
         averages = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
         if averages and not hasattr(callback, "on_parameter_growth"):
             raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} averages weights of one size, and the schedule grows "
-                "the model; use callbacks.GrowingEMA"
+                f"trainer.callbacks: {type(callback).__name__} averages weights of a fixed size, but the schedule "
+                "grows the model; use callbacks.GrowingEMA"
             )
 
 
 def _is_reached(tokens: Tokens, current: Mapping[str, int], setting: str = "tokens") -> bool:
-    """Whether a model holds at least these totals of every kind already."""
+    """Return whether a model has at least these totals of every kind."""
     wanted = target_sizes(tokens, dict.fromkeys(current, 1), setting)
     named = tokens if isinstance(tokens, Mapping) else wanted
     return all(current[kind] >= wanted[kind] for kind in named)
 
 
 def _flops(pl_module: Any) -> float:
-    """Operations of one forward pass for each sample, if the module tells."""
+    """Return the FLOPs of one forward pass per sample, or NaN if the module does not report them."""
     return float(pl_module.cost().flops) if hasattr(pl_module, "cost") else float("nan")
 
 
 def _start_new_size(trainer: Trainer) -> None:
-    """The best of each size is kept, and patience starts anew: scores of different sizes are not compared."""
+    """Reset best scores and patience, and keep the best checkpoint of each size: sizes are not compared."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             callback.best_k_models = {}

@@ -1,4 +1,4 @@
-"""How much of each image a model trains on, as training goes on."""
+"""Schedule of the patch drop rate during training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from lit_tokenformer.models import Tokenformer
 
 
 class PatchDropSchedule(Callback):
-    """Trains on random patches of each image at first, and on more of them later (arXiv 2212.00794, 2208.07220).
+    """Schedule the share of image patches that training drops at random (arXiv 2212.00794, 2208.07220).
 
-    The share that is left out at birth is ``patch_drop_rate`` of the architecture. What a step costs falls with the
-    patches; ``cost()`` of the task follows. Beside a growth it is how images stay short while the model is small.
+    The initial rate is ``patch_drop_rate`` of the architecture. The cost of a step decreases with the number of
+    patches, and ``cost()`` of the task follows. Combined with growth, it keeps image sequences short while the model is
+    small.
 
     Args:
-        schedule: ``{epoch: rate}``, zero-indexed and in rising order: the share of the patches that is left out from
-            there on, 0 for none.
-        unit: What the keys of ``schedule`` count: ``epoch``, or ``step`` (optimizer steps).
+        schedule: ``{epoch: rate}``, zero-indexed and in increasing order: the share of patches dropped from there on, 0
+            for none.
+        unit: Unit of the keys of ``schedule``: ``epoch``, or ``step`` (optimizer steps).
 
     Raises:
-        ValueError: For keys out of order or rates outside of [0, 1); and when a fit starts, if no model reads images or
-            if a key is beyond its end.
+        ValueError: For keys out of order or rates outside [0, 1). When a fit starts, if no model has an image stem or
+            if a key is beyond the end of the fit.
 
     Note:
-        Other callbacks that define ``on_cost_change(trainer, pl_module)`` are told of each change.
+        Other callbacks that define ``on_cost_change(trainer, pl_module)`` are called after each change.
 
     Example:
         >>> PatchDropSchedule({10: 0.25, 20: 0.0}).rate_at(15)
@@ -41,21 +42,21 @@ class PatchDropSchedule(Callback):
             if not 0 <= rate < 1:
                 raise UserError(f"schedule: {unit} {key}: expected a rate in [0, 1), got {rate}")
         self.unit = unit
-        self._birth = self._rate = 0.0
+        self._initial = self._rate = 0.0
 
     def rate_at(self, position: int) -> float:
-        """The rate at an epoch or step."""
-        return next((rate for key, rate in reversed(self.schedule.items()) if position >= key), self._birth)
+        """Return the rate at an epoch or optimizer step."""
+        return next((rate for key, rate in reversed(self.schedule.items()) if position >= key), self._initial)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         rates = [model.config.patch_drop_rate for model in _models(pl_module)]
         if not rates:
-            raise UserError("schedule: no model reads images, so no patches can be left out")
+            raise UserError("schedule: no model has an image stem (stem: patch), so no patches can be dropped")
         if len(set(rates)) > 1:
-            raise UserError(f"schedule: the models begin with different patch_drop_rates ({rates})")
-        self._birth = self._rate = rates[0]
+            raise UserError(f"schedule: expected one initial patch_drop_rate for all models, got {rates}")
+        self._initial = self._rate = rates[0]
         check_end(self.schedule, self.unit, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,7 +75,7 @@ class PatchDropSchedule(Callback):
 
 
 def _models(pl_module: LightningModule) -> Iterator[Tokenformer]:
-    """Models that read images."""
+    """Yield the models with an image stem."""
     for model in pl_module.modules():
         if isinstance(model, Tokenformer) and model.config.stem == "patch":
             yield model

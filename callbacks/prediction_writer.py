@@ -1,4 +1,4 @@
-"""Predictions as a CSV file, one row for each image."""
+"""Predictions as a CSV file, one row per image."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from torch import Tensor
 from lit_tokenformer.errors import UserError
 
 TOP = 5
-"""Classes written for each image."""
+"""Number of classes written per image."""
 UNREADABLE = -100
-"""Label of a black image that keeps the place of one that could not be read."""
+"""Label of a black image that replaces an unreadable one."""
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``Trainer.predict`` finds: ``image,class1,prob1,...,class5,prob5``, in the order of the images.
+    """Write the results of ``Trainer.predict`` as ``image,class1,prob1,...,class5,prob5``, in the order of the images.
 
-    ``image`` and the class names come from the data module (``predict_name(index)``, ``class_names``) if it has them,
-    else they are numbers. The row of an unreadable image (label -100) has empty cells. With fewer than five classes
-    there are fewer columns. Names that a spreadsheet would compute as a formula get an apostrophe before them.
+    ``image`` and the class names come from the data module (``predict_name(index)``, ``class_names``) if present,
+    otherwise they are numbers. The row of an unreadable image (label -100) has empty cells. With fewer than five
+    classes there are fewer columns. An apostrophe precedes names that a spreadsheet would evaluate as a formula.
 
-    The file appears under its name when it is complete. Each process writes a hidden part beside it; the first one
-    joins them, so several machines need a folder that they share.
+    The file appears under its name when it is complete. Each process writes a hidden part file in the same folder, and
+    rank 0 merges them, so multiple machines need a shared folder.
 
     Args:
-        path: The file; left out, ``predictions.csv`` in the trainer's log folder, or ``predictions-1.csv`` and so on,
-            if that is taken.
+        path: Output file. By default ``predictions.csv`` in the trainer's log folder, or ``predictions-1.csv`` and so
+            on if it exists.
 
     Raises:
-        ValueError: When a prediction starts, if ``path`` exists: nothing is overwritten. During it, if ``predict_step``
-            does not give probabilities (B, C), or if there are several data loaders.
+        ValueError: When a prediction starts, if ``path`` exists: files are not overwritten. During prediction, if
+            ``predict_step`` does not return probabilities (B, C), or for several data loaders.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -61,15 +61,15 @@ class PredictionWriter(BasePredictionWriter):
             return
         if pl_module.device_mesh is not None and (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1) > 1:
             raise UserError(
-                "trainer.strategy: processes that divide a model must predict in step, and images are not divided "
-                "evenly; predict with one process, or with ddp"
+                "trainer.strategy: cannot predict with a sharded model, because processes have different numbers of "
+                "batches; use one process, or ddp"
             )
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        folder = trainer.log_dir or trainer.default_root_dir  # collective
         target = Path(self.path) if self.path else _free(Path(folder) / "predictions.csv")
-        # all processes take the first one's view, so that they stop together or not at all
+        # all processes follow rank 0, so that they stop together or not at all
         self._target, exists, self._token = trainer.strategy.broadcast((target, target.exists(), uuid.uuid4().hex[:8]))
         if exists:
-            raise UserError(f"output: {self._target} exists already; nothing is overwritten")
+            raise UserError(f"output: {self._target} exists already")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +108,11 @@ class PredictionWriter(BasePredictionWriter):
             parts = [self._part_of(rank) for rank in range(trainer.world_size)]
             whole = self._part.with_name(f"{self._part.name}.whole")
             images = _join(parts, whole)
-            target = _free(self._target)  # another run may have taken the name meanwhile
+            target = _free(self._target)  # another run may have created it meanwhile
             whole.rename(target)
             for part in parts:
                 part.unlink()
-            rank_zero_info(f"Predictions for {images} images: {target}")
+            rank_zero_info(f"Wrote predictions for {images} images to {target}")
         trainer.strategy.barrier("predictions are joined")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -126,7 +126,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _free(path: Path) -> Path:
-    """``path``, or the first of ``NAME-1``, ``NAME-2``, ... that does not exist."""
+    """Return ``path``, or the first of ``NAME-1``, ``NAME-2``, ... that does not exist."""
     found, number = path, 0
     while found.exists():
         number += 1
@@ -139,7 +139,7 @@ def _describe(value: Any) -> str:
 
 
 def _labels(batch: Any) -> list[Any] | None:
-    """Labels (B,) of a batch ``(image, label)``."""
+    """Return the labels (B,) of a batch ``(image, label)``."""
     if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor) and batch[1].ndim == 1:
         return batch[1].tolist()
     return None
@@ -148,7 +148,7 @@ def _labels(batch: Any) -> list[Any] | None:
 def _rows(
     prediction: Tensor, indices: Sequence[int], labels: list[Any] | None, datamodule: Any
 ) -> Iterator[list[str | int]]:
-    """Index, name, and classes with probabilities in falling order, for each image of a batch."""
+    """Yield index, name, and classes with probabilities in decreasing order, for each image of a batch."""
     probs, classes = prediction.float().topk(min(TOP, prediction.shape[1]), dim=1)  # (B, up to 5)
     name = getattr(datamodule, "predict_name", str)
     names = getattr(datamodule, "class_names", None) or [str(number) for number in range(prediction.shape[1])]
@@ -159,7 +159,7 @@ def _rows(
 
 
 def _text(name: object) -> str:
-    """A name as text for spreadsheets too, which run formulas; a number such as -1 is none."""
+    """Escape a name for spreadsheets, which evaluate formulas; numbers such as -1 are unchanged."""
     text = str(name)
     with suppress(ValueError):
         float(text)
@@ -168,7 +168,7 @@ def _text(name: object) -> str:
 
 
 def _join(parts: Iterable[Path], whole: Path) -> int:
-    """Writes the rows of all parts, each of them in order, with a header; returns how many images there are."""
+    """Merge the sorted rows of all parts into a file with a header; return the number of images."""
     files = [part.open(encoding="utf-8", errors="surrogateescape", newline="") for part in parts]
     images, last = 0, None
     try:
@@ -178,7 +178,7 @@ def _join(parts: Iterable[Path], whole: Path) -> int:
                 if last is None:
                     top = range(1, len(row) // 2 + 1)
                     writer.writerow(["image", *(name for rank in top for name in (f"class{rank}", f"prob{rank}"))])
-                if index != last:  # samplers may give an image to two processes
+                if index != last:  # samplers may assign an image to two processes
                     writer.writerow(row)
                     images += 1
                 last = index

@@ -1,4 +1,4 @@
-"""Checkpoints that resume exactly: at the end of a fit, after a signal, and never of a non-finite state."""
+"""Checkpoints for exact resume: at the end of a fit and after a signal, never of a non-finite state."""
 
 from __future__ import annotations
 
@@ -25,42 +25,41 @@ from lit_tokenformer.distributed.checkpoint import NON_FINITE
 from lit_tokenformer.growth.shards import like, local
 
 NOTHING, STOP, REQUEUE = 0, 1, 2
-"""What a signal asked for; more counts."""
+"""Requests of a signal; the highest one wins."""
 
 _OF_TERMINALS = {getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)}
 _OF_SCHEDULERS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 _PENDING = "pending_gradients"
-"""Key in a checkpoint: for each process, the gradients of an optimizer step that is not complete."""
+"""Checkpoint key: gradients of an incomplete optimizer step, for each process."""
 
 
 class PreemptionCheckpoint(Callback):
-    """Saves ``last.ckpt`` when a fit ends: at its normal end, and after SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1.
+    """Save ``last.ckpt`` at the normal end of a fit and after SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1.
 
-    After a signal the optimizer step under way is finished first, in all processes, so a fit resumes from the
-    checkpoint bit for bit; a validation under way is repeated (where its length is not known, as of a stream, it is
-    finished first). A second Ctrl-C ends the process at once. The checkpoint replaces ``last.ckpt`` in the folder of
-    the checkpoints, where ``--ckpt_path last`` finds it. Under SLURM, the signal that asks for a requeue writes
-    ``hpc_ckpt_N.ckpt`` and requeues the job, as Lightning does; Lightning alone would do so in the middle of a step.
-    The fit ends with ``SIGTERMException``. Under ``fast_dev_run`` nothing is saved, and at the normal end neither with
-    ``enable_checkpointing: false``.
+    After a signal, all processes first finish the current optimizer step, so resuming from the checkpoint is bit-exact.
+    An interrupted validation is repeated. A validation of unknown length, such as one over a stream, is finished first.
+    A second Ctrl-C ends the process immediately. The checkpoint replaces ``last.ckpt`` in the checkpoint folder, where
+    ``--ckpt_path last`` finds it. Under SLURM, the requeue signal writes ``hpc_ckpt_N.ckpt`` and requeues the job, as
+    in Lightning but between optimizer steps. The fit ends with ``SIGTERMException``. Nothing is saved under
+    ``fast_dev_run``, or at the normal end with ``enable_checkpointing: false``.
 
     With ``accumulate_grad_batches``, a checkpoint saved between two micro-batches of an optimizer step contains the
-    gradients so far (the size of the trainable parameters for each process), so any checkpoint resumes exactly.
+    accumulated gradients (the size of the trainable parameters per process), so any checkpoint resumes exactly.
 
-    A checkpoint is not saved while a weight or an optimizer state is NaN or infinite: a warning names the parameter,
-    and the checkpoints before it are kept. The check is one pass over weights and optimizer state, without a copy. With
-    a ``CheckpointIO`` other than ``WholeCheckpointIO``, or a strategy that writes by itself (FSDP1, DeepSpeed), the fit
-    ends with ``FloatingPointError``. Checkpoints saved with ``save_weights_only`` are not checked: Lightning calls no
-    callback for them.
+    A checkpoint is skipped while a weight or an optimizer state is NaN or infinite: a warning names the parameter, and
+    earlier checkpoints are kept. The check is one pass over weights and optimizer state, without a copy. With a
+    ``CheckpointIO`` other than ``WholeCheckpointIO``, or a strategy that writes its own checkpoints (FSDP1, DeepSpeed),
+    the fit ends with ``FloatingPointError``. Checkpoints saved with ``save_weights_only`` are not checked, because
+    Lightning calls no callback for them.
 
     Attributes:
-        status: Exit status of a command that ends by the signal: 130 after Ctrl-C, 129 after SIGHUP, else 143.
+        status: Exit status of a command that ends by the signal: 130 after Ctrl-C, 129 after SIGHUP, otherwise 143.
 
     Note:
-        Put it behind :class:`~callbacks.GrowingEMA`, which takes the average out of the model first if a validation is
-        interrupted, and behind ``GradientAccumulationScheduler``. The command line adds it to every fit.
+        Place this callback after :class:`~callbacks.GrowingEMA`, which swaps the average out of the model first if a
+        validation is interrupted, and after ``GradientAccumulationScheduler``. The command line adds it to every fit.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -79,11 +78,11 @@ class PreemptionCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._asked, self._gradients, self._group = NOTHING, [], None
-            root = trainer.log_dir or trainer.default_root_dir  # asks all processes
+            root = trainer.log_dir or trainer.default_root_dir  # collective
             self._folder = os.path.join(root, "checkpoints")
             _warn_if_only_best(trainer)
             for callback in _saving(trainer) if trainer.fast_dev_run else ():  # type: ignore[attr-defined]
-                callback.save_last = False  # the one checkpoint that Lightning saves then
+                callback.save_last = False  # the only checkpoint that Lightning saves then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._connect(trainer)
@@ -94,7 +93,7 @@ class PreemptionCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):  # is not asked when a fit resumes within an epoch
+            if isinstance(callback, GradientAccumulationScheduler):  # not called when a fit resumes within an epoch
                 callback.on_train_epoch_start(trainer)
         if self._gradients:
             _restore(self._gradients, trainer, pl_module)
@@ -124,7 +123,7 @@ class PreemptionCheckpoint(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # In its last batch a process does not leave the validation, so nothing is asked where one may be at it.
+        # A process cannot leave validation in its last batch, so skip the collective where one may be at it.
         done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready
         if _validates_in_fit(trainer) and done < self._shared_batches:
             self._agree(trainer)
@@ -140,7 +139,7 @@ class PreemptionCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, SIGTERMException) or trainer.sanity_checking:
             return
-        if trainer.validating:  # it is begun anew, or the scores of its first batches would be missing
+        if trainer.validating:  # restart it, otherwise the scores of its first batches would be missing
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset_on_run()
             progress.increment_ready()
@@ -149,25 +148,25 @@ class PreemptionCheckpoint(Callback):
             trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[arg-type]
             return
         path = self._save(trainer)
-        result = f"saved {path}" if path else "nothing was saved"
+        result = f"saved {path}" if path else "no checkpoint saved"
         rank_zero_info(f"Interrupted at epoch {trainer.current_epoch}, step {trainer.global_step}: {result}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         name = _non_finite(trainer)
         if not trainer.strategy.reduce_boolean_decision(name is None):
-            checkpoint[NON_FINITE] = name or "weights"  # of another process
+            checkpoint[NON_FINITE] = name or "weights"  # non-finite in another process
             if not _rejects_non_finite(trainer.strategy):
                 raise FloatingPointError(f"non-finite {checkpoint[NON_FINITE]} at step {trainer.global_step}")
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.fit_loop._should_accumulate():
             checkpoint[_PENDING] = _gradients(trainer, pl_module)
-        # Lightning counts the last epoch of a fit as complete, also one that max_steps or early stopping cut short
+        # Lightning counts the last epoch of a fit as complete, even if max_steps or early stopping cut it short
         within = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         for counts in progress.values():
             before = max(0, counts["ready"] - 1)
-            counts["completed"] = min(counts["completed"], before)  # as in the checkpoint at the end of any epoch
+            counts["completed"] = min(counts["completed"], before)  # as in a checkpoint at the end of any epoch
             counts["processed"] = min(counts["processed"], before) if within else counts["processed"]
         checkpoint["epoch"] = progress["current"]["completed"]
 
@@ -176,27 +175,27 @@ class PreemptionCheckpoint(Callback):
             self._gradients = checkpoint.pop(_PENDING, [])
 
     def _save(self, trainer: Trainer) -> str | None:
-        """Saves the newest state as ``last.ckpt``; the path, unless it could not be saved."""
+        """Save the current state as ``last.ckpt``; return its path, or ``None`` if it was not saved."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         saving = _saving(trainer)
         folder = next((str(one.dirpath) for one in saving if one.dirpath), self._folder)
         last = [one for one in saving if one.save_last]
         path = next((one.last_model_path for one in last if one.last_model_path), os.path.join(folder, "last.ckpt"))
-        for callback in last:  # else it would write a second one
+        for callback in last:  # otherwise it would write a second one
             callback.last_model_path = path
         trainer.save_checkpoint(path, weights_only=False)
         return None if getattr(trainer.strategy.checkpoint_io, "unsaved", None) else path
 
     def _connect(self, trainer: Trainer) -> None:
-        """Let the processes agree by their hosts: to ask a device, each step would wait for what it has to do."""
+        """Create a CPU process group for signals: a collective on the device would wait for its queue at each step."""
         if self._group is None and trainer.world_size > 1 and torch.distributed.get_backend() != "gloo":
             self._group = torch.distributed.new_group(backend="gloo")
 
     def _listen(self, trainer: Trainer) -> None:
-        """Takes the signals over from Lightning, which acts on them in the midst of a step, and in one process only.
+        """Replace Lightning's signal handlers, which act within a step and in one process only.
 
-        Lightning puts back what was there before the fit.
+        Lightning restores the handlers from before the fit.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -208,7 +207,7 @@ class PreemptionCheckpoint(Callback):
             numbers.add(environment.requeue_signal)
         for number in numbers:
             now = signal.getsignal(number)
-            # not those of a user, nor what is ignored, as under nohup
+            # keep handlers of the user and ignored signals, as under nohup
             if number == signal.SIGTERM or now in _DEFAULTS or isinstance(now, _HandlersCompose):
                 signal.signal(number, self._take)
 
@@ -217,10 +216,10 @@ class PreemptionCheckpoint(Callback):
             self.status = 128 + number
         self._asked = max(self._asked, REQUEUE if number == self._requeue_signal else STOP)
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process, whatever it waits for
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process unconditionally
 
     def _agree(self, trainer: Trainer) -> None:
-        """Lets every process end at this batch if one of them got a signal, but not with a gradient pending."""
+        """Stop all processes at this batch if one of them received a signal, unless a gradient is pending."""
         if trainer.fit_loop._should_accumulate():
             return
         if trainer.world_size > 1:
@@ -236,7 +235,7 @@ def _saving(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _rejects_non_finite(strategy: Strategy) -> bool:
-    """Return whether whatever writes a checkpoint looks for the key ``NON_FINITE``."""
+    """Return whether the writer of a checkpoint checks the key ``NON_FINITE``."""
     by_io = type(strategy).save_checkpoint is Strategy.save_checkpoint
     growing = isinstance(strategy, GrowingModelParallelStrategy)
     return (by_io or growing) and isinstance(strategy.checkpoint_io, WholeCheckpointIO)
@@ -244,9 +243,9 @@ def _rejects_non_finite(strategy: Strategy) -> bool:
 
 @torch.no_grad()
 def _non_finite(trainer: Trainer) -> str | None:
-    """The first parameter that is not finite in itself, its moving average or its optimizer state.
+    """Find the first parameter with a non-finite value, moving average or optimizer state.
 
-    Buffers may be infinite. The host waits for the device once, unless it finds one.
+    Buffers may be infinite. The host synchronizes with the device once, unless a non-finite value is found.
     """
     averages = [one._average_model for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore
     states = {parameter: state for one in trainer.optimizers for parameter, state in one.state.items()}
@@ -266,7 +265,7 @@ def _validates_in_fit(trainer: Trainer) -> bool:
 
 
 def _warn_if_only_best(trainer: Trainer) -> None:
-    """Warns where every ``ModelCheckpoint`` saves improved scores alone, as ``save_last`` then does too."""
+    """Warn if every ``ModelCheckpoint`` saves improved scores only, which then applies to ``save_last`` too."""
     saving = _saving(trainer)
     if not trainer.fast_dev_run and saving and all(one.monitor and one.save_top_k != -1 for one in saving):  # type: ignore[attr-defined]
         rank_zero_warn(
@@ -277,13 +276,13 @@ def _warn_if_only_best(trainer: Trainer) -> None:
 
 
 def _pending(module: Any) -> dict[str, Tensor | None]:
-    """Gradients by parameter name, and what a task keeps besides them until an optimizer step is complete."""
+    """Collect gradients by parameter name, and other task state of an incomplete optimizer step."""
     own = {name: parameter.grad for name, parameter in module.named_parameters()}
     return own | (module.pending_state() if hasattr(module, "pending_state") else {})
 
 
 def _gradients(trainer: Trainer, module: LightningModule) -> list[dict[str, Tensor]]:
-    """The pending state of each process by name, in the first process; one tensor at a time."""
+    """Gather the pending state of each process by name on rank 0, one tensor at a time."""
     found: list[dict[str, Tensor]] = [{} for _ in range(trainer.world_size)]
     for name, tensor in _pending(module).items():
         own = None if tensor is None else local(tensor).to("cpu", copy=True)
@@ -298,18 +297,18 @@ def _gradients(trainer: Trainer, module: LightningModule) -> list[dict[str, Tens
 
 
 def _restore(gradients: list[dict[str, Tensor]], trainer: Trainer, module: LightningModule) -> None:
-    """Puts pending gradients back; drops them where processes or sizes are others than when they were saved."""
+    """Restore pending gradients, or drop them if the number of processes or the sizes changed."""
     parameters, known = dict(module.named_parameters()), _pending(module)
     own = gradients[trainer.global_rank] if len(gradients) == trainer.world_size else {"": torch.empty(0)}
 
     def fits(name: str, tensor: Tensor) -> bool:
-        parameter = parameters.get(name.rpartition(".gradients.")[2])  # of a task's own gradients too
+        parameter = parameters.get(name.rpartition(".gradients.")[2])  # also for a task's own gradients
         return name in known and (parameter is None or tensor.shape == local(parameter).shape)
 
     if not all(fits(name, tensor) for name, tensor in own.items()):
         rank_zero_warn(
-            "ckpt_path: the checkpoint was saved within an optimizer step, by another number of processes or at other "
-            "sizes; the gradient of its first micro-batches is dropped"
+            "ckpt_path: dropping the accumulated gradients: the checkpoint was saved within an optimizer step, with a "
+            "different number of processes or other sizes"
         )
         return
     for name in own.keys() & parameters.keys():

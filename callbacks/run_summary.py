@@ -1,4 +1,4 @@
-"""What a fit came to: a line for each size of the model, with what it cost and its best checkpoint."""
+"""Run summary: cost and best checkpoint for each size of the model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lit_tokenformer.models import model_size, param_tokens
 
 
 class RunSummary(Callback):
-    """Prints a table at the end of a fit, and writes it to ``summary.json`` in the folder of the run.
+    """Print a table at the end of a fit, and write it to ``summary.json`` in the run folder.
 
-    Each stage of growth has a line: its parameter tokens, optimizer steps, seconds (with validation), operations of
-    training, and the best checkpoint that was saved at that size, with its score. A fit that is resumed counts on; what
-    was done after the checkpoint it resumes from is not counted twice. The summary of another run in the same folder is
-    kept; the new one is ``summary-v1.json`` then.
+    Each stage of growth has one row: parameter tokens, optimizer steps, seconds (including validation), training FLOPs,
+    and the best checkpoint saved at that size with its score. A resumed fit continues the counts; steps after its
+    checkpoint are not counted twice. A summary of another run in the same folder is kept, and the new one is named
+    ``summary-v1.json``.
 
     Note:
-        Operations are those of :class:`~callbacks.TrainingMonitor`, and left out without it; best checkpoints are those
-        of a ``ModelCheckpoint`` with ``monitor``.
+        FLOPs come from :class:`~callbacks.TrainingMonitor` and are omitted without it. Best checkpoints come from a
+        ``ModelCheckpoint`` with ``monitor``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,7 +39,7 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self.stages: list[dict[str, Any]] = []
-        """One entry for each size so far; the last one is under way."""
+        """One entry per size so far; the last one is current."""
         self._since = 0.0
         self._run = uuid.uuid4().hex
         self._resumed_at = -1
@@ -57,40 +57,40 @@ class RunSummary(Callback):
         self._resumed_at = trainer.global_step
         size = self._size(pl_module)
         if not self.stages or any(self.stages[-1].get(name, now) != now for name, now in size.items()):
-            self._begin(trainer, pl_module)  # also where the model was grown between two fits
+            self._begin(trainer, pl_module)  # also after a growth between two fits
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
-        """Ends a stage and begins the next.
+        """Close the current stage and start the next one.
 
         Args:
             trainer: The trainer.
-            pl_module: The model, grown already.
-            event: What was done.
+            pl_module: The grown model.
+            event: The growth.
         """
         self._count(trainer)
         self._begin(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # here and not later: a ModelCheckpoint knows already what it is about to save, and a growth makes it forget
+        # not later: a growth resets the ModelCheckpoint, which already has the path it is about to save
         self._count(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count(trainer)
-        folder = run_folder(trainer)  # asks all processes
+        folder = run_folder(trainer)  # collective
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for stage in self.stages:
-            if stage["best"] and not _exists(stage["best"]["path"]):  # a full disk, or someone removed it
+            if stage["best"] and not _exists(stage["best"]["path"]):  # not written to a full disk, or removed
                 stage["best"] = None
         try:
             write_new(folder, "summary.json", json.dumps(self.state_dict(), indent=2) + "\n", self._continues)
         except OSError as error:
-            rank_zero_warn(f"cannot write summary.json in {folder}: {error.strerror or error}")
+            rank_zero_warn(f"cannot write summary.json to {folder}: {error.strerror or error}")
         self._print()
 
     def _continues(self, summary: str) -> bool:
-        """Whether this fit continues the one that wrote a summary; a second fit from its checkpoint does not."""
+        """Return whether this fit continues the one of a summary; a second fit from its checkpoint does not."""
         try:
             found = json.loads(summary)
             last = found["stages"][-1]
@@ -119,7 +119,7 @@ class RunSummary(Callback):
         )
 
     def _count(self, trainer: Trainer) -> None:
-        """Brings the stage under way up to date."""
+        """Update the current stage."""
         if not self.stages:
             return
         stage, now = self.stages[-1], time.perf_counter()
@@ -131,7 +131,7 @@ class RunSummary(Callback):
             stage["training_flops"] = flops - stage["flops_before"]
         for callback in _best(trainer):
             path, score, best = callback.best_model_path, float(callback.best_model_score), stage["best"]
-            # a resumed fit saves in another folder, and its first checkpoint is not the best of all so far
+            # a resumed fit saves to another folder, where its first checkpoint may not be the best so far
             better = best is None or (score > best["score"] if callback.mode == "max" else score < best["score"])
             if better and (path, score) != self._best_before:
                 stage["best"] = {"path": path, "monitor": callback.monitor, "score": score}
@@ -140,7 +140,7 @@ class RunSummary(Callback):
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title="What this fit came to")
+        table = Table(title="Run summary")
         for name in ("stage", "tokens", "steps", "seconds", "training FLOPs", "score", "best checkpoint"):
             table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
         sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
@@ -161,12 +161,12 @@ class RunSummary(Callback):
 
 
 def _training_flops(trainer: Trainer) -> int | None:
-    """Operations of all training steps so far, if a monitor counts them."""
+    """Return the FLOPs of all training steps so far, or ``None`` without a monitor."""
     return next((one.training_flops for one in trainer.callbacks if isinstance(one, TrainingMonitor)), None)  # type: ignore
 
 
 def _best(trainer: Trainer) -> list[Any]:
-    """The first ``ModelCheckpoint`` that has a best score, if there is one."""
+    """Return the first ``ModelCheckpoint`` with a best score, as a list of at most one."""
     callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor]
     return [one for one in callbacks if one.best_model_score is not None][:1]
 

@@ -1,4 +1,4 @@
-"""What callbacks with a schedule have in common: keys count epochs or optimizer steps, and all lie within the fit."""
+"""Validation of callback schedules: keys are epochs or optimizer steps within the fit."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 from lit_tokenformer.errors import UserError, unknown_name
 
 LIMITS = {"epoch": "max_epochs", "step": "max_steps"}
-"""Units of the keys, with the trainer's setting that ends a fit."""
+"""Units of the keys, with the trainer setting that limits a fit."""
 
 
 Key = int | str
-"""Key of a schedule: an epoch or optimizer step, or its digits, as JSON has them.
+"""Key of a schedule: an epoch or optimizer step, as an integer or a string of digits (JSON).
 
-Not ``int`` alone: jsonargparse casts such keys, and 1.5 would become 1.
+Not plain ``int``: jsonargparse casts such keys, so 1.5 would become 1.
 """
 
 
 def checked_keys(schedule: Any, unit: str) -> dict[int, Any]:
-    """Check that the keys of a schedule are epochs or steps in rising order.
+    """Validate that the keys of a schedule are epochs or steps in increasing order.
 
     Args:
-        schedule: What the user gave.
-        unit: What its keys count.
+        schedule: The user's schedule.
+        unit: Unit of its keys.
 
     Returns:
-        The schedule, its keys as whole numbers.
+        The schedule with integer keys.
 
     Raises:
-        UserError: For an unknown unit, and for keys that are no whole numbers of at least 0 or do not rise.
+        UserError: For an unknown unit, and for keys that are not non-negative integers in increasing order.
     """
     if unit not in LIMITS:
         raise unknown_name("unit", unit, tuple(LIMITS))
@@ -40,19 +40,19 @@ def checked_keys(schedule: Any, unit: str) -> dict[int, Any]:
     for given, value in schedule.items():
         key = int(given) if isinstance(given, str) and given.isdecimal() else given
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-            raise UserError(f"schedule: expected a whole number of at least 0 as {unit}, got {given!r}")
+            raise UserError(f"schedule: expected a non-negative integer as {unit}, got {given!r}")
         if key <= last:
-            raise UserError(f"schedule: {unit} {key} stands after {unit} {last}; keys must rise")
+            raise UserError(f"schedule: keys must increase (got {unit} {key} after {unit} {last})")
         checked[key] = value
         last = key
     return checked
 
 
 def check_end(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:
-    """Refuses keys beyond the fit's end, as far as the trainer's settings tell it.
+    """Reject keys beyond the end of the fit, as far as the trainer's settings determine it.
 
     Raises:
-        ValueError: If there are any, but for a ``fast_dev_run``, which ends early whatever is scheduled.
+        ValueError: If there are any, except under ``fast_dev_run``.
     """
     limit = getattr(trainer, LIMITS[unit])
     beyond = [key for key in schedule if limit is not None and 0 <= limit <= key]
@@ -61,10 +61,10 @@ def check_end(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:
 
 
 def check_last_step(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:
-    """Refuses steps beyond the fit's end once its data tell how many there are.
+    """Reject steps beyond the end of the fit, once the data determine the number of steps.
 
     Raises:
-        ValueError: If there are any, but for a ``fast_dev_run``.
+        ValueError: If there are any, except under ``fast_dev_run``.
     """
     if unit != "step" or trainer.fast_dev_run:
         return
@@ -75,5 +75,5 @@ def check_last_step(schedule: Mapping[int, Any], unit: str, trainer: Any) -> Non
 
 
 def position(trainer: Any, unit: str) -> int:
-    """The epoch or optimizer step that a fit has reached."""
+    """Return the current epoch or optimizer step of a fit."""
     return int(trainer.current_epoch if unit == "epoch" else trainer.global_step)

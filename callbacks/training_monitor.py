@@ -1,6 +1,6 @@
-"""What a run reports while it trains: compute, sizes, throughput, old and new rows after a growth, predictions, config.
+"""Training metrics for the trainer's loggers: compute, model size, throughput, norms by row age, predictions, config.
 
-A growth changes what an optimizer step costs, so runs are compared over ``compute/training_flops``, not over steps.
+A growth changes the cost of an optimizer step. Compare runs over ``compute/training_flops``, not over steps.
 """
 
 from __future__ import annotations
@@ -36,42 +36,41 @@ from lit_tokenformer.models.axes import axis_sizes
 
 
 class TrainingMonitor(Callback):
-    """Reports what a fit does to the trainer's loggers, at the trainer's log steps.
+    """Log compute, model size, throughput and row norms at the trainer's log steps.
 
     ``compute/training_flops``
-        Operations of all training steps so far, over all processes; it counts on when a fit is resumed.
+        FLOPs of all training steps so far, summed over all processes. The count continues when a fit is resumed.
     ``compute/data_tokens``
-        Data tokens (of texts) or patches (of images) that were trained on so far, likewise.
+        Data tokens (text) or patches (images) trained on so far. The count continues when a fit is resumed.
     ``compute/samples_per_second``, ``compute/data_tokens_per_second``
-        Training samples over all processes and seconds since the last report; validation does not count. Several tasks'
-        samples are counted together.
+        Training throughput over all processes since the last report, without validation time. Samples of several tasks
+        are added up.
     ``size/parameters``, ``size/tokens_qkv``, ...
-        Learned numbers, and parameter tokens of each kind of projection.
+        Number of parameters, and parameter tokens of each kind of projection.
     ``rows/grad_norm_old``, ``rows/update_norm_old``, ``rows/grad_norm_new``, ``rows/update_norm_new``
-        Norms over all parameter tokens of the gradient (before clipping) and of the optimizer's change; after a growth
-        for the tokens it appended and for the others.
+        Norms of gradient (before clipping) and optimizer update over all parameter tokens. After a growth, appended
+        tokens (``new``) and all others (``old``) are reported separately.
     ``best/...``
-        At the end of the fit, the best score of each ``ModelCheckpoint`` (since the last growth).
+        Best score of each ``ModelCheckpoint`` since the last growth, logged at the end of the fit.
 
-    At the end it tells the throughput of the whole fit in one line.
+    One log line at the end of the fit reports the overall throughput.
 
-    A logger with ``add_image`` and ``add_text`` (TensorBoard) also gets a picture of validation images with their
-    predictions (``val/predictions``: green where right, red where wrong) after each validation, and the run's
-    ``config.yaml``. TensorBoard's HPARAMS tab shows validation metrics, size and operations as they are now.
+    A logger with ``add_image`` and ``add_text`` (TensorBoard) also receives a grid of validation images with their
+    predictions (``val/predictions``: green if correct, red if wrong) after each validation, and the run's
+    ``config.yaml``. TensorBoard's HPARAMS tab shows the current validation metrics, size and FLOPs.
 
     Args:
-        log_images: Images in the picture of predictions, spread over the validation set; 0 for no picture.
-        row_norms: Whether norms of gradients and updates are measured.
+        log_images: Number of images in the grid, evenly spaced over the validation set; 0 disables it.
+        row_norms: Whether to measure norms of gradients and updates.
 
     Raises:
         ValueError: If ``log_images`` is negative.
 
     Note:
-        Operations and data tokens are counted where the module has a method ``cost()`` whose result has
-        ``training_flops`` and ``data_tokens``, those of one sample; where its batches are mappings, it needs a method
-        ``costs()`` with one such result for each of their keys. A picture is made where a batch is
-        ``(image (B, C, H, W), label)`` and the module's ``forward`` gives logits (B, classes); ``class_names``,
-        ``mean`` and ``std`` of the data module are used if it has them.
+        FLOPs and data tokens require a module method ``cost()``, whose result has ``training_flops`` and
+        ``data_tokens`` of one sample. If batches are mappings, the module defines ``costs()`` instead, with one such
+        result per key. The image grid requires batches ``(image (B, C, H, W), label)`` and a ``forward`` that returns
+        logits (B, classes). ``class_names``, ``mean`` and ``std`` of the data module are used if present.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -84,7 +83,7 @@ class TrainingMonitor(Callback):
         self.log_images = log_images
         self.row_norms = row_norms
         self.training_flops = 0
-        """Operations of all training steps so far; a whole number of any size, so nothing is rounded."""
+        """FLOPs of all training steps so far, as an exact integer."""
         self.data_tokens = 0
         """Data tokens of all training steps so far."""
         self._growth: dict[str, Any] | None = None
@@ -93,7 +92,7 @@ class TrainingMonitor(Callback):
         self._samples = self._tokens = 0
         self._tokens_before_fit = 0
         self._since = self._paused = self._begun = 0.0
-        self._held: list[tuple[Tensor, AgedRows]] = []  # what this process had of each before the step
+        self._held: list[tuple[Tensor, AgedRows]] = []  # local shards before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
         self._hparams_logged = False
@@ -109,12 +108,12 @@ class TrainingMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._hparams_logged = False
         for logger in trainer.loggers if stage == "fit" else []:
-            if isinstance(logger, TensorBoardLogger):  # its record at the start would fix the tab's columns for good
+            if isinstance(logger, TensorBoardLogger):  # its initial record would fix the tab's columns
                 logger._default_hp_metric = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # asks all processes
-        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may have those of several runs
+        files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # collective
+        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may contain configs of several runs
         for add_text, file in itertools.product(_writers(trainer, "add_text"), files[-1:]):
             add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
 
@@ -124,11 +123,11 @@ class TrainingMonitor(Callback):
         _log(trainer, self._totals())
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
-        """Measures the model at its new size.
+        """Measure the model at its new size.
 
         Args:
             trainer: The trainer.
-            pl_module: The model, grown already.
+            pl_module: The grown model.
             event: The growth; see :func:`~callbacks.growth_steps.latest_rows`.
         """
         self._growth = {key: event[key] for key in ("before", "after", "rows", "method") if key in event}
@@ -136,7 +135,7 @@ class TrainingMonitor(Callback):
         _log(trainer, self._totals())
 
     def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures what a sample costs, where that changed without a growth."""
+        """Update the cost of a sample after a change without growth."""
         self._measure(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -160,7 +159,7 @@ class TrainingMonitor(Callback):
                 self.data_tokens += self._costs[task].data_tokens * samples
         if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
-        changes = (  # one after the other: no second copy of all parameter tokens on the device
+        changes = (  # a generator avoids a second copy of all parameter tokens on the device
             one._replace(tensor=like(one.tensor.detach(), before.to(one.tensor.device).sub_(local(one.tensor))))
             for before, one in self._held
         )
@@ -187,7 +186,7 @@ class TrainingMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # here and not later, because an average of the weights leaves the model before the validation ends
+        # not in on_validation_end: averaged weights are swapped out before it
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and _writers(trainer, "add_image"):
             self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
 
@@ -210,12 +209,12 @@ class TrainingMonitor(Callback):
         tokens, seconds = self.data_tokens - self._tokens_before_fit, time.perf_counter() - self._begun
         if tokens:
             rank_zero_info(
-                f"Trained on {tokens:,} data tokens in {seconds:.0f} s without validation: {tokens / seconds:,.0f} per "
-                f"second; {self.training_flops:.3g} FLOPs so far"
+                f"Training throughput: {tokens / seconds:,.0f} data tokens per second ({tokens:,} data tokens in "
+                f"{seconds:.0f} s without validation); {self.training_flops:.3g} FLOPs so far"
             )
 
     def _measure(self, pl_module: LightningModule) -> None:
-        """Sizes and cost of the model as it is; throughput is measured anew."""
+        """Measure the current size and cost of the model, and reset the throughput."""
         cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
         self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
@@ -236,14 +235,14 @@ class TrainingMonitor(Callback):
         return norms if self._growth is None else {**norms, f"rows/{name}_norm_new": appended}
 
     def _log_hparams(self, trainer: Trainer) -> None:
-        """Names the metrics that TensorBoard's HPARAMS tab shows; it follows their values from then on."""
+        """Register the metrics of TensorBoard's HPARAMS tab, which then follows their values."""
         if self._hparams_logged:
             return
         self._hparams_logged = True
         scores = {
             name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")
         }
-        best = {f"best/{name}": scores[name] for name in _monitored(trainer) if name in scores}  # the first is the best
+        best = {f"best/{name}": scores[name] for name in _monitored(trainer) if name in scores}  # first, thus best
         metrics = {**scores, **best, **self._totals(), **_best_scores(trainer)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -251,12 +250,12 @@ class TrainingMonitor(Callback):
 
 
 class AgedRows(NamedTuple):
-    """Units of a tensor, old ones and those that the latest growth appended.
+    """Units of a tensor, split into old ones and those appended by the latest growth.
 
     Args:
         tensor: A parameter, or a tensor of its shape.
-        dim: The dimension of the units.
-        new: Mask of the new entries in that dimension, (entries,) bool.
+        dim: Dimension of the units.
+        new: Mask of the new entries along that dimension, (entries,) bool.
     """
 
     tensor: Tensor
@@ -265,15 +264,15 @@ class AgedRows(NamedTuple):
 
 
 def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Iterator[AgedRows]:
-    """Keys and values of all parameter tokens, and all other parameters that the latest growth enlarged.
+    """Yield keys and values of all parameter tokens, and all other parameters enlarged by the latest growth.
 
     Args:
         pl_module: The model.
-        growth: That growth, see :func:`~callbacks.growth_steps.latest_rows`; None if there was none.
+        growth: The latest growth, see :func:`~callbacks.growth_steps.latest_rows`; ``None`` without one.
     """
     grown: dict[nn.Parameter, GrownTensor] = {}
     for _, parameter, one in latest_rows(pl_module, growth) if growth is not None else ():
-        if parameter not in grown or one.dim == 0:  # of tokens and heads that grew together, tokens
+        if parameter not in grown or one.dim == 0:  # tokens take precedence over heads that grew with them
             grown[parameter] = one
     layers = [layer for layer in pl_module.modules() if isinstance(layer, Pattention)]
     for layer in layers:
@@ -287,7 +286,7 @@ def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Itera
 
 
 def norms_by_age(tensors: Iterable[AgedRows]) -> tuple[Tensor, Tensor]:
-    """Norm over all old units, and over all new ones."""
+    """Compute the L2 norms over all old units and over all new ones."""
     squares = []
     for tensor, dim, new in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -308,7 +307,7 @@ def _is_log_step(trainer: Trainer) -> bool:
 
 
 def _log_step(trainer: Trainer) -> int:
-    """The place on the x axis where Lightning puts what is logged now, in optimizer steps."""
+    """Return Lightning's current position on the x axis of the loggers, in optimizer steps."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -318,18 +317,18 @@ def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
 
 
 def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
-    """This method of the experiment of each logger that has it."""
+    """Collect a method from the experiment of each logger that has it."""
     found = [(logger, getattr(logger, "experiment", None)) for logger in trainer.loggers]
     return [partial(write_if_space, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
 
 
 def num_samples(batch: Any) -> int:
-    """Length of the first tensor in a batch."""
+    """Return the length of the first tensor in a batch."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def _monitored(trainer: Trainer) -> dict[str, Tensor | None]:
-    """What checkpoints are chosen by, with the best score so far."""
+    """Map each metric monitored by a checkpoint callback to its best score so far."""
     found = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     return {one.monitor: one.best_model_score for one in found if one.monitor is not None}
 
@@ -342,9 +341,9 @@ def _best_scores(trainer: Trainer) -> dict[str, float]:
 def _predict(
     trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, count: int
 ) -> list[tuple[Tensor, int, int]]:
-    """Image (C, H, W), class and predicted class of the samples of this batch that belong into the picture.
+    """Predict the samples of a batch that belong in the image grid: image (C, H, W), class and predicted class.
 
-    These are ``count`` samples at equal distances in the validation set, because its images may be sorted by class.
+    ``count`` samples are evenly spaced over the validation set, whose images may be sorted by class.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(one, Tensor) for one in batch[:2]):
         return []
@@ -356,7 +355,7 @@ def _predict(
     chosen = sorted({int((place - batch_idx) * len(image)) for place in places if int(place) == batch_idx})
     if not chosen:
         return []
-    with torch.compiler.set_stance("force_eager"):  # else it would be compiled for this number of images too
+    with torch.compiler.set_stance("force_eager"):  # avoids a recompilation for this batch size
         logits = pl_module(image[chosen])
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         return []
@@ -365,7 +364,7 @@ def _predict(
 
 
 def _picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
-    """A grid of images with their predictions below, (3, height, width) uint8."""
+    """Draw a grid of images with their predictions below, (3, height, width) uint8."""
     images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
@@ -387,17 +386,17 @@ def _class_name(names: Sequence[str], label: int) -> str:
 
 
 def _tile(image: Tensor, name: str, guess: str) -> Tensor:
-    """One image (3, H, W) in 0 to 1 with its prediction below, framed in green or red, (3, height, width) uint8."""
+    """Draw one image (3, H, W) in [0, 1] above its prediction, framed in green or red, (3, height, width) uint8."""
     right, border, line = name == guess, 3, 14
     zoom = math.ceil(96 / min(image.shape[1:]))
     enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
-    colour = (0, 128, 0) if right else (200, 0, 0)
+    color = (0, 128, 0) if right else (200, 0, 0)
     tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
-    tile.paste(colour, (0, 0, tile.width, enlarged.height + 2 * border))
+    tile.paste(color, (0, 0, tile.width, enlarged.height + 2 * border))
     tile.paste(enlarged, (border, border))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
     for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
         while draw.textlength(text, font) > tile.width and len(text) > 1:
             text = text[:-1]
-        draw.text((border, enlarged.height + 2 * border + number * line), text, colour, font)
+        draw.text((border, enlarged.height + 2 * border + number * line), text, color, font)
     return pil_to_tensor(tile)

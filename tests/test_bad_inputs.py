@@ -159,7 +159,7 @@ NUMBERS = [
     (
         "channels",
         image("--model.overrides.in_chans", "1"),
-        "model.in_chans: the model was built for 1, the data have 3",
+        r"model.in_chans: does not match the data \(got 1, expected 3\)",
     ),
     ("seed_negative", image("--seed_everything", "-1"), "seed_everything"),
     ("lr_negative", optimizer(lr=-1.0), "model.optimizer: .*learning rate: -1"),
@@ -169,7 +169,7 @@ NUMBERS = [
     ("clipping_negative", image("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val"),
     ("val_fraction_nan", text("--data.val_fraction", ".nan"), "data.val_fraction: expected a share"),
     ("warmup_nan", image("--model.schedule.warmup", ".nan"), "schedule.warmup: expected at least 0, got nan"),
-    ("no_end", image("--trainer.max_epochs", "-1"), "schedule.name: 'cosine' needs an end"),
+    ("no_end", image("--trainer.max_epochs", "-1"), "schedule.name: 'cosine' needs a limit"),
 ]
 
 NAMES = [
@@ -177,17 +177,17 @@ NAMES = [
     ("unknown_dataset", image("--data.dataset", "digit"), "data.dataset: unknown value 'digit', did you mean 'digits'"),
     ("preset_cut_short", image("--model.preset", "vit_smal"), "'vit_smal', did you mean 'vit_small_patch16_224'"),
     ("nothing_near", image("--version"), r"unrecognized arguments: --version$"),
-    ("match_and_tokens", image("--model.match", "flops"), "model.match: it chooses param_tokens"),
+    ("match_and_tokens", image("--model.match", "flops"), "model.match: conflicts with model.overrides.param_tokens"),
     ("image_model_on_text", text("--model", "LitImageClassifier"), "model|data"),
 ]
 
 SCHEDULES = [
-    ("not_rising", growing({2: 16, 1: 32}), "schedule: epoch 1 stands after epoch 2; keys must rise"),
+    ("not_rising", growing({2: 16, 1: 32}), r"schedule: keys must increase \(got epoch 1 after epoch 2\)"),
     ("below_birth", growing({1: 4}), "schedule: epoch 1: qkv would shrink from 8 to 4"),
     ("beyond_the_end", growing({9: 16}), r"schedule: epoch 9 is beyond the end of the fit \(trainer.max_epochs=3"),
-    ("key_is_negative", growing({-1: 16}), "schedule: expected a whole number of at least 0 as epoch, got -1"),
+    ("key_is_negative", growing({-1: 16}), "schedule: expected a non-negative integer as epoch, got -1"),
     ("is_a_list", growing([1, 16]), "schedule"),
-    ("split_without_noise", growing({1: 16}, noise=0), "noise: 0 would leave the copies"),
+    ("split_without_noise", growing({1: 16}, noise=0), "noise: 0 keeps the copies of a split identical"),
     ("noise_nan", growing({1: 16}, noise=float("nan")), "noise: expected at least 0, got nan"),
     (
         "zero_keys_with_softmax",
@@ -228,7 +228,7 @@ DATA = [
     (
         "block_and_context",
         text("--model.overrides.context_length", "8"),
-        "data.block_size: 32 tokens, the model's context_length is 8",
+        "data.block_size: expected at most the model's context_length 8, got 32",
     ),
     ("tokenizer_broken", option("--data.tokenizer", "tokenizer.json", "{}"), "data.tokenizer: .* is damaged"),
     (
@@ -311,7 +311,7 @@ CHECKPOINTS = [
     (
         "another_vocabulary",
         lambda given: [*text_fit(given), "--data.tokenizer", "bpe:300", "--ckpt_path", str(given.made / "text.ckpt")],
-        "data.tokenizer: it is not the one",
+        "data.tokenizer: does not match the checkpoint's tokenizer",
     ),
 ]
 

@@ -254,7 +254,7 @@ def test_a_checkpoint_is_not_read_with_another_tokenizer(tmp_path):
                 return '{"another": "tokenizer"}'
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match="data.tokenizer: it is not the one that the checkpoint's model was trained"):
+    with pytest.raises(ValueError, match="data.tokenizer: does not match the checkpoint's tokenizer"):
         trainer.validate(make_task(), datamodule=Other(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
@@ -272,8 +272,8 @@ def test_z_loss_is_added_to_the_training_loss_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 30}, "data.tokenizer: it has 30 tokens, the model's vocab_size is 20"),
-        ({"context_length": 64}, "data.block_size: 64 tokens, the model's context_length is 12"),
+        ({"vocab_size": 30}, "data.tokenizer: .*got 30, expected at most vocab_size 20"),
+        ({"context_length": 64}, "data.block_size: expected at most the model's context_length 12, got 64"),
     ],
 )
 def test_data_that_do_not_fit_the_model_are_refused(change, message):
@@ -288,7 +288,7 @@ def test_data_that_do_not_fit_the_model_are_refused(change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "vit_tiny_patch16_224"}, "does not predict the next token"),
+        ({"preset": "vit_tiny_patch16_224"}, "is not a causal language model"),
         ({"preset": "tokenformer_15m"}, "did you mean"),
         ({"z_loss": -1.0}, "model.z_loss: expected at least 0"),
         ({"cross_documents": False}, "needs separator_id"),
@@ -340,8 +340,11 @@ def test_layerwise_learning_rates_are_multiples_in_groups_of_their_own():
     ("settings", "message"),
     [
         ({"match": "paramters"}, "model.match: unknown value 'paramters', did you mean 'parameters'"),
-        ({"match": "flops", "overrides": {"param_tokens": 8}}, "model.match: it chooses param_tokens"),
-        ({"match_to": "gpt2_tiny"}, "model.match_to: it needs model.match"),
+        (
+            {"match": "flops", "overrides": {"param_tokens": 8}},
+            "model.match: conflicts with .*param_tokens",
+        ),
+        ({"match_to": "gpt2_tiny"}, "model.match_to: needs model.match"),
         ({"match": "flops", "match_to": "gpt3_tiny"}, "did you mean 'gpt2_tiny'"),
         ({"match": "flops", "preset": "gpt2_tiny"}, "model.match: the feed-forward has no Pattention layer"),
         ({"cross_documents": False, "separator_id": 3, "preset": "rwkv4_tiny"}, "model.cross_documents: false needs"),

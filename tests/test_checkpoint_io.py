@@ -278,7 +278,7 @@ def test_a_disk_without_a_byte_free_does_not_end_a_fit(tmp_path, disk, logger):
 def test_a_disk_that_stays_full_leaves_the_checkpoint_before_and_prints_the_summary(tmp_path, disk, capsys):
     with pytest.warns(UserWarning, match=r"cannot write summary\.json"):
         assert fit_that_fills(tmp_path, disk, None, "CSVLogger") == 0
-    assert "What this fit came to" in capsys.readouterr().out
+    assert "Run summary" in capsys.readouterr().out
     run = disk / "lightning_logs" / "version_0"
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert not list(run.glob("**/*.part"))

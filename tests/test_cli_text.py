@@ -116,13 +116,13 @@ def test_any_text_is_validated_on_but_not_with_another_tokenizer(fitted, tmp_pat
     capsys.readouterr()
     assert run("validate", "--config", config(tmp_path), *where, "--data.tokenizer", tmp_path / "tokenizer.json") == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("error: data.tokenizer: it is not the one that the checkpoint's model was trained with")
+    assert told.startswith("error: data.tokenizer: does not match the checkpoint's tokenizer")
 
 
 def test_a_tokenizer_of_another_size_is_told_as_such(fitted, tmp_path, capsys):
     args = ["--ckpt_path", last(fitted), "--data.tokenizer", "bpe:300"]
     assert run("validate", "--config", config(tmp_path), *args) == 2
-    assert "data.tokenizer: it is not the one" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "data.tokenizer: does not match" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_nothing_is_overwritten_without_a_logger(fitted, tmp_path, capsys):

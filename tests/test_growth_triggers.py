@@ -144,7 +144,7 @@ def test_a_model_grows_where_its_trigger_fires_and_not_before_the_key(trigger, f
 def test_each_firing_grows_once_and_after_each_growth_the_cool_down_begins_anew():
     growth = ParameterGrowthCallback({0: 16, 1: 24, 2: 32}, trigger="plateau", **{**FAST, "cooldown": 4})
     task = make_task(flat)
-    with pytest.warns(UserWarning, match="trigger: the fit ended before 'plateau' let the model grow to 32 tokens"):
+    with pytest.warns(UserWarning, match="training ended before trigger 'plateau' fired; remaining growth: 32 tokens"):
         fit(task, growth)
     assert grown_at(growth) == [10, 20]  # 4 steps of cool-down, the first window and two that are no better
     assert param_tokens(task)["qkv"] == 24
@@ -164,10 +164,10 @@ def test_a_loss_in_the_cool_down_is_not_seen():
 
 def test_a_trigger_that_never_fires_is_told_with_what_was_not_reached():
     growth = ParameterGrowthCallback({0: 16, 1: {"ffn": 80}}, trigger="slope", **FAST)
-    told = r"the fit ended before 'slope' let the model grow to 16, then \{'ffn': 80\} tokens"
+    told = r"training ended before trigger 'slope' fired; remaining growth: 16, then \{'ffn': 80\} tokens"
     with pytest.warns(UserWarning, match=told) as caught:
         fit(make_task(lambda step: 5 - step), growth)
-    assert not growth.events and sum("trigger:" in str(warning.message) for warning in caught) == 1
+    assert not growth.events and sum("before trigger" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_schedule_needs_no_loss_and_keeps_no_state(recwarn):
@@ -236,7 +236,7 @@ def test_rollbacks_and_validation_do_not_disturb_a_trigger():
     growth = ParameterGrowthCallback({0: 16}, trigger="plateau", **FAST)
     guard = LossGuard("rollback", every_n_steps=2)
     task = make_task(lambda step: math.nan if step == 3 else 1.0)
-    with pytest.warns(UserWarning, match="back to the state of step"):
+    with pytest.warns(UserWarning, match="rolled back to step"):
         fit(task, growth, guard, limit_val_batches=1, val_check_interval=2)
     assert guard.rollbacks == 1 and grown_at(growth) == [6]
 

@@ -270,8 +270,8 @@ def test_a_learning_rate_of_the_task_replaces_the_optimizers():
         ({"name": "cosin"}, "schedule.name: unknown value 'cosin', did you mean 'cosine'"),
         ({"unit": "epochs"}, "schedule.unit: unknown value 'epochs', did you mean 'epoch'"),
         ({"warmup": -1}, "schedule.warmup: expected at least 0, got -1"),
-        ({"restarts": (5, 5)}, "schedule.restarts: expected steps above 0 in rising order, got .5, 5."),
-        ({"restarts": (0,)}, "schedule.restarts: expected steps above 0"),
+        ({"restarts": (5, 5)}, "schedule.restarts: expected increasing steps above 0, got .5, 5."),
+        ({"restarts": (0,)}, "schedule.restarts: expected increasing steps above 0"),
         ({"min_factor": 2}, r"schedule.min_factor: expected a factor in \[0, 1\], got 2"),
     ],
 )
@@ -281,7 +281,7 @@ def test_bad_schedules_are_refused(settings, message):
 
 
 def test_a_schedule_without_an_end_is_refused():
-    with pytest.raises(ValueError, match="schedule.name: 'cosine' needs an end"):
+    with pytest.raises(ValueError, match="schedule.name: 'cosine' needs a limit"):
         fit(make_task(), max_epochs=-1)
 
 
@@ -290,7 +290,7 @@ def test_data_of_another_number_of_classes_are_refused():
 
     task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=7, image_size=8, overrides=TINY)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="model.num_classes: the model was built for 7, the data have 10"):
+    with pytest.raises(ValueError, match="model.num_classes: does not match the data \(got 7, expected 10\)"):
         trainer.fit(task, ImageDataModule("digits"))
 
 

@@ -275,7 +275,7 @@ def test_a_checkpoint_that_found_no_place_is_not_said_to_be_saved(tmp_path, monk
     monkeypatch.setattr(torch, "save", full_disk)
     with caplog.at_level("INFO"), pytest.warns(UserWarning, match="no space left"):
         fit(tmp_path, Signals(signal.SIGTERM, step=4), PreemptionCheckpoint(), plugins=[io], enable_checkpointing=False)
-    assert "Interrupted at epoch 0, step 5: nothing was saved" in caplog.text
+    assert "Interrupted at epoch 0, step 5: no checkpoint saved" in caplog.text
 
 
 def test_slurm_requeues_and_the_job_goes_on_by_itself(tmp_path, whole, monkeypatch):

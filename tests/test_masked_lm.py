@@ -148,14 +148,14 @@ def test_it_learns_grows_and_resumes_bit_for_bit(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"model.preset: 'gpt2_tiny' does not tell masked tokens"):
+    with pytest.raises(ValueError, match=r"model.preset: 'gpt2_tiny' is not a masked language model"):
         LitMaskedLM("gpt2_tiny", 20, 12)
     with pytest.raises(ValueError, match="head: unsupported combination: .* needs causal: false, got true"):
         LitMaskedLM("bert_tiny", 20, 12, overrides={"causal": True})
     task = LitMaskedLM("bert_tiny", 19, 12, overrides=SIZES)
-    with pytest.raises(ValueError, match=r"data.tokenizer: it has 20 tokens, the model's vocab_size is 19"):
+    with pytest.raises(ValueError, match=r"data.tokenizer: .*got 20, expected at most vocab_size 19"):
         fit(tmp_path, task)
-    with pytest.raises(ValueError, match=r"data.block_size: 12 tokens, the model's context_length is 8"):
+    with pytest.raises(ValueError, match=r"data.block_size: expected at most the model's context_length 8, got 12"):
         fit(tmp_path, LitMaskedLM("bert_tiny", 20, 8, overrides=SIZES))
 
 

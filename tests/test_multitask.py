@@ -207,7 +207,7 @@ def test_two_corpora_keep_their_own_tokenizers(tmp_path):
     assert TextGenerator.load(folder / "prose.ckpt", "cpu").generate("import", max_new_tokens=3).startswith("import")
     initialize_from(task_of_two(), tmp_path / "last.ckpt", data)
     other = data_of_two("bytes")
-    with pytest.raises(ValueError, match=r"data.tokenizer: .*words.tokenizer.json beside the checkpoint"):
+    with pytest.raises(ValueError, match=r"data.tokenizer: .*words.tokenizer.json in the checkpoint's folder"):
         make_trainer().validate(task_of_two(), other, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     with pytest.raises(ValueError, match=r"init_from: .* has another vocabulary"):
         initialize_from(task_of_two(), tmp_path / "last.ckpt", other)
@@ -463,7 +463,7 @@ def test_split_gives_identical_outputs(tmp_path, average):
     with pytest.raises(ValueError, match="text.ckpt is of a LitCausalLM, not of several tasks"):
         split_checkpoint(str(folder / "text.ckpt"), str(tmp_path / "more"))
     assert not (tmp_path / "more").exists() and not (tmp_path / "more.part").exists()
-    with pytest.raises(ValueError, match=r"is of a LitMultiTask: .*take them apart with `lit-tokenformer split`"):
+    with pytest.raises(ValueError, match=r"is of a LitMultiTask: .*split the checkpoint with `lit-tokenformer split`"):
         TextGenerator.load(path, "cpu")
 
 
@@ -485,17 +485,20 @@ PAIR = {"image": partial(LitImageClassifier, image_size=8, overrides={"patch_siz
             {"loss_weights": {"txt": 1.0}, "image": {}, "tasks": PAIR},
             "model.loss_weights: unknown value 'txt', did you",
         ),
-        ({"tasks": PAIR}, "model.image: set it in model.tasks"),
+        ({"tasks": PAIR}, "model.image: conflicts with model.tasks"),
         ({"image": {}, "tasks": {}}, "model.tasks: expected at least one task"),
-        ({"image": {}, "tasks": {"log": LitCausalLM}}, "model.tasks: 'log' cannot be the name of a task: it is in use"),
-        ({"image": {}, "tasks": {"a/b": LitCausalLM}}, "model.tasks: 'a/b' cannot be .* expected letters"),
+        ({"image": {}, "tasks": {"log": LitCausalLM}}, "model.tasks: invalid task name 'log': it is in use"),
+        ({"image": {}, "tasks": {"a/b": LitCausalLM}}, "model.tasks: invalid task name 'a/b': expected letters"),
         ({"image": {}, "tasks": {"a": dict}}, "model.tasks.a: expected a task class .* got 'dict'"),
         ({"image": {}, "tasks": {"a": {"class_path": "os.system"}}}, "model.tasks.a: expected a task class"),
         (
             {"image": {}, "tasks": {"a": partial(LitCausalLM, z_los=1)}},
             "model.tasks.a: unknown value 'z_los', did you mean 'z_loss'",
         ),
-        ({"image": {}, "tasks": {"a": partial(LitCausalLM, compile=True)}}, "model.tasks.a.compile: all tasks share"),
+        (
+            {"image": {}, "tasks": {"a": partial(LitCausalLM, compile=True)}},
+            "tasks.a.compile: shared by all tasks",
+        ),
         ({"image": {}, "tasks": PAIR, "sizes": {"text": {}}}, "data.tasks: expected data for image, text, got text"),
         (
             {"image": {}, "tasks": {**PAIR, "c": partial(LitCausalLM, overrides={"dim": 64})}},
@@ -515,21 +518,21 @@ def test_bad_settings_of_the_data_are_named(tmp_path):
     data = make_data(tmp_path)
     with pytest.raises(ValueError, match="data.text: expected a data module"):
         MultiTaskDataModule(data.image)
-    with pytest.raises(ValueError, match=r"data.text: set it in data.tasks"):
+    with pytest.raises(ValueError, match=r"data.text: conflicts with data.tasks"):
         MultiTaskDataModule(text=data.text, tasks=data.parts)
-    with pytest.raises(ValueError, match=r"data.tasks.setup: 'setup' cannot be the name of a task"):
+    with pytest.raises(ValueError, match=r"data.tasks.setup: invalid task name 'setup'"):
         MultiTaskDataModule(tasks={"setup": data.text})
     with pytest.raises(ValueError, match="data.tasks: expected data for image, text, got image, prose"):
         make_trainer().validate(make_task(), MultiTaskDataModule(tasks={"image": data.image, "prose": data.text}))
     with pytest.raises(ValueError, match="data.epoch: unknown value 'both'"):
         MultiTaskDataModule(data.image, data.text, "both")
-    with pytest.raises(ValueError, match=r"data.image: ImageDataModule has none; use MultiTaskDataModule"):
+    with pytest.raises(ValueError, match=r"data.image: not in ImageDataModule; use MultiTaskDataModule"):
         make_trainer().validate(make_task(), data.image)
-    with pytest.raises(ValueError, match="data: MultiTaskDataModule is for LitMultiTask, the model is a LitCausalLM"):
+    with pytest.raises(ValueError, match="data: MultiTaskDataModule needs LitMultiTask, got LitCausalLM"):
         make_trainer().validate(LitCausalLM("tokenformer_lm_tiny", 257, 16), data)
-    with pytest.raises(ValueError, match="data.tokenizer: it has 257 tokens, the model's vocab_size is 100"):
+    with pytest.raises(ValueError, match="data.tokenizer: .*got 257, expected at most vocab_size 100"):
         make_trainer().validate(make_task(vocab_size=100), data)
-    with pytest.raises(ValueError, match="model.num_classes: the model was built for 7, the data have 10"):
+    with pytest.raises(ValueError, match="model.num_classes: does not match the data \(got 7, expected 10\)"):
         make_trainer().validate(make_task(num_classes=7), data)
 
 
@@ -685,7 +688,7 @@ def test_the_command_line_fits_resumes_validates_and_splits(tmp_path, capsys):
     assert run("generate", "--ckpt_path", tmp_path / "parts" / "text.ckpt", "--max_new_tokens", 2, "--prompt", "a") == 0
     assert capsys.readouterr().out.startswith("a")
     assert run("export", "--ckpt_path", path, "--output", tmp_path / "published") == 2
-    assert "take them apart with `lit-tokenformer split`" in capsys.readouterr().err
+    assert "split the checkpoint with `lit-tokenformer split`" in capsys.readouterr().err
 
 
 @pytest.mark.slow

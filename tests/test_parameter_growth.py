@@ -334,20 +334,20 @@ def test_layers_without_a_kind_or_without_pattention():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": {4: 16, 2: 32}}, "schedule: epoch 2 stands after epoch 4"),
+        ({"schedule": {4: 16, 2: 32}}, "schedule: keys must increase .got epoch 2 after epoch 4."),
         ({"schedule": {1: 16, 2: 8}}, "schedule: epoch 2: qkv would shrink from 16 to 8"),
         ({"schedule": {1: {"qkv": 16, "fnn": 9}}}, "schedule: epoch 1: unknown value 'fnn', did you mean 'ffn'"),
-        ({"schedule": {"x": 16}}, "schedule: expected a whole number of at least 0 as epoch, got 'x'"),
-        ({"schedule": {1.5: 16}}, "schedule: expected a whole number of at least 0 as epoch, got 1.5"),
-        ({"schedule": {"1.5": 16}}, "schedule: expected a whole number of at least 0 as epoch, got '1.5'"),
-        ({"schedule": {-1: 16}}, "schedule: expected a whole number of at least 0 as epoch, got -1"),
+        ({"schedule": {"x": 16}}, "schedule: expected a non-negative integer as epoch, got 'x'"),
+        ({"schedule": {1.5: 16}}, "schedule: expected a non-negative integer as epoch, got 1.5"),
+        ({"schedule": {"1.5": 16}}, "schedule: expected a non-negative integer as epoch, got '1.5'"),
+        ({"schedule": {-1: 16}}, "schedule: expected a non-negative integer as epoch, got -1"),
         ({"schedule": {1: "many"}}, "schedule: epoch 1: .*got 'many'"),
         ({"schedule": {1: 0}}, "schedule: epoch 1: .*at least 1, got 0"),
         ({"schedule": {1: 1.5}}, "schedule: epoch 1: .*got 1.5"),
         ({"schedule": {1: 16}, "unit": "epochs"}, "unit: unknown value 'epochs', did you mean 'epoch'"),
         ({"schedule": {1: 16}, "method": "copy"}, "method: unknown value 'copy'"),
         ({"schedule": {1: 16}, "new_state": "none"}, "new_state: unknown value"),
-        ({"schedule": {1: 16}, "noise": 0}, "noise: 0 would leave the copies of a split equal forever"),
+        ({"schedule": {1: 16}, "noise": 0}, "noise: 0 keeps the copies of a split identical"),
         ({"schedule": {1: 16}, "ramp_steps": -2}, "ramp_steps: expected at least 0, got -2"),
     ],
 )
@@ -437,7 +437,7 @@ def test_a_user_is_told_once_that_outputs_are_not_compared(recwarn):
         OutputCheck._warned.clear()
         growth = ParameterGrowthCallback({1: 16, 2: 32})
         fit(module(), growth)
-        told = [str(one.message) for one in recwarn if "check: the outputs" in str(one.message)]
+        told = [str(one.message) for one in recwarn if "check: cannot compare the outputs" in str(one.message)]
         recwarn.clear()
         assert len(told) == 1 and problem in told[0] and "define model_output(batch)" in told[0]
         assert all(math.isnan(event["output_difference"]) for event in growth.events)
@@ -542,5 +542,5 @@ def test_the_command_line_keeps_the_keys_of_a_schedule_as_they_are():
         again = parser.parse_string(parser.dump(config))
         for one in (config, again):
             assert parser.instantiate_classes(one).growth.schedule == kept
-    with pytest.raises(ValueError, match="schedule: expected a whole number of at least 0 as epoch, got 1.5"):
+    with pytest.raises(ValueError, match="schedule: expected a non-negative integer as epoch, got 1.5"):
         parser.instantiate_classes(parser.parse_args(["--growth.schedule={1.5: 16}"]))

@@ -228,7 +228,7 @@ def test_a_resume_with_the_same_settings_warns_of_nothing(lr_scheduler, step, tm
 )
 def test_a_setting_without_effect_on_a_resumed_fit_is_named(changed, message, halfway, tmp_path):
     fit, (warned,) = again(tmp_path, halfway, **changed)
-    assert warned.startswith("ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: ")
+    assert warned.startswith("ckpt_path: settings ignored on resume in favor of the checkpoint's: ")
     assert message in warned and "--init_from" in warned and fit.global_step == 32
     assert fit.optimizers[0].param_groups[0]["initial_lr"] == 3e-4
     fit.save_checkpoint(tmp_path / "last.ckpt")  # what is in effect is in the next checkpoint
@@ -247,9 +247,7 @@ def test_settings_of_a_scheduler_that_are_restored_are_named(tmp_path):
 def test_other_data_are_named(halfway, tmp_path):
     data = ImageDataModule("digits", batch_size=24, seed=4, num_workers=0)
     _, warned = again(tmp_path, halfway, data=data)
-    assert warned[0].startswith(
-        "ckpt_path: the fit is resumed with other data settings: data.batch_size 24 (checkpoint: 16)"
-    )
+    assert warned[0].startswith("ckpt_path: resuming with different data settings: data.batch_size 24 (checkpoint: 16)")
     assert "data.seed 4 (checkpoint: 3)" in warned[0]
     assert "the learning-rate schedule changed" in warned[1]  # fewer steps in an epoch
 

@@ -207,7 +207,7 @@ def test_a_batch_without_a_loss_is_none_that_is_wrong(tmp_path):
 
 def test_rollback_goes_back_to_the_last_copy_and_on_with_the_next_batch(tmp_path):
     guard = LossGuard("rollback", every_n_steps=4)
-    with pytest.warns(UserWarning, match=r"step 6 .*; back to the state of step 4, .*\(1 of 3 times\)"):
+    with pytest.warns(UserWarning, match=r"step 6 .*; rolled back to step 4, .*\(rollback 1 of 3\)"):
         went_on = fit(tmp_path, {6: math.nan}, guard=guard, enable_checkpointing=False)
     before = went_on.weights.before
     assert equal(before[7], before[4])
@@ -220,7 +220,7 @@ def test_rollback_goes_back_to_the_last_copy_and_on_with_the_next_batch(tmp_path
 def test_rollback_right_after_a_growth_keeps_the_grown_model_and_its_average(tmp_path):
     average = GrowingEMA(decay=0.5)
     growth = ParameterGrowthCallback({1: 8})
-    with pytest.warns(UserWarning, match="step 8 .*; back to the state of step 8"):
+    with pytest.warns(UserWarning, match="step 8 .*; rolled back to step 8"):
         went_on = fit(tmp_path, {8: math.nan}, growth, average, guard=LossGuard("rollback"), enable_checkpointing=False)
     assert went_on.global_step == 16
     assert len(growth.events) == 1
@@ -229,9 +229,9 @@ def test_rollback_right_after_a_growth_keeps_the_grown_model_and_its_average(tmp
 
 def test_too_many_rollbacks_stop_the_fit(tmp_path):
     guard = LossGuard("rollback", max_rollbacks=2)
-    with pytest.warns(UserWarning, match="2 of 2 times"):
+    with pytest.warns(UserWarning, match="rollback 2 of 2"):
         stopped = fit(tmp_path, {3: math.nan, 5: math.inf, 9: math.nan}, guard=guard, enable_checkpointing=False)
-    assert "step 9" in stopped.error and "went back 2 times already" in stopped.error
+    assert "step 9" in stopped.error and "stopped after 2 rollbacks" in stopped.error
 
 
 def test_a_guard_changes_no_bit_of_a_fit_without_faults(tmp_path):
@@ -262,7 +262,7 @@ def test_summary_tells_every_size_and_survives_a_resume(tmp_path, capsys):
     assert found[0]["training_flops"] < found[1]["training_flops"]
     for stage, steps in zip(found, ("best=8", "best=16"), strict=False):
         assert f"{steps.replace('best=', 'beststep=')}.ckpt" in stage["best"]["path"]
-    assert "What this fit came to" in capsys.readouterr().out
+    assert "Run summary" in capsys.readouterr().out
 
     fit(tmp_path / "b", {}, *callbacks(tmp_path / "b"), ckpt_path=tmp_path / "a" / "step=12.ckpt")
     resumed = json.loads((tmp_path / "b" / "summary.json").read_text())["stages"]

@@ -1,4 +1,4 @@
-"""Several tasks in the same training batch, each as its own data module gives it."""
+"""Joint training batches of several tasks, each from its own data module."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lit_tokenformer.errors import UserError, unknown_name
 
 
 class MultiTaskDataModule(LightningDataModule):
-    """Training batches ``{task name: that task's batch}``; for evaluation one loader for each task.
+    """Training batches ``{task name: batch of that task}``, and one evaluation loader per task.
 
-    An epoch is one of the task that ``epoch`` names. The other tasks' loaders start over as often as that needs, in
-    another order each time, and at the end of the epoch wherever they are. Validation and test are each task's own,
-    whole and once. A run that was stopped anywhere and resumed sees the same batches as one that was not, bit for bit.
+    The task named by ``epoch`` determines the length of an epoch. The other loaders restart as often as needed,
+    reshuffled each time, and stop at any position when the epoch ends. Each task's validation and test data are
+    evaluated completely, once. A run interrupted at any point and resumed yields bit-identical batches.
 
     Args:
-        image: Data of a task ``image``; with ``text``, in place of ``tasks``.
+        image: Data of a task ``image``; with ``text``, an alternative to ``tasks``.
         text: Data of a task ``text``.
-        epoch: Task whose end is the end of an epoch, or ``longest`` (the task with most batches). Without a task
-            ``image``, the default is the first.
-        tasks: Data modules by the names of the model's tasks.
+        epoch: Task that determines the length of an epoch, or ``longest`` (the task with most batches). The
+            default is the first task if none is named ``image``.
+        tasks: Data modules by task name of the model.
 
     Raises:
-        ValueError: If a task is missing or ``epoch`` is not known (when created), if the longest of streams is asked
-            for, or if the model has not these tasks.
+        ValueError: For a missing task or an unknown ``epoch`` (on creation), for ``longest`` with a stream, and if the
+            model has other tasks.
 
     Example:
         >>> prose, digits = TextDataModule("python_docs"), ImageDataModule("digits")
@@ -52,37 +52,37 @@ class MultiTaskDataModule(LightningDataModule):
         given = pair if tasks is None else tasks
         for name in pair if tasks is not None else ():
             if pair[name] is not None:
-                raise UserError(f"data.{name}: set it in data.tasks, which replaces it")
+                raise UserError(f"data.{name}: conflicts with data.tasks; set it there")
         for name, part in given.items():
             where = "" if tasks is None else "tasks."
             if part is None:
-                raise UserError(f"data.{where}{name}: expected a data module; several tasks need data for each")
+                raise UserError(f"data.{where}{name}: expected a data module for each task, got none")
             if name in dir(self) or not name.isidentifier():
-                raise UserError(f"data.{where}{name}: {name!r} cannot be the name of a task")
+                raise UserError(f"data.{where}{name}: invalid task name {name!r}")
         if not given:
             raise UserError("data.tasks: expected at least one task")
         self.parts: dict[str, Any] = dict(given)
-        """The data modules by the name of their task."""
+        """Data modules by task name."""
         self.epoch = next(iter(given)) if epoch == "image" and epoch not in given else epoch
         if self.epoch not in (*given, "longest"):
             raise unknown_name("data.epoch", epoch, (*given, "longest"))
 
     @property
     def ends(self) -> Any:
-        """The data whose end is the end of an epoch."""
+        """Data module that determines the length of an epoch."""
         if self.epoch != "longest":
             return self.parts[self.epoch]
         samples = {name: part.num_train_samples for name, part in self.parts.items()}
         for name, count in samples.items():
             if count is None:
-                raise UserError(f"data.epoch: the length of data.{name}, a stream, is not known; name a task")
+                raise UserError(f"data.epoch: unknown length of data.{name}, a stream; set a task name")
         return max(self.parts.values(), key=lambda part: (part.num_train_samples or 0) // part.batch_size)
 
-    # --- What is known of the data -----------------------------------------------------------------------------------
+    # --- Properties of the data --------------------------------------------------------------------------------------
 
     @property
     def sizes(self) -> dict[str, dict[str, Any]]:
-        """Sizes that each task's model takes over from its data, by task name."""
+        """Model sizes determined by the data, by task name."""
         known = ("num_classes", "image_size", "vocab_size", "context_length", "separator_id")
         return {
             task: {name: getattr(part, name) for name in known if hasattr(part, name)}
@@ -91,12 +91,12 @@ class MultiTaskDataModule(LightningDataModule):
 
     @property
     def num_train_samples(self) -> int | None:
-        """Samples in an epoch of the task that ends it, over all processes; None for a stream."""
+        """Number of samples per epoch of the task that ends it, over all processes; None for a stream."""
         return self.ends.num_train_samples
 
     @property
     def batch_size(self) -> int:
-        """Samples of the task that ends an epoch in a batch, per process."""
+        """Batch size per process of the task that ends an epoch."""
         return self.ends.batch_size
 
     @property
@@ -110,7 +110,7 @@ class MultiTaskDataModule(LightningDataModule):
         return f"{type(self).__name__}({', '.join(self.parts)})"  # Lightning's opens all loaders
 
     def __getattr__(self, name: str) -> Any:
-        """The data module of a task by its name, or what the data of a single task know (``num_classes``)."""
+        """Return a task's data module by name, or an attribute found in exactly one of them (``num_classes``)."""
         parts = self.__dict__.get("parts", {})
         if name in parts:
             return parts[name]
@@ -122,12 +122,12 @@ class MultiTaskDataModule(LightningDataModule):
     # --- Lightning --------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Does what is done once for each machine."""
+        """Prepare the data of all tasks, once per machine."""
         for part in self.parts.values():
             part.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Finds the data, so that what is missing is said before any work.
+        """Locate the data of all tasks, so that missing data fail before training.
 
         Args:
             stage: fit, validate or test.
@@ -135,18 +135,18 @@ class MultiTaskDataModule(LightningDataModule):
         model: Any = None if self.trainer is None else self.trainer.lightning_module
         wanted = self.parts if model is None else getattr(model, "tasks", {})
         if not wanted:
-            raise UserError(f"data: MultiTaskDataModule is for LitMultiTask, the model is a {type(model).__name__}")
+            raise UserError(f"data: MultiTaskDataModule needs LitMultiTask, got {type(model).__name__}")
         if {*wanted} != {*self.parts}:
             raise UserError(f"data.tasks: expected data for {', '.join(wanted)}, got {', '.join(self.parts)}")
-        self.parts = {name: self.parts[name] for name in wanted}  # loaders in the order of the model's tasks
+        self.parts = {name: self.parts[name] for name in wanted}  # in the order of the model's tasks
         for part in self.parts.values():
             part.trainer = self.trainer
             part.setup(stage)
 
     def train_dataloader(self) -> CombinedLoader:
-        """The training loaders of this process, one for each task."""
+        """Return the training loaders of this process, one per task."""
         if getattr(self.trainer, "overfit_batches", 0):
-            raise UserError("trainer.overfit_batches: not with several tasks; use trainer.limit_train_batches")
+            raise UserError("trainer.overfit_batches: unsupported with several tasks; use trainer.limit_train_batches")
         last = self.ends.train_dataloader()
         loaders = {
             name: last if part is self.ends else Cycle(part.train_dataloader(), last)
@@ -155,42 +155,42 @@ class MultiTaskDataModule(LightningDataModule):
         return CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Each task's validation data, in order."""
+        """Return the validation loaders by task, in order."""
         return {name: part.val_dataloader() for name, part in self.parts.items()}
 
     def test_dataloader(self) -> dict[str, DataLoader]:
-        """Each task's test data, in order."""
+        """Return the test loaders by task, in order."""
         return {name: part.test_dataloader() for name, part in self.parts.items()}
 
     def predict_dataloader(self) -> DataLoader:
-        """Refused with a ``ValueError``: a task predicts by itself."""
-        raise UserError("predict: take the tasks apart with `lit-tokenformer split`, and predict with one of them")
+        """Raise a ``ValueError``: prediction requires a single task."""
+        raise UserError("predict: expected a single task; split the checkpoint with `lit-tokenformer split`")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What each task's data do with a training batch on the device."""
+        """Apply each task's batch transforms on the device."""
         if not isinstance(batch, Mapping):
             return batch
         return {name: self.parts[name].on_after_batch_transfer(one, dataloader_idx) for name, one in batch.items()}
 
     def train_samples(self, batch: int) -> dict[str, list[int] | None]:
-        """As :meth:`ResumableDataModule.train_samples`, for each task."""
+        """Return :meth:`ResumableDataModule.train_samples` of each task."""
         return {name: part.train_samples(batch) for name, part in self.parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training loaders stand."""
+        """Return the positions of the training loaders."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next training loaders go on where others stood."""
+        """Restore the positions of the next training loaders."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
 
 
 class Cycle:
-    """A training loader that begins anew until another one ends the epoch.
+    """Training loader that repeats until another loader ends the epoch.
 
     Args:
-        loader: The loader; it knows by itself which pass it is in, and where in it a resumed run goes on.
+        loader: The loader, which tracks its own pass and position, also for a resumed run.
         last: The loader that ends the epoch.
     """
 
@@ -200,7 +200,7 @@ class Cycle:
 
     @property
     def sampler(self) -> Any:
-        """The loader's sampler, which Lightning tells the epoch."""
+        """Sampler of the loader, whose epoch Lightning sets."""
         return self.loader.sampler
 
     def __iter__(self) -> Iterator[Any]:
@@ -211,9 +211,9 @@ class Cycle:
         return len(self.last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands."""
+        """Return the position of the loader."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the loader go on from a state."""
+        """Restore the position of the loader."""
         self.loader.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""What every task shares: optimizer and schedule, checkpoints that fit any stage of growth, exact resume."""
+"""Base class of all tasks: optimizer and schedule, checkpoints of any growth stage, exact resume."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ _SIZES = {
     *("dim", "depth", "num_heads", "vocab_size", "context_length"),
     *("image_size", "patch_size", "in_chans", "num_classes"),
 }
-"""Fields of an architecture that another one takes over to be compared with it."""
+"""Fields of an architecture that a reference model adopts for a comparison."""
 
 COMPUTING_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "model_output")
-"""Methods that compute with a task's parameters, beside ``forward``."""
+"""Methods that compute with a task's parameters, in addition to ``forward``."""
 
 
 class LitTask(OptimizedTask):
-    """A backbone under training.
+    """Train a backbone.
 
     Args:
-        backbone: The model; ``None`` for a task that is made of others, which hold theirs.
-        optimizer: Makes the optimizer from parameter groups.
+        backbone: The model; ``None`` for a task composed of others, which have their own.
+        optimizer: Optimizer factory, called with parameter groups.
         schedule: Learning rate over the fit.
-        lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``.
-        compile: Whether the backbone is compiled with ``torch.compile``; it is compiled once for each size.
-        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
-        lr_scheduler_config: When ``lr_scheduler`` steps.
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        compile: Whether to compile the backbone with ``torch.compile``, once per size.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
+        lr_scheduler_config: Timing of ``lr_scheduler``.
     """
 
     backbone: Tokenformer
     dynamic_shapes: bool | None = False
-    """What ``torch.compile`` is told of the shapes of batches."""
+    """Argument ``dynamic`` of ``torch.compile``, for the shapes of batches."""
     layerwise_lr = False
-    """Whether parameters get the multiples of the learning rate that their architecture declares."""
+    """Whether to apply the learning-rate multiples declared by the architecture."""
     scores: tuple[str, ...] = ("loss",)
-    """Names of the scores of an evaluation."""
+    """Names of the evaluation scores."""
     required_fields: ClassVar[Mapping[str, Any]] = {}
-    """Fields of the architecture, ``head`` among them, that make a preset with another head one of this task."""
+    """Architecture fields, including ``head``, that adapt a preset with another head to this task."""
 
     def __init__(
         self,
@@ -77,30 +77,30 @@ class LitTask(OptimizedTask):
                 backbone.compile(dynamic=self.dynamic_shapes)
         self._rng_states: list[dict[str, Any]] | None = None
         self._settings: dict[str, Any] | None = None  # of the fit
-        self._resumed: dict[str, Any] | None = None  # settings of the fit that is resumed
+        self._resumed: dict[str, Any] | None = None  # settings of the resumed fit
         self._within: tuple[LitTask, str] | None = None
 
     @staticmethod
     def make_backbone(preset: str, given: dict[str, Any], match: str | None, match_to: str | None) -> Tokenformer:
-        """The model of a task; with ``match`` at the parameter tokens that make it as large as another.
+        """Build the backbone of a task; with ``match``, at the number of parameter tokens that matches a reference.
 
         Args:
             preset: A name from ``lit_tokenformer.models.list_presets()``.
             given: Fields of the architecture that replace the preset's.
-            match: ``parameters``, ``flops`` or ``None``, as of :func:`~lit_tokenformer.cost.match_tokens`.
-            match_to: A preset, with those of the given fields that are sizes; ``None`` for the same model with linear
+            match: ``parameters``, ``flops`` or ``None``, see :func:`~lit_tokenformer.cost.match_tokens`.
+            match_to: Reference preset, with the size fields of ``given``; ``None`` for the same model with linear
                 projections.
 
         Raises:
-            ValueError: For an unknown preset or field, and what cannot be matched.
+            ValueError: For an unknown preset or field, and if no number of tokens matches.
         """
         config = preset_config(preset, **given)
         if match is None:
             if match_to is not None:
-                raise UserError("model.match_to: it needs model.match: parameters or flops")
+                raise UserError("model.match_to: needs model.match: parameters or flops")
             return Tokenformer(config)
         if given.get("param_tokens") is not None:
-            raise UserError("model.match: it chooses param_tokens; leave model.overrides.param_tokens out, or null")
+            raise UserError("model.match: conflicts with model.overrides.param_tokens (expected null)")
         if match_to is None:
             feed_forward = "mlp" if config.feed_forward == "pattention" else config.feed_forward
             reference = dataclasses.replace(config, projection="linear", feed_forward=feed_forward)
@@ -114,23 +114,23 @@ class LitTask(OptimizedTask):
 
     @staticmethod
     def plain(overrides: Any) -> dict[str, Any]:
-        """The fields of an architecture that a user gave, from a dataclass or from what a checkpoint keeps of it."""
+        """Return the set fields of an architecture, from a dataclass or from a checkpoint's dictionary."""
         given = overrides if isinstance(overrides, dict) else dataclasses.asdict(overrides)
         return {key: value for key, value in given.items() if value is not None}
 
     @classmethod
     def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
-        """The architectures that a task's arguments describe, by name as in :attr:`backbones`."""
+        """Return the architectures described by a task's arguments, by name as in :attr:`backbones`."""
         sizes = ("num_classes", "image_size", "vocab_size", "context_length")
         given = {name: arguments[name] for name in sizes if name in arguments}
         return {"": preset_config(arguments["preset"], **{**given, **arguments["overrides"]})}
 
     def architecture_changes(self, checkpoint: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Compare the architecture with that of a checkpoint, whose weights may fit in shape and mean something else.
+        """Compare the architecture with a checkpoint's, whose weights may match in shape but differ in meaning.
 
         Returns:
-            Fields that must not differ and do, and those that may differ and do; none where the checkpoint has no
-            arguments of such a task.
+            Changed fields that must not change, and those that may; both empty if the checkpoint has no arguments of
+            such a task.
         """
         try:
             saved = self.architectures(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
@@ -142,17 +142,17 @@ class LitTask(OptimizedTask):
                 setting = f"{name}.{field}".lstrip(".")
                 if field not in MAY_CHANGE:
                     wrong.append(f"{setting} {before!r} (this model: {now!r})")
-                elif field not in ("param_tokens", "depth"):  # the weights have their own
+                elif field not in ("param_tokens", "depth"):  # determined by the weights
                     changed.append(f"{setting} {before!r} -> {now!r}")
         return wrong, changed
 
     def remember_arguments(self, overrides: Sequence[str] = ("overrides",)) -> None:
-        """Keeps the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
+        """Save the arguments of the calling ``__init__`` in the checkpoints, as plain types only.
 
-        What makes the optimizer is plain where it comes from a config, and left out where it is a function.
+        Optimizer and scheduler factories are saved if they come from a config, and omitted if they are functions.
 
         Args:
-            overrides: Those that hold fields of an architecture.
+            overrides: Names of the arguments with fields of an architecture.
         """
         frame = inspect.currentframe()
         self.save_hyperparameters(frame=frame and frame.f_back)
@@ -165,11 +165,11 @@ class LitTask(OptimizedTask):
         self.save_hyperparameters(plain)
 
     def model_output(self, batch: Any) -> Any:
-        """What the model gives for a batch, without loss, a tensor or several; growth is checked on it."""
-        raise NotImplementedError  # each task knows its batch
+        """Return the model's output for a batch, without loss, as one or several tensors; used to check growth."""
+        raise NotImplementedError  # depends on the task's batch
 
     def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """Training loss with the auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
+        """Compute the training loss plus auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
         loss, count = self.training_loss(batch)
         for name, extra in self.backbone.take_aux_losses().items():
             self.log(f"train/aux/{name}", extra.detach())
@@ -183,13 +183,13 @@ class LitTask(OptimizedTask):
         averages = [callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore
         if averages:
             raise UserError(
-                f"trainer.callbacks: {type(averages[0]).__name__} averages whole models, and under "
-                "ModelParallelStrategy no process holds one; leave it out, or use 'ddp'"
+                f"trainer.callbacks: {type(averages[0]).__name__} needs an unsharded model in each process (got "
+                "ModelParallelStrategy); remove it, or use 'ddp'"
             )
         for model in self.backbones.values():
             if len(model.blocks) != model.config.depth and self.trainer.state.fn == TrainerFn.FITTING:
                 raise UserError(
-                    f"model.overrides.depth: expected {len(model.blocks)}, the blocks of the initial weights, got "
+                    f"model.overrides.depth: expected {len(model.blocks)}, the depth of the initial weights, got "
                     f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
                 )
         shard(self, self.device_mesh, COMPUTING_METHODS)
@@ -201,67 +201,69 @@ class LitTask(OptimizedTask):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's, and for a model that is divided in several ways the same over all its parts."""
+        """Clip gradients as Lightning does, or by the norm over all shards of a sharded model."""
         if isinstance(self, FSDPModule) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             clip_gradients(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def put_within(self, task: LitTask, name: str) -> None:
-        """Makes this a part of another task, which logs for it from now on: ``val/loss`` as ``val/NAME/loss``."""
-        self._within = task, name  # in a tuple, or it would be a module of this one
+        """Nest this task in another one, which logs for it: ``val/loss`` as ``val/NAME/loss``."""
+        self._within = task, name  # a tuple avoids registration as a submodule
 
     def metric(self, name: str) -> str:
-        """What a score such as ``val/loss`` is called in the logs."""
+        """Return the logged name of a score such as ``val/loss``."""
         stage, _, score = name.partition("/")
         return name if self._within is None else f"{stage}/{self._within[1]}/{score}"
 
     @property
     def task_data(self) -> Any:
-        """The trainer's data module; of a part of another task, the part of it with the same name."""
+        """Data module of the trainer; for a nested task, its part with the same name."""
         data = getattr(self._trainer, "datamodule", None)
         return data if self._within is None else getattr(data, self._within[1], data)
 
     def log(self, name: str, value: Any, **settings: Any) -> None:  # type: ignore[override]
-        """Lightning's ``log``; the task that this one is a part of does it, if there is one."""
+        """Log with Lightning, through the enclosing task of a nested one."""
         if self._within is None:
             super().log(name, value, **settings)
         else:
             self._within[0].log(self.metric(name), value, **{**settings, "add_dataloader_idx": False})
 
     def logged_metrics(self) -> set[str]:
-        """Names of the training and validation metrics that a callback can monitor."""
+        """Return the names of training and validation metrics that a callback can monitor."""
         model = self.backbones.get("")
         own = [f"train/aux/{name}" for name in model.loss_names] if model is not None else []
         return {self.metric(name) for name in ("train/loss", *own, *(f"val/{score}" for score in self.scores))}
 
     def log_scores(self, stage: str) -> None:
-        """Logs what follows from the means over a whole evaluation; nothing, where a task does not say what.
+        """Log scores derived from the means over a whole evaluation; none by default.
 
         Args:
             stage: val or test.
         """
 
     def log_weight(self, count: int) -> int:
-        """The weight of a mean over ``count`` items that is logged with ``sync_dist``.
+        """Return the weight of a mean over ``count`` items logged with ``sync_dist``.
 
-        Lightning averages the weights of all processes as whole numbers; times their number, none is rounded.
+        Lightning averages the weights of all processes as integers. Multiplication by the number of processes avoids
+        rounding.
         """
         return count * self.trainer.world_size
 
     @property
     def backbones(self) -> dict[str, Tokenformer]:
-        """The models by the name of their task; of a task by itself the name is empty."""
+        """Models by task name; the name is empty for a task that is not nested."""
         return {"": self.backbone}
 
     def cost(self) -> ModelCost:
-        """Parameters and operations of the model at its present size."""
+        """Return parameters and FLOPs of the model at its current size."""
         return model_cost(self.backbone.config, self.backbone.size, self.backbone.grad_checkpointing)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters that are decayed, and those that are not: one-dimensional ones and what the backbone declares.
+        """Build parameter groups with and without weight decay.
 
-        Those with a learning rate of their own stand in groups with its multiple, ``lr_scale``.
+        One-dimensional parameters and those declared by the backbone are not decayed. Parameters with their own
+        learning rate are in groups with its multiple, ``lr_scale``.
         """
         models = [(path, model) for path, model in self.named_modules() if isinstance(model, Tokenformer)]
         spared = {f"{path}.{name}" for path, model in models for name in model.no_weight_decay()}
@@ -281,7 +283,7 @@ class LitTask(OptimizedTask):
         ]
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer over the present parameters; it refuses state of a wrong shape when it is loaded."""
+        """Build the optimizer over the current parameters; it rejects loaded state of a wrong shape."""
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             rate = group["lr"] if self.learning_rate is None else self.learning_rate
@@ -290,7 +292,7 @@ class LitTask(OptimizedTask):
         return optimizer
 
     def on_validation_epoch_end(self) -> None:
-        """Tells callbacks the model's size, so that a checkpoint can have it in its name."""
+        """Report the model's size to callbacks, for use in checkpoint names."""
         sizes = {f"size/tokens_{kind}": float(total) for kind, total in param_tokens(self).items()}
         self.log_dict(sizes, logger=False, sync_dist=True)
         self.log_scores("val")
@@ -301,18 +303,18 @@ class LitTask(OptimizedTask):
         self.log_scores("test")
 
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
-        """Adds to a checkpoint what a task needs beside its weights; nothing, where it does not say what."""
+        """Add task state other than the weights to a checkpoint; none by default."""
 
     def load_extras(self, checkpoint: dict[str, Any]) -> None:
-        """Takes what :meth:`save_extras` put into a checkpoint.
+        """Restore the state added by :meth:`save_extras`.
 
         Raises:
-            ValueError: If it does not fit the data.
+            ValueError: If it does not match the data.
         """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.save_extras(checkpoint)
-        checkpoint["task"] = type(self).__name__.removeprefix("FSDP")  # which torch names the class of a divided model
+        checkpoint["task"] = type(self).__name__.removeprefix("FSDP")  # torch's prefix of sharded classes
         self.save_size(checkpoint)
         states: list[Any] = [rng_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -323,17 +325,17 @@ class LitTask(OptimizedTask):
             checkpoint["fit_settings"] = self._settings
 
     def save_size(self, checkpoint: dict[str, Any]) -> None:
-        """Write into a checkpoint what its tensors do not tell before a model is built: totals of growth."""
+        """Add the totals of growth to a checkpoint, which its tensors do not reveal before a model is built."""
         checkpoint["param_tokens"] = param_tokens(self)
         initial = {model.config.depth for model in self.modules() if isinstance(model, Tokenformer)}
         if (depth := model_size(self).get("depth")) not in {*initial, None}:
             checkpoint["grown_depth"] = depth
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the weights of another architecture; the layers themselves take the size of their tokens."""
+        """Reject the weights of another architecture; layers adopt their number of tokens on their own."""
         trainer: Any = self._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            if trainer.strategy.lightning_restore_optimizer:  # else the strategy has looked
+            if trainer.strategy.lightning_restore_optimizer:  # otherwise the strategy has checked
                 check_has_optimizers(checkpoint)
             saved = checkpoint.get("fit_settings")
             self._resumed = saved if isinstance(saved, dict) else {}
@@ -347,21 +349,21 @@ class LitTask(OptimizedTask):
         self._rng_states = checkpoint.get("rng_states")
 
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raise a ``UserError`` if the weights of a checkpoint, or their shapes, are not of this model."""
+        """Raise a ``UserError`` if a checkpoint's architecture or its tensor shapes do not match this model."""
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])
         if wrong:
             raise UserError(f"ckpt_path: the checkpoint is of another architecture: {', '.join(wrong)}")
-        if "state_dict" in checkpoint:  # else they were loaded already
+        if "state_dict" in checkpoint:  # otherwise they are already loaded
             self.check_weights(checkpoint["state_dict"])
 
     def take_trained_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the moving average in a checkpoint by the trained weights, where this fit has no average."""
+        """Replace the moving average in a checkpoint by the trained weights, if this fit has no average."""
         if "current_model_state" in checkpoint and self._trains_without_average():
-            # the optimizer's state belongs to the weights that were trained, not to their moving average
+            # the optimizer state belongs to the trained weights, not to their moving average
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def check_weights(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse the weights of another architecture; only names and shapes are read.
+        """Reject the weights of another architecture; only names and shapes are read.
 
         Raises:
             UserError: For the first tensor that does not fit.
@@ -388,10 +390,10 @@ class LitTask(OptimizedTask):
             self._settings = report_changes(self.trainer, self._settings, self._resumed)
             self._resumed = None
         loop = self.trainer.fit_loop
-        loop._load_combined_loader_states()  # not yet, where the schedule asked for the data before they were restored
+        loop._load_combined_loader_states()  # pending if the schedule set up the data before they were restored
         epochs = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.completed == epochs.ready:
-            loop.reset_restart_stage()  # the epoch was over; else Lightning would miscount all that come after it
+            loop.reset_restart_stage()  # the epoch had ended; otherwise Lightning miscounts all later ones
         self.update_schedule()
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
             set_rng_state(self._rng_states[self.global_rank], str(self.trainer.ckpt_path))
@@ -399,7 +401,7 @@ class LitTask(OptimizedTask):
 
 
 def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps a state dict from being that of ``module`` at some number of parameter tokens, a line each."""
+    """Yield the mismatches of a state dict with ``module`` at any number of parameter tokens, one line each."""
     own, free = module.state_dict(), resizable_dims(module)
     for name in own:
         if name not in state_dict:
@@ -418,9 +420,9 @@ def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Ite
 
 
 def resizable_dims(module: nn.Module) -> dict[str, set[int]]:
-    """Dimensions that take the size of what is loaded, by the names of the tensors."""
+    """Map tensor names to the dimensions that adopt the size of a loaded tensor."""
     found: dict[str, set[int]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):  # a part that tasks share has a name in each
+    for name, part in module.named_modules(remove_duplicate=False):  # a shared part has one name per task
         for axis in part.axes() if callable(getattr(part, "axes", None)) else ():  # type: ignore[operator]
             for tensor in axis.tensors:
                 found.setdefault(f"{name}.{tensor.name}".lstrip("."), set()).add(tensor.dim)

@@ -1,4 +1,4 @@
-"""Causal language modelling: the next token's cross-entropy, perplexity and bits per byte."""
+"""Causal language modeling: cross-entropy of the next token, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 
 def published_adamw(params: Any) -> torch.optim.Optimizer:
-    """AdamW as all published language models were trained with it (arXiv 2410.23168, appendix F)."""
+    """Build AdamW with the settings of all published language models (arXiv 2410.23168, appendix F)."""
     return torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 @TASKS.register("LitCausalLM")
 class LitCausalLM(LitLanguageTask):
-    """Trains a backbone to predict the next token.
+    """Train a backbone to predict the next token.
 
-    A batch is ``tokens (B, T + 1) int64``; negative ones are neither read nor predicted. It logs ``train/loss``,
-    ``val/loss``, ``val/perplexity`` and, where the data know the bytes of the original text, ``val/bits_per_byte``
-    (``test/...`` likewise); losses in nats for each token.
+    A batch is ``tokens (B, T + 1) int64``; negative tokens are ignored as inputs and as targets. The task logs
+    ``train/loss``, ``val/loss``, ``val/perplexity`` and, if the data report the bytes of the original text,
+    ``val/bits_per_byte`` (also ``test/...``); losses are in nats per token.
 
-    The checkpoint holds the tokenizer of the data, and its folder gets a ``tokenizer.json``, so that text can be
-    generated from it without the data.
+    The checkpoint contains the tokenizer of the data, and its folder a ``tokenizer.json``, so text generation does not
+    need the data.
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
-        vocab_size: Token ids, V; on the command line the data's tokenizer decides, unless ``overrides`` has it.
-        context_length: Longest text in tokens, T; on the command line the data's block size decides.
-        separator_id: Token id that ends a document; on the command line the data decide.
+        vocab_size: Vocabulary size V; determined by the data's tokenizer on the command line, unless ``overrides`` sets
+            it.
+        context_length: Maximum sequence length T in tokens; determined by the data's block size on the command line.
+        separator_id: Token id that ends a document; determined by the data on the command line.
         overrides: Fields of the architecture that replace the preset's.
-        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
+        optimizer: Optimizer factory, called with parameter groups; one-dimensional parameters are not decayed.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
-        z_loss: Weight of the squared log-partition in the training loss; ``val/loss`` is without it.
-        cross_documents: Whether a token attends to documents before its own in the same block; without it
-            ``separator_id`` must be known.
-        match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
-            ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
-        match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
-        layerwise_lr: Whether parameters for which the architecture declares multiples of the learning rate get them
-            (RWKV: 2 for decays, 3 for bonuses).
-        compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
-        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
-        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        z_loss: Weight of the squared log-partition in the training loss; ``val/loss`` excludes it.
+        cross_documents: Whether tokens attend to earlier documents in the same block; ``false`` requires
+            ``separator_id``.
+        match: Pick the initial number of parameter tokens so that the blocks match those of ``match_to`` in
+            ``parameters``, or in ``flops`` per data token; ``None`` uses the number of preset and overrides.
+        match_to: Reference preset, with the overridden sizes of this model; ``None`` for this model with linear
+            projections.
+        layerwise_lr: Whether to apply the learning-rate multiples declared by the architecture (RWKV: 2 for decays, 3
+            for bonuses).
+        compile: Whether to compile the backbone with ``torch.compile``, once per size.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
+        lr_scheduler_config: Timing of ``lr_scheduler``: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
-        ValueError: For an unknown preset, sizes that do not fit each other, or an architecture that is not causal.
+        ValueError: For an unknown preset, incompatible sizes, or an architecture that is not causal.
 
     Example:
         >>> task = LitCausalLM("tokenformer_lm_tiny", vocab_size=257, context_length=32)
@@ -94,13 +96,13 @@ class LitCausalLM(LitLanguageTask):
         given = {"vocab_size": vocab_size, "context_length": context_length, **self.plain(overrides)}
         backbone = self.make_backbone(preset, given, match, match_to)
         if not backbone.config.causal or backbone.config.head != "language":
-            raise UserError(f"model.preset: {preset!r} does not predict the next token")
+            raise UserError(f"model.preset: {preset!r} is not a causal language model")
         if z_loss < 0:
             raise UserError(f"model.z_loss: expected at least 0, got {z_loss}")
         if not cross_documents and separator_id is None:
             raise UserError("model.cross_documents: false needs separator_id, the token that ends a document")
         if not cross_documents and not backbone.keeps_documents_apart:
-            raise UserError("model.cross_documents: false needs a model whose data tokens meet in attention alone")
+            raise UserError("model.cross_documents: false needs a model that mixes data tokens in attention only")
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
         self.layerwise_lr = layerwise_lr
@@ -109,11 +111,11 @@ class LitCausalLM(LitLanguageTask):
         self.cross_documents = cross_documents
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V)."""
+        """Map token ids (B, T) to logits (B, T, V)."""
         return self.backbone(tokens)
 
     def model_output(self, batch: Tensor) -> Tensor:
-        """Logits (1, T, V) of the first block of a batch, and at most 256 data tokens: all may not fit into memory."""
+        """Compute logits (1, T, V) of the first block of a batch, limited to 256 data tokens to save memory."""
         first = batch[:1, :257]
         return self.backbone(first[:, :-1].clamp_min(0), self._documents(first))
 
@@ -138,14 +140,14 @@ class LitCausalLM(LitLanguageTask):
         self.log_dict(scores, prog_bar=True, sync_dist=True)
 
     def _documents(self, batch: Tensor) -> Tensor | None:
-        """The number of each token's document, (B, T); a separator belongs to the document that it ends."""
+        """Number the document of each token, (B, T); a separator belongs to the document that it ends."""
         if self.cross_documents or self.separator_id is None:
             return None
         ends = torch.eq(batch[:, :-1], self.separator_id)
         return ends.cumsum(dim=1) - ends.long()
 
     def _loss(self, batch: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the predicted tokens of a batch (B, T + 1), and their number."""
+        """Sum the loss over the predicted tokens of a batch (B, T + 1), and count them."""
         features = self.backbone(batch[:, :-1].clamp_min(0), self._documents(batch), pre_logits=True)  # (B, T, D)
         weight = self.backbone.get_classifier().weight
         return linear_cross_entropy(features, weight, batch[:, 1:], z_loss)  # type: ignore[arg-type]
@@ -153,5 +155,5 @@ class LitCausalLM(LitLanguageTask):
     def _evaluate(self, batch: Tensor, stage: str) -> None:
         loss, count = self._loss(batch)
         weight = int(count)
-        mean, weight = loss / max(weight, 1), self.log_weight(weight)  # over tokens, whatever batches they are in
+        mean, weight = loss / max(weight, 1), self.log_weight(weight)  # token means, independent of batches
         self.log(f"{stage}/loss", mean, batch_size=weight, sync_dist=True, prog_bar=True)

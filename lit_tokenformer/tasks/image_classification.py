@@ -22,29 +22,30 @@ from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 @TASKS.register("LitImageClassifier")
 class LitImageClassifier(LitTask):
-    """Trains a backbone to classify images.
+    """Train a backbone to classify images.
 
-    A batch is ``(image (B, 3, H, W) float, label (B,) int64 or (B, C) float)``; it logs ``train/loss``, ``val/loss``,
-    ``val/acc1`` and ``val/acc5`` (``test/...`` likewise), accuracies as shares of 1, losses in nats.
+    A batch is ``(image (B, 3, H, W) float, label (B,) int64 or (B, C) float)``. The task logs ``train/loss``,
+    ``val/loss``, ``val/acc1`` and ``val/acc5`` (also ``test/...``): accuracies in [0, 1], losses in nats.
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
-        num_classes: Classes, C; on the command line the data set decides.
-        image_size: Side of the images in pixels; on the command line the data set decides.
+        num_classes: Number of classes C; determined by the data set on the command line.
+        image_size: Image side in pixels; determined by the data set on the command line.
         overrides: Fields of the architecture that replace the preset's.
-        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters, class token and
-            positions.
+        optimizer: Optimizer factory, called with parameter groups; one-dimensional parameters, class token and position
+            embeddings are not decayed.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
-        match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
-            ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
-        match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
-        compile: Whether the backbone is compiled with ``torch.compile``, once for each size.
-        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
-        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        match: Pick the initial number of parameter tokens so that the blocks match those of ``match_to`` in
+            ``parameters``, or in ``flops`` per data token; ``None`` uses the number of preset and overrides.
+        match_to: Reference preset, with the overridden sizes of this model; ``None`` for this model with linear
+            projections.
+        compile: Whether to compile the backbone with ``torch.compile``, once per size.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
+        lr_scheduler_config: Timing of ``lr_scheduler``: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
-        ValueError: For an unknown preset or sizes that do not fit each other.
+        ValueError: For an unknown preset or incompatible sizes.
 
     Example:
         >>> task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=32)
@@ -88,7 +89,7 @@ class LitImageClassifier(LitTask):
         self.test_acc1, self.test_acc5 = self.val_acc1.clone(), self.val_acc5.clone()
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, classes)."""
+        """Map images (B, C, H, W) to logits (B, classes)."""
         return self.backbone(image)
 
     def model_output(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -100,7 +101,7 @@ class LitImageClassifier(LitTask):
         for name, own in {"num_classes": self.backbone.num_classes, **sizes}.items():
             theirs = getattr(data, name, own)
             if theirs != own:
-                raise UserError(f"model.{name}: the model was built for {own}, the data have {theirs}")
+                raise UserError(f"model.{name}: does not match the data (got {own}, expected {theirs})")
         classes = self.backbone.num_classes
         if classes != self.val_acc1.num_classes:  # ``backbone.reset_classifier`` was called
             self._make_metrics()
@@ -120,7 +121,7 @@ class LitImageClassifier(LitTask):
         self._evaluate(batch, "test", self.test_acc1, self.test_acc5)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Probabilities (B, C)."""
+        """Compute class probabilities (B, C)."""
         return self(batch[0]).float().softmax(dim=-1)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> None:
@@ -134,6 +135,6 @@ class LitImageClassifier(LitTask):
         self.log(f"{stage}/acc5", acc5, batch_size=len(image))
 
 
-# a lambda, so that the command line shows what is in it, with a name, so that it can be pickled for `ddp_spawn`
+# a lambda, so that the command line shows its body; named, so that `ddp_spawn` can pickle it
 default_adamw = inspect.signature(LitImageClassifier).parameters["optimizer"].default
 default_adamw.__qualname__ = "default_adamw"

@@ -1,7 +1,7 @@
 """Initialization of a new experiment from the weights of a checkpoint.
 
-Nothing but weights is taken: optimizer, learning-rate schedule, epoch, step and callbacks start fresh. Sizes that
-growth changes (parameter tokens, depth) are those of the checkpoint; heads, positions and vocabulary are adapted.
+Only weights are loaded: optimizer, learning-rate schedule, epoch, step and callbacks start fresh. Sizes that growth
+changes (parameter tokens, depth) come from the checkpoint. Heads, positions and vocabulary are adapted.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def initialize_from(
 ) -> None:
     """Load the weights of a checkpoint into a module, in place, as the start of a new experiment.
 
-    The module takes the checkpoint's parameter tokens and depth. An image head for another number of classes keeps its
-    fresh weights, position embeddings are resampled to the module's image size. One log line lists what is new.
+    The module adopts the checkpoint's parameter tokens and depth. An image head for a different number of classes keeps
+    its fresh weights. Position embeddings are resampled to the module's image size. One log line lists newly
+    initialized tensors.
 
     Args:
         module: A task, or any module that contains backbones.
         path: A checkpoint file or a sharded folder: of a fit, with or without optimizer state, of ``import``, ``grow``
             or ``split``. Nothing in it is executed.
-        datamodule: The data of the new experiment; its tokenizer is compared with the checkpoint's.
+        datamodule: Data of the new experiment; its tokenizer is compared with the checkpoint's.
         ema: Load the moving average of the weights instead of the trained weights.
-        resize_vocab: Accept another vocabulary: tokens in both vocabularies keep their embeddings, others are newly
-            initialized.
+        resize_vocab: Accept another vocabulary: common tokens keep their embeddings, others are newly initialized.
 
     Raises:
-        UserError: If the checkpoint cannot be read, is of another architecture or vocabulary, or has no moving average.
+        UserError: If the checkpoint cannot be read, has another architecture or vocabulary, or has no moving average.
 
     Example:
         >>> from lit_tokenformer.tasks import LitImageClassifier
@@ -82,7 +82,7 @@ def initialize_from(
         for note in _map_vocabulary(prefix, model, own, weights, vocabularies, resize_vocab, path)
     ]
 
-    def is_open(name: str) -> bool:  # part of a head, or of what a task has besides its backbones
+    def is_open(name: str) -> bool:  # part of a head, or outside the backbones
         return all(not name.startswith(prefix) or name.startswith(f"{prefix}head.") for prefix, _ in backbones)
 
     resizable = resizable_dims(module)
@@ -97,7 +97,7 @@ def initialize_from(
         raise UserError(f"init_from: {path} is of another architecture: {problem}{_origin(module, checkpoint)}")
     try:
         module.load_state_dict(loaded)
-    except RuntimeError as error:  # rows of keys and values that differ in number, say
+    except RuntimeError as error:  # such as keys and values with different numbers of rows
         raise UserError(f"init_from: {path} is damaged: {' '.join(str(error).split())}") from None
     for prefix, task in module.named_modules():
         saved, data = _of_task(prefix, checkpoint, datamodule)
@@ -111,53 +111,56 @@ def initialize_from(
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
-    """Add the options that name the weights of a new experiment."""
+    """Add the options for initial weights of a new experiment to a parser."""
     parser.add_argument(
         "--init_from",
         type=str | None,
-        help="Checkpoint whose weights start a new experiment at epoch 0, with a fresh optimizer and schedule. "
-        "Parameter tokens and depth are the checkpoint's.",
+        help="Checkpoint with the initial weights of a new experiment, which starts at epoch 0 with a fresh optimizer "
+        "and schedule. Parameter tokens and depth come from the checkpoint.",
     )
     parser.add_argument(
-        "--init_ema", type=bool, default=False, help="Take the moving average of init_from, not the trained weights."
+        "--init_ema",
+        type=bool,
+        default=False,
+        help="Load the moving average of init_from, not the trained weights.",
     )
     parser.add_argument(
         "--init_resize_vocab",
         type=bool,
         default=False,
-        help="Accept another vocabulary than that of init_from: common tokens keep their embeddings.",
+        help="Accept a vocabulary that differs from init_from's: common tokens keep their embeddings.",
     )
 
 
 def check_settings(settings: Mapping[str, Any], resumes: bool) -> None:
-    """Reject combinations of ``init_from`` with other settings that contradict each other.
+    """Reject settings that contradict ``init_from``.
 
     Args:
         settings: The settings of a command.
-        resumes: Whether the command continues a fit from ``ckpt_path``.
+        resumes: Whether the command resumes a fit from ``ckpt_path``.
 
     Raises:
-        UserError: If two starting points are named, or a setting of ``init_from`` is set without it.
+        UserError: If two starting points are set, or a setting of ``init_from`` is set without it.
     """
     path, source = settings.get("ckpt_path"), settings.get("init_from")
     for name in ("init_ema", "init_resize_vocab"):
         if settings.get(name) and not source:
-            raise UserError(f"{name}: it needs init_from")
+            raise UserError(f"{name}: needs init_from")
     if resumes and source and path not in (None, "last"):
         raise UserError(
             f"init_from: {source} starts a new experiment, ckpt_path: {path} resumes one; "
-            "set one of them, or ckpt_path: last for a job that is requeued"
+            "set one of them, or ckpt_path: last for a requeued job"
         )
 
 
 def _backbones(module: nn.Module) -> list[tuple[str, Tokenformer]]:
-    """The backbones with the prefixes of their names in a state dict."""
+    """Return the backbones with the prefixes of their names in a state dict."""
     found = module.named_modules(remove_duplicate=False)
     return [(f"{name}." if name else "", model) for name, model in found if isinstance(model, Tokenformer)]
 
 
 def _weights(checkpoint: Mapping[str, Any], ema: bool, path: object) -> dict[str, Tensor]:
-    """The trained weights, or their moving average."""
+    """Return the trained weights, or their moving average."""
     trained = checkpoint.get("current_model_state")  # set where ``state_dict`` is the moving average
     if ema and trained is None:
         raise UserError(f"init_ema: {path} has no moving average of the weights")
@@ -168,22 +171,22 @@ def _weights(checkpoint: Mapping[str, Any], ema: bool, path: object) -> dict[str
 
 
 def _origin(module: nn.Module, checkpoint: Mapping[str, Any]) -> str:
-    """The checkpoint's task, for an error, where it is not that of the module."""
+    """Name the checkpoint's task for an error, if it differs from the module's."""
     task = checkpoint.get("task")
     if not isinstance(task, str) or task == type(module).__name__:
         return ""
-    several = ", which `lit-tokenformer split` takes apart" if task == "LitMultiTask" else ""
-    return f" (it is of a {task!r}{several}, the model is a {type(module).__name__})"
+    several = "; split it with `lit-tokenformer split`" if task == "LitMultiTask" else ""
+    return f" (got a checkpoint of {task!r}, expected {type(module).__name__}{several})"
 
 
 def _of_task(name: str, checkpoint: Mapping[str, Any], datamodule: Any) -> tuple[Mapping[str, Any], Any]:
-    """What checkpoint and data have of the task to which a module belongs; all, where there is only one."""
+    """Return the parts of checkpoint and data that belong to a module's task; all of them for a single task."""
     task = name.partition(".")[0]
     return checkpoint.get("extras", {}).get(task, checkpoint), getattr(datamodule, "parts", {}).get(task, datamodule)
 
 
 def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) -> tuple[str, str] | None:
-    """The tokenizers of the checkpoint and of the data where both are known and differ."""
+    """Return the tokenizers of the checkpoint and of the data, if both are known and differ."""
     saved, tokenizer = checkpoint.get("tokenizer"), getattr(datamodule, "tokenizer", None)
     if not isinstance(saved, str) or tokenizer is None:
         return None
@@ -197,14 +200,14 @@ def _vocabularies(checkpoint: Mapping[str, Any], datamodule: Any, path: object) 
 def _resample_positions(
     prefix: str, model: Tokenformer, own: Mapping[str, Tensor], weights: dict[str, Tensor], path: object
 ) -> Iterator[str]:
-    """Fit learned positions to a model, in place, and report the changes."""
+    """Fit learned positions to a model, in place, and yield the changes."""
     name = f"{prefix}stem.pos_embed"
     if _resizes(name, own, weights, dim=1):
         before, now = weights[name].shape[1], own[name].shape[1]
         patches = before - model.num_prefix_tokens
         if patches < 1 or math.isqrt(patches) ** 2 != patches:
             raise UserError(f"init_from: {path}: {name} has {patches} positions, expected a square of patches")
-        yield f"{name} resampled {before} -> {now}"  # by the stem, when it is loaded
+        yield f"{name} resampled {before} -> {now}"  # by the stem on loading
     name = f"{prefix}stem.positions"
     if _resizes(name, own, weights):
         before, now = len(weights[name]), len(own[name])
@@ -222,13 +225,13 @@ def _map_vocabulary(
     resize: bool,
     path: object,
 ) -> Iterator[str]:
-    """Fit embedding and head of a language model to its vocabulary, in place, and report the changes.
+    """Fit embedding and head of a language model to its vocabulary, in place, and yield the changes.
 
     Args:
-        prefix: Of the model's names.
+        prefix: Prefix of the model's names.
         model: The model.
-        own: The module's state dict.
-        weights: The checkpoint's.
+        own: State dict of the module.
+        weights: State dict of the checkpoint.
         vocabularies: Tokenizers of the checkpoint and of the data, if they differ.
         resize: Whether another vocabulary is accepted.
         path: The checkpoint, for errors.
@@ -254,12 +257,12 @@ def _map_vocabulary(
 
 
 def _resizes(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
-    """Whether a tensor differs from the checkpoint's in the size of one dimension, and in nothing else."""
+    """Return whether a tensor differs from the checkpoint's in the size of one dimension only."""
     return _is_alike(name, own, weights, dim) and own[name].shape != weights[name].shape
 
 
 def _is_alike(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], dim: int = 0) -> bool:
-    """Whether a tensor has the checkpoint's shape, up to the size of one dimension."""
+    """Return whether a tensor has the checkpoint's shape, up to the size of one dimension."""
     if name not in own or name not in weights or own[name].ndim != weights[name].ndim:
         return False
     pairs = zip(own[name].shape, weights[name].shape, strict=True)
@@ -267,7 +270,7 @@ def _is_alike(name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor
 
 
 def _moved_rows(own: Tensor, saved: Tensor, places: Mapping[int, int]) -> Tensor:
-    """A copy of ``own``, (N, ...), with rows of ``saved``; ``places`` maps the former's to the latter's."""
+    """Copy ``own``, (N, ...), with rows of ``saved``; ``places`` maps row indices of ``own`` to ``saved``."""
     new = own.clone()
     if not new.is_meta:
         new[list(places)] = saved[list(places.values())].to(new)
@@ -275,23 +278,23 @@ def _moved_rows(own: Tensor, saved: Tensor, places: Mapping[int, int]) -> Tensor
 
 
 def _common_tokens(vocabularies: tuple[str, str] | None, before: int, now: int, path: object) -> dict[int, int]:
-    """Ids in the checkpoint by the ids in the data, of the tokens that both vocabularies contain."""
-    if vocabularies is None:  # the same tokenizer, or an unknown one: only the number of rows differs
+    """Map ids in the data to ids in the checkpoint, for tokens in both vocabularies."""
+    if vocabularies is None:  # same or unknown tokenizer: only the number of rows differs
         return {number: number for number in range(min(before, now))}
     try:
         saved, present = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in vocabularies)
-    except Exception as error:  # the library raises nothing more specific
+    except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"init_from: the tokenizer in {path} is damaged ({error})") from None
     pairs = ((number, saved[token]) for token, number in present.items() if token in saved)
     return {number: source for number, source in pairs if number < now and source < before}
 
 
 def _untied(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Weights that differ where the module has one parameter under two names, a line each."""
+    """Yield the weights that differ but share one parameter of the module, one line each."""
     shared: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         shared.setdefault(parameter, []).append(name)
     for first, *others in shared.values():
         for other in others:
             if not weights[first].is_meta and not torch.equal(weights[first], weights[other]):
-                yield f"{first} and {other} differ, and are one parameter of this model (tie_embeddings)"
+                yield f"{first} and {other} differ, but share one parameter in this model (tie_embeddings)"

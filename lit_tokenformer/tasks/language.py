@@ -1,4 +1,4 @@
-"""What tasks on text share: sizes that fit the data, and the data's tokenizer in the checkpoint."""
+"""Base class of text tasks: sizes that match the data, and the data's tokenizer in the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks.base import LitTask
 
 TOKENIZER_FILE = "tokenizer.json"
-"""Name of the tokenizer's file beside the checkpoints."""
+"""File name of the tokenizer in the checkpoint folder."""
 
 
 class LitLanguageTask(LitTask):
-    """A task on text. Its checkpoints hold the tokenizer of the data, and their folder gets a ``tokenizer.json``.
+    """Task on text, which saves the tokenizer of the data in its checkpoints and as ``tokenizer.json`` in their folder.
 
     Attributes:
-        tokenizer_json: The tokenizer of the data that the model was trained on, as the text of a ``tokenizer.json``.
+        tokenizer_json: Tokenizer of the training data, as the content of a ``tokenizer.json``.
     """
 
     tokenizer_json: str | None = None
     masked = False
-    """Whether its batches hold masked tokens."""
+    """Whether batches contain masked tokens."""
 
     @property
     def tokenizer_file(self) -> str:
-        """Name of the tokenizer's file beside the checkpoints; with the task's name where several tasks have one."""
+        """File name of the tokenizer in the checkpoint folder, with the task's name if several tasks have one."""
         whole = self._within[0] if self._within is not None else self
         several = sum(isinstance(task, LitLanguageTask) for task in whole.modules()) > 1
         return f"{self._within[1]}.{TOKENIZER_FILE}" if several and self._within is not None else TOKENIZER_FILE
@@ -40,12 +40,14 @@ class LitLanguageTask(LitTask):
         size = getattr(data, "vocab_size", config.vocab_size)
         if size > config.vocab_size:
             raise UserError(
-                f"data.tokenizer: it has {size} tokens, the model's vocab_size is {config.vocab_size}; "
-                "use the tokenizer that the model was trained with, or set model.overrides.vocab_size"
+                f"data.tokenizer: too many tokens for the model (got {size}, expected at most vocab_size "
+                f"{config.vocab_size}); use the model's tokenizer, or set model.overrides.vocab_size"
             )
         length = getattr(data, "context_length", config.context_length)
         if config.length_limit is not None and length > config.length_limit:
-            raise UserError(f"data.block_size: {length} tokens, the model's context_length is {config.context_length}")
+            raise UserError(
+                f"data.block_size: expected at most the model's context_length {config.context_length}, got {length}"
+            )
 
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = self._tokenizer_of_data()
@@ -54,8 +56,8 @@ class LitLanguageTask(LitTask):
         saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
         if saved is not None and present is not None and json.loads(saved) != json.loads(present):
             raise UserError(
-                "data.tokenizer: it is not the one that the checkpoint's model was trained with; "
-                f"set it to the {self.tokenizer_file} beside the checkpoint"
+                "data.tokenizer: does not match the checkpoint's tokenizer; "
+                f"set it to the {self.tokenizer_file} in the checkpoint's folder"
             )
         self.tokenizer_json = saved
 

@@ -1,9 +1,8 @@
-"""Cross-entropy over a large vocabulary, without ever holding all logits.
+"""Cross-entropy over a large vocabulary in chunks, without materializing all logits.
 
-The pieces are rows of the logits; the gradient of each is computed in the forward pass, while its logits are there
-(the idea of Liger kernels, arXiv 2410.10989, section 3.2). torch 2.14 has ``F.linear_cross_entropy`` for this, which
-under autocast rounds the loss itself to half precision, and which cannot give the z-loss its log-partition; our tests
-compare with it.
+A chunk is a block of logit rows. Its gradient is computed in the forward pass, while its logits are in memory (the idea
+of Liger kernels, arXiv 2410.10989, section 3.2). torch 2.14 provides ``F.linear_cross_entropy``, but under autocast it
+rounds the loss to half precision, and it does not return the log-partition for the z-loss. The tests compare with it.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**28
-"""Bytes of logits that are held at once: many rows make the products with them fast."""
+"""Maximum size of a chunk of logits in bytes; larger chunks speed up matrix products."""
 CACHED_ROWS = {"cpu": 16}
-"""Rows whose gradient is made at once, by the kind of device: as few as stay in a processor's cache."""
+"""Rows per gradient computation, by device type: few enough to fit in a CPU cache."""
 ACCELERATOR_ROWS = 1024
-"""The same for every other kind: what is wide in between takes less memory than the logits of all."""
+"""Rows per gradient computation on other devices; limits the memory of float32 intermediates."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the loss over rows; gradients are made in the forward pass."""
+    """Sum of the loss over rows, with gradients computed in the forward pass."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -33,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         chunks = max(1, math.ceil(len(x) * len(weight) * dtype.itemsize / CHUNK_BYTES))
-        needed = [training and one for one in ctx.needs_input_grad]  # which are the same without gradients
+        needed = [training and one for one in ctx.needs_input_grad]  # needs_input_grad is unchanged under no_grad
         grad_x = torch.empty_like(x) if needed[0] else None
         grad_weight = None
         grad_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
@@ -52,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needed[1] and grad_weight is None:
                     grad_weight = (grad.T @ piece).to(weight.dtype)
                 elif grad_weight is not None and grad_weight.dtype == dtype:
-                    grad_weight.addmm_(grad.T, piece)  # without a product that takes as much memory again
+                    grad_weight.addmm_(grad.T, piece)  # in place, without a temporary of the same size
                 elif grad_weight is not None:
                     grad_weight += grad.T @ piece
                 start += len(grad)
@@ -63,8 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were used already; compute the loss again")
-        found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight's is large
+            raise RuntimeError("backward: the gradients of this loss were already consumed; recompute the loss")
+        found, ctx.gradients = ctx.gradients, None  # scaled in place: the weight gradient is large
         grad_x, grad_weight, grad_bias = (None if one is None else one.mul_(grad.to(one.dtype)) for one in found)
         return grad_x, grad_weight, grad_bias, None, None, None
 
@@ -72,14 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _to_gradient(
     logits: Tensor, label: Tensor, bias: Tensor | None, z_loss: float, wanted: bool, grad_bias: Tensor | None
 ) -> Tensor:
-    """The loss of some rows, (); the gradient takes the place of their logits, and the bias' is added to its own.
+    """Compute the loss of some rows, (), replace their logits by the gradient, and accumulate the bias gradient.
 
     Args:
-        logits: Without the bias, (rows, V).
-        label: Token ids, (rows, 1); negative ones do not count.
+        logits: Logits without the bias, (rows, V); overwritten.
+        label: Token ids, (rows, 1); negative ones are ignored.
         bias: (V,).
         z_loss: Weight of the squared log-partition.
-        wanted: Whether there is anything that needs the gradient.
+        wanted: Whether any input needs a gradient.
         grad_bias: (V,).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -101,17 +100,17 @@ def _to_gradient(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, target: Tensor, z_loss: float = 0.0, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``softmax(x W^T + b)``, with the log-partition's square times ``z_loss`` added.
+    """Compute the cross-entropy of ``softmax(x W^T + b)``, plus ``z_loss`` times the squared log-partition.
 
     Args:
-        x: What the logits are made from, (..., D).
+        x: Input of the output projection, (..., D).
         weight: W, (V, D).
-        target: Token ids (...); negative ones do not count.
-        z_loss: Weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5; there 1e-4).
+        target: Token ids (...); negative ones are ignored.
+        z_loss: Weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5; 1e-4 there).
         bias: b, (V,); ``None`` for zeros.
 
     Returns:
-        The sum over targets in nats, (), in float32 at least; and the number of targets, ().
+        The sum over targets in nats, (), in at least float32; and the number of targets, ().
 
     Example:
         >>> loss, count = linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))

@@ -1,4 +1,4 @@
-"""Masked language modelling: cross-entropy and accuracy of the tokens that were masked."""
+"""Masked language modeling: cross-entropy and accuracy of the masked tokens."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
-_ROWS = 2048  # of logits that are held at once when the best token is looked for
+_ROWS = 2048  # maximum number of logit rows in memory during evaluation
 
 
 def mosaic_adamw(params: Any) -> torch.optim.Optimizer:
-    """AdamW as MosaicBERT was trained with it (arXiv 2312.17482; the decay there is not multiplied by the rate)."""
+    """Build AdamW with MosaicBERT's settings (arXiv 2312.17482, where decay is not multiplied by the learning rate)."""
     return torch.optim.AdamW(params, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.02)
 
 
 @TASKS.register("LitMaskedLM")
 class LitMaskedLM(LitLanguageTask):
-    """Trains a backbone to tell the tokens that were masked (BERT, arXiv 1810.04805, section 3.1).
+    """Train a backbone to predict masked tokens (BERT, arXiv 1810.04805, section 3.1).
 
-    A batch is ``(tokens (B, T) int64, labels (B, T) int64, lengths (B,) int64)``: labels are -100 but where a token is
-    to be told; what stands after ``lengths`` is padding. It logs ``train/loss``, ``val/loss``, ``val/perplexity`` and
-    ``val/accuracy`` (``test/...`` likewise): means over the masked tokens, losses in nats. The head is computed for
-    those tokens alone; ``cost()`` counts it for all, and padding as if it were text. Losses under different shares of
-    masked tokens are not comparable. The gradient is that of the mean over all masked tokens of an optimizer step,
-    whatever batches and processes they are in.
+    A batch is ``(tokens (B, T) int64, labels (B, T) int64, lengths (B,) int64)``. Labels are -100 except at tokens to
+    predict. Positions from ``lengths`` on are padding. The task logs ``train/loss``, ``val/loss``, ``val/perplexity``
+    and ``val/accuracy`` (also ``test/...``): means over the masked tokens, losses in nats. The head is computed for
+    those tokens only; ``cost()`` counts it for all tokens, and padding as text. Losses at different masking rates are
+    not comparable. The gradient is that of the mean over all masked tokens of an optimizer step, regardless of their
+    batch and process.
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
-        vocab_size: Token ids, V; on the command line the data decide, unless ``overrides`` has it.
-        context_length: Longest text in tokens, T; on the command line the data's block size decides.
+        vocab_size: Vocabulary size V; determined by the data on the command line, unless ``overrides`` sets it.
+        context_length: Maximum sequence length T in tokens; determined by the data's block size on the command line.
         overrides: Fields of the architecture that replace the preset's.
-        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
+        optimizer: Optimizer factory, called with parameter groups; one-dimensional parameters are not decayed.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
-        match: Choose the parameter tokens at birth so that the blocks have as many ``parameters``, or take as many
-            ``flops`` for each data token, as those of ``match_to``; ``None`` takes those of preset and overrides.
-        match_to: A preset, with the overridden sizes of this model; ``None`` for this model with linear projections.
-        compile: Whether the backbone is compiled with ``torch.compile``, for each size with shapes that may change;
-            without padding (``unpad``) in several graphs.
-        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
-        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        match: Pick the initial number of parameter tokens so that the blocks match those of ``match_to`` in
+            ``parameters``, or in ``flops`` per data token; ``None`` uses the number of preset and overrides.
+        match_to: Reference preset, with the overridden sizes of this model; ``None`` for this model with linear
+            projections.
+        compile: Whether to compile the backbone with ``torch.compile``, once per size with dynamic shapes; without
+            padding (``unpad``), in several graphs.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
+        lr_scheduler_config: Timing of ``lr_scheduler``: interval, frequency, and the monitor of ReduceLROnPlateau.
 
     Raises:
-        ValueError: For an unknown preset, sizes that do not fit each other, or an architecture without the right head.
+        ValueError: For an unknown preset, incompatible sizes, or an architecture without a masked-language head.
 
     Example:
         >>> task = LitMaskedLM("bert_tiny", vocab_size=320, context_length=16)
@@ -64,7 +65,7 @@ class LitMaskedLM(LitLanguageTask):
     """
 
     masked = True
-    dynamic_shapes = None  # the number of masked tokens is another one in each batch
+    dynamic_shapes = None  # the number of masked tokens varies by batch
     scores = ("loss", "perplexity", "accuracy")
     required_fields: ClassVar[Mapping[str, Any]] = {
         "stem": "token",
@@ -92,17 +93,18 @@ class LitMaskedLM(LitLanguageTask):
         backbone = self.make_backbone(preset, given, match, match_to)
         if backbone.config.head != "masked_language":
             raise UserError(
-                f"model.preset: {preset!r} does not tell masked tokens; its head is {backbone.config.head!r}"
+                f"model.preset: {preset!r} is not a masked language model (got head {backbone.config.head!r}, expected "
+                "'masked_language')"
             )
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Token ids (B, T), of which ``lengths`` (B,) are no padding -> logits (B, T, V)."""
+        """Map token ids (B, T) with ``lengths`` (B,), excluding padding, to logits (B, T, V)."""
         return self.backbone(tokens, lengths=lengths)
 
     def model_output(self, batch: Batch) -> Tensor:
-        """Logits (1, T, V) of the first example of a batch."""
+        """Compute logits (1, T, V) of the first example of a batch."""
         tokens, _, lengths = batch
         return self(tokens[:1], lengths[:1])
 
@@ -123,14 +125,14 @@ class LitMaskedLM(LitLanguageTask):
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
 
     def _masked(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the logits of the masked tokens are made from, (M, D), and which tokens they were, (M,)."""
+        """Compute the features (M, D) and the labels (M,) of the masked tokens."""
         tokens, labels, lengths = batch
         places = labels.flatten().ge(0).nonzero()[:, 0]
         features = self.backbone(tokens, lengths=lengths, places=places, pre_logits=True)
         return features, labels.flatten()[places]
 
     def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropy over masked tokens."""
+        """Sum the cross-entropy over masked tokens."""
         head: Any = self.backbone.head
         total, _ = linear_cross_entropy(features, head.weight, labels, bias=head.bias)
         return total
@@ -145,6 +147,6 @@ class LitMaskedLM(LitLanguageTask):
             hits = hits + (logits.argmax(dim=-1) == label).sum()
         count = max(len(labels), 1)
         loss, accuracy = loss / count, hits / count
-        weight = self.log_weight(len(labels))  # means over tokens, whatever batches they are in
+        weight = self.log_weight(len(labels))  # token means, independent of batches
         self.log(f"{stage}/loss", loss, batch_size=weight, sync_dist=True, prog_bar=True)
         self.log(f"{stage}/accuracy", accuracy, batch_size=weight, sync_dist=True, prog_bar=True)

@@ -1,7 +1,7 @@
-"""Several tasks in the same training step, whose backbones share their blocks.
+"""Joint training of several tasks whose backbones share their blocks.
 
-A block knows nothing of causality, positions or input: those come from each backbone's own config. So all backbones
-can have the same blocks and the same final norm, and only stem and head are their own.
+Causality, positions and input come from the config of each backbone, not from its blocks. All backbones therefore share
+blocks and final norm, and have their own stem and head.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ OWN_FIELDS = {
     *("image_size", "patch_size", "in_chans", "num_classes", "global_pool", "class_token"),
     *("vocab_size", "context_length"),
 }
-"""Fields of the architecture in which the tasks may differ: none of what the blocks are made of."""
+"""Fields of the architecture in which tasks may differ; none of them affects the blocks."""
 
 SHARED = (
     *("preset", "optimizer", "schedule", "lr_scheduler", "lr_scheduler_config", "match", "match_to", "layerwise_lr"),
     *("compile", "grad_checkpointing"),
 )
-"""Arguments that all tasks get from :class:`LitMultiTask`."""
+"""Arguments that :class:`LitMultiTask` passes to all tasks."""
 
 _OF_IMAGE = ("num_classes", "image_size")
 _OF_TEXT = ("vocab_size", "context_length", "separator_id", "z_loss", "cross_documents")
@@ -48,15 +48,14 @@ _OF_TEXT = ("vocab_size", "context_length", "separator_id", "z_loss", "cross_doc
 
 @TASKS.register("LitMultiTask")
 class LitMultiTask(LitTask):
-    """Train one set of blocks on any number of tasks at once.
+    """Train one set of blocks on several tasks at once.
 
-    A training batch is ``{task name: that task's batch}``; for evaluation the data give one loader for each task, in
-    the same order. The loss is the sum of the tasks' losses, each with its weight. What each task logs by itself is
-    logged here under its name (``train/digits/loss``, ``val/digits/acc1``); ``train/loss``, ``val/loss`` and
-    ``test/loss`` are the weighted sums.
+    A training batch is ``{task name: batch of that task}``. For evaluation the data provide one loader per task, in the
+    same order. The loss is the weighted sum of the tasks' losses. The metrics of each task are logged under its name
+    (``train/digits/loss``, ``val/digits/acc1``); ``train/loss``, ``val/loss`` and ``test/loss`` are the weighted sums.
 
-    The tasks are submodules under their names; ``lit-tokenformer split`` makes a checkpoint of each. Their stems and
-    heads are their own. Of a task's hooks these are called: ``setup``, ``on_train_start``, ``training_loss``,
+    The tasks are submodules under their names; ``lit-tokenformer split`` writes one checkpoint per task. Stem and head
+    are not shared. These hooks of a task are called: ``setup``, ``on_train_start``, ``training_loss``,
     ``validation_step``, ``test_step``, ``log_scores``, ``save_extras`` and ``load_extras``.
 
     Without ``tasks`` there are two, ``image`` (:class:`LitImageClassifier`) and ``text`` (:class:`LitCausalLM`), with
@@ -64,39 +63,43 @@ class LitMultiTask(LitTask):
 
     Args:
         preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``; stem, head, positions and causality
-            change for tasks that need others.
-        num_classes: Classes of ``image``, C; on the command line the data set decides.
-        image_size: Side of the images of ``image`` in pixels; on the command line the data set decides.
-        vocab_size: Token ids of ``text``, V; on the command line the data's tokenizer decides.
-        context_length: Longest ``text`` in tokens, T; on the command line the data's block size decides.
-        separator_id: Token id that ends a document of ``text``; on the command line the data decide.
+            are adapted to each task.
+        num_classes: Number of classes C of ``image``; determined by the data set on the command line.
+        image_size: Image side of ``image`` in pixels; determined by the data set on the command line.
+        vocab_size: Vocabulary size V of ``text``; determined by the data's tokenizer on the command line.
+        context_length: Maximum sequence length T of ``text`` in tokens; determined by the data's block size on the
+            command line.
+        separator_id: Token id that ends a document of ``text``; determined by the data on the command line.
         overrides: Fields of the architecture that replace the preset's, for all tasks.
-        image: The same for ``image`` alone; fields of the blocks, which are shared, are rejected.
-        text: The same for ``text`` alone.
-        loss_weights: A weight for each task, 1 where none is given; or ``uncertainty``: the loss is the sum of
-            ``exp(-s) L + s`` over the tasks with learned s (Kendall et al., arXiv 1705.07115, eq. 10, which has s / 2;
-            here a weight comes to rest where weight times loss is 1), logged as ``train/NAME/weight``.
-        optimizer: Makes the optimizer from parameter groups; decay spares one-dimensional parameters.
+        image: Fields of the architecture that replace the preset's, for ``image`` only; fields of the shared blocks are
+            rejected.
+        text: Fields of the architecture that replace the preset's, for ``text`` only; fields of the shared blocks are
+            rejected.
+        loss_weights: Weight of each task, 1 by default; or ``uncertainty``: the loss is the sum of ``exp(-s) L + s``
+            over the tasks with trainable s (Kendall et al., arXiv 1705.07115, eq. 10, which has s / 2; here a weight
+            converges to the inverse of its loss), logged as ``train/NAME/weight``.
+        optimizer: Optimizer factory, called with parameter groups; one-dimensional parameters are not decayed.
         schedule: Learning rate over the fit.
-        lr_scheduler: A torch scheduler that takes the place of ``schedule``.
-        z_loss: As of :class:`LitCausalLM`, for ``text``.
-        cross_documents: As of :class:`LitCausalLM`, for ``text``.
-        compile: Whether the backbones are compiled with ``torch.compile``, once for each size.
-        grad_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
-        lr_scheduler_config: When ``lr_scheduler`` steps: interval, frequency, and the monitor of ReduceLROnPlateau.
-        tasks: Task classes by name, with arguments of their own: :class:`LitImageClassifier`, :class:`LitCausalLM`,
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        z_loss: See :class:`LitCausalLM`, for ``text``.
+        cross_documents: See :class:`LitCausalLM`, for ``text``.
+        compile: Whether to compile the backbones with ``torch.compile``, once per size.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
+        lr_scheduler_config: Timing of ``lr_scheduler``: interval, frequency, and the monitor of ReduceLROnPlateau.
+        tasks: Task classes by name, with their own arguments: :class:`LitImageClassifier`, :class:`LitCausalLM`,
             :class:`LitMaskedLM` or another :class:`LitTask` with ``preset`` and ``overrides``; in Python a class or a
-            ``functools.partial`` of one. A task's ``overrides`` replace those of all. Preset, optimizer, learning
-            rate, ``match`` and compilation are set for all tasks, and ignored or rejected in a task.
-        sizes: Sizes of each task's data by task name, such as ``num_classes`` or ``vocab_size``, in place of the task's
-            own arguments; set from the data on the command line.
-        match: As of :class:`LitCausalLM`, for the first task; all have the same blocks.
-        match_to: As of :class:`LitCausalLM`.
-        layerwise_lr: As of :class:`LitCausalLM`.
+            ``functools.partial`` of one. A task's ``overrides`` take precedence over the common ones. Preset,
+            optimizer, learning rate, ``match`` and compilation are set for all tasks, and ignored or rejected in a
+            task.
+        sizes: Data sizes by task name, such as ``num_classes`` or ``vocab_size``, which replace the task's own
+            arguments; set from the data on the command line.
+        match: See :class:`LitCausalLM`; applies to the first task, whose blocks are shared.
+        match_to: See :class:`LitCausalLM`.
+        layerwise_lr: See :class:`LitCausalLM`.
 
     Raises:
-        ValueError: For an unknown preset, sizes that do not fit each other, a name that cannot be a task's, blocks that
-            could not be shared, or weights that name no task, are negative or all zero.
+        ValueError: For an unknown preset, incompatible sizes, an invalid task name, blocks that cannot be shared, or
+            weights that name no task, are negative or all zero.
 
     Example:
         >>> from functools import partial
@@ -146,7 +149,7 @@ class LitMultiTask(LitTask):
         for name, (kind, own) in kinds.items():
             task = kind(**_arguments(name, kind, own, given))
             self.add_module(name, task)
-            if given["match"] is not None:  # the first task's tokens are those of all
+            if given["match"] is not None:  # all tasks use the first one's tokens
                 tokens = {**self.plain(overrides), "param_tokens": task.backbone.config.param_tokens}
                 given = {**given, "overrides": tokens, "match": None, "match_to": None}
         self._names = tuple(kinds)
@@ -156,7 +159,7 @@ class LitMultiTask(LitTask):
             model.blocks, model.norm = first.blocks, first.norm
         self.fixed_weights = fixed
         self.log_variances = nn.ParameterDict({} if fixed else {name: nn.Parameter(torch.zeros(1)) for name in kinds})
-        """s of each task, (1,), where weights are learned."""
+        """s of each task, (1,), if weights are trainable."""
 
         self._terms: dict[str, Sequence[Tensor]] = {}
         self._gradients: dict[str, dict[nn.Parameter, Tensor]] = {}
@@ -166,7 +169,7 @@ class LitMultiTask(LitTask):
         self._remember_tasks(kinds, given)
 
     def _remember_tasks(self, kinds: Mapping[str, tuple[type[LitTask], Any]], given: Mapping[str, Any]) -> None:
-        """Keep plain arguments in the checkpoints, for each task and for all of them."""
+        """Save plain arguments in the checkpoints, for each task and for all of them."""
         kept = dict(self.hparams)
         made = {key: kept[key] for key in ("optimizer", "lr_scheduler", "_instantiator") if key in kept}
         from_config = {name: one for name, one in (kept.get("tasks") or {}).items() if isinstance(one, Mapping)}
@@ -178,7 +181,7 @@ class LitMultiTask(LitTask):
             arguments = _plain(_arguments(name, kind, plain, given))
             task = self.tasks[name]
             task.put_within(self, name)
-            task.hparams.clear()  # else what a config gave for this task
+            task.hparams.clear()  # drop the values of this task's config
             task.save_hyperparameters({**{key: arguments[key] for key in arguments if key not in MADE}, **made})
         unused = ("tasks", "sizes") if given["tasks"] is None else ("image", "text", *_OF_IMAGE, *_OF_TEXT)
         kept = {key: value for key, value in kept.items() if key not in unused}
@@ -187,7 +190,7 @@ class LitMultiTask(LitTask):
 
     @property
     def tasks(self) -> dict[str, LitTask]:
-        """The tasks by name, in the order of the data's loaders."""
+        """Tasks by name, in the order of the data's loaders."""
         return {name: self._modules[name] for name in self._names}  # type: ignore[misc]
 
     @property
@@ -196,8 +199,8 @@ class LitMultiTask(LitTask):
 
     @property
     def backbone(self) -> Tokenformer:  # type: ignore[override]
-        """Refused with a ``ValueError``, for there is one for each task."""
-        raise UserError("several tasks have several backbones; take them apart with `lit-tokenformer split`")
+        """Raise a ``ValueError``, because each task has its own backbone."""
+        raise UserError("each task has its own backbone; split the checkpoint with `lit-tokenformer split`")
 
     @classmethod
     def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
@@ -207,38 +210,38 @@ class LitMultiTask(LitTask):
         }
 
     def weights(self) -> dict[str, float | Tensor]:
-        """The present weight of each task's loss."""
+        """Return the current weight of each task's loss."""
         return {**self.fixed_weights, **{name: (-s).exp().squeeze() for name, s in self.log_variances.items()}}
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the tasks' losses, ()."""
+        """Compute the weighted sum of the tasks' losses, ()."""
         return _sum_of({name: self.terms(name, losses[name]) for name in self.tasks})
 
     def terms(self, name: str, loss: Tensor) -> list[Tensor]:
-        """What a task adds to the total, (): its weighted loss, and s where weights are learned."""
+        """Compute a task's terms of the total, (): its weighted loss, and s if weights are trainable."""
         weighted = [self.weights()[name] * loss]
         return [*weighted, self.log_variances[name].squeeze()] if self.log_variances else weighted
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Logits of one of the tasks, by default the first: for images (B, C, H, W), or for token ids (B, T)."""
+        """Compute logits of one task, by default the first, from images (B, C, H, W) or token ids (B, T)."""
         return self.tasks[self._names[0] if task is None else task](x)
 
     def model_output(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: task.model_output(batch[name]) for name, task in self.tasks.items()}
 
     def cost(self) -> ModelCost:
-        """Parameters, and operations for one sample of each task."""
+        """Return parameters, and FLOPs for one sample of each task."""
         return joint_cost(self.costs().values(), sum(parameter.numel() for parameter in self.parameters()))
 
     def costs(self) -> dict[str, ModelCost]:
-        """What each task would cost by itself, for one of its samples."""
+        """Return the cost of one sample of each task on its own."""
         return {name: task.cost() for name, task in self.tasks.items()}
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         for name, task in self.tasks.items():
             if data is not None and not hasattr(data, name):
-                raise UserError(f"data.{name}: {type(data).__name__} has none; use MultiTaskDataModule")
+                raise UserError(f"data.{name}: not in {type(data).__name__}; use MultiTaskDataModule")
             task.setup(stage)
 
     def on_train_start(self) -> None:
@@ -260,11 +263,11 @@ class LitMultiTask(LitTask):
         self._terms = terms if self._trainer and self.trainer.accumulate_grad_batches > 1 else {}
         if self._terms and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._gradients = {}
-        # FSDP2 gathers the parameters for each backward pass that begins at an output
+        # FSDP2 gathers parameters for each backward pass from an output
         return {"loss": loss, "terms": list(terms.values())} if self._terms else loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Keep the gradients of accumulated micro-batches apart by task, until each task's items are counted."""
+        """Accumulate the gradients of micro-batches separately by task, until each task's items are counted."""
         if not self._terms:
             super().backward(loss, *args, **kwargs)
             return
@@ -277,7 +280,7 @@ class LitMultiTask(LitTask):
             scaled = [weights[term] * factors[name] for name, own in terms.items() for term in own]
             torch.autograd.backward(roots, scaled)
             return
-        # those of the optimizer: a sharded module has others between its forward and its backward pass
+        # from the optimizer: a sharded module has unsharded ones between forward and backward pass
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
         for name, own in terms.items():
@@ -290,7 +293,7 @@ class LitMultiTask(LitTask):
                     kept[parameter], parameter.grad = parameter.grad, None
 
     def _merge_gradients(self, factors: Mapping[str, Tensor | float]) -> None:
-        """Give each parameter the sum of its tasks' gradients so far, each times the task's factor."""
+        """Set each parameter's gradient to the sum of its tasks' gradients so far, scaled by the task's factor."""
         for name, kept in self._gradients.items():
             for parameter, gradient in kept.items():
                 scale_(gradient, factors[name])
@@ -334,7 +337,7 @@ class LitMultiTask(LitTask):
 
     def log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:
-            return  # Lightning keeps no scores of it
+            return  # Lightning discards its scores
         for task in self.tasks.values():
             task.log_scores(stage)
         scores = self.trainer.callback_metrics
@@ -348,11 +351,11 @@ class LitMultiTask(LitTask):
 
     def load_extras(self, checkpoint: dict[str, Any]) -> None:
         for name, task in self.tasks.items():
-            task.load_extras(checkpoint.get("extras", {}).get(name, checkpoint))  # which older checkpoints mix
+            task.load_extras(checkpoint.get("extras", {}).get(name, checkpoint))  # not separated in older checkpoints
 
     @contextmanager
     def _prevent_trainer_and_dataloaders_deepcopy(self) -> Iterator[None]:
-        """Lightning asks for this where it copies a task; it does not look for the trainers of tasks inside."""
+        """Detach the trainers of nested tasks too, when Lightning copies the module."""
         whole: Any = super()
         with ExitStack() as stack:
             for task in (whole, *self.tasks.values()):
@@ -361,16 +364,16 @@ class LitMultiTask(LitTask):
 
 
 def _sum_of(terms: Mapping[str, Sequence[Tensor]]) -> Tensor:
-    """The sum of all terms, (); losses before s."""
+    """Sum all terms, (); losses before s."""
     return torch.stack([own[place] for place in range(2) for own in terms.values() if place < len(own)]).sum()
 
 
 def joint_cost(costs: Iterable[ModelCost], parameters: int) -> ModelCost:
-    """What models cost together that share parameters.
+    """Sum the cost of models with shared parameters.
 
     Args:
-        costs: Of each model by itself.
-        parameters: Numbers that are learned, each counted once.
+        costs: Cost of each model on its own.
+        parameters: Number of distinct parameters.
     """
     every = list(costs)
     sums = {field.name: sum(getattr(cost, field.name) for cost in every) for field in dataclasses.fields(ModelCost)}
@@ -378,10 +381,10 @@ def joint_cost(costs: Iterable[ModelCost], parameters: int) -> ModelCost:
 
 
 def _kinds(given: Mapping[str, Any]) -> dict[str, tuple[type[LitTask], dict[str, Any]]]:
-    """Class and own arguments of each task, from the arguments of a :class:`LitMultiTask`.
+    """Return class and own arguments of each task, from the arguments of a :class:`LitMultiTask`.
 
     Raises:
-        UserError: If there is no task, one is not of a task's class, or arguments of two forms are mixed.
+        UserError: Without tasks, for a class that is not a task, and if arguments of both forms are mixed.
     """
     tasks = given.get("tasks")
     if tasks is None:
@@ -397,17 +400,17 @@ def _kinds(given: Mapping[str, Any]) -> dict[str, tuple[type[LitTask], dict[str,
     of_two |= {"z_loss": given.get("z_loss"), "cross_documents": not given.get("cross_documents", True)}
     for name in of_two:
         if of_two[name]:
-            raise UserError(f"model.{name}: set it in model.tasks, which replaces it")
+            raise UserError(f"model.{name}: conflicts with model.tasks; set it there")
     return {name: _class_and_arguments(name, task) for name, task in tasks.items()}
 
 
 def _class_and_arguments(name: str, task: Any) -> tuple[type[LitTask], dict[str, Any]]:
-    """Class and own arguments of a task: of a class, of a partial of one, or of what a checkpoint has of it."""
+    """Return class and own arguments of a task, from a class, a partial of one, or a checkpoint's mapping."""
     setting = f"model.tasks.{name}"
-    if isinstance(task, Mapping):  # nothing is imported for a checkpoint
+    if isinstance(task, Mapping):  # a checkpoint imports nothing
         known = {_class_path(kind): kind for kind in _subclasses(LitTask)}
         kind, own = known.get(str(task.get("class_path"))), task.get("init_args", {})
-    else:  # jsonargparse makes a partial with the class among its arguments
+    else:  # jsonargparse builds a partial with the class among its arguments
         parts = (*getattr(task, "args", ()), getattr(task, "func", task))
         kind, own = next((part for part in parts if isinstance(part, type)), None), getattr(task, "keywords", {})
     if kind is None or not issubclass(kind, LitTask) or issubclass(kind, LitMultiTask):
@@ -417,13 +420,13 @@ def _class_and_arguments(name: str, task: Any) -> tuple[type[LitTask], dict[str,
     for key, value in own.items():
         if key not in parameters:
             raise unknown_name(setting, key, parameters)
-        if key in SHARED and key != "optimizer" and value != parameters[key].default:  # its default may be a copy
-            raise UserError(f"{setting}.{key}: all tasks share it; set model.{key}")
+        if key in SHARED and key != "optimizer" and value != parameters[key].default:  # the default may be a copy
+            raise UserError(f"{setting}.{key}: shared by all tasks; set model.{key}")
     return kind, dict(own)
 
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a class by name; ``**kwargs`` stand for those of the class that it inherits from."""
+    """Return the parameters of a class by name, with ``**kwargs`` expanded to those of its base class."""
     found: dict[str, inspect.Parameter] = {}
     for one in (one for one in kind.__mro__ if "__init__" in vars(one)):
         own = inspect.signature(one.__init__).parameters  # type: ignore[misc]
@@ -448,7 +451,7 @@ def _class_path(kind: type) -> str:
 
 
 def _arguments(name: str, kind: type[LitTask], own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a task: its own, the shared ones, and the sizes of its data."""
+    """Merge a task's own arguments, the shared ones, and the sizes of its data."""
     replaced = kind.required_fields if preset_config(given["preset"]).head != kind.required_fields.get("head") else {}
     overrides = {**replaced, **LitTask.plain(given["overrides"]), **LitTask.plain(own.get("overrides", {}))}
     shared = {key: given[key] for key in SHARED if key in given}
@@ -458,7 +461,7 @@ def _arguments(name: str, kind: type[LitTask], own: Mapping[str, Any], given: Ma
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as plain values; fields of an architecture only where they are set."""
+    """Convert arguments to plain values, with the set fields of an architecture only."""
     plain = {
         key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
         for key, value in arguments.items()
@@ -467,21 +470,21 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(names: Iterable[str], taken: Iterable[str]) -> None:
-    """Raise a ``UserError`` for a name that cannot be that of a submodule."""
+    """Raise a ``UserError`` for an invalid submodule name."""
     for name in names:
         if not name.isidentifier() or name in taken:
             reason = "it is in use" if name.isidentifier() else "expected letters, digits and underscores"
-            raise UserError(f"model.tasks: {name!r} cannot be the name of a task: {reason}")
+            raise UserError(f"model.tasks: invalid task name {name!r}: {reason}")
 
 
 def _check_sizes(sizes: Mapping[str, Any] | None, names: Iterable[str]) -> None:
-    """Raise a ``UserError`` if data are of other tasks."""
+    """Raise a ``UserError`` if the data belong to other tasks."""
     if sizes is not None and {*sizes} != {*names}:
         raise UserError(f"data.tasks: expected data for {', '.join(names)}, got {', '.join(sizes)}")
 
 
 def _checked_weights(weights: dict[str, float] | str | None, names: Iterable[str]) -> dict[str, float]:
-    """A weight for each task; none at all where they are learned."""
+    """Validate the weight of each task; empty if weights are trainable."""
     if isinstance(weights, str):
         if weights != "uncertainty":
             raise unknown_name("model.loss_weights", weights, ("uncertainty",))
@@ -493,12 +496,12 @@ def _checked_weights(weights: dict[str, float] | str | None, names: Iterable[str
         if not 0 <= weight < math.inf:
             raise UserError(f"model.loss_weights.{name}: expected a number of at least 0, got {weight}")
     if not any(given.values()):
-        raise UserError("model.loss_weights: all are 0, so nothing would be learned")
+        raise UserError("model.loss_weights: all are 0 (expected at least one above 0)")
     return given
 
 
 def _check_blocks(first: str, ours: Any, name: str, theirs: Any, where: str) -> None:
-    """Raise a ``UserError`` if the blocks of two tasks' architectures are not the same."""
+    """Raise a ``UserError`` if the blocks of two tasks' architectures differ."""
     for field in (one.name for one in dataclasses.fields(ours) if one.name not in OWN_FIELDS):
         if getattr(ours, field) != getattr(theirs, field):
             raise UserError(

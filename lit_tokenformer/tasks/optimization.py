@@ -1,4 +1,4 @@
-"""How a task trains: steps of its schedulers, and gradients that are normalized over a whole global step."""
+"""Optimization of a task: scheduler steps, and gradients normalized over a whole global step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lit_tokenformer.tasks.schedule import NEVER, LRSchedule, LRSchedulerConfig
 
 
 class OptimizedTask(pl.LightningModule):
-    """A LightningModule that optimizes the mean of a loss over all items of a global step.
+    """LightningModule that optimizes the mean of a loss over all items of a global step.
 
     Args:
-        optimizer: Makes the optimizer from parameter groups.
+        optimizer: Optimizer factory, called with parameter groups.
         schedule: Learning rate over the fit.
-        lr_scheduler: Makes a torch scheduler that takes the place of ``schedule``.
-        lr_scheduler_config: When ``lr_scheduler`` steps.
+        lr_scheduler: Factory of a torch scheduler that replaces ``schedule``.
+        lr_scheduler_config: Timing of ``lr_scheduler``.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class OptimizedTask(pl.LightningModule):
         self.lr_scheduler_config = LRSchedulerConfig(**given) if isinstance(given, dict) else given
         self._learning_rate: float | None = None
         self._lengths: tuple[float, float] | None = None
-        """Optimizer steps of the fit and of an epoch; ``None`` where ``schedule`` is not used."""
+        """Optimizer steps of the fit and of an epoch; ``None`` if ``schedule`` is unused."""
         self._counts: tuple[Tensor, Tensor] | None = None
-        """Items of all processes in the first micro-batch of the global step, and in all of them so far."""
+        """Items of all processes in the first micro-batch of the global step, and in all micro-batches so far."""
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer over the present parameters."""
-        raise NotImplementedError  # each task knows its parameter groups
+        """Build the optimizer over the current parameters."""
+        raise NotImplementedError  # depends on the task's parameter groups
 
     @property
     def learning_rate(self) -> float | None:
-        """Learning rate in place of the optimizer's own, set by LearningRateFinder; ``None`` keeps that."""
+        """Learning rate set by LearningRateFinder; ``None`` keeps the optimizer's own."""
         return self._learning_rate
 
     @learning_rate.setter
@@ -74,7 +74,7 @@ class OptimizedTask(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.build_optimizer()
         if self.trainer.gradient_clip_val:
-            # a fused optimizer would unscale gradients by itself, after they were clipped, and Lightning refuses it
+            # a fused optimizer unscales gradients after clipping, which Lightning rejects
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
@@ -91,7 +91,7 @@ class OptimizedTask(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def update_schedule(self) -> None:
-        """Take over what callbacks such as BatchSizeFinder and LearningRateFinder changed before the first step."""
+        """Apply changes that callbacks such as BatchSizeFinder and LearningRateFinder made before the first step."""
         if self._lengths is not None:
             self.measure_schedule()
         for config in self.trainer.lr_scheduler_configs if self.learning_rate is not None else ():
@@ -100,24 +100,24 @@ class OptimizedTask(pl.LightningModule):
                 group["lr"] = rate
 
     def measure_schedule(self) -> tuple[float, float]:
-        """Optimizer steps of the fit and of an epoch, with which the schedule goes on."""
+        """Measure the optimizer steps of the fit and of an epoch, used by the schedule from now on."""
         per_epoch = self._steps_per_epoch() if self.schedule.unit == "epoch" else 1
         self._lengths = self.trainer.estimated_stepping_batches, per_epoch
         return self._lengths
 
     def _steps_per_epoch(self) -> int:
-        self.trainer.fit_loop.setup_data()  # a fit that is limited by steps has not done so yet
+        self.trainer.fit_loop.setup_data()  # not done yet in a fit limited by steps
         batches = self.trainer.num_training_batches
         if math.isinf(batches):
-            raise UserError("schedule.unit: epochs of a stream have no known length; use 'step'")
+            raise UserError("schedule.unit: unknown epoch length of a stream; use 'step'")
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def training_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """Mean loss of a training batch, (), which is logged, and the number of items that it is the mean of."""
-        raise NotImplementedError  # each task knows its batch
+        """Compute and log the mean loss of a training batch, (), and return it with its number of items."""
+        raise NotImplementedError  # depends on the task's batch
 
     def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """Training loss of a batch with all that is added to it, (), and its number of items."""
+        """Compute the training loss of a batch including added terms, (), and its number of items."""
         return self.training_loss(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -126,19 +126,19 @@ class OptimizedTask(pl.LightningModule):
         return loss if share is None else loss * share
 
     def share_of_step(self, count: Tensor | int, batch_idx: int, like: Tensor) -> Tensor | None:
-        """Weight of a micro-batch among those of its global step, all that come before one optimizer step.
+        """Compute the weight of a micro-batch within its global step, the micro-batches of one optimizer step.
 
-        Lightning and DDP average over micro-batches and processes, however many items each has. With these weights and
-        :meth:`step_factor` the gradient is that of the mean over all items.
+        Lightning and DDP average over micro-batches and processes, regardless of their numbers of items. These weights,
+        combined with :meth:`step_factor`, yield the gradient of the mean over all items.
 
         Args:
             count: Items of the micro-batch.
-            batch_idx: Zero-based number of the micro-batch in the epoch.
-            like: A tensor of the weight's device and type.
+            batch_idx: Zero-based index of the micro-batch in the epoch.
+            like: A tensor with the weight's device and dtype.
 
         Returns:
-            Items, as a multiple of the mean over all processes in the first micro-batch, (): 1 where all have the same
-            number. ``None`` where a step has one micro-batch.
+            Items relative to the mean over all processes in the first micro-batch, (): 1 if all have the same number.
+            ``None`` if a step has one micro-batch.
         """
         trainer = self._trainer
         if trainer is None or trainer.world_size * trainer.accumulate_grad_batches == 1:
@@ -154,27 +154,27 @@ class OptimizedTask(pl.LightningModule):
         return own * trainer.world_size / first
 
     def step_factor(self) -> Tensor | float:
-        """Factor on the gradient of a global step, for its number of items instead of micro-batches."""
+        """Compute the gradient factor of a global step, which normalizes by items instead of micro-batches."""
         if self._counts is None:
             return 1.0
         first, total = self._counts
         return first * self.trainer.accumulate_grad_batches / total.clamp_min(1)
 
     def pending_state(self) -> dict[str, Tensor | None]:
-        """State of an optimizer step that is not complete, besides the gradients; equal names in all processes."""
+        """Return the state of an incomplete optimizer step, except gradients; names are equal in all processes."""
         first, total = self._counts or (None, None)
         return {"counts.first": first, "counts.total": total}
 
     def load_pending_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`pending_state` gave, on any device."""
+        """Restore the result of :meth:`pending_state`, on any device."""
         if "counts.first" in state:
             self._counts = state["counts.first"].to(self.device), state["counts.total"].to(self.device)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Lightning's, with a gradient that is normalized over the global step before anything reads it."""
-        assert optimizer_closure is not None  # always given under automatic optimization
+        """Step the optimizer as Lightning does, with a gradient already normalized over the global step."""
+        assert optimizer_closure is not None  # set under automatic optimization
         super().optimizer_step(epoch, batch_idx, optimizer, partial(self.run_last_micro_batch, optimizer_closure))
 
     def run_last_micro_batch(self, closure: Callable[[], Any]) -> Any:
@@ -188,7 +188,7 @@ class OptimizedTask(pl.LightningModule):
         return result
 
     def _step_after_validation(self) -> None:
-        """Step the schedulers that wait for a validation metric; before the checkpoint is saved, which holds them."""
+        """Step the schedulers that monitor a validation metric, before their state is saved in a checkpoint."""
         for config in self.trainer.lr_scheduler_configs:
             if config.frequency != NEVER:
                 continue
@@ -201,5 +201,5 @@ class OptimizedTask(pl.LightningModule):
 
 
 def scale_(gradient: Tensor, factor: Tensor | float) -> None:
-    """Multiply a gradient in place; of a sharded one, each process its own part."""
+    """Multiply a gradient in place; a sharded one by its local shard."""
     (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)

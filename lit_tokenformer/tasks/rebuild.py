@@ -1,4 +1,4 @@
-"""Tasks from checkpoints, and checkpoints from tasks."""
+"""Conversion between tasks and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_tokenformer.registry import TASKS
 
 
 def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A checkpoint with which a fit begins at epoch 0 with a fresh optimizer.
+    """Build a checkpoint that starts a fit at epoch 0 with a fresh optimizer.
 
     Args:
-        task: The task, in any device; what it keeps beside its weights is kept.
+        task: The task, on any device; its state other than the weights is kept.
         state_dict: Its weights.
     """
     checkpoint: dict[str, Any] = {
@@ -35,21 +35,21 @@ def fresh_checkpoint(task: tasks.LitTask, state_dict: dict[str, torch.Tensor]) -
         task.CHECKPOINT_HYPER_PARAMS_KEY: dict(task.hparams),
     }
     task.on_save_checkpoint(checkpoint)
-    del checkpoint["rng_states"]  # a fit shall draw by its own seed
+    del checkpoint["rng_states"]  # a new fit uses its own seed
     return checkpoint
 
 
 def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], device: str = "cpu") -> tasks.LitTask:
-    """The task that a checkpoint belongs to, with its weights.
+    """Rebuild the task of a checkpoint, with its weights.
 
-    It is made here and not by Lightning, whose parser makes classes of texts that look like a config. It is first made
-    without memory, and its sizes are compared with the tensors in the checkpoint: a file of a few bytes may name any.
-    Its optimizer is made when it is built, and only then has to be of a trusted package.
+    The task is not built by Lightning, whose parser instantiates classes from config-like strings. It is first built on
+    the meta device, and its sizes are compared with the tensors in the checkpoint, because a file of a few bytes may
+    claim any size. The optimizer is built later, and must come from a trusted package only then.
 
     Args:
         path: The file or folder.
-        checkpoint: What :func:`read_checkpoint` gave for it; only the task's name is taken from there.
-        device: Where the weights are put; ``meta`` gives their shapes only.
+        checkpoint: Result of :func:`read_checkpoint` for it; only the task's name is read from it.
+        device: Device of the weights; ``meta`` for shapes only.
 
     Raises:
         ValueError: If the task is not registered, or the weights do not fit it.
@@ -60,7 +60,7 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     made = {key: arguments[key] for key in MADE if arguments.get(key) is not None}
     given = {key: value for key, value in arguments.items() if key not in MADE}
     if given.get("_class_path") == f"{kind.__module__}.{kind.__qualname__}":
-        del given["_class_path"]  # of a plugin, which the user has imported
+        del given["_class_path"]  # of a plugin, imported by the user
     check_class_paths(given, path)
     given = {key: given[key] for key in _parameters(kind) if key in given}
     if "optimizer" in made:
@@ -73,19 +73,19 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
             with torch.device(where):
                 task = kind(**given)
             if _numbers(task.state_dict()) > _numbers(saved["state_dict"]):
-                raise ValueError("its arguments are of a larger model than its tensors")
+                raise ValueError("its arguments describe a larger model than its tensors")
             task.on_load_checkpoint(saved)
         task.load_state_dict(saved["state_dict"])
     except UserError:
         raise
-    except Exception as error:  # arguments of other types, say
-        raise UserError(f"ckpt_path: {path} does not make a {name}: {' '.join(str(error).split())}") from None
-    task.hparams.update(made)  # as plain as they came
+    except Exception as error:  # such as arguments of wrong types
+        raise UserError(f"ckpt_path: cannot rebuild a {name} from {path}: {' '.join(str(error).split())}") from None
+    task.hparams.update(made)  # as plain values
     return task
 
 
 def _parameters(kind: type) -> set[str]:
-    """Names of the arguments of a class, those that it hands on to its bases included."""
+    """Return the argument names of a class, including those passed on to its bases."""
     found: set[str] = set()
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -97,10 +97,10 @@ def _parameters(kind: type) -> set[str]:
 
 
 def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` for more blocks than there are tensors; each would be made, even without memory."""
+    """Raise a ``ValueError`` for more blocks than tensors; each block is instantiated, even on the meta device."""
     for depth in (checkpoint.get("grown_depth", 0), *_depths(arguments)):
         if isinstance(depth, int) and depth > len(checkpoint["state_dict"]):
-            raise ValueError(f"depth: {depth} blocks, with {len(checkpoint['state_dict'])} tensors in all")
+            raise ValueError(f"depth: {depth} blocks, but only {len(checkpoint['state_dict'])} tensors")
 
 
 def _depths(arguments: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Resume of a fit: random states, and what differs between the settings of a checkpoint's fit and of this one."""
+"""Resume of a fit: random states, and differences from the settings of the checkpoint's fit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ NEW_EXPERIMENT = "--init_from starts a new experiment from a checkpoint's weight
 
 
 def fit_settings(trainer: Any) -> dict[str, dict[str, Any]]:
-    """Settings of a fit that a resume cannot change, or that change what it means.
+    """Collect the settings of a fit that a resume ignores, or that change the meaning of its progress.
 
     Args:
-        trainer: The trainer, with optimizers and schedulers as they are configured, before any state is restored.
+        trainer: The trainer, with configured optimizers and schedulers, before any state is restored.
 
     Returns:
-        Plain values by the name of the setting, in the groups ``fixed`` (restored from the checkpoint) and ``data``.
+        Plain values by setting name, in the groups ``fixed`` (restored from the checkpoint) and ``data``.
     """
     fixed: dict[str, Any] = {}
     for optimizer in trainer.optimizers[:1]:
         fixed["model.optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         fixed |= {f"model.optimizer.{name}": value for name, value in optimizer.defaults.items()}
     for config in trainer.lr_scheduler_configs[:1]:
-        if not isinstance(config.scheduler, LambdaLR):  # a function of the step is not restored
+        if not isinstance(config.scheduler, LambdaLR):  # functions of the step are not restored
             named = inspect.signature(type(config.scheduler)).parameters
             state = config.scheduler.state_dict()
             fixed |= {f"model.lr_scheduler.{name}": state[name] for name in state if name in named}
     for model in trainer.lightning_module.modules():
-        if isinstance(model, Tokenformer):  # tasks that share their blocks have the same sizes
+        if isinstance(model, Tokenformer):  # tasks with shared blocks have equal sizes
             sizes = {**dict(model.config.tokens.items()), "depth": model.config.depth}
             fixed |= {f"model.overrides.{name}": value for name, value in sizes.items()}
     data = getattr(trainer.datamodule, "data_settings", {})
@@ -47,25 +47,25 @@ def fit_settings(trainer: Any) -> dict[str, dict[str, Any]]:
 
 
 def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Warn of settings that differ from those of the fit that is resumed, and of another learning-rate schedule.
+    """Warn about settings that differ from those of the resumed fit, and about a changed learning-rate schedule.
 
     Args:
         trainer: The trainer, with all state restored.
         present: The settings of this fit, from :func:`fit_settings`.
-        saved: Those of the checkpoint; empty where it has none.
+        saved: The settings in the checkpoint; empty if it has none.
 
     Returns:
-        The settings that are in effect from now on.
+        The settings in effect from now on.
 
     Raises:
-        UserError: If the optimizer is of another class, whose state is another one.
+        UserError: If the optimizer class changed, because its state is incompatible.
     """
     given = {name: saved[name] for name in present if isinstance(saved.get(name), Mapping)}
     fixed, then = present["fixed"], dict(given.get("fixed", {}))
     for optimizer in trainer.optimizers[:1]:
         now = fixed["model.optimizer"]
         before = then.get("model.optimizer", now)
-        restored = optimizer.param_groups[0]  # with the checkpoint's settings only
+        restored = optimizer.param_groups[0]  # contains the checkpoint's settings only
         if before != now or any(name not in restored for name in optimizer.defaults):
             state = f"state of {before!r}" if before != now else "state of another optimizer"
             raise UserError(
@@ -73,13 +73,13 @@ def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str,
             )
     if ineffective := [*_differences(fixed, then)]:
         rank_zero_warn(
-            f"ckpt_path: settings without effect on a resumed fit, the checkpoint's are used: {', '.join(ineffective)}"
+            f"ckpt_path: settings ignored on resume in favor of the checkpoint's: {', '.join(ineffective)}"
             f"; {NEW_EXPERIMENT}"
         )
     if other_data := [*_differences(present["data"], given.get("data", {}))]:
         rank_zero_warn(
-            f"ckpt_path: the fit is resumed with other data settings: {', '.join(other_data)}; optimizer, schedule, "
-            f"epoch and best scores are those of the checkpoint's data; {NEW_EXPERIMENT}"
+            f"ckpt_path: resuming with different data settings: {', '.join(other_data)}; optimizer, schedule, epoch "
+            f"and best scores are those of the checkpoint's data; {NEW_EXPERIMENT}"
         )
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
@@ -96,7 +96,7 @@ def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str,
 
 
 def report_nothing_left(trainer: Any) -> None:
-    """Warn that a resumed fit was at its end already, and name the setting that would continue it."""
+    """Warn if a resumed fit has already ended, and name the setting that continues it."""
     limits = {
         "max_steps": (trainer.max_steps, trainer.global_step),
         "max_epochs": (trainer.max_epochs, trainer.current_epoch),
@@ -104,7 +104,7 @@ def report_nothing_left(trainer: Any) -> None:
     for name, (limit, reached) in limits.items():
         if limit is not None and 0 <= limit <= reached:
             rank_zero_warn(
-                f"ckpt_path: nothing left to train, the checkpoint is at the end of the fit (trainer.{name}={limit}); "
+                f"ckpt_path: nothing left to train: the checkpoint is at the end of the fit (trainer.{name}={limit}); "
                 f"raise trainer.{name} to continue it; {NEW_EXPERIMENT}"
             )
             return
@@ -117,13 +117,13 @@ def _differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterat
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a scalar, or a list or tuple of scalars, which any checkpoint can hold."""
+    """Return whether a value is a scalar, or a list or tuple of scalars, as allowed in any checkpoint."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, in types that load with ``weights_only=True``."""
+    """Return the state of all random generators used in training, in types that load with ``weights_only=True``."""
     version, internal, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     return {
@@ -135,11 +135,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], ckpt_path: str) -> None:
-    """Restore what :func:`rng_state` returned.
+    """Restore the result of :func:`rng_state`.
 
     Args:
         state: The state.
-        ckpt_path: The checkpoint that it is from, for errors.
+        ckpt_path: Its checkpoint, for errors.
 
     Raises:
         UserError: If a value has another type.
@@ -152,5 +152,5 @@ def set_rng_state(state: dict[str, Any], ckpt_path: str) -> None:
         random.setstate((version, tuple(internal), gauss))
         keys, *rest = state["numpy"]
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
-    except Exception as error:  # those of wrong types have no common class
+    except Exception as error:  # wrong types raise no common class
         raise UserError(f"ckpt_path: {ckpt_path}: rng_states: unexpected values ({error})") from None

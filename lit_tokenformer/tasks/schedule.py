@@ -1,4 +1,4 @@
-"""Learning rate schedules in closed form: the rate of any step follows from its number alone; and when torch's step."""
+"""Closed-form learning-rate schedules, functions of the step index only, and timing of torch schedulers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from lit_tokenformer.errors import UserError, unknown_name
 
 NEVER = sys.maxsize
-"""Frequency under which Lightning never steps a scheduler, because the task does, after each validation."""
+"""Frequency at which Lightning never steps a scheduler; the task steps it after each validation."""
 
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Warm-up, and what follows it.
+    """Learning-rate schedule with linear warm-up.
 
     Args:
         name: ``cosine``, ``constant``, or ``wsd`` (warm-up, stable, linear decay at the end).
@@ -27,9 +27,9 @@ class LRSchedule:
         warmup_start: Factor on the learning rate at the first step of the warm-up.
         decay: Length of the decay of ``wsd``, in ``unit``.
         min_factor: Factor on the learning rate at the last step of ``cosine`` and ``wsd``.
-        unit: What ``warmup`` and ``decay`` are measured in: ``epoch``, ``step`` (optimizer steps) or ``share`` (of all
-            steps, or of those between two restarts).
-        restarts: Optimizer steps at which it begins anew, warm-up included, in rising order.
+        unit: Unit of ``warmup`` and ``decay``: ``epoch``, ``step`` (optimizer steps) or ``share`` (of all steps, or of
+            those between two restarts).
+        restarts: Optimizer steps at which the schedule restarts, including warm-up, in increasing order.
     """
 
     name: str = "cosine"
@@ -54,15 +54,15 @@ class LRSchedule:
             if not 0 <= getattr(self, setting) <= 1:
                 raise UserError(f"schedule.{setting}: expected a factor in [0, 1], got {getattr(self, setting)}")
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.restarts))):
-            raise UserError(f"schedule.restarts: expected steps above 0 in rising order, got {list(self.restarts)}")
+            raise UserError(f"schedule.restarts: expected increasing steps above 0, got {list(self.restarts)}")
 
     def check_endless(self) -> None:
-        """Raise a ``UserError`` if the schedule cannot do without the length of the fit."""
+        """Raise a ``UserError`` if the schedule requires the length of the fit."""
         if self.name != "constant" or self.unit == "share":
-            raise UserError(f"schedule.name: {self.name!r} needs an end; set trainer.max_epochs or trainer.max_steps")
+            raise UserError(f"schedule.name: {self.name!r} needs a limit; set trainer.max_epochs or trainer.max_steps")
 
     def factor(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
-        """The factor on the learning rate.
+        """Compute the factor on the learning rate.
 
         Args:
             step: Zero-based optimizer step.
@@ -91,14 +91,14 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
-    """When a torch scheduler steps, as in Lightning's ``lr_scheduler_config``.
+    """Timing of a torch scheduler, as in Lightning's ``lr_scheduler_config``.
 
     Args:
-        interval: ``step`` (optimizer steps) or ``epoch``. ``None`` is ``step`` for ``OneCycleLR``, ``CyclicLR`` and
-            where only steps limit the fit, else ``epoch``; a ``ReduceLROnPlateau`` on a validation metric steps after
-            each validation.
+        interval: ``step`` (optimizer steps) or ``epoch``. ``None`` means ``step`` for ``OneCycleLR``, for ``CyclicLR``
+            and if only steps limit the fit, otherwise ``epoch``. A ``ReduceLROnPlateau`` on a validation metric steps
+            after each validation.
         frequency: Intervals between two steps of the scheduler.
-        monitor: Metric of a ``ReduceLROnPlateau``; ``None`` takes the scheduler's own ``monitor``.
+        monitor: Metric of a ``ReduceLROnPlateau``; ``None`` uses the scheduler's own ``monitor``.
     """
 
     interval: str | None = None
@@ -114,11 +114,11 @@ class LRSchedulerConfig:
             raise UserError("model.lr_scheduler_config.frequency: needs interval, step or epoch")
 
     def resolve(self, scheduler: Any, trainer: Trainer) -> dict[str, Any]:
-        """Interval, frequency and monitor for a scheduler.
+        """Determine interval, frequency and monitor for a scheduler.
 
         Args:
             scheduler: A torch scheduler.
-            trainer: The trainer, which knows what limits the fit.
+            trainer: The trainer, whose settings limit the fit.
 
         Raises:
             ValueError: For a ``ReduceLROnPlateau`` without a metric.
@@ -136,7 +136,7 @@ class LRSchedulerConfig:
 
 
 def _ends_by_steps(trainer: Trainer) -> bool:
-    """Whether a fit has no limit in epochs, or ends before its first epoch does."""
+    """Return whether a fit has no epoch limit, or ends within its first epoch."""
     if trainer.max_steps < 0 or trainer.max_epochs == -1:
         return trainer.max_steps >= 0
     total = trainer.estimated_stepping_batches
