@@ -373,7 +373,8 @@ class ParameterGrowthCallback(Callback):
         self._report(trainer, event, parameters, flops)
 
     def _report(self, trainer: Trainer, event: dict[str, Any], parameters: int, flops: float) -> None:
-        pairs = {kind: f"{event['before'][kind]} -> {total}" for kind, total in event["after"].items()}
+        before = event["before"]
+        pairs = {kind: f"{before[kind]} -> {total}" for kind, total in event["after"].items() if total > before[kind]}
         facts = [
             f"Growth at epoch {event['epoch']}, step {event['step']} by {self.method}: {describe_sizes(pairs)}",
             f"{parameters / 1e6:.2f} -> {event['parameters'] / 1e6:.2f} M parameters",
