@@ -422,7 +422,7 @@ def test_another_callbacks_package_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli.main."))]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match="another package named 'callbacks' hides ours") as caught:
+    with pytest.raises(ImportError, match="callbacks: shadowed by another package") as caught:
         importlib.import_module("lit_tokenformer.cli.main")
     assert str(tmp_path) in str(caught.value)
     monkeypatch.delitem(sys.modules, "callbacks")

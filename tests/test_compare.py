@@ -191,7 +191,7 @@ def entry(preset, **settings):
         (entry("gpt2_tiny", grow=True), [], "'gpt2_tiny grow': grow: no Pattention layer to grow"),
         ("[{preset: tokenformer_lm_tiny, grow: {0.5: 2}}]", [], "qkv would shrink from 8 to 2"),
         ("[{preset: tokenformer_lm_tiny, grow: {0.5: matched}}]", [], "grow: 'matched' needs a value of match"),
-        ("[gpt2_tiny]", ["--match=size"], "match: expected 'parameters'"),
+        ("[gpt2_tiny]", ["--match=size"], "match: expected 'parameters', 'flops' or null, got 'size'"),
         ("[gpt2_tiny]", ["--budget=wall"], "budget: wall needs seconds"),
         ("[gpt2_tiny]", ["--budget=hours=2"], "budget: expected steps[=N], flops[=F] or wall=SECONDS"),
         ("[gpt2_tiny]", ["--budget=flops=10"], "budget: 10 FLOPs are less than two steps of 'gpt2_tiny'"),
