@@ -234,7 +234,7 @@ def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
     assert cheap < 0.7 * whole == 0.7 * scratch
     assert sums(schedule, *half) == pytest.approx([(whole + cheap) / 2, whole], rel=0.01)
     assert plan(schedule, *half, "--budget", 1e12) == 2
-    assert "budget: no schedule is proposed beside a PatchDropSchedule" in capsys.readouterr().err
+    assert "budget: not supported with PatchDropSchedule" in capsys.readouterr().err
 
 
 def shown_help(capsys, *args):

@@ -142,8 +142,8 @@ def import_weights(
     size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
-            f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the embedding "
-            f"in {weights})"
+            f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the "
+            f"embedding in {weights})"
         )
     preset, overrides = _preset_of(config)
     with torch.device("meta"):  # only shapes are needed

@@ -152,8 +152,8 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
         parser_kwargs={
             "prog": "lit-tokenformer",
             "description": "Train models that grow during training.",
-            "epilog": "--plugins MODULE, before or after any command, imports a module that registers custom parts, data "
-            "or tasks (repeatable).",
+            "epilog": "--plugins MODULE, before or after any command, imports a module that registers custom parts, "
+            "data or tasks (repeatable).",
             "version": __version__,
             "parser_mode": MODE,
             "default_env": True,
