@@ -1,4 +1,4 @@
-"""``python -m lit_tokenformer``."""
+"""Entry point of ``python -m lit_tokenformer``."""
 
 import sys
 

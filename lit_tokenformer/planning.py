@@ -1,4 +1,4 @@
-"""Growth plans: the cost of a fit stage by stage, and a growth schedule for a compute budget."""
+"""Growth plans: the cost of a fit by stage, and a growth schedule for a compute budget."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lit_tokenformer.models import TokenformerConfig
 from lit_tokenformer.models.config import KINDS
 
 Growth = tuple[int, int, dict[str, int]]
-"""Key in the schedule, the optimizer step at which it is due, and the totals of each kind."""
+"""Key in the schedule, its optimizer step, and the totals by kind."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of a training run between two growths.
+    """Stage of a training run between two growths.
 
     Args:
-        start: The epoch or step at which it begins.
-        steps: Optimizer steps in it.
-        tokens: Parameter tokens of each kind.
-        cost: What the model costs at this size, at the beginning of the stage.
-        training_flops: Operations of all its steps together.
+        start: First epoch or step.
+        steps: Number of optimizer steps.
+        tokens: Parameter tokens by kind.
+        cost: Cost of the model at the start of the stage.
+        training_flops: Training FLOPs of all steps.
     """
 
     start: int
@@ -45,18 +45,18 @@ def plan_stages(
     patch_drop_rates: Mapping[int, float] | None = None,
     checkpointing: bool = False,
 ) -> list[Stage]:
-    """Split a run into stages and compute what each costs.
+    """Split a run into stages and compute the cost of each.
 
     Args:
-        config: The initial architecture.
-        growths: The growths in order.
-        total_steps: Optimizer steps of the whole run.
-        samples_per_step: Samples in one optimizer step, over all processes.
-        patch_drop_rates: Steps in rising order, from each of which another share of the patches is left out.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        config: Initial architecture.
+        growths: Growths in order.
+        total_steps: Optimizer steps of the run.
+        samples_per_step: Samples per optimizer step over all processes.
+        patch_drop_rates: Patch drop rates by the step from which each applies, in ascending order.
+        checkpointing: Recompute blocks in the backward pass (activation checkpointing).
 
     Returns:
-        One stage more than there are growths; the last one's size is the final one.
+        The initial stage, and one per growth.
     """
     named = {kind for _, _, size in growths for kind in size} - {"depth"}
     initial = {kind: total for kind, total in config.size.items() if kind in KINDS or kind in named}
@@ -78,23 +78,23 @@ def plan_stages(
 
 
 FEW_EPOCHS = 1
-"""How often data were read at most where the rule was measured."""
+"""Maximum number of epochs in the runs that the rule was measured on."""
 
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """How a model grows on a budget, as ``benchmarks/growth_study`` measured it.
+    """Growth schedule as a function of the compute budget, measured in ``benchmarks/growth_study``.
 
     Args:
-        depth: Blocks at birth, as a share of the final ones.
-        tokens: Parameter tokens of each stage as shares of the final ones, for models whose blocks cannot be inserted.
-        at: Shares of the optimizer steps at which the stages after the first begin, where depth grows.
-        tokens_at: The same where tokens grow.
-        data_tokens_per_parameter: Data tokens that a fit should see for each parameter of the final size, embedding and
-            head not counted; with fewer, a smaller size from scratch was better.
-        decay: Share of the steps over which the learning rate falls at the end.
-        epochs: Most passes over text; more are worth less and less (arXiv 2305.16264, section 6).
-        image_epochs: Most passes over images, which are augmented; those of the published ImageNet recipe.
+        depth: Initial depth as a share of the final depth.
+        tokens: Parameter tokens per stage as shares of the final ones, for models without inserted blocks.
+        at: Shares of the optimizer steps at which depth grows.
+        tokens_at: Shares of the optimizer steps at which tokens grow.
+        data_tokens_per_parameter: Minimum number of data tokens per non-embedding parameter of the final size; below
+            it, a smaller size from scratch was better.
+        decay: Share of the steps over which the learning rate decays.
+        epochs: Maximum number of epochs over text; more have diminishing returns (arXiv 2305.16264, section 6).
+        image_epochs: Maximum number of epochs over augmented images, as in the published ImageNet recipe.
     """
 
     depth: float = 1 / 3
@@ -108,16 +108,16 @@ class GrowthRule:
 
 
 Size = dict[str, int]
-"""Parameter tokens of each kind, and ``depth``."""
+"""Parameter tokens by kind, and ``depth``."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule of growth.
+    """Proposed growth schedule.
 
     Args:
-        sizes: The size at each stage.
-        starts: The steps at which the stages after the first begin.
+        sizes: Size of each stage.
+        starts: First step of each stage after the first.
         steps: Optimizer steps of the fit.
     """
 
@@ -126,7 +126,7 @@ class Proposal:
     steps: int
 
     def settings(self, rule: GrowthRule) -> str:
-        """What to write into a config, in YAML."""
+        """Format the schedule as settings of a config, in YAML."""
         changes = [
             {name: total for name, total in after.items() if before[name] != total}
             for before, after in itertools.pairwise(self.sizes)
@@ -138,14 +138,14 @@ class Proposal:
             "max_epochs": -1,
             "callbacks": [{"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth}],
         }
-        birth = {"depth": self.sizes[0]["depth"], "param_tokens": _tokens(self.sizes[0])}
+        initial = {"depth": self.sizes[0]["depth"], "param_tokens": _tokens(self.sizes[0])}
         return yaml.safe_dump(
-            {"trainer": trainer, "model": {"init_args": {"overrides": birth, "schedule": rate}}}, sort_keys=False
+            {"trainer": trainer, "model": {"init_args": {"overrides": initial, "schedule": rate}}}, sort_keys=False
         )
 
 
 def propose(
-    birth: Size,
+    target: Size,
     deepens: bool,
     budget: float,
     step_flops: Callable[[Size], float],
@@ -155,21 +155,24 @@ def propose(
     max_steps: float = math.inf,
     pattern: int = 1,
 ) -> Proposal:
-    """The most parameter tokens that a budget is enough for at a given depth, and the way to them.
+    """Propose the largest number of parameter tokens within a compute budget, and the growth schedule to it.
 
     Args:
-        birth: Depth at the end, and parameter tokens whose proportions the proposal keeps.
-        deepens: Whether blocks can be inserted; else tokens grow.
-        budget: Operations of all training steps.
-        step_flops: Operations of an optimizer step at a size.
-        step_data_tokens: Data tokens in an optimizer step.
-        parameters: Parameters at a size, embedding and head not counted.
-        rule: What was measured.
-        max_steps: Most optimizer steps, by how often the data may be read.
-        pattern: Blocks in a repeat of those that differ; depth grows by whole repeats.
+        target: Final depth, and parameter tokens; the proposal keeps the ratios between kinds.
+        deepens: Grow depth by inserting blocks; otherwise grow tokens.
+        budget: Compute budget in training FLOPs.
+        step_flops: Training FLOPs per optimizer step at a size.
+        step_data_tokens: Data tokens per optimizer step.
+        parameters: Non-embedding parameters at a size.
+        rule: Growth rule.
+        max_steps: Maximum number of optimizer steps, from the limit on epochs.
+        pattern: Blocks per repetition of the block pattern; depth grows by whole repetitions.
+
+    Returns:
+        Sizes, growth steps and length of the fit.
 
     Raises:
-        ValueError: If the model cannot grow, or if the budget is too small.
+        UserError: If the model cannot grow, or the budget is too small.
 
     Example:
         >>> size = {"qkv": 2, "ffn": 8, "depth": 6}
@@ -178,17 +181,17 @@ def propose(
         >>> found.sizes, found.starts, found.steps
         ([{'qkv': 72, 'ffn': 288, 'depth': 2}, {'qkv': 72, 'ffn': 288, 'depth': 6}], [868], 2893)
     """
-    unit = {kind: total // math.gcd(*_tokens(birth).values()) for kind, total in _tokens(birth).items()}
+    unit = {kind: total // math.gcd(*_tokens(target).values()) for kind, total in _tokens(target).items()}
     if not unit:
-        raise UserError("budget: the model has no Pattention layer whose tokens could be chosen (projection: linear)")
+        raise UserError("budget: the model has no Pattention layers (got projection linear, expected pattention)")
     if not 0 < budget < math.inf:
-        raise UserError(f"budget: expected a number of operations above 0, got {budget}")
-    depth = birth["depth"]
+        raise UserError(f"budget: expected a positive number of FLOPs, got {budget}")
+    depth = target["depth"]
     first = pattern * max(1, round(rule.depth * depth / pattern))
     deepens = deepens and first < depth
     shares, at = (rule.tokens, rule.tokens_at) if not deepens else ((1.0, 1.0), rule.at)
     depths = [first, depth] if deepens else [depth] * len(shares)
-    whole = round(1 / min(shares))  # multiples of this can be divided into the shares
+    whole = round(1 / min(shares))  # multiples of it divide exactly into the shares
 
     def at_size(size: int) -> Proposal:
         sizes = [
@@ -214,12 +217,12 @@ def propose(
         low, high = (middle, high) if is_enough(middle * whole) else (low, middle)
     if not low:
         found = at_size(whole)
-        told = ", ".join(f"{kind} {total}" for kind, total in found.sizes[-1].items())
+        final = ", ".join(f"{kind} {total}" for kind, total in found.sizes[-1].items())
         raise UserError(
-            f"budget: {budget:.3g} operations are {found.steps} steps of the smallest schedule (at its end {told}"
-            f"{', at most so many by the data' if found.steps == max_steps else ''}), less than "
-            f"{rule.data_tokens_per_parameter:g} data tokens a parameter; give "
-            f"{'more data' if found.steps == max_steps else 'more'}, or a smaller model"
+            f"budget: {budget:.3g} FLOPs are {found.steps} steps of the smallest schedule (final size {final}"
+            f"{', steps limited by the data' if found.steps == max_steps else ''}), fewer than "
+            f"{rule.data_tokens_per_parameter:g} data tokens per parameter; "
+            f"{'add data' if found.steps == max_steps else 'raise the budget'} or reduce the model"
         )
     rounded = low - low % 8 if low > 32 else low  # multiples of 8 are faster
     return at_size(rounded * whole)

@@ -150,7 +150,7 @@ COMMAND_LINE = [
         "model.init_args.preset: Interpolation key 'nothing.here' not found",
     ),
     ("value_that_a_library_refuses", image("--trainer.callbacks+", "Timer", "--trainer.callbacks.interval", "x"), "x"),
-    ("type_of_list", text("--data.files", "a.txt"), "files: expected one of list.str., NoneType, got a.txt"),
+    ("type_of_list", text("--data.files", "a.txt"), "files: expected list.str. or null, got 'a.txt'"),
 ]
 
 NUMBERS = [
@@ -351,7 +351,7 @@ ENVIRONMENT = [
     (
         "variable_of_wrong_type",
         lambda given: [*image_fit(given), *given.env(LIT_TOKENFORMER_FIT__TRAINER__MAX_EPOCHS="many")],
-        "trainer.max_epochs: expected one of int, NoneType, got many",
+        "trainer.max_epochs: expected int or null, got 'many'",
     ),
     (
         "default_root_dir",
@@ -368,7 +368,7 @@ ENVIRONMENT = [
     (
         "unknown_precision",
         image("--trainer.precision", "8-mixed"),
-        "trainer.precision: expected one of .*16-mixed.*, got 8-mixed",
+        "trainer.precision: expected .*'16-mixed'.* or null, got '8-mixed'",
     ),
     ("unknown_strategy", image("--trainer.strategy", "ddpp"), "trainer: .*`strategy='ddpp'`"),
     (

@@ -234,7 +234,7 @@ def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
     assert cheap < 0.7 * whole == 0.7 * scratch
     assert sums(schedule, *half) == pytest.approx([(whole + cheap) / 2, whole], rel=0.01)
     assert plan(schedule, *half, "--budget", 1e12) == 2
-    assert "budget: no schedule is proposed beside a PatchDropSchedule" in capsys.readouterr().err
+    assert "budget: not supported with PatchDropSchedule" in capsys.readouterr().err
 
 
 def shown_help(capsys, *args):
@@ -422,7 +422,7 @@ def test_another_callbacks_package_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli.main."))]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match="another package named 'callbacks' hides ours") as caught:
+    with pytest.raises(ImportError, match="callbacks: shadowed by another package") as caught:
         importlib.import_module("lit_tokenformer.cli.main")
     assert str(tmp_path) in str(caught.value)
     monkeypatch.delitem(sys.modules, "callbacks")

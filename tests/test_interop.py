@@ -432,7 +432,9 @@ def test_damaged_and_missing_files_are_told(file, tmp_path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     folder = publish(tmp_path / "one", published_weights(), vocabulary=38)
-    with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer.json has 38 tokens, the embedding .* only 37 rows"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer: .*tokenizer.json has 38 tokens \(expected at most 37, the rows of the embedding"
+    ):
         import_weights(str(folder))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer: cannot read .*tokenizer.json"):
@@ -498,7 +500,7 @@ def test_commands_import_export_and_never_overwrite(tmp_path, capsys):
     with pytest.raises(ValueError, match="output: .*back exists already"):
         export_weights(str(path), str(back))
     (path.parent / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json exists already, and is another tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json exists already with another tokenizer"):
         import_weights(str(folder), str(path.with_name("two.ckpt")))
     for wrong, near in (({"dtype": "float61"}, "float16"), ({"format": "safetensor"}, "safetensors")):
         with pytest.raises(ValueError, match=f"did you mean '{near}'"):

@@ -86,7 +86,7 @@ def test_activation_checkpointing_counts_in_every_stage():
         ({"callbacks": [{"schedule": {9: 64}, "unit": "step"}]}, "schedule: step 9 is beyond the end of the fit"),
         ({"callbacks": [{"schedule": {3: 64}}]}, "schedule: epoch 3 is beyond the end of the fit"),
         ({"strategy": "fsdp", "callbacks": [{"schedule": {1: 64}}]}, "trainer.strategy: a model cannot grow under"),
-        ({"model": "lightning.pytorch.demos.boring_classes.BoringModel"}, "model: plan knows no cost of a BoringModel"),
+        ({"model": "lightning.pytorch.demos.boring_classes.BoringModel"}, "model: no cost model for BoringModel"),
     ],
 )
 def test_plan_refuses_what_a_fit_refuses_and_modules_without_a_cost(change, message, tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
     shares = [re.findall(r"([\d.]+)% of scratch", one) for one in (shown, again)]
     assert shares[0] == shares[1] and 50 < float(shares[0][0]) < 100
     assert main(["plan", "--config", str(base), "--budget", "1e3"]) == 2
-    assert capsys.readouterr().err.startswith("error: budget: 1e+03 operations are")
+    assert capsys.readouterr().err.startswith("error: budget: 1e+03 FLOPs are")
     assert (
         main(
             [

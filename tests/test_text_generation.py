@@ -372,7 +372,7 @@ def test_command_gives_one_object_for_each_prompt(checkpoint, capsys):
     assert [one["prompt"] for one in given] == prompts and [one["completion"] for one in given] == texts
     assert [(one["tokens"], one["stopped"], one["seed"]) for one in given] == [(2, "context", 7), (12, "length", 7)]
     assert all(one["tokens_per_second"] == pytest.approx(one["tokens"] / one["seconds"], rel=0.01) for one in given)
-    assert shown.err == "note: prompt 1: the text ends where the context of 64 tokens is full\n"
+    assert shown.err == "note: prompt 1: stopped at the context length of 64 tokens\n"
 
 
 def test_command_stops_at_texts(checkpoint, capsys):

@@ -1,4 +1,4 @@
-"""The command line."""
+"""Command-line interface."""
 
 from lit_tokenformer.cli.main import main
 

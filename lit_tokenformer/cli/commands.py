@@ -1,5 +1,4 @@
-"""Commands that are no method of a trainer: growing a checkpoint between two runs, published weights in and out, text
-from a checkpoint."""
+"""Commands that run without a trainer: grow, import, export, split, generate and evaluate."""
 
 from __future__ import annotations
 
@@ -43,20 +42,21 @@ def grow_checkpoint(
     """Grow a checkpoint between two runs, optimizer state and moving averages included.
 
     Args:
-        ckpt_path: A checkpoint of a fit.
-        tokens: Totals: a number n of parameter tokens (qkv n, proj n, ffn 4n) or totals by kind,
-            ``{qkv: n, proj: n, ffn: m, hidden: h, heads: H, depth: L}``.
-        output: Path of the larger checkpoint; by default next to the first, with ``-grown`` in its name.
-        method: Growth method: split, zero or random.
-        noise: Size of the differences between the copies of a split, in standard deviations of initial values.
-        new_state: Second moments of units that are no copies: mean or zeros; reset drops the optimizer's state.
-        seed: Seed of the new units.
+        ckpt_path: Path to a checkpoint of a fit.
+        tokens: Total size after growth: a number n of parameter tokens (qkv n, proj n, ffn 4n), or totals by kind,
+            {qkv: n, proj: n, ffn: m, hidden: h, heads: H, depth: L}.
+        output: Path of the grown checkpoint; defaults to CKPT_PATH with "-grown" appended to its stem.
+        method: Growth method: "split", "zero" or "random".
+        noise: Noise scale between the copies of a split, in standard deviations of the weight initialization.
+        new_state: Second moments of new units that are not copies: "mean" or "zeros"; "reset" drops the optimizer
+            state.
+        seed: Random seed for the new units.
 
     Returns:
-        The path of the new checkpoint.
+        Path of the grown checkpoint.
 
     Raises:
-        UserError: If the checkpoint cannot be read, the totals do not fit it, or the output exists already.
+        UserError: If the checkpoint cannot be read, the totals do not fit it, or the output already exists.
     """
     target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-grown.ckpt")
     if target.exists():
@@ -68,7 +68,7 @@ def grow_checkpoint(
     settings: dict[str, Any] = {"method": method, "noise": noise, "seed": seed}
     before = grown_sizes(task, tokens)
 
-    averaged = checkpoint.get("current_model_state") is not None  # then state_dict holds the moving average
+    averaged = checkpoint.get("current_model_state") is not None  # then state_dict is the moving average
     if averaged:
         grow(task, tokens, **settings)
         checkpoint["state_dict"] = task.state_dict()
@@ -83,7 +83,7 @@ def grow_checkpoint(
         for grown in grow_with_optimizers(task, tokens, optimizers, new_state=new_state, **settings):
             rows |= row_map(grown.name, grown.grown)
     checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
-    if "optimizer_states" in checkpoint:  # else it is of weights only, and stays so
+    if "optimizer_states" in checkpoint:  # else a weights-only checkpoint stays one
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
     task.save_size(checkpoint)
     after = grown_sizes(task, tokens)
@@ -109,24 +109,24 @@ def import_weights(
     tokenizer: str | None = None,
     project: str = "tokenformer",
 ) -> Path:
-    """Makes a checkpoint of published TokenFormer weights, to generate from, to evaluate, to grow or to fit further.
+    """Import published TokenFormer weights as a checkpoint to generate from, evaluate, grow or finetune.
 
-    The checkpoint holds the tensors as they are in the file, so that an export gives them back bit for bit. Whatever
-    loads it makes float32 weights of them. A fit from it begins at epoch 0 with a fresh optimizer.
+    The checkpoint contains the tensors of the file unchanged, so an export is bit-identical. Loading converts the
+    weights to float32. A fit from the checkpoint starts at epoch 0 with a fresh optimizer.
 
     Args:
-        source: A pytorch_model.bin, a .safetensors file, or the folder that holds one.
-        output: Where the checkpoint is written; by default beside the weights, under their name with .ckpt.
-        config_json: The architecture; by default the config.json beside the weights.
-        tokenizer: Its tokenizer.json; by default the one beside the weights, if there is one.
-        project: Project in whose format the weights are: tokenformer, or a plugin's.
+        source: Path to a pytorch_model.bin, a .safetensors file, or a folder with one of them.
+        output: Path of the checkpoint; defaults to SOURCE with the suffix .ckpt.
+        config_json: Path to the architecture's config.json; defaults to the one next to the weights.
+        tokenizer: Path to the tokenizer.json; defaults to the one next to the weights, if any.
+        project: Weight format: "tokenformer", or one registered by a plugin.
 
     Returns:
-        The path of what was written; a tokenizer.json stands beside it.
+        Path of the checkpoint; its tokenizer.json is written next to it.
 
     Raises:
-        ValueError: If a file cannot be read or holds pickled code, if a tensor is missing, superfluous or misshapen,
-            if the tokenizer has more tokens than the embedding, or if the output exists already.
+        UserError: If a file cannot be read or contains pickled code, if a tensor is missing, unexpected or misshapen,
+            if the tokenizer has more tokens than the embedding, or if the output already exists.
     """
     known: WeightFormat = WEIGHT_FORMATS[project]
     weights = known.find(source)
@@ -137,15 +137,16 @@ def import_weights(
     if target.exists():
         raise UserError(f"output: {target} exists already")
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
-        raise UserError(f"output: {copy} exists already, and is another tokenizer")
+        raise UserError(f"output: {copy} exists already with another tokenizer")
     config, state = known.read(weights, config_json)
     size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
-            f"tokenizer: {vocabulary} has {size} tokens, the embedding in {weights} only {config.vocab_size} rows"
+            f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the "
+            f"embedding in {weights})"
         )
     preset, overrides = _preset_of(config)
-    with torch.device("meta"):  # shapes are all it needs
+    with torch.device("meta"):  # only shapes are needed
         task = tasks.LitCausalLM(preset, config.vocab_size, config.context_length, overrides=overrides)  # type: ignore
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
     task.tokenizer_json = text
@@ -166,21 +167,23 @@ def export_weights(
     dtype: str | None = None,
     project: str = "tokenformer",
 ) -> Path:
-    """Writes the model of a checkpoint as TokenFormer's are published; of a fit with a moving average, the average.
+    """Export a checkpoint to the published TokenFormer format.
+
+    The weights are the moving average where the fit has one.
 
     Args:
-        ckpt_path: A checkpoint of a causal language model.
-        output: A folder that is not there yet; it gets the weights, config.json and, if known, tokenizer.json.
-        format: safetensors (model.safetensors) or bin (pytorch_model.bin).
-        dtype: Precision of the weights: float32, float16 or bfloat16; by default that of the checkpoint.
-        project: Project in whose format they are written: tokenformer, or a plugin's.
+        ckpt_path: Path to a checkpoint of a causal language model.
+        output: New folder for the weights, config.json and, if the checkpoint has a tokenizer, tokenizer.json.
+        format: File format: "safetensors" (model.safetensors) or "bin" (pytorch_model.bin).
+        dtype: Data type of the weights: "float32", "float16" or "bfloat16"; defaults to that of the checkpoint.
+        project: Weight format: "tokenformer", or one registered by a plugin.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, if the published format has no such architecture, if a tau is
-            not the square root of its number of tokens, or if the output exists already.
+        UserError: If the checkpoint cannot be read, if the format does not support the architecture, if a tau is not
+            the square root of its number of tokens, or if the output already exists.
     """
     known: WeightFormat = WEIGHT_FORMATS[project]
     with _new_folder(output) as folder:
@@ -195,27 +198,29 @@ def export_weights(
 
 
 def split_checkpoint(ckpt_path: str, output: str) -> Path:
-    """Takes the tasks of a multi-task checkpoint apart: a checkpoint of each, which gives the same outputs.
+    """Split a multi-task checkpoint into one checkpoint per task with the same outputs.
 
-    They serve as any other checkpoint of such a task: to validate, to predict or generate with, to export, to grow. A
-    fit from one begins at epoch 0 with a fresh optimizer. Of a fit with a moving average, they hold the average.
+    Every command accepts the checkpoints. A fit from one starts at epoch 0 with a fresh optimizer. The weights are the
+    moving average where the fit has one.
 
     Args:
-        ckpt_path: A checkpoint of LitMultiTask.
-        output: A folder that is not there yet; it gets NAME.ckpt of each task and, if known, tokenizer.json
-            (NAME.tokenizer.json, where several tasks have one).
+        ckpt_path: Path to a checkpoint of LitMultiTask.
+        output: New folder for NAME.ckpt of each task and, if a task has a tokenizer, tokenizer.json
+            (NAME.tokenizer.json if several tasks have one).
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: If the checkpoint cannot be read or is of a single task, or if the output exists already.
+        UserError: If the checkpoint cannot be read or is of a single task, or if the output already exists.
     """
     with _new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
         task = rebuild_task(ckpt_path, checkpoint, device="meta")
         if not isinstance(task, tasks.LitMultiTask):
-            raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}, not of several tasks")
+            raise UserError(
+                f"ckpt_path: expected a checkpoint of LitMultiTask, got {type(task).__name__} in {ckpt_path}"
+            )
         weights = checkpoint["state_dict"]
         for name, part in task.tasks.items():
             state = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
@@ -227,10 +232,10 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
 
 @contextmanager
 def _new_folder(output: str) -> Iterator[Path]:
-    """Create a folder that gets its name when the block ends, and report its files.
+    """Create a folder atomically: rename it to ``output`` at the end of the block, and print its files.
 
     Raises:
-        ValueError: If the name is taken, or the folder cannot be written.
+        UserError: If the output already exists or cannot be written.
     """
     target = Path(output)
     if target.exists():
@@ -262,7 +267,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
-    """The preset that differs least from a config, and the fields in which it does, sizes of the data aside."""
+    """Find the preset nearest to a config, and the fields that differ; sizes of the data are ignored."""
     found: dict[str, dict[str, Any]] = {}
     for name in list_presets():
         base = preset_config(name, vocab_size=config.vocab_size, context_length=config.context_length)
@@ -284,29 +289,29 @@ def generate_text(
     format: str = "text",
     device: str = "auto",
 ) -> None:
-    """Writes text with a language model, and shows it while it is produced.
+    """Generate text with a language model and stream it to the standard output.
 
     Args:
-        ckpt_path: A checkpoint of a fit.
-        prompt: Texts to go on from, several at once; without, a new document is written.
-        max_new_tokens: Tokens that are written after each prompt at most.
-        temperature: How freely the next token is chosen; 0 always takes the most probable.
-        top_k: Only the k most probable tokens are chosen from.
-        top_p: Only the most probable tokens that together have this probability are chosen from.
-        repetition_penalty: Makes tokens that occurred before less probable if above 1.
-        stop: Texts that end the text where they appear; the separator of documents ends it too.
-        seed: The same seed gives the same text.
-        format: text shows prompts and what was written; json gives a line with one object for each prompt.
-        device: Where the model runs; auto takes the accelerator, if there is one.
+        ckpt_path: Path to a checkpoint of a fit.
+        prompt: Prompts to continue, decoded as one batch; an empty prompt starts a new document.
+        max_new_tokens: Maximum number of tokens to generate per prompt.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_k: Sample from the k most probable tokens only.
+        top_p: Nucleus sampling: sample from the smallest set of tokens with at least this total probability.
+        repetition_penalty: Penalty on tokens that occurred before; values above 1 reduce repetition.
+        stop: Strings that end a completion; the document separator ends it too.
+        seed: Random seed of sampling.
+        format: Output format: "text" prints prompts and completions, "json" one JSON object per line and prompt.
+        device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
 
     Raises:
-        ValueError: If the checkpoint cannot be used, a setting is out of range, or a prompt does not fit the context.
+        UserError: If the checkpoint cannot be used, a setting is out of range, or a prompt exceeds the context.
     """
     if format not in _FORMATS:
         raise unknown_name("format", format, _FORMATS)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     generator = TextGenerator.load(ckpt_path, device)
-    number, printed = 0, 0  # the prompt that is shown, and how much of it
+    number, printed = 0, 0  # the current prompt, and its characters printed so far
     for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
         while number < len(completions):
             shown = _FORMATS[format](completions[number], number, len(completions), seed)
@@ -319,7 +324,7 @@ def generate_text(
         if completion.stopped == "context":
             length = generator.backbone.config.context_length
             name = "" if len(completions) == 1 else f"prompt {number}: "
-            print(f"note: {name}the text ends where the context of {length} tokens is full", file=sys.stderr)
+            print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
 
 
 def evaluate_checkpoint(
@@ -332,24 +337,24 @@ def evaluate_checkpoint(
     output: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Scores a language model on tasks of EleutherAI's lm-evaluation-harness.
+    """Evaluate a language model on tasks of EleutherAI's lm-evaluation-harness.
 
     Args:
-        ckpt_path: A checkpoint of a fit.
-        tasks: Names of the harness's tasks, such as lambada_openai, hellaswag, piqa, arc_easy and winogrande.
-        num_fewshot: Solved examples before each question; by default what the task says.
-        limit: Only so many questions of each task, or this share of them if below 1.
-        batch_size: Texts that are scored at once.
-        include_path: Folder with tasks of one's own.
-        output: JSON file for the results.
-        device: Where the model runs; auto takes the accelerator, if there is one.
+        ckpt_path: Path to a checkpoint of a fit.
+        tasks: Tasks of the harness, such as lambada_openai, hellaswag, piqa, arc_easy and winogrande.
+        num_fewshot: Number of few-shot examples; defaults to that of the task.
+        limit: Maximum number of examples per task, or a fraction of them if below 1.
+        batch_size: Sequences per forward pass.
+        include_path: Folder with custom task definitions.
+        output: Path of a JSON file for the results.
+        device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
 
     Returns:
-        The results, as the harness gives them.
+        Results in the harness's format.
 
     Raises:
-        ValueError: If the harness is not installed, the checkpoint cannot be used, a task is not known, or the output
-            exists already.
+        UserError: If the harness is not installed, the checkpoint cannot be used, a task is unknown, or the output
+            already exists.
     """
     if output is not None and Path(output).exists():
         raise UserError(f"output: {output} exists already")
@@ -366,7 +371,7 @@ def evaluate_checkpoint(
     generator = TextGenerator.load(ckpt_path, device)
     try:
         results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
-    except OSError as error:  # a task that is not on this machine, and no network
+    except OSError as error:  # a task that is not cached, and cannot be downloaded
         raise UserError(f"tasks: {error}") from None
     print(as_table(results))
     if output is not None:
@@ -383,7 +388,7 @@ def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
 def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
     if completion.stopped is None:
         return ""
-    told = {
+    fields = {
         "prompt": completion.prompt,
         "completion": completion.text,
         "tokens": completion.tokens,
@@ -392,7 +397,7 @@ def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
         "tokens_per_second": round(completion.tokens / completion.seconds, 3) if completion.tokens else 0.0,
         "seed": seed,
     }
-    return json.dumps(told) + "\n"
+    return json.dumps(fields) + "\n"
 
 
 _FORMATS = {"text": _as_text, "json": _as_json}

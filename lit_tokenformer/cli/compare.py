@@ -1,4 +1,4 @@
-"""The ``compare`` command: does an architecture pay on the user's data?"""
+"""The ``compare`` command: presets on the same data, optimizer, schedule and budget."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ def compare_presets(
     plan_only: bool = False,
     draw_only: bool = False,
 ) -> None:
-    """Train presets on the same data, optimizer, schedule and budget, and write a table and a picture of the results.
+    """Train presets on the same data, optimizer, schedule and budget, and write a table and a plot of the results.
 
-    OUTPUT gets ``comparison.md``, ``.csv`` and ``.json`` (with versions, settings and curves), ``comparison.png``
-    (validation loss against training FLOPs; needs matplotlib) and the folder ``fits``. Each fit is a process of its own
-    that runs ``lit-tokenformer fit`` on one device. A finished fit with the same settings is reused, so an interrupted
-    comparison resumes.
+    The output folder contains ``comparison.md``, ``.csv`` and ``.json`` (with versions, settings and curves),
+    ``comparison.png`` (validation loss against training FLOPs; needs matplotlib) and the folder ``fits``. Each fit is
+    a separate process that runs ``lit-tokenformer fit`` on one device. A finished fit with the same settings is reused,
+    so an interrupted comparison resumes.
 
     Args:
-        config: Config of an image classifier, a causal or a masked language model: a YAML file or the name of one that
-            ships. Repeat the option to merge several; later ones override. Its preset is ignored.
+        config: Config of an image classifier, a causal or a masked language model: a YAML file or the name of a shipped
+            config (repeatable; later ones override). Its preset is ignored.
         presets: Presets to compare: a list of names, or of mappings {preset: NAME, label: TEXT, overrides: {FIELD:
-            VALUE}, lr: RATE, grow: true or {SHARE: TOKENS}}, or a YAML file with such a list. "grow: true" takes the
+            VALUE}, lr: RATE, grow: true or {SHARE: TOKENS}}, or a YAML file with such a list. "grow: true" uses the
             growth schedule of the config; {0.3: 64, 0.6: matched} grows to these totals of parameter tokens at these
-            shares of the steps, "matched" to the totals that "match" finds.
-        output: Folder for the results.
+            shares of the steps, where "matched" is the result of "match".
+        output: Output folder.
         seeds: Number of seeds per preset: 0, 1, ...
-        budget: Budget per fit: "steps=N" optimizer steps (without N, those of the config); "flops=F" training FLOPs
-            (without F, those of the reference); "wall=S" seconds, by a short measurement at each size. Warm-up, decay
+        budget: Budget per fit: "steps=N" optimizer steps (default N: those of the config), "flops=F" training FLOPs
+            (default F: those of the reference), or "wall=S" seconds, measured briefly at each size. Warm-up, decay
             and growths keep their share of the run.
-        match: Choose the parameter tokens of Pattention layers, unless a preset overrides "param_tokens", such that the
-            blocks have the parameters or the FLOPs of those of the reference; null keeps those of the presets.
-        reference: Label or preset that sizes and FLOPs refer to; by default the first one.
-        overrides: Fields of the architecture of all presets.
-        lrs: Learning rates to search for each preset without "lr"; by default that of the config.
-        search_steps: Steps per try of the search; by default a quarter of the longest fit.
-        evaluations: Validations per fit.
-        jobs: Parallel fits.
-        plan_only: Print sizes, steps and FLOPs, and train nothing.
-        draw_only: Train nothing; write table and picture of the finished fits.
+        match: Match the "parameters" or "flops" of the reference's blocks by the number of parameter tokens, unless a
+            preset overrides "param_tokens"; null keeps the presets' own.
+        reference: Label or preset to match; defaults to the first one.
+        overrides: Architecture overrides for all presets.
+        lrs: Learning rates to search for each preset without "lr"; defaults to that of the config.
+        search_steps: Optimizer steps per trial of the search; defaults to a quarter of the longest fit.
+        evaluations: Number of validations per fit.
+        jobs: Number of parallel fits.
+        plan_only: Print sizes, steps and FLOPs without training.
+        draw_only: Write the table and the plot of the finished fits without training.
 
     Raises:
-        UserError: For an invalid setting, before anything is trained, and if every fit fails.
+        UserError: If a setting is invalid, before any training, or if every fit fails.
     """
     settings = dict(locals())
     from lit_tokenformer.comparison.arms import parse_arm
@@ -79,7 +79,7 @@ def compare_presets(
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output: cannot write to {output}: {folder} is not a writable folder")
     if not config:
-        raise UserError("--config: expected a config with a model and data")
+        raise UserError("--config: expected a config with model and data")
     if isinstance(presets, str):
         presets = _read(presets, "presets") if Path(presets).is_file() else [presets]
     if not isinstance(presets, list) or not presets:
@@ -122,17 +122,17 @@ def _read(path: str, setting: str) -> Any:
 
 
 def _merged(one: Any, other: Any) -> Any:
-    """Merge two configs; lists and values of the other replace those of the one."""
+    """Merge two configs; lists and values of the second replace those of the first."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one | {key: _merged(one.get(key), value) for key, value in other.items()}
     return other
 
 
 def serve_fits() -> None:
-    """Read folders from the standard input, one per line, and run ``fit`` with the ``given.yaml`` in each.
+    """Run ``fit`` with the ``given.yaml`` in each folder read from the standard input, one per line.
 
-    Every fit is a fork of this process, which has imported the slow packages. When one ends, with its output in
-    ``output.txt``, its exit status is written to the standard output.
+    Every fit is a fork of this process, so slow packages are imported once. Its output is written to ``output.txt``,
+    and its exit status to the standard output.
     """
     from lit_tokenformer.cli.main import main
 

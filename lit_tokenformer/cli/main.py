@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over the tasks, with our own commands beside its own."""
+"""Command-line interface: LightningCLI over the tasks, and commands that run without a trainer."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ try:
     from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint
 except ImportError as error:
     raise ImportError(
-        f"another package named 'callbacks' hides ours: {sys.modules.get('callbacks', 'none is installed')}; "
-        "run from another folder or with `python -P`, or uninstall it"
+        f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
+        "lit-tokenformer); run from another folder or with `python -P`, or uninstall it"
     ) from error
 
 from lit_tokenformer.checkpoints.run_folder import (
@@ -81,44 +81,44 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 """Commands that build neither model nor data from the options of ``fit``."""
 
 _ENV_PREFIX = "LIT_TOKENFORMER"
-"""What the names of environment variables that set options begin with."""
+"""Prefix of the environment variables that set options."""
 
 _HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
-"""Settings that Lightning checks against the machine, and does not always name."""
+"""Settings that Lightning checks against the machine, often without their names in the error."""
 
 TEXTS = {
-    "config": "A config with model and data: a YAML file, or the name of one that ships. Repeat the option to merge "
-    "several; later ones override.",
-    "prompt": "A text to go on from; repeat the option for several at once. Without, a new document is written.",
-    "stop": "A text that ends what is written where it appears; repeat the option for several.",
+    "config": "Config with model and data: a YAML file or the name of a shipped config (repeatable; later ones "
+    "override).",
+    "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
+    "stop": "String that ends a completion (repeatable). The document separator ends it too.",
 }
-"""Options of commands that are taken as they are written, be it ``[x]`` or ``a: b``, and can be repeated."""
+"""Repeatable options whose values are plain text, such as ``[x]`` or ``a: b``, and not parsed as YAML."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command-line interface.
 
     Args:
-        args: Arguments after the program's name; ``None`` takes those of the process.
+        args: Arguments after the program's name; ``None`` reads those of the process.
 
     Returns:
-        0, 2 after an error in what the user gave, which is told in one line, 1 after any other error, which keeps its
-        traceback, 130, 129 or 143 where Ctrl-C, SIGHUP or another signal ended a fit, 141 if nobody reads the output.
+        Exit status: 0 on success; 2 for an invalid setting or input, reported in one line; 1 for any other error, with
+        its traceback; 130, 129 or 143 for a fit ended by Ctrl-C, SIGHUP or another signal; 141 for a closed output.
     """
-    # torch warns Lightning, not whoever uses it
+    # addressed to Lightning, not to its users
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     log, preemption = ErrorLog(), PreemptionCheckpoint()
     try:
         _run(sys.argv[1:] if args is None else list(args), log, preemption)
         sys.stdout.flush()
     except SIGTERMException:
-        return preemption.status  # as of a process that the signal ended; the checkpoint is written
+        return preemption.status  # that of a process ended by the signal; the checkpoint is written
     except Exception as error:
         if os.environ.get("LIT_TOKENFORMER_TRACEBACK"):
             raise
         status, error = 1, from_process(error)
         if isinstance(error, BrokenPipeError) and _output_is_closed():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails to flush at exit
             status = 128 + signal.SIGPIPE
         elif isinstance(error, UserError) or (isinstance(error, MisconfigurationException) and not log.trained):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -132,10 +132,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
-    """Run a command, with an error log and a checkpoint at the end of fits."""
+    """Run a command; fits get an error log, and a checkpoint on preemption."""
     plugins, args = _without_plugins(args)
     if plugins:
-        sys.path.append(os.getcwd())  # where a module of the user may be, whichever way this was started
+        sys.path.append(os.getcwd())  # may contain a module of the user; the console script does not add it
         import_plugins(plugins)
     arguments = _with_texts(_with_shipped_configs(args))
     if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
@@ -151,9 +151,9 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
         parser_class=Parser,
         parser_kwargs={
             "prog": "lit-tokenformer",
-            "description": "Trains models that grow while they train.",
-            "epilog": "--plugins MODULE, before or after any command, imports a module that registers parts, data or "
-            "tasks of your own; repeatable.",
+            "description": "Train models that grow during training.",
+            "epilog": "--plugins MODULE, before or after any command, imports a module that registers custom parts, "
+            "data or tasks (repeatable).",
             "version": __version__,
             "parser_mode": MODE,
             "default_env": True,
@@ -167,25 +167,25 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
 
 
 def _output_is_closed() -> bool:
-    """Whether what reads the output, such as ``head``, has ended."""
+    """Check if the reader of the output, such as ``head``, has ended."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Write ``config.yaml`` into the folder of a run; without a logger there is none, and nothing is written."""
+    """Write ``config.yaml`` into the log folder of a run; skip runs without a logger."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not trainer.loggers:
             return
-        folder = run_folder(trainer)  # asks all processes
+        folder = run_folder(trainer)  # collective over all processes
         if trainer.is_global_zero:
             write_new(folder, self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
 class TokenformerCLI(LightningCLI):
-    """LightningCLI with sizes that reach the model from the data, and checkpoints that are looked at before work."""
+    """LightningCLI that links sizes of the data to the model and checks checkpoints before training."""
 
     def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
         named = args[0] if args else None
@@ -193,7 +193,7 @@ class TokenformerCLI(LightningCLI):
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Only the command that is asked for gets its options; those of all take a second."""
+        """Add options to the requested command only; those of all commands take a second."""
         if self._asked in (None, subcommand):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
@@ -210,7 +210,7 @@ class TokenformerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        # from all data, so that jsonargparse does not open every loader to describe those without sizes of tasks
+        # linked from ``data`` itself: jsonargparse would open every loader to describe ``data.sizes``
         parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
         add_arguments(parser)
 
@@ -226,18 +226,18 @@ class TokenformerCLI(LightningCLI):
         self._subcommand_parsers["predict"].add_argument(
             "--output",
             type=str | None,
-            help="CSV file for the predictions; by default predictions.csv in the log folder.",
+            help="CSV file for the predictions; defaults to predictions.csv in the log folder.",
         )
         for name in ("fit", "validate", "test", "predict"):
             self._subcommand_parsers[name].add_argument(
                 "--run_name",
                 type=str | None,
-                help="Name of the run for 'ckpt_path: last', which resumes the newest checkpoint of that name. "
-                "Without one, a run is known by the settings that change its result.",
+                help="Name of the run. 'ckpt_path: last' resumes the newest checkpoint with this name; without a "
+                "name, the newest one with the same result-changing settings.",
             )
         for name in ("ckpt_path", "run_name"):
             planning.add_argument(
-                f"--{name}", type=str | None, help="Ignored, so that the config.yaml of a run can be planned."
+                f"--{name}", type=str | None, help="Ignored; accepted so that the config.yaml of a run can be planned."
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
@@ -257,7 +257,7 @@ class TokenformerCLI(LightningCLI):
         check_environment(os.environ)
 
     def instantiate_classes(self) -> None:
-        """Reports a value that a library refuses in one line; an error in the user's own code stays as it is."""
+        """Report a value rejected by a library in one line; errors in the user's own code keep their traceback."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -276,10 +276,10 @@ class TokenformerCLI(LightningCLI):
         except Exception as error:
             if not isinstance(error, MisconfigurationException) and not raised_by_library(error):
                 raise
-            told = " ".join(str(error).split())
-            if not any(name in told for name in config):  # it names no setting
-                told += f" ({', '.join(f'trainer.{name}: {config[name]}' for name in _HARDWARE)})"
-            raise UserError(f"trainer: {told}") from None
+            message = " ".join(str(error).split())
+            if not any(name in message for name in config):  # no setting is named
+                message += f" ({', '.join(f'trainer.{name}: {config[name]}' for name in _HARDWARE)})"
+            raise UserError(f"trainer: {message}") from None
         check_processes(os.environ, trainer)
         return trainer
 
@@ -293,7 +293,7 @@ class TokenformerCLI(LightningCLI):
         check_settings(self.config[name], resumes=name == "fit")
 
     def _parse_ckpt_path(self) -> None:
-        """The config decides what the model is; a checkpoint only has to be whole and safe."""
+        """Check that the checkpoint is intact and safe; hyper-parameters are those of the config."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
@@ -302,14 +302,14 @@ class TokenformerCLI(LightningCLI):
             self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
         if path == "best":
             folder = config["trainer"].get("default_root_dir") or "."
-            raise UserError(f"ckpt_path: there is no {path} checkpoint below {folder}; name a file")
+            raise UserError(f"ckpt_path: no {path} checkpoint below {folder} (expected a path, got {path!r})")
         if path and path not in ("last", "hpc") and not Path(path).is_dir():
             found = read_shapes(path)
             self._shapes = found if isinstance(found, dict) else {}
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        if self.subcommand == "plan":  # shapes are all it needs
+        if self.subcommand == "plan":  # only shapes are needed
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
 
     def after_instantiate_classes(self) -> None:
@@ -318,12 +318,12 @@ class TokenformerCLI(LightningCLI):
         start = self.config[self.subcommand]
         base, resumes = start["init_from"], start.get("ckpt_path") == "last"
         if base and resumes and self._identity is not None and not os.path.exists(base):
-            self._identity.needed = f"init_from: {base} does not exist"  # to start fresh, and not to resume
+            self._identity.needed = f"init_from: {base} does not exist"  # needed to start fresh, not to resume
         elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
-        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else when the data and the depth are known
+        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else checked once data and depth are known
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
@@ -332,7 +332,7 @@ class TokenformerCLI(LightningCLI):
             check_monitors(self.trainer, self.model)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, ParameterGrowthCallback):
-                    callback.setup(self.trainer, self.model, "fit")  # checks its schedule, and does nothing else
+                    callback.setup(self.trainer, self.model, "fit")  # only checks its schedule
         if self.subcommand == "predict":
             self._check_output()
         if self.subcommand in ("fit", "predict"):
@@ -345,7 +345,7 @@ class TokenformerCLI(LightningCLI):
                 clear_unfinished(self.trainer.default_root_dir, *filter(None, logs | places))
             claim_log_folder(self.trainer, unversioned)
         check_restored_state(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user chose, or the strategy
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else chosen by the user or the strategy
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if getattr(self.trainer.strategy.checkpoint_io, "on_full_disk", None) == "warn":
             keep_logging(self.trainer)
@@ -359,7 +359,7 @@ class TokenformerCLI(LightningCLI):
     def _check_output(self) -> None:
         output = self.config[self.subcommand].get("output")
         if output and Path(output).exists():
-            raise UserError(f"output: {output} exists already; nothing is overwritten")
+            raise UserError(f"output: {output} exists already")
 
     def before_predict(self) -> None:
         output = self.config[self.subcommand].get("output")
@@ -370,7 +370,7 @@ class TokenformerCLI(LightningCLI):
         if subcommand != "plan":
             kwargs["weights_only"] = True
         if kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = None  # RunIdentity chooses it when all processes are there
+            kwargs["ckpt_path"] = None  # chosen by RunIdentity after all processes have started
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
@@ -386,7 +386,7 @@ def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, 
 
 
 def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
-    """The modules that ``--plugins`` names, and the other arguments.
+    """Split the arguments into the modules of ``--plugins`` and the rest.
 
     Example:
         >>> _without_plugins(["fit", "--plugins", "a,b", "--config", "c.yaml", "--plugins=d"])
@@ -406,10 +406,10 @@ def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:
-    """The arguments, with the names of shipped configs replaced by their paths.
+    """Replace the names of shipped configs by their paths.
 
     Raises:
-        ValueError: For a config that is neither a file nor the name of one that ships.
+        UserError: If a config is neither a file nor the name of a shipped config.
     """
     found = list(args)
     for i, arg in enumerate(args):
@@ -431,7 +431,7 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
 
 
 def _with_texts(args: list[str]) -> list[str]:
-    """The arguments, with texts that begin with dashes and are no option written behind the name of theirs.
+    """Join text options to values that begin with dashes, which argparse would read as options.
 
     Example:
         >>> _with_texts(["generate", "--stop", "---", "--seed", "1"])

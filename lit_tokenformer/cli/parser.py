@@ -1,7 +1,8 @@
-"""Parser of the command line: errors are one line, and YAML may hold interpolations."""
+"""Argument parser: one-line errors, and YAML with interpolations."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import io
 import itertools
@@ -28,14 +29,14 @@ MODE = "interpolated"
 """Name of the parser mode that reads settings with :func:`load_settings`."""
 
 _INTERPOLATES = ContextVar("interpolates", default=True)
-_ROOMS = (tasks, data, models, callbacks)
+_PACKAGES = (tasks, data, models, callbacks)
 
 
 class Parser(LightningArgumentParser):
-    """Report errors in one line, with the nearest known name for a misspelled one."""
+    """Report errors in one line, with the nearest known name for a typo."""
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """Dumps settings, whose text is text: interpolations in it are resolved already."""
+        """Dump settings without interpolation, which has been resolved already."""
         token = _INTERPOLATES.set(False)
         try:
             return super().dump(*args, **kwargs)
@@ -43,9 +44,9 @@ class Parser(LightningArgumentParser):
             _INTERPOLATES.reset(token)
 
     def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Lightning's, with whole numbers for arguments that may be either kind: 1 batch is not 100 % of them.
+        """Add the arguments of a class, where a union of int and float tries int first: 1 batch is not 100 % of them.
 
-        ``typing`` caches unions whatever their order, so ``int | float`` is ``float | int`` after some other imports.
+        ``typing`` caches unions regardless of order, so ``int | float`` can become ``float | int``.
         """
         added = super().add_lightning_class_args(*args, **kwargs)
         actions: list[Any] = self._actions
@@ -65,13 +66,11 @@ class Parser(LightningArgumentParser):
             message = str(cause)
         elif setting and cause is not None and "Got value" not in str(cause):
             message = f"{setting[1]}: {' '.join(str(cause).split())}"
-        elif setting:  # the types of a union, without the report of each
-            union = re.search(r" Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
-            told = f"expected one of {union[1]}, got {union[2]}" if union else message.removeprefix(setting[0])
-            message = f"{setting[1]}: {told}"
+        elif setting:
+            message = f"{setting[1]}: {_type_problem(message.removeprefix(setting[0]))}"
         elif "arguments are required" in message and "model" in message:
             shipped = ", ".join(shipped_configs())
-            message = f"--config: expected a config with a model and data: a YAML file, or one that ships: {shipped}"
+            message = f"--config: expected a config with model and data: a YAML file, or a shipped config: {shipped}"
         known = self._names()
         for path in re.findall(r"(?:[Oo]ption '|arguments: --|import path string: )([\w.]+)", message):
             near = [nearest_name(name, known) for name in path.split(".") if name not in known]
@@ -80,30 +79,50 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
     def _names(self) -> set[str]:
-        """Names of all options, and of the classes that a config can name with their arguments."""
+        """Collect the names of all options, and of public classes and their arguments."""
         parsers: list[Any] = [self]
         if self._subcommands_action is not None:
             parsers += self._subcommands_action._name_parser_map.values()
         names = {part for parser in parsers for action in parser._actions for part in action.dest.split(".")}
-        classes = [part for room in _ROOMS for name in room.__all__ if isinstance(part := getattr(room, name), type)]
+        classes = [part for home in _PACKAGES for name in home.__all__ if isinstance(part := getattr(home, name), type)]
         for part in classes:
             names |= {part.__name__, *inspect.signature(part).parameters}
         return names
 
 
-def load_settings(text: str) -> Any:
-    """Read YAML with OmegaConf's interpolations.
+def _type_problem(message: str) -> str:
+    """Reword a type error of jsonargparse, without the report of each type of a union.
 
-    Text with ``${`` that is no interpolation stays as it is.
+    Example:
+        >>> _type_problem("Expected a typing.Literal['a', 'b']. Got value: c")
+        "expected 'a' or 'b', got 'c'"
+    """
+    union = re.search(r" Subtypes: \[(.*)\] Errors: .* Given value: ?(.*)", message)
+    found = union or re.fullmatch(r"Expected an? (.*)\. Got value: ?(.*)", message)
+    if found is None:
+        return message
+    kinds = re.sub(r"\w*\.?Literal\[([^]]*)\]", r"\1", found[1]).replace("NoneType", "null")
+    kinds = re.sub(r", ([\w.]+(\[[^][]*\])?|'[^']*')$", r" or \1", kinds)
+    try:
+        value = "null" if ast.literal_eval(found[2]) is None else found[2]
+    except (SyntaxError, TypeError, ValueError):  # a string
+        value = repr(found[2])
+    return f"expected {kinds}, got {value}"
+
+
+def load_settings(text: str) -> Any:
+    """Load YAML with OmegaConf interpolations.
+
+    Text with ``${`` that does not parse as an interpolation is unchanged.
 
     Args:
         text: YAML.
 
     Returns:
-        A value, or a dict or list in which all interpolations are resolved.
+        A value, or a dict or list with all interpolations resolved.
 
     Raises:
-        UserError: For an interpolation that cannot be resolved, and for ``???``, which marks a missing value.
+        UserError: If an interpolation cannot be resolved, or a value is missing (``???``).
 
     Example:
         >>> load_settings("{size: 8, width: '${size}', prompt: 'costs ${ 5'}")
@@ -119,15 +138,15 @@ def load_settings(text: str) -> Any:
     try:
         resolved = OmegaConf.to_object(settings)
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}: expected a value, got ???, which marks a missing one") from None
+        raise UserError(f"{error.full_key}: expected a value, got ??? (missing)") from None
     except OmegaConfBaseException as error:
         cause = str(error.msg).splitlines()[0]
-        raise UserError(f"{error.full_key}: {cause} (write \\${{...}} for text that is no interpolation)") from None
+        raise UserError(f"{error.full_key}: {cause} (write \\${{...}} for literal text)") from None
     return found if resolved == {text: None} else resolved
 
 
 def _escaped(value: Any) -> Any:
-    """The settings, with an escape where ``${`` begins no interpolation."""
+    """Escape each ``${`` that does not begin an interpolation."""
     if isinstance(value, dict):
         return {key: _escaped(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -141,21 +160,24 @@ def _escaped(value: Any) -> Any:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Find the configs shipped with the package, by name."""
     package = Path(__file__).parents[1]
     folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def with_environment(args: list[str], environment: Mapping[str, str], prefix: str) -> list[str]:
-    """Insert options from environment variables: after configs, which they override, and before all other options.
+    """Insert options from environment variables: they override configs, and other options override them.
 
-    The parser by itself reads them before configs.
+    The parser itself reads them before configs.
 
     Args:
         args: A command with its options.
-        environment: The variables; ``PREFIX_FIT__TRAINER__MAX_EPOCHS`` is ``--trainer.max_epochs`` of ``fit``.
-        prefix: What their names begin with.
+        environment: Variables; ``PREFIX_FIT__TRAINER__MAX_EPOCHS`` is ``--trainer.max_epochs`` of ``fit``.
+        prefix: Prefix of their names.
+
+    Returns:
+        The command with all options.
 
     Example:
         >>> given = ["fit", "--trainer.max_epochs", "3", "--config", "a.yaml"]
@@ -179,13 +201,13 @@ def with_environment(args: list[str], environment: Mapping[str, str], prefix: st
 
 
 def check_config(path: str) -> None:
-    """Refuses a config that is no YAML with settings in it.
+    """Reject a config that is not a YAML mapping of settings.
 
     Args:
-        path: The file; what can be read only once, such as a pipe, is left to the parser.
+        path: Path of the config; a pipe, which can be read only once, is skipped.
 
     Raises:
-        ValueError: If it cannot be read, is no YAML, or holds anything but settings.
+        UserError: If it cannot be read, is not valid YAML, or is not a mapping.
     """
     if not (Path(path).is_file() or Path(path).is_dir()):
         return
@@ -194,7 +216,7 @@ def check_config(path: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: cannot read {path} ({error})") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         got = "an empty file" if found is None else f"a {type(found).__name__}"
         raise UserError(f"--config: expected settings by their names in {path}, got {got}")

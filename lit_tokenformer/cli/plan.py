@@ -1,4 +1,4 @@
-"""``plan``: the cost of each stage of a fit before it runs, and a growth schedule for a compute budget."""
+"""The ``plan`` command: cost of each stage of a fit, or a growth schedule for a compute budget."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def plan(
     datamodule: LightningDataModule | None = None,
     budget: float | None = None,
 ) -> list[Stage]:
-    """Report the cost of each stage of a fit before it runs; with a budget, of a schedule that is proposed for it.
+    """Report the compute, parameters and memory of each stage of a fit, or propose a growth schedule for a budget.
 
     Args:
         trainer: The trainer of the fit.
         model: The task at its initial size.
-        datamodule: Its data, of which only the number of training samples is read.
-        budget: Operations of all training steps together. Parameter tokens, growths and length of the fit are chosen
-            for it and printed as YAML; the config's own are ignored. Width, final depth, data and batches are the
-            config's.
+        datamodule: Data of the fit; only the number of training samples is read.
+        budget: Compute budget of the fit in training FLOPs. Parameter tokens, growth schedule and number of steps are
+            chosen for it and printed as YAML; those of the config are ignored. Width, final depth, data and batch size
+            are those of the config.
 
     Returns:
-        The stages, which are printed too.
+        The printed stages.
 
     Raises:
         UserError: If the number of steps is unknown, the budget is too small, or a fit would reject the schedule.
     """
     if not isinstance(model, tasks.LitTask):
-        raise UserError(f"model: plan knows no cost of a {type(model).__name__} (expected a task of lit_tokenformer)")
+        raise UserError(f"model: no cost model for {type(model).__name__} (expected a task of lit_tokenformer)")
     samples = getattr(datamodule, "num_train_samples", None)
     batch = getattr(datamodule, "batch_size", 1)
     batches = {
@@ -57,11 +57,11 @@ def plan(
     if budget is None:
         total, growths = _length_and_growths(trainer, model, per_epoch)
     elif rates:
-        raise UserError("budget: no schedule is proposed beside a PatchDropSchedule; plan without it")
+        raise UserError("budget: not supported with PatchDropSchedule; remove the callback to plan a budget")
     else:
         proposal = _propose(model, budget, per_step, per_epoch)
         first = proposal.sizes[0]
-        tokens = {kind: first.get(kind, 1) for kind in KINDS}  # a kind that the model lacks is ignored
+        tokens = {kind: first.get(kind, 1) for kind in KINDS}  # kinds that the model lacks are ignored
         configs = {name: replace(config, param_tokens=tokens, depth=first["depth"]) for name, config in configs.items()}
         growths = [(step, step, size) for step, size in zip(proposal.starts, proposal.sizes[1:], strict=True)]
         total = proposal.steps
@@ -79,24 +79,24 @@ def plan(
         whole = model_cost(replace(config, patch_drop_rate=rate), stages[-1].tokens, checkpointing)
         scratch += whole.training_flops * per_step[name] * total
 
-    told = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
-    title = f"{total} optimizer steps of {told} samples"
+    samples_of = " and ".join(f"{count} {name}".strip() for name, count in per_step.items())
+    title = f"{total} optimizer steps of {samples_of} samples"
     kinds = {"depth", *models.param_tokens(model), *(kind for _, _, size in growths for kind in size)}
     _print_table(title, stages, memory, kinds, per_epoch, total, scratch)
     if proposal is not None and budget is not None:
-        print(f"\n# what to write into the config\n{proposal.settings(GrowthRule())}", end="")
+        print(f"\n# settings for the config\n{proposal.settings(GrowthRule())}", end="")
         if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
             spent = sum(stage.training_flops for stage in stages) / budget
             print(
-                f"note: {total / per_epoch:.2g} epochs (at most {_most_epochs(model):g} are proposed; the rule was "
-                f"measured on {FEW_EPOCHS}) use {spent:.2g} of the budget",
+                f"note: {total / per_epoch:.2g} epochs (limit: {_most_epochs(model):g}; the rule was measured on "
+                f"{FEW_EPOCHS}) use {spent:.2g} of the budget",
                 file=sys.stderr,
             )
     return stages
 
 
 def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], per_epoch: int | None) -> Proposal:
-    """The schedule for a budget of training operations."""
+    """Propose the schedule for a budget of training FLOPs."""
     backbones = model.backbones
     first = _present_config(next(iter(backbones.values())))  # tasks share their blocks
 
@@ -137,7 +137,7 @@ def _print_table(
     total: int,
     scratch: int,
 ) -> None:
-    """Print a row for each stage, their sum, and the final size trained from scratch."""
+    """Print a row per stage, their sum, and the final size trained from scratch."""
     from rich.console import Console
     from rich.table import Table
 
@@ -169,21 +169,21 @@ def _print_table(
 
 
 def _steps_per_epoch(trainer: Trainer, batches: int) -> int:
-    """Optimizer steps of an epoch, given the batches of each process."""
+    """Optimizer steps per epoch, given the batches of each process."""
     limit: float = trainer.limit_train_batches  # type: ignore[attr-defined]
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return -(-batches // trainer.accumulate_grad_batches)
 
 
 def _scale(callback: Any, per_epoch: int | None) -> int:
-    """Optimizer steps of a unit of a callback's schedule."""
+    """Optimizer steps per unit of a callback's schedule."""
     if callback.unit == "epoch" and per_epoch is None:
-        raise UserError("schedule: epochs of a stream have no known length; use unit: step")
+        raise UserError("schedule: unknown epoch length of streamed data (got unit epoch, expected step)")
     return per_epoch or 1 if callback.unit == "epoch" else 1
 
 
 def _patch_drop_rates(trainer: Trainer, model: tasks.LitTask, per_epoch: int | None) -> dict[int, float]:
-    """Shares of the patches that are left out, by the step from which each applies."""
+    """Patch drop rates by the step from which each applies."""
     rates: dict[int, float] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, PatchDropSchedule):
@@ -194,13 +194,13 @@ def _patch_drop_rates(trainer: Trainer, model: tasks.LitTask, per_epoch: int | N
 
 
 def _length_and_growths(trainer: Trainer, model: tasks.LitTask, per_epoch: int | None) -> tuple[int, list[Growth]]:
-    """Optimizer steps and growths of the config."""
+    """Optimizer steps and growth schedule of the config."""
     total = trainer.max_steps if trainer.max_steps >= 0 else 0
     if per_epoch is not None and (trainer.max_epochs or 0) > 0:
         by_epochs = per_epoch * (trainer.max_epochs or 0)
         total = min(total, by_epochs) if total else by_epochs
     if not total:
-        raise UserError("trainer.max_steps: the length of the fit is not known; set max_steps, or max_epochs")
+        raise UserError("trainer.max_steps: the length of the fit is unknown (expected max_steps or max_epochs)")
     growths: list[Growth] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ParameterGrowthCallback):
@@ -214,25 +214,25 @@ def _length_and_growths(trainer: Trainer, model: tasks.LitTask, per_epoch: int |
 
 
 def _present_config(model: models.Tokenformer) -> models.TokenformerConfig:
-    """The architecture of a model at its present size, which ``init_from`` may have set."""
+    """Architecture of a model at its current size, which ``init_from`` may have changed."""
     return model.config.at_size(model.size)
 
 
 def _together(model: tasks.LitTask, parts: list[Stage]) -> Stage:
-    """One stage of all tasks of a model; its cost is of one sample of each, shared parameters counted once.
+    """Stage of all tasks of a model; its cost is that of one sample per task, shared parameters counted once.
 
     Args:
         model: The task at its initial size.
-        parts: The stage, for each task.
+        parts: The stage for each task.
     """
-    born = sum(parameter.numel() for parameter in model.parameters())
+    initial = sum(parameter.numel() for parameter in model.parameters())
     grown = parts[0].cost.parameters - model_cost(_present_config(next(iter(model.backbones.values())))).parameters
-    cost = joint_cost((part.cost for part in parts), born + grown)
+    cost = joint_cost((part.cost for part in parts), initial + grown)
     return replace(parts[0], cost=cost, training_flops=sum(part.training_flops for part in parts))
 
 
 def _training_memory(stage: Stage, parts: list[Stage], batches: Iterable[int]) -> int:
-    """Bytes of a stage, with a batch of this size for each task."""
+    """Training memory of a stage in bytes, with the batch size of each task."""
     kept = [
         part.cost.training_memory(batch) - part.cost.training_memory(0)
         for part, batch in zip(parts, batches, strict=True)

@@ -1,4 +1,4 @@
-"""Checks of settings before the work of a run: Lightning opens the log folder before it looks at data and schedules."""
+"""Preflight checks of settings: Lightning creates the log folder before it validates data and schedules."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lit_tokenformer.tasks import LitMultiTask, LitTask
 from lit_tokenformer.tasks.schedule import LRSchedule
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""Variable that torchrun sets in the processes that it starts."""
+"""Environment variable that marks the processes of torchrun."""
 
 _LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
-"""Settings of the trainer that Lightning does not check, and their least values."""
+"""Minimum values of trainer settings that Lightning does not validate."""
 
 _KNOWN_PACKAGES = {"lightning", "callbacks", "lit_tokenformer"}
 
 
 class WarmupCheck(Callback):
-    """Warns of a warm-up that is longer than the fit."""
+    """Warn if the warm-up is longer than the fit."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         short: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -44,12 +44,12 @@ class WarmupCheck(Callback):
 
 
 def replace_repeated(callbacks: Any) -> Any:
-    """Let a callback take the place of an earlier one of the same state, which a trainer cannot hold twice.
+    """Replace a callback by a later one with the same state key, which Lightning accepts only once.
 
-    So ``--trainer.callbacks+=ParameterGrowthCallback`` with its options replaces the one of a config.
+    ``--trainer.callbacks+=ParameterGrowthCallback`` with its options thus replaces the one of a config.
 
     Args:
-        callbacks: The trainer's callbacks, if they are a list.
+        callbacks: The trainer's callbacks; anything but a list is returned unchanged.
     """
     kept: list[Any] = []
     for callback in callbacks if isinstance(callbacks, list) else ():
@@ -57,20 +57,20 @@ def replace_repeated(callbacks: Any) -> Any:
         keys = [one.state_key if stateful else None for one in kept]
         if stateful and callback.state_key in keys:
             kept[keys.index(callback.state_key)] = callback
-            rank_zero_info(f"trainer.callbacks: the last of several {type(callback).__name__} is used")
+            rank_zero_info(f"trainer.callbacks: {type(callback).__name__} replaces an earlier one")
         else:
             kept.append(callback)
     return kept if isinstance(callbacks, list) else callbacks
 
 
 def check_trainer_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses what a trainer would not.
+    """Reject settings that Lightning accepts.
 
     Args:
-        settings: Its arguments.
+        settings: Arguments of the trainer.
 
     Raises:
-        ValueError: For a number that is too small, and for a strategy under which a model is to grow and cannot.
+        UserError: If a number is too small, or the strategy does not support growth and the model grows.
     """
     for name, least in _LEAST.items():
         value = settings.get(name)
@@ -80,15 +80,15 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
     callbacks = settings.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     grows = any(isinstance(callback, ParameterGrowthCallback) for callback in callbacks)
-    if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are refused when the fit starts
+    if grows and isinstance(strategy, str) and strategy in StrategyRegistry:  # others are rejected when the fit starts
         refuse_strategy(StrategyRegistry[strategy]["strategy"])
 
 
 def check_optimizer(task: LitTask) -> None:
-    """Makes a task's optimizer and its scheduler for a moment, to see that they can be.
+    """Build the optimizer and the scheduler of a task to validate their settings.
 
     Raises:
-        ValueError: If they cannot, or if a setting is no finite number.
+        UserError: If one cannot be built, or a setting is non-finite.
     """
     setting = "model.optimizer"
     try:
@@ -107,7 +107,7 @@ def check_optimizer(task: LitTask) -> None:
 
 
 def check_end(task: LitTask, trainer: Trainer) -> None:
-    """Refuse a schedule that needs an end in a fit that has none.
+    """Reject a learning-rate schedule that needs the length of the fit in an endless fit.
 
     Args:
         task: The task.
@@ -119,7 +119,7 @@ def check_end(task: LitTask, trainer: Trainer) -> None:
 
 
 def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
-    """Warns of a warm-up that does not end within the fit; one that is shortened to try something is not refused.
+    """Warn if the warm-up does not end within the fit; a warning, since a fit may be shortened for a trial.
 
     Args:
         schedule: The schedule of a task.
@@ -128,24 +128,24 @@ def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
     total = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches
     if schedule.unit == "epoch" and math.isinf(batches):
-        return  # a fit that is limited by steps knows its epochs later
+        return  # the epoch length of streamed data is unknown
     steps_of = {"step": 1.0, "share": total, "epoch": batches / trainer.accumulate_grad_batches}
     if schedule.warmup * steps_of[schedule.unit] > total:
         rank_zero_warn(
             f"schedule.warmup: {schedule.warmup:g} ({schedule.unit}) is longer than the fit of {total} optimizer "
-            "steps; the learning rate will not reach its full size"
+            "steps; the learning rate does not reach its peak"
         )
 
 
 def check_monitors(trainer: Trainer, task: LightningModule) -> None:
-    """Refuse a callback that monitors a metric which the task does not log.
+    """Reject a callback with a monitored metric that the task does not log.
 
     Args:
         trainer: The trainer.
-        task: The task; nothing is checked where it or a callback is a user's own, since it may log other metrics.
+        task: The task. The check is skipped for a user's own task or callback, which may log other metrics.
 
     Raises:
-        UserError: For an unknown metric, with the nearest known one.
+        UserError: If a metric is unknown; suggests the nearest one.
     """
     parts = [task, *trainer.callbacks]  # type: ignore[attr-defined]
     own = any(type(part).__module__.partition(".")[0] not in _KNOWN_PACKAGES for part in parts)
@@ -162,33 +162,33 @@ def check_monitors(trainer: Trainer, task: LightningModule) -> None:
 
 
 def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """Refuses data of another kind than a task takes.
+    """Reject data of a kind that the task does not support.
 
     Args:
         task: The task.
-        datamodule: Its data; only those of this project are looked at.
+        datamodule: Its data; a user's own data module is not checked.
 
     Raises:
-        ValueError: If the task needs classes or a vocabulary, and the data have none.
+        UserError: If the task needs classes or a vocabulary, and the data have none.
     """
     if isinstance(task, LitMultiTask) and isinstance(datamodule, MultiTaskDataModule):
-        return  # which has given the sizes of each task's data
+        return  # each task gets the sizes of its own data
     needed = {"num_classes", "vocab_size"} & inspect.signature(type(task)).parameters.keys()
     if isinstance(datamodule, (ImageDataModule, TextDataModule, MultiTaskDataModule)):
         for name in sorted(needed):
             if not hasattr(type(datamodule), name):
                 kind = type(datamodule).__name__
-                raise UserError(f"data: {kind} has no {name}, which {type(task).__name__} needs; take another of both")
+                raise UserError(f"data: {kind} has no {name} (expected data that fit {type(task).__name__})")
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses variables of torchrun that do not fit each other; those of other launchers follow other rules.
+    """Reject inconsistent environment variables of torchrun; those of other launchers are not checked.
 
     Args:
-        environment: The variables.
+        environment: Environment variables.
 
     Raises:
-        ValueError: If one is no number, if there are several processes and this one has no number, or one beyond them.
+        UserError: If one is not a number, or the rank is missing or not below the world size.
     """
     if _TORCHRUN not in environment:
         return
@@ -207,29 +207,29 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def check_processes(environment: Mapping[str, str], trainer: Trainer) -> None:
-    """Refuses a trainer that would have each process of torchrun train by itself.
+    """Reject a world size that differs from torchrun's, where each process would train by itself.
 
     Args:
-        environment: The variables.
+        environment: Environment variables.
         trainer: The trainer.
 
     Raises:
-        ValueError: If torchrun started another number of processes than the trainer has.
+        UserError: If torchrun started another number of processes than the trainer has.
     """
     started = int(environment.get("WORLD_SIZE", 1))
     if _TORCHRUN in environment and started != trainer.world_size:
         raise UserError(
-            f"trainer.devices: the trainer has {trainer.world_size} processes, and torchrun started {started}; "
-            "give trainer.devices for each node, and trainer.num_nodes"
+            f"trainer.devices: the trainer has {trainer.world_size} processes, but torchrun started {started}; "
+            "set trainer.devices per node and trainer.num_nodes"
         )
 
 
 def check_writable(setting: str, folder: str) -> None:
-    """Reject a folder that cannot be written; it is created, and URLs are not checked.
+    """Create a folder, and reject it if it is not writable; URLs are not checked.
 
     Args:
-        setting: The setting that names it.
-        folder: A path.
+        setting: Name of the setting.
+        folder: Path of the folder.
 
     Raises:
         UserError: If it cannot be created, or its disk is full.
@@ -239,6 +239,6 @@ def check_writable(setting: str, folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # a full disk still takes an empty file
+            file.write(bytes(4096))  # a full disk accepts an empty file
     except OSError as error:
         raise UserError(f"{setting}: cannot write to {folder} ({error.strerror})") from None

@@ -1,7 +1,7 @@
-"""Types of the training state in a checkpoint, compared with those of the fit that resumes from it.
+"""Type checks of the training state that a fit restores from a checkpoint.
 
-Lightning and torch restore whatever they find, and a value of another type ends a fit later, or in the middle of their
-code. State of a user's own callbacks, optimizers and schedulers is left to its code.
+Lightning and torch restore values unchecked, so one of a wrong type fails later or inside their code. The state of a
+user's own callbacks, optimizers and schedulers is not checked.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _FILLED: dict[type[Callback], dict[str, Any]] = {
     RunSummary: {"stages": [_STAGE]},
     TrainingMonitor: {"growth": _GROWTH},
 }
-"""State that is None or empty at the start of a fit, with a value of each type; the key '' is any key."""
+"""Typed examples of state that is None or empty at the start of a fit; the key '' matches any key."""
 
 
 class CheckedRestore(_CheckpointConnector):
-    """Restore a fit, and report values that do not fit it with the checkpoint and their place in it."""
+    """Restore a fit, and report values of a wrong type with the checkpoint and their key."""
 
     def restore_callbacks(self) -> None:
         saved = self._loaded_checkpoint.get("callbacks", {})
@@ -47,7 +47,7 @@ class CheckedRestore(_CheckpointConnector):
                 present = {**callback.state_dict(), **next(filled, {})}
                 self._check(f"callbacks: {callback.state_key}", saved[callback.state_key], present)
         if self.trainer.state.fn == TrainerFn.FITTING and self._loaded_checkpoint:
-            fresh = _FitLoop(self.trainer)  # without data: loaders may begin to read when asked for their state
+            fresh = _FitLoop(self.trainer)  # without data: loaders may start to read when asked for their state
             self._check("loops", self._loaded_checkpoint.get("loops"), {"fit_loop": fresh.state_dict()})
         with self._reported("callbacks"):
             super().restore_callbacks()
@@ -84,7 +84,7 @@ class CheckedRestore(_CheckpointConnector):
 
 
 def check_restored_state(trainer: Trainer) -> None:
-    """Let a trainer check the state that it restores.
+    """Enable type checks of the state that a trainer restores.
 
     Args:
         trainer: The trainer, before it starts; changed in place.
@@ -93,7 +93,7 @@ def check_restored_state(trainer: Trainer) -> None:
 
 
 def _same_settings(saved: Any, present: dict[str, Any]) -> bool:
-    """Whether a saved state is not that of an optimizer of another class, which the task reports."""
+    """Check that a saved state has the settings of the optimizer's class; the task reports another class."""
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
     if not isinstance(groups, list) or not groups or not isinstance(groups[0], dict):
         return True  # damaged
@@ -101,7 +101,7 @@ def _same_settings(saved: Any, present: dict[str, Any]) -> bool:
 
 
 def _problems(saved: Any, present: Any, place: str) -> Iterator[str]:
-    """Values whose type is another than that of their present counterpart; None counts as any type."""
+    """Report values whose type differs from that of the current state; None matches any type."""
     if saved is None or present is None:
         return
     if isinstance(present, torch.Tensor):

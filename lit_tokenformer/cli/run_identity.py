@@ -1,9 +1,8 @@
-"""Identity of a run: which checkpoints belong to an experiment, and what of their state a new job restores.
+"""Run identity: the checkpoints that belong to an experiment, and the state that a new job restores from them.
 
 ``--ckpt_path last`` resumes the newest checkpoint of *this* experiment. An experiment is defined by the settings that
-change its result; they are written into each checkpoint and compared, so that the report names what differs. Settings
-that a requeue on other hardware changes (devices, strategy, workers, loggers, paths of callbacks) and the length of the
-fit do not define it.
+change its result. Each checkpoint contains them, and the log names those that differ. Settings that change with the
+hardware (devices, strategy, workers, loggers, paths of callbacks) and the length of the fit do not define it.
 """
 
 from __future__ import annotations
@@ -40,38 +39,38 @@ from lit_tokenformer.tasks.base import state_dict_problems
 log = logging.getLogger(__name__)
 
 RUN = "run"
-"""Key of the identity in a checkpoint."""
+"""Key of the run identity in a checkpoint."""
 
 _TRAINER = (
     *("accumulate_grad_batches", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"),
     *("overfit_batches", "precision", "sync_batchnorm"),
 )
-"""Settings of the trainer that change the result of a fit."""
+"""Trainer settings that change the result of a fit."""
 
 _NO_RESULT = {
     *("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "cache_dir", "download"),
     *("eval_batch_size", "predict_root", "compile", "grad_checkpointing"),
 }
-"""Settings of model and data that change speed, memory or evaluation only."""
+"""Model and data settings that change only speed, memory or evaluation."""
 
 _PER_PROCESS = {"accumulate_grad_batches", "batch_size"}
-"""Settings that keep the samples of an optimizer step when the number of processes changes."""
+"""Settings that keep the global batch size constant when the number of processes changes."""
 
 _OBSERVERS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, LossGuard),
     *(ModelSummary, ProgressBar, RunSummary, Timer, TrainingMonitor),
 )
-"""Callbacks that report, save or stop, and do not change what a step computes."""
+"""Callbacks that report, save or stop, and leave the result of a step unchanged."""
 
 
 def defining_settings(config: Mapping[str, Any] | Namespace) -> dict[str, Any]:
-    """The settings that define an experiment, by their names on the command line.
+    """Collect the settings that define an experiment, by their names on the command line.
 
     Args:
         config: The parsed configuration of ``fit``.
 
     Returns:
-        Plain values; a class is given by its path under the name of the setting that holds it.
+        JSON values; a class is its path, under the name of its setting.
     """
     trainer = config["trainer"]
     found = {name: config.get(name) for name in ("seed_everything", "init_from", "init_ema", "init_resize_vocab")}
@@ -96,7 +95,7 @@ def _last(name: str) -> str:
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Each setting below a name; a dictionary that a user gave is one value."""
+    """Flatten the settings below a name; a dictionary given by the user is one value."""
     if not isinstance(value, Namespace):
         yield name, value
         return
@@ -114,22 +113,22 @@ def _plain(value: Any) -> Any:
         return value.as_dict()
     if isinstance(value, (os.PathLike, Enum)):
         return str(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)  # its repr may hold an address
+    return getattr(value, "__qualname__", type(value).__qualname__)  # its repr may contain an address
 
 
 class RunIdentity(Callback):
-    """Write the identity of a run into its checkpoints, and resume from the newest one that has it.
+    """Write the identity of a run into its checkpoints, and resume from the newest one with the same identity.
 
-    The first process chooses the checkpoint, and broadcasts it. A checkpoint without an identity counts where none has
-    one, if hyper-parameters and tensor shapes agree with the model's.
+    Rank 0 selects the checkpoint and broadcasts its path. If no checkpoint has an identity, one with the
+    hyper-parameters and tensor shapes of the model is accepted.
 
-    State of callbacks is restored only where it means the same to a new job: ``max_time`` counts the job's own time,
-    and ``EarlyStopping`` has the patience of the present settings. A fit that has ended is reported, and not trained.
+    Two callbacks do not restore their full state: ``max_time`` counts the time of the new job, and ``EarlyStopping``
+    has the patience of the current settings. A fit that has ended is reported and not trained.
 
     Args:
-        settings: As of :func:`defining_settings`.
-        name: Name of the run, which replaces the settings as its identity.
-        ckpt_path: What the user asked for: ``last``, a path or ``None``.
+        settings: Result of :func:`defining_settings`.
+        name: Name of the run; replaces the settings as its identity.
+        ckpt_path: ``last``, a path or ``None``, as set by the user.
     """
 
     def __init__(self, settings: dict[str, Any], name: str | None = None, ckpt_path: str | None = None) -> None:
@@ -137,19 +136,20 @@ class RunIdentity(Callback):
         self.name = name
         self.ckpt_path = ckpt_path
         self.needed: str | None = None
-        """What a fresh start lacks; an error if there is nothing to resume."""
+        """Problem that prevents a fresh start; raised unless a checkpoint can be resumed."""
         self._world_size = 1
         self._ended: list[str] = []
         self._resumed_at: tuple[str, int] | None = None
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Report what makes a checkpoint one of another experiment.
+        """Describe how a checkpoint's identity differs from this run's.
 
         Args:
             saved: The identity in the checkpoint.
 
         Returns:
-            A text for each setting that differs. Settings that only one of both knows are of another version.
+            One string per setting that differs. Settings that exist on one side only, from another version, are
+            ignored.
         """
         if saved.get("name") != self.name:
             return [_differs("run_name", saved.get("name"), self.name)]
@@ -172,7 +172,7 @@ class RunIdentity(Callback):
         resume_start = connector.resume_start
 
         def resume_from_own(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-            # without a path, Lightning takes whatever checkpoint SLURM or an OnExceptionCheckpoint left there
+            # without a path, Lightning resumes any checkpoint of SLURM or an OnExceptionCheckpoint in the folder
             if self.ckpt_path == "last" or (self.ckpt_path in (None, "hpc") and checkpoint_path is not None):
                 checkpoint_path = self._choose(trainer, pl_module)
             resume_start(checkpoint_path, weights_only)
@@ -213,7 +213,7 @@ class RunIdentity(Callback):
             log.warning(f"Nothing left to train after step {step} of {path}: {'; '.join(self._ended)}")
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """The checkpoint to resume from, for all processes."""
+        """Select the checkpoint to resume from on rank 0, and broadcast it."""
         fits = trainer.state.fn == TrainerFn.FITTING
         if fits and trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("ckpt_path: ignored by fast_dev_run")
@@ -224,7 +224,7 @@ class RunIdentity(Callback):
         if path is None and not fits:
             raise UserError(f"ckpt_path: no last checkpoint ({report})")
         if path is None and self.needed is not None:
-            raise UserError(f"{self.needed}, and there is no checkpoint of this run ({report})")
+            raise UserError(f"{self.needed}, and this run has no checkpoint ({report})")
         if path is not None:
             rank_zero_info(f"Resuming from {path} ({report})" if fits else f"Loading {path} ({report})")
         elif trainer.is_global_zero:
@@ -232,7 +232,7 @@ class RunIdentity(Callback):
         return path
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
-        """The newest intact checkpoint of this experiment, and a report for the log."""
+        """Find the newest intact checkpoint of this experiment, and describe it for the log."""
         roots, folders = _places(trainer)
         found = resumable_checkpoints(roots, folders)
         known = [one for one in found if isinstance(one.content.get(RUN), Mapping)]
@@ -270,7 +270,7 @@ def _listed(differences: list[str]) -> str:
 
 
 def _model_differences(saved: SavedCheckpoint, pl_module: LightningModule) -> list[str]:
-    """What makes a checkpoint without an identity one of another model."""
+    """Describe how the model of a checkpoint without an identity differs."""
     task = saved.content.get("task", type(pl_module).__name__)
     if task != type(pl_module).__name__:
         return [_differs("model", task, type(pl_module).__name__)]
@@ -291,7 +291,7 @@ def _json(value: Any) -> str:
 
 
 def _places(trainer: Any) -> tuple[list[str], list[str]]:
-    """Folders below which runs have theirs, and folders of checkpoints, as far as loggers and callbacks name them."""
+    """Root folders of runs, and checkpoint folders, from trainer, loggers and callbacks."""
     roots: list[Any] = [trainer.default_root_dir]
     for logger in trainer.loggers:
         roots += [logger.save_dir, getattr(logger, "root_dir", None)]
@@ -301,7 +301,7 @@ def _places(trainer: Any) -> tuple[list[str], list[str]]:
 
 
 def _restore_early_stopping(callback: EarlyStopping, state: dict[str, Any], trainer: Trainer) -> list[str]:
-    """Change the saved state to the present settings; a fit that was stopped stays so, unless it has more patience."""
+    """Update the saved state to the current settings; a stopped fit stays stopped unless its patience was raised."""
     state["patience"] = callback.patience
     reason = state.get("stopping_reason")
     patient = reason == EarlyStoppingReason.PATIENCE_EXHAUSTED.value and state["wait_count"] < callback.patience
@@ -309,6 +309,6 @@ def _restore_early_stopping(callback: EarlyStopping, state: dict[str, Any], trai
         state |= {"stopping_reason": EarlyStoppingReason.NOT_STOPPED.value, "stopping_reason_message": None}
         return []
     trainer.should_stop = True
-    remedy = "raise its patience" if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED.value else "leave it out"
-    told = str(state.get("stopping_reason_message")).removesuffix(" Signaling Trainer to stop.").rstrip(".")
-    return [f"EarlyStopping of {callback.monitor} ended it ({told}); {remedy} to continue"]
+    remedy = "raise its patience" if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED.value else "remove the callback"
+    cause = str(state.get("stopping_reason_message")).removesuffix(" Signaling Trainer to stop.").rstrip(".")
+    return [f"EarlyStopping of {callback.monitor} ended it ({cause}); {remedy} to continue"]

@@ -1,4 +1,4 @@
-"""Arms of a comparison: the entries of ``presets`` as the user writes them, and what is planned for each."""
+"""Arms of a comparison: the entries of ``presets``, and the plan of each."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import TokenformerConfig
 
 Schedule = dict[float, Any]
-"""Totals of parameter tokens by the share of the steps at which a model grows to them."""
+"""Growth schedule: totals of parameter tokens by share of the steps."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the comparison, as the user writes it.
+    """Entry of ``presets``, one row of the comparison.
 
     Args:
-        label: Name in table and picture.
+        label: Name in table and plot.
         preset: Architecture.
         overrides: Fields of the architecture that replace the preset's.
-        lr: Learning rate; ``None`` takes the config's, or the one that is searched for.
-        grow: Growth schedule as written, ``True`` for the config's; ``None`` for no growth.
+        lr: Learning rate; ``None`` for that of the config, or the result of the search.
+        grow: Growth schedule; ``True`` for that of the config, ``None`` for no growth.
     """
 
     label: str
@@ -40,7 +40,7 @@ def parse_arm(entry: str | Mapping[str, Any]) -> Arm:
         entry: Name of a preset, or a mapping with ``preset`` and any of ``label``, ``overrides``, ``lr`` and ``grow``.
 
     Raises:
-        UserError: For an unknown key or a value of another kind.
+        UserError: If a key is unknown, or a value has the wrong type.
 
     Example:
         >>> parse_arm({"preset": "gpt2_small", "overrides": {"projection": "pattention"}, "lr": 1e-3}).label
@@ -78,24 +78,24 @@ def naming(arm: Arm) -> Iterator[None]:
 
 
 def has_pattention(config: TokenformerConfig) -> bool:
-    """Whether an architecture has layers whose number of parameter tokens can be chosen."""
+    """Check if an architecture has Pattention layers."""
     return "pattention" in (config.projection, config.feed_forward)
 
 
 @dataclass
 class Planned:
-    """An arm with its sizes, steps and learning rate on the data.
+    """Plan of an arm: its sizes, steps and learning rate on the data.
 
     Args:
-        arm: As the user wrote it.
+        arm: The entry of ``presets``.
         config: Initial architecture.
         growths: Totals of parameter tokens by share of the steps.
         parameters: Trainable parameters at the end of the fit.
-        blocks: Those without embedding and head.
-        differs: Relative difference to the reference in what is matched.
+        blocks: Non-embedding parameters: those without embedding and head.
+        differs: Relative difference to the reference in the matched quantity.
         steps: Optimizer steps; 0 if unknown.
-        lr: Learning rate; ``None`` if none could be found.
-        notes: Remarks on how these were chosen.
+        lr: Learning rate; ``None`` if every trial of the search failed.
+        notes: Footnotes on the choice of steps and learning rate.
     """
 
     arm: Arm
@@ -110,11 +110,11 @@ class Planned:
 
     @property
     def final_tokens(self) -> dict[str, int]:
-        """Totals of parameter tokens at the end."""
+        """Totals of parameter tokens at the end of the fit."""
         return list(self.growths.values())[-1] if self.growths else dict(self.config.tokens.items())
 
     def schedule(self, steps: int) -> dict[int, dict[str, int]]:
-        """The growths by step, in a run of ``steps`` steps."""
+        """Growth schedule by step, in a run of ``steps`` steps."""
         found: dict[int, dict[str, int]] = {}
         for share, tokens in self.growths.items():
             found[max([1, round(share * steps), *(step + 1 for step in found)])] = tokens

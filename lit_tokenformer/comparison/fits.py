@@ -1,4 +1,4 @@
-"""Fits of a comparison, each a process of its own, and their results."""
+"""Fits of a comparison, each a separate process, and their results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from lit_tokenformer.comparison.meter import MEASURED
 
 SERVER = "from lit_tokenformer.cli.compare import serve_fits; serve_fits()"
 """Code of the process that forks the fits."""
+
 SCORES = {
     "val/acc1": ("accuracy (%)", 100.0),
     "val/bits_per_byte": ("bits per byte", 1.0),
     "val/accuracy": ("accuracy of masked tokens (%)", 100.0),
 }
-
+"""Logged metrics that can be the score of a task: column of the table, and factor."""
 
 NOT_RUN = "not run"
 
@@ -64,12 +65,12 @@ class Run:
 
 @dataclass
 class Fit:
-    """One fit in a folder of its own, named by a hash of its settings.
+    """Fit in a separate folder, named by a hash of its settings.
 
     Args:
-        arm: Label of its arm.
-        what: Its purpose, as printed.
-        config: Its settings.
+        arm: Label of the arm.
+        what: Purpose in the progress report, such as ``seed 0``.
+        config: Settings of the fit.
         logs: Folder of all fits.
     """
 
@@ -85,7 +86,7 @@ class Fit:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """Content of ``measured.json``; ``failed`` is the reason of a failure, or null."""
+        """Content of ``measured.json``; ``failed`` is the reason of a failure or null."""
         file = self.folder / MEASURED
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -101,13 +102,13 @@ class Fit:
 
     @property
     def result(self) -> dict[str, Any]:
-        """Final loss, score and curve; only ``failed`` and what was measured after a failure."""
+        """Final loss, score and curve, next to the measurements; a failed fit has only the latter."""
         measured = self.measured
         found: dict[str, Any] = {"folder": str(self.folder), **measured}
         if measured["failed"]:
             return found
         logged, values = self.curve.series("val/loss")
-        steps, first = np.unique(logged, return_index=True)  # the first validation is logged twice, once as a result
+        steps, first = np.unique(logged, return_index=True)  # the first validation is also logged as a result
         losses = values[first]
         if not len(losses) or not np.isfinite(losses[-1]):
             return {**found, "failed": "non-finite validation loss"}
@@ -137,7 +138,7 @@ class Fit:
         server.stdin.write(f"{self.folder.resolve()}\n")
         server.stdin.flush()
         if not server.stdout.readline():
-            raise RuntimeError(f"the server of fits ended with status {server.wait()}")
+            raise RuntimeError(f"fit server exited with status {server.wait()}")
         failed = f"; {self.measured['failed']}" if self.measured["failed"] else ""
         print(f"{progress} {self.arm}, {self.what}: {time.perf_counter() - begun:.0f} s{failed}", flush=True)
 
@@ -147,8 +148,8 @@ class Runner:
 
     Args:
         logs: Folder of all fits.
-        jobs: Fits at a time.
-        read_only: Run nothing; only read finished fits.
+        jobs: Number of parallel fits.
+        read_only: Only read finished fits.
     """
 
     def __init__(self, logs: Path, jobs: int, read_only: bool) -> None:
@@ -160,7 +161,7 @@ class Runner:
 
     def __exit__(self, *_: Any) -> None:
         while not self._servers.empty():
-            self._servers.get().communicate()  # it ends with its input
+            self._servers.get().communicate()  # closing its input ends it
 
     def _start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
@@ -177,7 +178,7 @@ class Runner:
         return Fit(arm, what, config, self.logs)
 
     def run(self, fits: Sequence[Fit]) -> None:
-        """Run the unfinished ones."""
+        """Run the unfinished fits."""
         if self.read_only:
             return
         todo = [fit for fit in fits if not (fit.folder / MEASURED).exists()]

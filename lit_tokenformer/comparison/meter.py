@@ -1,4 +1,4 @@
-"""Measurements of a fit by itself: speed, memory, versions and machine."""
+"""Self-measurement of a fit: speed, memory, versions and machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.version import __version__
 
 MEASURED = "measured.json"
-"""File that :class:`Meter` writes at the end of a fit; a fit without it is incomplete."""
+"""File written by :class:`Meter` at the end of a fit; a fit without it is unfinished."""
 
 
 class Meter(Callback):
@@ -33,9 +33,9 @@ class Meter(Callback):
 
     - ``failed``: Reason of an early stop, or null.
     - ``steps``, ``samples``: Optimizer steps and training samples.
-    - ``seconds``: Of all training steps, data loading included, validation excluded.
-    - ``step_seconds``: Per step: the median at each size of the model without the first steps, averaged over all steps.
-    - ``peak_bytes``: Peak memory of a training step beyond that before the model (resident; on CUDA allocated).
+    - ``seconds``: Wall time of all training steps, data loading included, validation excluded.
+    - ``step_seconds``: Seconds per step: the median at each model size after its first steps, averaged over all steps.
+    - ``peak_bytes``: Peak memory of a training step beyond that before the model (CUDA: allocated; CPU: resident).
     - ``parameters``, ``environment``.
     """
 
@@ -50,7 +50,7 @@ class Meter(Callback):
         self._resume(trainer, pl_module)
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
-        """Start a new list of step times at the new size."""
+        """Time the steps at the new size separately."""
         self._seconds.append([])
         self._since = time.perf_counter()
 
@@ -59,7 +59,7 @@ class Meter(Callback):
     ) -> None:
         self._samples += len(batch[0]) if isinstance(batch, (tuple, list)) else len(batch)
         if trainer.global_step == self._step:
-            return  # gradients are accumulated
+            return  # gradient accumulation
         self._step = trainer.global_step
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
@@ -99,7 +99,7 @@ class Meter(Callback):
             file.write(json.dumps(measured, indent=1).encode())
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resume measuring, at the start and after each validation."""
+        """Start or resume measuring."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
@@ -113,7 +113,7 @@ class Meter(Callback):
 
 
 def resident_bytes(name: str) -> int:
-    """Resident bytes of this process: ``VmRSS`` now, ``VmHWM`` at peak; the peak for both without /proc."""
+    """Resident memory of this process in bytes: current ``VmRSS`` or peak ``VmHWM``; always the peak without /proc."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
@@ -122,7 +122,7 @@ def resident_bytes(name: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Collect versions, machine and commit that a result belongs to."""
+    """Collect the versions, machine and commit of a result."""
     root = Path(__file__).parents[2]
 
     def git(*words: str) -> str:

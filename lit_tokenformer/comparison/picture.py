@@ -1,4 +1,4 @@
-"""Picture of a comparison."""
+"""Plot of a comparison."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sklearn.isotonic import isotonic_regression
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """Draw validation loss against training compute: mean over seeds, band of their range, growths as triangles.
+    """Plot validation loss against training compute: mean over seeds, shaded range, growths as triangles.
 
     Args:
-        curves: Curves of the seeds of each arm, in the order of the table.
-        output: File of the picture.
+        curves: Curves of each arm by seed, in the order of the table.
+        output: Path of the image.
     """
     drawn = {label: found for label, found in curves.items() if found}
     if not drawn:
@@ -63,7 +63,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def _label_ends(axis: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Write label and last loss of each curve to the right of all, joined to its end."""
+    """Write label and last loss of each curve right of the axes, with a line to its end."""
     axis.set_ylim(*axis.get_ylim())  # fix the limits
     to_share = axis.transData + axis.transAxes.inverted()
     heights = spread_out([to_share.transform(end)[1] for end in ends.values()], min(0.055, 1 / len(ends)))
@@ -84,14 +84,14 @@ def _label_ends(axis: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Move places from 0 to 1 as little as possible, in their order, until they are ``gap`` apart.
+    """Space positions in [0, 1] at least ``gap`` apart, in order, with the least squared displacement.
 
     Example:
         >>> [round(place, 3) for place in spread_out([0.5, 0.5, 0.1], 0.2)]
         [0.4, 0.6, 0.1]
     """
     order = np.argsort(wanted, kind="stable")
-    below = gap * np.arange(len(order))  # taken by the places below
+    below = gap * np.arange(len(order))  # height of the labels below
     found = np.empty(len(order))
     found[order] = isotonic_regression(np.array(wanted)[order] - below, y_min=0, y_max=1 - below[-1]) + below
     return found.tolist()

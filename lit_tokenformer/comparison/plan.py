@@ -16,17 +16,17 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig
 
 SPEED_STEPS = 12
-"""Steps of a fit that only measures speed."""
+"""Optimizer steps of a speed measurement."""
 
 
 def plan_arms(setting: Setting, arms: Sequence[Arm], match: str | None, reference: str | None) -> list[Planned]:
-    """Choose architecture, parameter tokens and growths of all arms.
+    """Choose architecture, parameter tokens and growth schedule of all arms.
 
     Args:
         setting: Data and budget.
-        arms: As the user wrote them.
-        match: Match the parameter tokens of arms with Pattention layers by ``parameters`` or ``flops`` of the blocks.
-        reference: Label or preset that is matched to; by default the first arm.
+        arms: Entries of ``presets``.
+        match: Match the ``parameters`` or ``flops`` of the reference's blocks by the number of parameter tokens.
+        reference: Label or preset to match; defaults to the first arm.
 
     Raises:
         UserError: With the label of the arm.
@@ -48,7 +48,7 @@ def plan_arms(setting: Setting, arms: Sequence[Arm], match: str | None, referenc
 
 
 def reference_of(arms: Sequence[Arm], reference: str | None) -> Arm:
-    """Find the arm that sizes refer to, by label or preset, else any other architecture."""
+    """Find the reference arm by label or preset, or build one of another preset."""
     if reference is None:
         return arms[0]
     return next((arm for arm in arms if reference in (arm.label, arm.preset)), None) or parse_arm(reference)
@@ -85,9 +85,9 @@ def _growths(setting: Setting, arm: Arm, config: TokenformerConfig, matched: dic
     shares: Schedule = {}
     for key, tokens in wanted.items():
         if isinstance(key, bool) or not isinstance(key, (int, float)) or key <= 0:
-            raise UserError(f"grow: expected a share of the steps or a step of the config, got {key!r}")
+            raise UserError(f"grow: expected a share of the steps or a step of the config as key, got {key!r}")
         if tokens == "matched" and matched is None:
-            raise UserError("grow: 'matched' needs a value of match, and another arm as reference")
+            raise UserError("grow: 'matched' requires match, and another arm as reference")
         share = key if isinstance(key, float) and key < 1 else setting.as_share(key, unit)
         if share >= 1 or share <= max(shares, default=0):
             raise UserError(f"grow: {key} expected before the end of the fit and after the previous growth")
@@ -102,7 +102,7 @@ def _growths(setting: Setting, arm: Arm, config: TokenformerConfig, matched: dic
 
 
 def training_flops(setting: Setting, planned: Planned, steps: int) -> int:
-    """Training FLOPs of a fit in closed form."""
+    """Compute the training FLOPs of a fit in closed form."""
     checkpointing = bool(setting.model.get("grad_checkpointing"))
     return sum(
         count * setting.samples_per_step * model_cost(planned.config, tokens, checkpointing).training_flops
@@ -111,10 +111,10 @@ def training_flops(setting: Setting, planned: Planned, steps: int) -> int:
 
 
 def steps_within(setting: Setting, planned: Planned, total: float) -> int:
-    """Find the most optimizer steps within a total of FLOPs.
+    """Find the maximum number of optimizer steps within a compute budget in FLOPs.
 
     Raises:
-        UserError: If fewer than two fit.
+        UserError: If the budget is below two steps.
     """
     steps = int(total // (training_flops(setting, planned, 10_000) / 10_000)) + 2
     while steps > 0 and training_flops(setting, planned, steps) > total:
@@ -128,7 +128,7 @@ def set_steps(setting: Setting, planned: list[Planned], budget: str, reference: 
     """Set the optimizer steps of all arms.
 
     Raises:
-        UserError: For an unknown budget, or one too small for an arm.
+        UserError: If the budget is unknown, or too small for an arm.
     """
     kind, _, amount = budget.partition("=")
     try:
@@ -148,13 +148,13 @@ def set_steps(setting: Setting, planned: list[Planned], budget: str, reference: 
         for one in planned:
             one.steps = steps_within(setting, one, value)
     elif value is None:
-        raise UserError("budget: wall needs seconds (expected wall=SECONDS)")
+        raise UserError("budget: wall requires seconds (expected wall=SECONDS)")
     else:
         _set_steps_by_speed(setting, planned, value, runner)
 
 
 def _set_steps_by_speed(setting: Setting, planned: list[Planned], seconds: float, runner: Runner) -> None:
-    run_of = 10_000  # steps, enough for exact shares of each size
+    run_of = 10_000  # steps; long enough for exact shares of each size
     fits = {
         one.arm.label: [
             runner.fit(one.arm.label, "speed", setting.fit_config(one, SPEED_STEPS, 0, one.arm.lr, tokens))
@@ -167,7 +167,7 @@ def _set_steps_by_speed(setting: Setting, planned: list[Planned], seconds: float
         measured = [fit.measured for fit in fits[one.arm.label]]
         failed = [found["failed"] for found in measured if found["failed"]]
         if failed:
-            one.notes.append(f"measurement of speed failed: {failed[0]}")
+            one.notes.append(f"speed measurement failed: {failed[0]}")
             continue
         counts = [count for count, _ in one.stages(run_of)]
         mean = sum(n * found["step_seconds"] for n, found in zip(counts, measured, strict=True)) / run_of
@@ -178,7 +178,7 @@ def _set_steps_by_speed(setting: Setting, planned: list[Planned], seconds: float
 def set_rates(
     setting: Setting, planned: list[Planned], rates: Sequence[float], steps: int, seed: int, runner: Runner
 ) -> None:
-    """Set the learning rate of each arm: its own, else the best of a search with equal effort, else the config's."""
+    """Set the learning rate of each arm: its own, the best of a search over equal trials, or that of the config."""
     for one in planned:
         one.lr = one.arm.lr or (setting.lr if not rates else None)
     searched = [one for one in planned if rates and one.arm.lr is None and one.steps]
@@ -192,11 +192,11 @@ def set_rates(
         losses = {rate: fits[one.arm.label, rate].result for rate in rates}
         tried = {rate: found["loss"] for rate, found in losses.items() if not found["failed"]}
         if not tried:
-            one.notes.append(f"every learning rate failed: {losses[rates[0]]['failed']}")
+            one.notes.append(f"learning-rate search failed: {losses[rates[0]]['failed']}")
             continue
         one.lr = min(tried, key=lambda rate: tried[rate])
         note = ", ".join(f"{rate:g}: {tried[rate]:.4f}" if rate in tried else f"{rate:g}: failed" for rate in rates)
-        edge = " (the best is at the edge)" if len(rates) > 1 and one.lr in (min(rates), max(rates)) else ""
+        edge = " (best at the edge of the range)" if len(rates) > 1 and one.lr in (min(rates), max(rates)) else ""
         one.notes.append(f"loss by learning rate after {steps} steps {note}{edge}")
 
 
@@ -210,6 +210,6 @@ def describe_plan(setting: Setting, planned: list[Planned]) -> str:
         lines.append(
             f"{one.arm.label}: {one.parameters:,} parameters ({one.blocks:,} non-embedding, {one.differs:+.1%}), "
             + (f"tokens qkv/proj/ffn {sizes}, " if sizes else "")
-            + (length if one.steps else "steps unknown until its speed is measured")
+            + (length if one.steps else "steps unknown before the speed measurement")
         )
     return "\n".join(lines)

@@ -19,11 +19,11 @@ from lit_tokenformer.cost import model_cost
 NAME = "comparison"
 """Stem of the files in the output folder."""
 ALIKE = 0.05
-"""Relative difference up to which sizes count as equal."""
+"""Relative tolerance within which sizes are equal."""
 
 
 def row(setting: Setting, planned: Planned, results: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Row of an arm in the table, from its results by seed."""
+    """Build the table row of an arm from its results by seed."""
     done = {seed: one for seed, one in results.items() if not one["failed"]}
     failed = {seed: one["failed"] for seed, one in results.items() if one["failed"]}
     samples = setting.samples_per_step * setting.sizes.get("context_length", 1)
@@ -63,7 +63,7 @@ def row(setting: Setting, planned: Planned, results: dict[int, dict[str, Any]]) 
 def sort_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sort rows by loss, failed ones last, and mark ``ties`` with the best.
 
-    A tie differs by at most the standard deviation of the difference of two single runs.
+    A tie differs from the best by at most the standard deviation of the difference of two single runs.
     """
     ordered = sorted(rows, key=lambda one: math.inf if one["loss"] is None else one["loss"])
     best = ordered[0]
@@ -76,7 +76,7 @@ def sort_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows, each a mapping from column to cell, as a Markdown table that ends in an empty line.
+    """Format rows, each a mapping from column to cell, as a Markdown table with a final newline.
 
     Example:
         >>> print(table([{"arm": "a", "loss": 1.5}]), end="")
@@ -101,24 +101,24 @@ def markdown(rows: list[dict[str, Any]], unit: str, reference: str, matched: str
     """Format the table and its footnotes.
 
     Args:
-        rows: Sorted.
-        unit: tokens or images.
-        reference: Label of the arm that sizes refer to.
-        matched: parameters or flops.
-        jobs: Parallel fits.
+        rows: Sorted rows.
+        unit: ``tokens`` or ``images``.
+        reference: Label of the reference arm.
+        matched: ``parameters`` or ``flops``.
+        jobs: Number of parallel fits.
     """
     score = next((one["score_name"] for one in rows if one["score_name"]), None)
     cells = [_cells(one, unit, matched, score) for one in rows]
     lines = [
         table(cells),
-        "Sorted by the loss at the end of the fit: mean ± sample standard deviation over seeds. FLOPs: of one "
-        f"sample's forward pass at the final size, and of all training steps. {unit}/s: the median step. Peak memory: "
-        "of a training step beyond that before the model, weights and optimizer included.",
+        "Sorted by final validation loss: mean ± sample standard deviation over seeds. Forward FLOPs are per sample "
+        f"at the final size; training FLOPs are those of all steps. {unit}/s is the median over steps. Peak memory is "
+        "that of a training step, with weights and optimizer state, beyond the process before the model.",
     ]
     if any(one["ties"] for one in rows):
-        lines.append("\n≈ tie with the best: the difference is within the spread of the seeds.")
+        lines.append("\n≈ tie with the best: the difference is within the standard deviation over seeds.")
     if all(one["loss_std"] is None for one in rows):
-        lines.append("\nOne seed each: the spread of seeds is unknown, so no difference is significant.")
+        lines.append("\nOne seed each: the variance over seeds is unknown, so no difference is significant.")
     off_rows = [f"{one['label']} {one['differs']:+.1%}" for one in rows if abs(one["differs"]) > ALIKE]
     if off_rows:
         name = {"parameters": "non-embedding parameters", "flops": "FLOPs of the blocks"}[matched]
@@ -130,7 +130,7 @@ def markdown(rows: list[dict[str, Any]], unit: str, reference: str, matched: str
 
 
 def _cells(one: dict[str, Any], unit: str, matched: str, score: str | None) -> dict[str, str]:
-    """Cells of a row by column."""
+    """Format the cells of a row, by column."""
     off = " †" if abs(one["differs"]) > ALIKE else ""
     done = one["loss"] is not None
     loss = _spread(one["loss"], one["loss_std"], 4) + (" ≈" if one["ties"] else "")
@@ -162,16 +162,16 @@ def write(
     fits: dict[tuple[str, int], Fit],
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Write table and picture into the output folder, and print the table.
+    """Write table and plot into the output folder, and print the table.
 
     Args:
         setting: Data and budget.
-        planned: All arms.
+        planned: Plans of all arms.
         fits: Fits by label and seed.
         settings: Options of the command.
 
     Returns:
-        The rows, best first.
+        Sorted rows, best first.
     """
     results: dict[str, dict[int, dict[str, Any]]] = {one.arm.label: {} for one in planned}
     for (label, seed), fit in fits.items():

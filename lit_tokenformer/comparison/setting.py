@@ -1,4 +1,4 @@
-"""Data, budget and optimizer that all arms of a comparison share, and the config of each fit."""
+"""Shared data, budget and optimizer of a comparison, and the config of each fit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig, preset_config
 
 HEADS = {"LitImageClassifier": "image", "LitCausalLM": "language", "LitMaskedLM": "masked_language"}
-"""Head of the architecture that each task needs."""
+"""Head of the architecture by task."""
 SIZES = ("num_classes", "image_size", "vocab_size", "context_length")
-"""Fields of an architecture that follow from the data."""
+"""Architecture fields set by the data."""
 LEFT_OUT = ("ParameterGrowthCallback", "TrainingMonitor", "ModelCheckpoint", "EarlyStopping", "PredictionWriter")
-"""Callbacks of the config that are dropped: the first two are set per arm."""
+"""Callbacks of the config that are dropped; the first two are set per arm."""
 LIMITS = ("min_steps", "min_epochs", "max_time", "limit_train_batches")
-"""Other settings that limit the length of a fit."""
+"""Other trainer settings that limit the length of a fit."""
 
 
 class Setting:
@@ -32,8 +32,8 @@ class Setting:
 
     Args:
         config: Content of the YAML file.
-        common: Fields of the architecture of all arms.
-        evaluations: Validations per fit.
+        common: Architecture overrides for all arms.
+        evaluations: Number of validations per fit.
     """
 
     def __init__(self, config: dict[str, Any], common: dict[str, Any], evaluations: int) -> None:
@@ -47,7 +47,7 @@ class Setting:
         if self.task not in HEADS:
             raise UserError(f"config: model.class_path: expected {' or '.join(HEADS)}, got {self.task or None!r}")
         self.model = dict(model.get("init_args") or {})
-        for key in ("preset", "match", "match_to"):  # the arms have their own
+        for key in ("preset", "match", "match_to"):  # set per arm
             self.model.pop(key, None)
         self.overrides = {**(self.model.pop("overrides", None) or {}), **common}
         self.trainer = dict(config.get("trainer") or {})
@@ -90,18 +90,18 @@ class Setting:
         if epochs > 0 and self.steps_per_epoch is not None:
             ends.append(epochs * self.steps_per_epoch)
         if not ends:
-            raise UserError("config: trainer.max_steps: needed to know the length of the fit, whatever the budget")
+            raise UserError("config: trainer.max_steps: required for any budget (expected max_steps or max_epochs)")
         return min(ends)
 
     def as_share(self, amount: float, unit: str) -> float:
         """Convert a length in epochs or steps of the config to a share of its steps."""
         if unit == "epoch" and self.steps_per_epoch is None:
-            raise UserError("config: epochs of streamed data have no known length; write schedules in steps")
+            raise UserError("config: unknown epoch length of streamed data (got a schedule in epochs, expected steps)")
         return amount * ((self.steps_per_epoch or 1) if unit == "epoch" else 1) / self.steps
 
     @cached_property
     def lr_schedule(self) -> dict[str, Any]:
-        """Learning-rate schedule of the config in shares of the run, so that it scales with the budget."""
+        """Learning-rate schedule of the config in shares of the run, which scale with the budget."""
         given = dict(self.model.get("schedule") or {})
         if given.get("restarts"):
             raise UserError("config: model.schedule.restarts: not supported in a comparison")
@@ -127,7 +127,7 @@ class Setting:
         """Build the architecture of an arm for these data.
 
         Raises:
-            UserError: With the label of the arm, if it is unknown or does not fit the task.
+            UserError: If the preset is unknown or does not fit the task; names the arm.
         """
         tokens = {} if param_tokens is None else {"param_tokens": param_tokens}
         with naming(arm):
@@ -141,7 +141,7 @@ class Setting:
         return config
 
     def module(self, planned: Planned) -> Any:
-        """Build the task of an arm at its final size on the meta device, as the command line does."""
+        """Build the task of an arm at its final size on the meta device."""
         model = copy.deepcopy(self.fit_config(planned, 1, 0, planned.arm.lr, planned.final_tokens)["model"])
         model["init_args"] |= self.of_data
         with naming(planned.arm), torch.device("meta"):
@@ -170,7 +170,7 @@ class Setting:
             model["schedule"] = self.lr_schedule
         if lr is not None:
             if self.lr is None:
-                raise UserError("config: model.init_args.optimizer.init_args.lr: needed to set a learning rate")
+                raise UserError("config: model.init_args.optimizer.init_args.lr: required to set a learning rate")
             model["optimizer"]["init_args"]["lr"] = lr
         return {
             "seed_everything": seed,
@@ -181,12 +181,12 @@ class Setting:
 
 
 def measured_trainer(steps: int, interval: int, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Build the trainer settings of a fit that measures itself on one device and leaves no checkpoint.
+    """Build the trainer settings of a self-measuring fit on one device, without checkpoints.
 
     Args:
         steps: Optimizer steps.
         interval: Training batches between validations.
-        callbacks: Configs of its callbacks; monitor and meter are added.
+        callbacks: Configs of callbacks; monitor and meter are appended.
     """
     monitor = {"log_images": 0, "row_norms": False}  # skip costly logging
     return {
@@ -212,7 +212,7 @@ def _built(kind: type, name: str, given: dict[str, Any]) -> Any:
     """Instantiate a part of a config.
 
     Raises:
-        UserError: In one line.
+        UserError: If it cannot be instantiated.
     """
     parser: Any = ArgumentParser(exit_on_error=False)
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
