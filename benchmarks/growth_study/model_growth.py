@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks import TrainingMonitor
-from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, param_tokens
 
 Origins = dict[nn.Parameter, nn.Parameter]
@@ -122,40 +120,6 @@ class ModelGrowth(Callback):
                 callback.on_parameter_growth(trainer, pl_module, event)
         for logger in trainer.loggers:
             logger.log_metrics({"growth/seconds": 0.0}, step=trainer.global_step)
-
-
-class SmallImages(Callback):
-    """Train on smaller images at first; the model resamples positions.
-
-    Args:
-        size: Height and width of these images, in pixels.
-        steps: Optimizer steps with them.
-    """
-
-    def __init__(self, size: int, steps: int) -> None:
-        self.size, self.steps = size, steps
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        whole = pl_module.cost
-
-        def cost() -> ModelCost:
-            backbone = pl_module.backbone
-            small = dataclasses.replace(backbone.config, image_size=self.size)
-            return model_cost(small, param_tokens(backbone)) if trainer.global_step < self.steps else whole()
-
-        def resized(batch: Any, dataloader_idx: int) -> Any:
-            if not pl_module.training or trainer.global_step >= self.steps:
-                return batch
-            size = (self.size, self.size)
-            return [F.interpolate(batch[0], size, mode="bilinear", antialias=True), *batch[1:]]
-
-        pl_module.cost, pl_module.on_after_batch_transfer = cost, resized
-
-    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.steps:
-            for callback in trainer.callbacks:
-                if isinstance(callback, TrainingMonitor):
-                    callback._measure(pl_module)
 
 
 class LearnedTau(Callback):
