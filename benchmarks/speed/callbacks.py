@@ -31,19 +31,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.speed.lines import Line
 from benchmarks.speed.timing import arguments, main, ratio, seconds, take_turns
-from callbacks import (
-    ErrorLog,
-    LossGuard,
-    ParameterGrowthCallback,
-    PreemptionCheckpoint,
-    RunSummary,
-    TrainingMonitor,
-)
+from callbacks import ErrorLog, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint, RunSummary, TrainingMonitor
 from lit_tokenformer.tasks import LitCausalLM
 
 BATCH_SIZE, LENGTH, VOCAB_SIZE = 8, 256, 4096
-EPOCHS = 1000
-"""Of the schedule; a fit ends long before."""
+EPOCHS = 1000  # of the schedule; a fit ends long before
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
@@ -58,10 +50,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
         Line(f"{name}, its hooks in an epoch", "the rest of the epoch", spent, without, "s", spent / without, "<= 0.01")
         for name, spent in clock.of_callbacks().items()
     ]
-    fits = {
-        "with": lambda: fit(make_callbacks(), 1, args),
-        "without": lambda: fit([], 1, args),
-    }
+    fits = {"with": lambda: fit(make_callbacks(), 1, args), "without": lambda: fit([], 1, args)}
     taken = take_turns(fits, args.rounds, args.device, warmup=1)
     most = sorted(clock.seconds.items(), key=lambda item: -item[1])[:5]
     slowest = ", ".join(f"{name} {1e6 * spent / args.steps:,.0f}" for name, spent in most)
@@ -73,10 +62,10 @@ def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
     return lines, notes
 
 
-def make_callbacks() -> list[Callback]:
-    """Callbacks of the config, and of every fit from the command line."""
+def make_callbacks(growth: int = EPOCHS - 1, unit: str = "epoch") -> list[Callback]:
+    """Build the callbacks of the config, with one growth, and those of every fit from the command line."""
     return [
-        ParameterGrowthCallback({EPOCHS - 1: 64}),
+        ParameterGrowthCallback({growth: 64}, unit),
         TrainingMonitor(),
         LossGuard(),
         RunSummary(),
@@ -85,19 +74,23 @@ def make_callbacks() -> list[Callback]:
     ]
 
 
-def fit(callbacks: list[Callback], epochs: int, args: argparse.Namespace) -> None:
+def fit(
+    callbacks: list[Callback], epochs: int, args: argparse.Namespace, precision: Any = "32-true", length: int = LENGTH
+) -> None:
     """Train a new model for some epochs of ``args.steps`` steps, with a validation after each."""
     adamw = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
     overrides: Any = {"param_tokens": 32}
-    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, LENGTH, overrides=overrides, optimizer=adamw)
-    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, LENGTH + 1))
-    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE)
-    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE)
+    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, length, overrides=overrides, optimizer=adamw)
+    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, length + 1))
+    pinned = args.device.startswith("cuda")
+    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE, pin_memory=pinned)
+    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE, pin_memory=pinned)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator=args.device.split(":")[0],
             devices=1,
+            precision=precision,
             max_epochs=EPOCHS,
             max_steps=epochs * args.steps,
             gradient_clip_val=1.0,

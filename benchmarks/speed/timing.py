@@ -12,10 +12,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.speed.lines import Line, table
 from lit_tokenformer.comparison.meter import environment, resident_bytes
@@ -94,7 +95,38 @@ def peak_bytes(device: str, others: int = 0) -> int:
     return torch.cuda.max_memory_allocated(device) if cuda else resident_bytes("VmHWM") - others
 
 
-def unlogged(task: torch.nn.Module) -> torch.nn.Module:
+@dataclass
+class Training:
+    """A model in training on one batch.
+
+    Args:
+        model: Model or task.
+        loss: Computes the loss of the batch.
+        dtype: Precision of autocast; float32 for none.
+        optimizer: Optimizer of its parameters; None for forward and backward pass alone.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
+    optimizer: torch.optim.Optimizer | None = None
+
+    def gradients(self) -> None:
+        """Run forward and backward pass."""
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss()
+        loss.backward()
+
+    def step(self) -> None:
+        """Run one training step."""
+        self.gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+
+def unlogged(task: nn.Module) -> nn.Module:
     """Detach a task from logging, so that its steps run without a trainer."""
     task.log = lambda *_, **__: None  # type: ignore[assignment]
     return task

@@ -12,13 +12,12 @@ small preset has batches of 32 x 128 tokens; the base preset, of 8 x 512, is mea
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import arguments, main, median, ratio, take_turns, unlogged
+from benchmarks.speed.timing import Training, arguments, main, median, ratio, take_turns, unlogged
 from lit_tokenformer.tasks import LitMaskedLM
 
 
@@ -47,18 +46,10 @@ def make_batch(share: float, shape: Shape, device: str) -> tuple[torch.Tensor, .
     return tuple(one.to(device) for one in (tokens, labels, lengths))
 
 
-def stepper(task: Any, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Callable[[], None]:
-    """Build a training step under autocast to ``dtype``, unless that is float32."""
+def training(task: Any, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Training:
+    """Build the training of a task on a batch."""
     optimizer = torch.optim.AdamW(task.parameter_groups(), lr=0.0, fused=True)  # both forms keep the same weights
-
-    def step() -> None:
-        with torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
-            loss = task.training_step(batch, 0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return Training(task, lambda: task.training_step(batch, 0), dtype, optimizer)
 
 
 def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, device: str) -> list[Line]:
@@ -77,7 +68,7 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
             with torch.no_grad():
                 losses = [task.training_step(batch, 0).item() for task in tasks.values()]
             assert abs(losses[0] - losses[1]) < 1e-4 * losses[0], losses
-            steps = {form: stepper(task, batch, getattr(torch, dtype)) for form, task in tasks.items()}
+            steps = {form: training(task, batch, getattr(torch, dtype)).step for form, task in tasks.items()}
             taken = take_turns(steps, rounds, device, warmup=1)
             padded, unpadded = ([1000 * one for one in taken[form]] for form in ("padded", "unpadded"))
             real = batch[2].float().mean().item() / shape.length
