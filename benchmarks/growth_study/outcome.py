@@ -259,17 +259,13 @@ def report(found: Findings) -> str:
 def sizes_table(ladder: dict[str, Curve]) -> str:
     """Format the final losses of each size from scratch by the length of the run."""
     whole = max(place for curve in ladder.values() for place, _ in curve)
-    by_share = {
-        name: {round(place / whole, 2): f"{loss:.4f}" for place, loss in curve} for name, curve in ladder.items()
-    }
-    shares = sorted({share for losses in by_share.values() for share in losses})
-    return table(
-        [
-            {"from scratch": name.removeprefix("from scratch, ")}
-            | {f"{share:g} C": losses.get(share, "-") for share in shares}
-            for name, losses in by_share.items()
-        ]
-    )
+    losses = {name: {round(place / whole, 2): loss for place, loss in curve} for name, curve in ladder.items()}
+    shares = sorted({share for of_size in losses.values() for share in of_size})
+    rows = []
+    for name, of_size in losses.items():
+        cells = {f"{share:g} C": f"{of_size[share]:.4f}" if share in of_size else "-" for share in shares}
+        rows.append({"from scratch": name.removeprefix("from scratch, "), **cells})
+    return table(rows)
 
 
 def arms_table(found: Findings, cost: float) -> str:
