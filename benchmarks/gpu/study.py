@@ -13,6 +13,7 @@ import json
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.parts import Findings
 from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
@@ -63,7 +64,12 @@ def arms(domain: Domain, tiny: bool) -> list[Arm]:
 def make_domain(corpus: Path, tiny: bool) -> Domain:
     """The text domain of the study at another size, on another corpus."""
     batch, block = (4, 64) if tiny else (BATCH, BLOCK)
-    settings = {"block_size": block, "batch_size": batch, "eval_batch_size": batch, "num_workers": 0 if tiny else 4}
+    settings: dict[str, Any] = {
+        "block_size": block,
+        "batch_size": batch,
+        "eval_batch_size": batch,
+        "num_workers": 0 if tiny else 4,
+    }
     settings |= {"files": [str(corpus)], "cache_dir": str(corpus.parent / "cache")}
     settings |= {"tokenizer": "bytes", "val_fraction": 0.05}
     return replace(

@@ -74,13 +74,13 @@ def compare(pair: Pair, mode: str, ours: Measured, theirs: Measured, peak: float
     shape = f"{pair.batch} x {pair.tokens:,} tokens" if pair.tokens else f"{pair.batch} images"
     what = f"`{pair.ours}`, {shape}, bf16-mixed, {mode}"
     wanted = ">= 0.45" if mode == "compiled" and "354m" in pair.ours else ""
-    figures = (
+    figures: tuple[tuple[str, float, float, str, float, str], ...] = (
         ("step", 1e3 * ours.seconds, 1e3 * theirs.seconds, "ms", ours.seconds / theirs.seconds, ""),
         ("rate", rate / 1e12, other / 1e12, "TFLOP/s", rate / other, ">= 1.0"),
         ("MFU", rate / peak, other / peak, "", rate / peak, wanted),
         ("peak memory", ours.peak / 1e9, theirs.peak / 1e9, "GB", ours.peak / theirs.peak, "<= 1.0"),
     )
-    return [Line(f"{name} of {what}", pair.theirs, *numbers) for name, *numbers in figures]
+    return [Line(f"{one[0]} of {what}", pair.theirs, *one[1:]) for one in figures]
 
 
 def measure(name: str, pair: Pair, backend: str | None, findings: Findings) -> Measured:

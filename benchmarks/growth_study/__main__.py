@@ -53,14 +53,7 @@ PHASES = ("search", "final", "family")
 
 
 class Study:
-    """Fits of one domain.
-
-    Args:
-        name: Name of the domain.
-        domain: The domain.
-        options: Options of the command.
-        runner: Runs the fits.
-    """
+    """Fits of one domain."""
 
     def __init__(self, name: str, domain: Domain, options: argparse.Namespace, runner: Runner) -> None:
         self.name, self.domain, self.options, self.runner = name, domain, options, runner
@@ -118,9 +111,7 @@ class Study:
     def family(self, winner: Arm, known: Sequence[Arm]) -> list[Arm]:
         """Build the arms of the family: a smaller size, trained to its end on the tokens of the final one, then grown.
 
-        Args:
-            winner: Growth policy.
-            known: Sizes from scratch, the final one first; all take the learning rate of the second.
+        All take the learning rate of the second of the sizes from scratch (``known``), of which the final is the first.
         """
         steps = known[0].steps(self.domain)
         return [

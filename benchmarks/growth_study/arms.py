@@ -149,12 +149,7 @@ class Arm:
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **self.sizes[0]}
         if self.dropped:
             shared["patch_drop_rate"] = self.dropped
-        optimizer = {
-            "lr": self.lr * self.rate_factor,
-            "betas": [0.9, 0.95],
-            "weight_decay": domain.weight_decay,
-            "fused": True,
-        }
+        optimizer = {"lr": self.lr * self.rate_factor, "betas": [0.9, 0.95], "weight_decay": domain.weight_decay}
         trainer = measured_trainer(steps, max(1, steps // evaluations), callbacks) | {
             "accelerator": "cpu",
             "log_every_n_steps": max(1, steps // 40),
@@ -169,7 +164,7 @@ class Arm:
                 "init_args": {
                     "preset": domain.twin if self.twin else domain.preset,
                     "overrides": shared,
-                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": optimizer},
+                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {**optimizer, "fused": True}},
                     "schedule": schedule,
                 },
             },
@@ -201,11 +196,8 @@ def load_arms(domain: Domain) -> dict[str, list[Arm]]:
     dim, depth, heads = (domain.base[name] for name in ("dim", "depth", "num_heads"))
     values: dict[str, Any] = {"small": small, "middle": middle, "final": final, "half": final // 2}
     values |= {"ffn_small": 4 * small, "ffn_final": 4 * final, "blocks": depth, "dim": dim, "heads": heads}
-    values |= {
-        "half_dim": dim // 2,
-        "half_heads": heads // 2,
-        "depths": list(depth_ladder(domain, *range(1, depth + 1))),
-    }
+    values |= {"half_dim": dim // 2, "half_heads": heads // 2}
+    values["depths"] = list(depth_ladder(domain, *range(1, depth + 1)))
     values["depths_at"] = [0.35] if depth == 2 else [0.15, 0.35]
     groups = yaml.safe_load((HERE / "arms.yaml").read_text(encoding="utf-8"))
     found: Any = OmegaConf.to_container(OmegaConf.create({**values, **groups}), resolve=True)

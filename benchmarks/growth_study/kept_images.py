@@ -16,10 +16,7 @@ from lit_tokenformer.data import ImageDataModule
 class KeptImages(ImageDataModule):
     """Fashion-MNIST as ``ImageDataModule`` normalises it, in one channel, without augmentation. Its fits cannot resume.
 
-    Args:
-        root: Folder with FashionMNIST/raw.
-        batch_size: Training images in a batch.
-        eval_batch_size: Validation images in a batch.
+    ``root`` is a folder with FashionMNIST/raw.
     """
 
     in_chans = 1

@@ -48,12 +48,9 @@ def _put(model: Tokenformer, order: list[nn.Module]) -> Origins:
 
 def widen(model: Tokenformer, dim: int, noise: float = 0.5) -> Origins:
     """Double the width by copies of all channels whose outgoing weights are halved (Net2WiderNet, arXiv 1511.05641; for
-    Transformers HyperCloning, arXiv 2409.12903). Noise that cancels breaks the symmetry. It keeps the function.
-
-    Args:
-        model: A language model with linear projections, norms without parameters inside the blocks, and tied embedding.
-        dim: Its new width.
-        noise: Standard deviation of the noise, in standard deviations of each weight.
+    Transformers HyperCloning, arXiv 2409.12903). Noise that cancels, of ``noise`` standard deviations of each weight,
+    breaks the symmetry. It keeps the function. The model has linear projections, norms without parameters inside the
+    blocks, and a tied embedding.
     """
     config = dataclasses.replace(model.config, dim=dim, num_heads=2 * model.config.num_heads)
     if dim != 2 * model.config.dim:
@@ -132,12 +129,7 @@ class LearnedTau(Callback):
 
 
 class RateAtGrowth(Callback):
-    """Multiply the learning rate where the model grows, for the rest of the fit.
-
-    Args:
-        steps: Steps at which the model grows.
-        factor: The factor of each of these steps.
-    """
+    """Multiply the learning rate by ``factor`` at each of the steps, for the rest of the fit."""
 
     def __init__(self, steps: list[int], factor: float) -> None:
         self.steps, self.factor = steps, factor
@@ -156,10 +148,6 @@ class LossAtGrowth(Callback):
 
     Place it before the callback that grows; ``growths.json`` in the trainer's ``default_root_dir`` gets an entry
     ``[step, before, after]`` for each.
-
-    Args:
-        steps: Steps at which the model grows.
-        batches: Validation batches.
     """
 
     def __init__(self, steps: list[int], batches: int = 4) -> None:

@@ -96,17 +96,11 @@ def fit(
 
 
 class Clock(Callback):
-    """Time the hooks of callbacks in the second epoch, and the epoch; it is the last callback.
-
-    Args:
-        device: Synchronized before and after each hook.
-    """
+    """Time the hooks of callbacks in the second epoch, and the epoch; it is the last callback."""
 
     def __init__(self, device: str) -> None:
-        self.seconds: dict[str, float] = {}
-        """Of each hook, ``callback.hook``."""
+        self.seconds: dict[str, float] = {}  # of each hook, "callback.hook"
         self.epoch = 0.0
-        """Seconds of the epoch."""
         self._device = device
         self._measures = False
         self._since = 0.0

@@ -5,8 +5,8 @@
 Three things are run in turn, so that other work on the machine disturbs all alike: ``one`` process; ``apart``, two at
 the same time that know nothing of each other; ``ddp``, two that average their gradients. Every process trains on the
 config's batch, so with perfect scaling all steps would take equally long. What ``apart`` takes longer than ``one`` is
-lost to what cores share, what ``ddp`` takes longer than ``apart`` to DDP. ``bare`` is one all-reduce of as many bytes by
-itself. Figures are medians over steps, then over processes and rounds. Needs two cores and Linux.
+lost to what cores share, what ``ddp`` takes longer than ``apart`` to DDP. ``bare`` is one all-reduce of as many bytes.
+Figures are medians over steps, then over processes and rounds. Needs two cores and Linux.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     python -m benchmarks.speed.decode [--dtypes float32 bfloat16] [--batch 1]
 
 Ours is ``generate_tokens`` on ``tokenformer_owt_124m``; theirs is ``generate`` with its default cache on a
-``GPTNeoXForCausalLM`` of equal width, depth, heads and vocabulary, whose 3,072 hidden units make a decoded token take as
-many FLOPs, so both read equally many weights. Both have random weights in the same dtype, decode greedily without an end
-token, and go from 32 to 512 tokens; the prompt is not timed. They take turns of 32 tokens: theirs waits in its streamer
-meanwhile.
+``GPTNeoXForCausalLM`` of equal width, depth, heads and vocabulary, whose 3,072 hidden units make a decoded token take
+as many FLOPs, so both read equally many weights. Both have random weights in the same dtype, decode greedily without an
+end token, and go from 32 to 512 tokens; the prompt is not timed. They take turns of 32 tokens: theirs waits in its
+streamer meanwhile.
 
 The bandwidth is that of one product of a float32 matrix of 1.6 GB with a vector (rows of 16 KiB: the fastest pass over
-the memory in torch), once per turn. A model that only read its weights would decode bandwidth / bytes tokens per second.
-The last line is the bound of the bare products: each of our weight matrices times a vector, in the same dtype and turns.
+the memory in torch), once per turn. A model that only read its weights would decode bandwidth / bytes tokens per
+second. The last line is the bound of the bare products: each of our weight matrices times a vector, in the same dtype.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ task, AdamW whose moments are filled, the gradients of the last step, and a batc
 of the outputs before and after. Every growth begins with a new model.
 
 The training step is forward, backward, clipping and AdamW at the new size on 8 sequences of 1,024 tokens. Only one
-sequence is computed unless ``--whole`` is given, and its forward and backward count eight times: they are products
-with the same weights, so their work is that of one sequence times their number.
+sequence is computed unless ``--whole`` is given, and its forward and backward count eight times.
 
-Peak memory is that of the event: of the process on a CPU, less that before the event without weights,
-gradients and moments; on CUDA what is allocated there. It may reach weights and moments at the new size and two copies
-of the largest tensor; a second line takes two copies of the largest of the tensors that grow.
+Peak memory is that of the event: of the process on a CPU, less that before the event without weights, gradients and
+moments; on CUDA what is allocated there. It may reach weights and moments at the new size and two copies of the largest
+tensor; a second line takes two copies of the largest of the tensors that grow.
 """
 
 from __future__ import annotations

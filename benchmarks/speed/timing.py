@@ -135,20 +135,15 @@ def unlogged(task: nn.Module) -> nn.Module:
 def main(
     name: str, parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], tuple[list[Line], list[str]]]
 ) -> None:
-    """Parse the options, measure, and report."""
+    """Measure, print a Markdown table, and write it, with machine and versions, to ``OUTPUT/NAME.json``."""
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     lines, notes = measure(given)
-    report(name, lines, given, notes)
-
-
-def report(name: str, lines: Sequence[Line], given: argparse.Namespace, notes: Sequence[str] = ()) -> None:
-    """Print the figures as a Markdown table and write them, with machine and versions, to ``OUTPUT/NAME.json``."""
     found = environment(torch.device(given.device))
     rows = [line.as_dict() for line in lines]
     print(", ".join(f"{key} {value}" for key, value in found.items()) + f"; medians of {given.rounds} rounds\n")
     print("\n\n".join([table("what", rows), *notes]))
     given.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": found, "rounds": given.rounds, "lines": rows, "notes": list(notes)}, indent=1)
+    text = json.dumps({"environment": found, "rounds": given.rounds, "lines": rows, "notes": notes}, indent=1)
     (given.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")

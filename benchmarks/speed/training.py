@@ -3,10 +3,9 @@
     python -m benchmarks.speed.training [--what vit lm lm354m memory] [--images 8] [--sequences 1] [--compile]
     python -m benchmarks.speed.training --peak tokenformer_150m [--checkpointing]
 
-A step is forward pass, loss, backward pass, AdamW (fused, as in the configs) and zeroed gradients; ours goes through
-``training_step`` of the task and its parameter groups, without a trainer. Both sides have float32 weights (for bfloat16
-autocast), random inputs of the same shape, no dropout and no augmentation, the loss as their library has it (timm's
-models with ``F.cross_entropy``, GPT-NeoX given labels), and PyTorch's own attention.
+A step is forward pass, loss, backward pass and AdamW (fused, as in the configs); ours goes through ``training_step`` of
+the task, without a trainer. Both sides have float32 weights (for bfloat16 autocast), random inputs of the same shape,
+no dropout, the loss as their library has it, and PyTorch's own attention.
 
 - ``vit``: ``tokenformer_vit_base_patch16_224`` and ``..._matched_...`` against timm's ``vit_base_patch16_224``.
 - ``lm``: ``tokenformer_owt_124m`` against a GPT-NeoX of the same width, depth, heads and vocabulary, with shared
@@ -23,8 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 from typing import Any
 
 import timm
@@ -156,14 +154,9 @@ def speed(what: str, given: argparse.Namespace) -> list[Line]:
         rates = {name: [flops[name] / passed / 1e9 for passed in taken[name]] for name in models}
         for mine, other, goal in pairs:
             rate, baseline = rates[mine], rates[other]
-            what_ = f"step of `{mine}`, {described(given, dtype)}"
+            what_ = f"step of `{mine}`, {dtype}{', compiled' * given.compile}"
             lines.append(Line(what_, other, median(rate), median(baseline), "GFLOP/s", ratio(rate, baseline), goal))
     return lines
-
-
-def described(given: argparse.Namespace, dtype: str) -> str:
-    """Describe precision and mode."""
-    return dtype + (", compiled" if given.compile else "")
 
 
 def memory(given: argparse.Namespace) -> list[Line]:
@@ -173,23 +166,20 @@ def memory(given: argparse.Namespace) -> list[Line]:
         found = {name: peak_elsewhere(name, given, dtype) for name in (model, baseline)}
         for what, of, goal in (("peak", "peak", "<= 0.9"), ("beyond weights, gradients and moments", "beyond", "")):
             mine, other = (found[name][of] / (found[name]["flops"] / 1e9) for name in (model, baseline))
-            what_ = f"memory of a step of `{model}`, {what}, {described(given, dtype)}"
+            what_ = f"memory of a step of `{model}`, {what}, {dtype}{', compiled' * given.compile}"
             lines.append(Line(what_, baseline, mine, other, "bytes/GFLOP", mine / other, goal))
     return lines
 
 
 def peak_elsewhere(name: str, given: argparse.Namespace, dtype: str) -> dict[str, int]:
     """Run :func:`peak` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.training", "--peak", name, "--dtypes", dtype]
-    for option in ("device", "threads", "sequences", "length"):
-        command += [f"--{option}", str(getattr(given, option))]
-    command += ["--compile"] if given.compile else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (name, argparse.Namespace(**{**vars(given), "dtypes": [dtype]})))
 
 
 def peak(name: str, given: argparse.Namespace) -> dict[str, int]:
     """Peak memory of three steps in bytes, that beyond the fixed state, and the FLOPs of one step."""
+    torch.set_num_threads(given.threads)
     before = 0 if given.device.startswith("cuda") else resident_bytes("VmRSS")
     model = make(name, given, getattr(torch, given.dtypes[0]))
     for _ in range(3):
@@ -211,14 +201,10 @@ if __name__ == "__main__":
     parser.add_argument("--sequences", type=int, default=1, help="texts in a batch")
     parser.add_argument("--length", type=int, default=1024, help="data tokens of a text")
     parser.add_argument("--compile", action="store_true", help="compile both sides with torch.compile")
-    parser.add_argument(
-        "--peak",
-        help="print the peak memory of this model or preset, and that beyond weights, gradients and moments, in bytes",
-    )
+    parser.add_argument("--peak", help="print the peak memory of this model, and that beyond its fixed state, in bytes")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, with --peak")
     given = parser.parse_args()
     if given.peak:
-        torch.set_num_threads(given.threads)
         print(json.dumps(peak(given.peak, given)))
     else:
         main("training-compiled" if given.compile else "training", parser, measure)

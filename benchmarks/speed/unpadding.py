@@ -52,7 +52,7 @@ def training(task: Any, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> 
     return Training(task, lambda: task.training_step(batch, 0), dtype, optimizer)
 
 
-def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, device: str) -> list[Line]:
+def measure(preset: str, given: argparse.Namespace) -> list[Line]:
     """Measure each precision and share of padding."""
     torch.manual_seed(0)
     shape, lines = SHAPES[preset], []
@@ -60,16 +60,16 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
     for form in ("padded", "unpadded"):
         overrides: Any = {"unpad": form == "unpadded", "dropout": 0.0, "attn_dropout": 0.0}
         task = LitMaskedLM(preset, shape.vocabulary, shape.length, overrides=overrides)
-        tasks[form] = unlogged(task.to(device).train())
+        tasks[form] = unlogged(task.to(given.device).train())
     tasks["unpadded"].load_state_dict(tasks["padded"].state_dict())
-    for dtype in dtypes:
-        for share in shape.shares or shares:
-            batch = make_batch(share, shape, device)
+    for dtype in given.dtypes:
+        for share in shape.shares or given.shares:
+            batch = make_batch(share, shape, given.device)
             with torch.no_grad():
                 losses = [task.training_step(batch, 0).item() for task in tasks.values()]
             assert abs(losses[0] - losses[1]) < 1e-4 * losses[0], losses
             steps = {form: training(task, batch, getattr(torch, dtype)).step for form, task in tasks.items()}
-            taken = take_turns(steps, rounds, device, warmup=1)
+            taken = take_turns(steps, given.rounds, given.device, warmup=1)
             padded, unpadded = ([1000 * one for one in taken[form]] for form in ("padded", "unpadded"))
             real = batch[2].float().mean().item() / shape.length
             what = f"`{preset}`, {shape.batch} x {shape.length}, {dtype}, {100 * (1 - real):.0f} % padding"
@@ -81,8 +81,7 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
 
 def measure_all(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
     """Measure all presets."""
-    found = (measure(one, given.shares, given.dtypes, given.rounds, given.device) for one in given.presets)
-    return [line for lines in found for line in lines], []
+    return [line for preset in given.presets for line in measure(preset, given)], []
 
 
 if __name__ == "__main__":
