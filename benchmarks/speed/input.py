@@ -30,10 +30,7 @@ RECIPES = {
     "crop and flip": Augmentation(),
     "RandAugment and erasing": Augmentation(auto_augment="rand-m7-mstd0.5-inc1", reprob=0.25),
 }
-"""Augmentation recipes: the default, and a strong one.
-
-At the usual magnitude of 9 timm sometimes asks Pillow to posterize to 0 bits, which newer releases reject.
-"""
+"""The default, and a strong one; at the usual magnitude of 9 timm may posterize to 0 bits, which Pillow 13 rejects."""
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:

@@ -8,10 +8,8 @@ tokens); those of a small language model with its loss (width 128, 4 layers, 4 h
 feed-forwards of 4 N, one of these numbers changed at a time); and one more data token of the same model at batch 1,
 after T data tokens were read. With ``--presets``, the second and the third of each preset over the lengths T instead.
 
-Memory is, in training, what is kept for the backward pass without parameters, counted by
-``torch.autograd.graph.saved_tensors_hooks`` (the loss keeps the gradients it has made instead, which the hooks do not
-see: as much as the embedding and T rows of the width); in decoding, the state after what was read, such as keys and
-values.
+Memory is, in training, what autograd keeps for the backward pass without parameters (the gradients that the loss keeps
+instead do not count); in decoding, the state after what was read, such as keys and values.
 
 An exponent is the slope of a straight line through the upper half of the points, at least two, in logarithms of both.
 That of time is compared with that of the operations in closed form, that of memory with that of the bytes.
