@@ -113,7 +113,7 @@ def gather(shares: list[Any]) -> dict[str, Found]:
 
 
 def verdict(name: str, phases: dict[str, tuple[dict[str, Found], dict[str, Found]]]) -> tuple[bool, str]:
-    """Whether the results of a job are equal, and a line about them."""
+    """Comparison of the results of a job: equal or not, and a line about them."""
     count = 0
     for phase, (base, own) in phases.items():
         if name not in base or name not in own:

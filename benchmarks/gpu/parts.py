@@ -59,7 +59,7 @@ class Findings:
         self.save()
 
     def fits(self, seconds: float, what: str) -> bool:
-        """Whether there is time for something that takes so long on an H100; if not, note that it is skipped."""
+        """Check that there is time for what takes these seconds on an H100; if not, note that it is skipped."""
         enough = self.tiny or time.time() + seconds <= self.deadline
         if not enough:
             self.skipped.append(f"no time left for {what}")

@@ -1,4 +1,4 @@
-"""Where the time goes: the longest kernels of a training step, and each wait of the host for the device in a fit."""
+"""Profile: the longest kernels of a training step, and each wait of the host for the device in a fit."""
 
 from __future__ import annotations
 

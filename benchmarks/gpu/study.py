@@ -1,4 +1,4 @@
-"""Does growing pay at ten million parameters? The reduced arms of ``benchmarks/growth_study`` on a GPU, one seed.
+"""Growth study at ten million parameters: the reduced arms of ``benchmarks/growth_study`` on a GPU, one seed.
 
 Byte language models on Python source that is on the machine: every ``.py`` file of the interpreter's ``site-packages``
 in the order of their paths, up to 100 MB. The final size has 9.8 million parameters in its blocks; the budget C is 60 s

@@ -1,5 +1,4 @@
-"""Does growing pay? Train grown models and their controls on equal budgets of training FLOPs, and write tables and
-pictures.
+"""Growth study: train grown models and their controls on equal budgets of training FLOPs; write tables and pictures.
 
     python -m benchmarks.growth_study OUTPUT [--domains text images] [--reduced] [--root FOLDER] [--seeds 0 1 2]
         [--jobs 2] [--logs FOLDER] [--phases search final family] [--draw-only]
@@ -137,7 +136,7 @@ def best(outcomes: Sequence[Outcome]) -> Arm:
 
 
 def is_size(arm: Arm) -> bool:
-    """Whether an arm is a size of the ladder from scratch."""
+    """Recognize a size of the ladder from scratch."""
     return arm.name.startswith("from scratch") and not (arm.schedule or arm.learned_tau)
 
 

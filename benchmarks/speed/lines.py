@@ -31,7 +31,7 @@ class Line:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the ratio reaches the goal; ``None`` without a goal."""
+        """Comparison of the ratio with the goal; ``None`` without a goal."""
         if not self.goal:
             return None
         sign, bound = self.goal.split()
