@@ -14,7 +14,7 @@ from lit_tokenformer.data import ImageDataModule
 
 
 class KeptImages(ImageDataModule):
-    """Fashion-MNIST as ``ImageDataModule`` normalises it, in one channel, without augmentation. Its fits cannot resume.
+    """Fashion-MNIST as ``ImageDataModule`` normalizes it, in one channel, without augmentation. Its fits cannot resume.
 
     ``root`` is a folder with FashionMNIST/raw.
     """

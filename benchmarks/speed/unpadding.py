@@ -2,10 +2,10 @@
 
     python -m benchmarks.speed.unpadding [--presets mosaic_bert_small mosaic_bert_base] [--shares 0 0.25 0.5 0.75]
 
-Both forms have the same weights and see the same batches in turn, without dropout. Lengths lie evenly around what gives
-the share of padding. The ratio is the padded form's time over the unpadded form's: were all work proportional to the
-real tokens, it would be 1 / (1 - share); the head, which is computed for masked tokens alone in both, and the optimizer
-are not. The base preset has batches of 8 x 512 tokens and is measured at half padding alone.
+Both forms have the same weights and see the same batches in turn, without dropout. Lengths are spaced evenly around
+what gives the share of padding. The ratio is the padded form's time over the unpadded form's: were all work
+proportional to the real tokens, it would be 1 / (1 - share); the head, which is computed for masked tokens alone in
+both, and the optimizer are not. The base preset has batches of 8 x 512 tokens and is measured at half padding alone.
 """
 
 from __future__ import annotations
