@@ -186,12 +186,11 @@ def search_picture(found: Findings, path: Path) -> None:
     if not names:
         return
     losses = {name.removeprefix("grown: "): found.of(name, ("search",))[0].loss for name in names}
-    ordered = sorted(losses, key=lambda name: -losses[name])
-    first = losses[names[0].removeprefix("grown: ")]
-    figure = Figure(figsize=(7, 0.28 * len(ordered) + 1))
+    first = next(iter(losses.values()))
+    more = dict(sorted(((name, loss - first) for name, loss in losses.items()), key=lambda item: -item[1]))
+    figure = Figure(figsize=(7, 0.28 * len(more) + 1))
     axis = figure.add_subplot()
-    colors = ["tab:green" if losses[name] < first else "tab:red" for name in ordered]
-    axis.barh(ordered, [losses[name] - first for name in ordered], color=colors)
+    axis.barh(list(more), list(more.values()), color=["tab:green" if one < 0 else "tab:red" for one in more.values()])
     axis.axvline(0, color="k", linewidth=0.8)
     axis.set_xlabel("validation loss at 0.65 C less that of the first policy (nats)")
     axis.grid(axis="x", alpha=0.25)

@@ -18,7 +18,7 @@ from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
 from benchmarks.growth_study import __main__ as study
-from benchmarks.growth_study import arms, at_scale, kept_images, model_growth, outcome
+from benchmarks.growth_study import arms, kept_images, model_growth, outcome
 
 
 def model(preset="tokenformer_lm_tiny", **overrides):
@@ -76,7 +76,7 @@ def test_every_arm_costs_its_share_of_the_budget(name):
     if name == "images":
         (inserted,) = (arm for arm in groups["depth"] if arm.name == "grown: blocks inserted")
         for arm in (arms.controls(domain)[0], inserted):
-            short += [arms.few_patches(arm), arms.small_images(arm, domain)]
+            short.append(arms.few_patches(arm))
     for arm in [*short, *(arm for group in groups.values() for arm in group)]:
         steps, starts = arm.steps(domain), arm.starts(domain)
         ends = [*starts, steps]
@@ -130,15 +130,6 @@ def test_the_cheapest_schedule_changes_size_where_the_larger_one_is_cheaper_for_
     assert found < 80
 
 
-def test_a_policy_keeps_its_places_on_the_ladder_of_another_domain():
-    text, images = arms.DOMAINS["text"], arms.DOMAINS["images"]
-    arm = arms.policies(text)["how much"][-1]
-    sizes = study.moved(arm, text, images).sizes
-    assert sizes[1]["param_tokens"] == {"qkv": 2, "proj": 2, "ffn": 32}
-    (deepened,) = (arm for arm in arms.policies(text)["depth"] if arm.name == "grown: blocks inserted")
-    assert study.moved(deepened, text, images).sizes == arms.depth_ladder(images, 1, 2)
-
-
 def test_kept_images_are_those_of_the_data_module_and_each_comes_once(tmp_path):
     write_fashion_mnist(tmp_path)
     kept = kept_images.KeptImages(str(tmp_path), 8, 4)
@@ -179,18 +170,3 @@ def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(tmp_path, monkey
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
     assert study.main([*command, "--draw-only"]) == 0
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
-
-
-def test_at_scale_no_other_places_to_grow_are_cheaper():
-    scale = at_scale
-    law, sizes = scale.HOFFMANN, scale.LADDER[:2]
-    target = law.loss(sizes[1], 20 * sizes[1].parameters)
-    found = scale.flops(sizes, scale.cheapest(law, sizes, target))
-
-    def grown_after(tokens):
-        inherited = law.tokens(sizes[1], law.loss(sizes[0], tokens))
-        return scale.flops(sizes, (tokens, law.tokens(sizes[1], target) - inherited))
-
-    others = [grown_after(share * 1e9) for share in range(1, 7)]
-    assert found <= min(others) < 1.01 * found
-    assert found < scale.flops(sizes, (0, 20 * sizes[1].parameters))

@@ -1,4 +1,4 @@
-"""What a command loads and builds before it begins; that it takes little time is measured in ``benchmarks/``."""
+"""What a command loads and builds before it begins."""
 
 import subprocess
 import sys

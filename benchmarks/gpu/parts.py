@@ -25,14 +25,9 @@ from lit_tokenformer.comparison.meter import environment
 
 @dataclass
 class Findings:
-    """Findings of a part; each addition rewrites ``PART.json``.
+    """Findings of a part; each addition rewrites ``PART.json`` in ``folder``.
 
-    Args:
-        part: Name of the part.
-        folder: Folder of the file.
-        device: Device, ``cuda`` or ``cpu``.
-        tiny: Whether sizes are those of a rehearsal.
-        deadline: Time at which the part must have ended, in seconds since the epoch.
+    ``tiny`` chooses the sizes of a rehearsal; the part must have ended at ``deadline``, in seconds since the epoch.
     """
 
     part: str
@@ -171,21 +166,15 @@ def growth(findings: Findings) -> None:
     """A growth event with AdamW against a training step (``benchmarks.speed.growth``)."""
     from benchmarks.speed.growth import measure
 
-    before, after, length = "tokenformer_owt_354m", "tokenformer_owt_757m", 1024
+    sizes = {"before": "tokenformer_owt_354m", "after": "tokenformer_owt_757m", "length": 1024}
     if findings.tiny:
-        before, after, length = "tokenformer_lm_tiny", "tokenformer_lm_small", 32
-    settings = {"before": before, "after": after, "length": length, "rounds": 1, "whole": True, "threads": 1}
-    lines, notes = measure(argparse.Namespace(device=findings.device, **settings))
+        sizes = {"before": "tokenformer_lm_tiny", "after": "tokenformer_lm_small", "length": 32}
+    lines, notes = measure(argparse.Namespace(device=findings.device, rounds=1, whole=True, threads=1, **sizes))
     findings.notes += notes
     findings.add(*lines)
 
 
-RUN: dict[str, Callable[[Findings], None]] = {
-    "right": right,
-    "pattention": pattention,
-    "decode": decode,
-    "growth": growth,
-}
+RUN: dict[str, Callable[[Findings], None]] = {one.__name__: one for one in (right, pattention, decode, growth)}
 """Parts that use what exists; the others are modules of their own, with a function ``run``."""
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a part may fork

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -10,24 +10,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
 
 from benchmarks.gpu.check import ROOT
 from benchmarks.gpu.parts import Findings
 from benchmarks.gpu.training import COMPILING, compile_model, make
-from callbacks import (
-    ErrorLog,
-    GrowingEMA,
-    LossGuard,
-    ParameterGrowthCallback,
-    PreemptionCheckpoint,
-    RunSummary,
-    TrainingMonitor,
-)
-from lit_tokenformer.tasks import LitCausalLM
+from benchmarks.speed.callbacks import fit, make_callbacks
+from callbacks import GrowingEMA
 
 STEPS = 3
 """Steps that are profiled."""
@@ -71,57 +61,27 @@ class Watch(Callback):
     """Have CUDA warn of each synchronization in some steps."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == WATCHED.start:
-            torch.cuda.set_sync_debug_mode("warn")
-        elif batch_idx == WATCHED.stop:
-            torch.cuda.set_sync_debug_mode("default")
+        if batch_idx in (WATCHED.start, WATCHED.stop):
+            torch.cuda.set_sync_debug_mode("warn" if batch_idx == WATCHED.start else "default")
 
 
 def synchronizations(findings: Findings) -> None:
     """Note where the host waits for the device in ordinary steps of a fit with this project's callbacks."""
-    cuda, length, vocabulary = findings.device == "cuda", 64, 128
-    task = LitCausalLM("tokenformer_lm_tiny", vocab_size=vocabulary, context_length=length)
-    tokens: Any = torch.randint(vocabulary, (8 * (WATCHED.stop + 4), length + 1))
-    data: DataLoader = DataLoader(tokens, 8, pin_memory=cuda)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    cuda, steps = findings.device == "cuda", WATCHED.stop + 4
+    callbacks = [*([Watch()] if cuda else []), *make_callbacks(steps - 1, "step"), GrowingEMA()]
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Trainer(
-            accelerator=findings.device,
-            devices=1,
-            precision="bf16-mixed",
-            max_epochs=1,
-            logger=TensorBoardLogger(folder),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            gradient_clip_val=1.0,
-            default_root_dir=folder,
-            callbacks=[
-                *([Watch()] if cuda else []),
-                ParameterGrowthCallback({WATCHED.stop + 3: 256}, unit="step"),
-                TrainingMonitor(log_images=0),
-                GrowingEMA(),
-                LossGuard(),
-                RunSummary(),
-                PreemptionCheckpoint(),
-                ErrorLog(),
-            ],
-        ).fit(task, data)
-    waits = Counter(
-        f"{_short(one.filename)}:{one.lineno}" for one in caught if "synchronizing CUDA" in str(one.message)
-    )
-    findings.notes += [
-        f"host waits at {place}: {count / len(WATCHED):g} a step" for place, count in waits.most_common()
-    ]
-    findings.notes.append(
-        f"host waits in a step of a fit: {sum(waits.values()) / len(WATCHED):g}" if cuda else "no CUDA"
-    )
+        fit(callbacks, 1, argparse.Namespace(device=findings.device, steps=steps), "bf16-mixed", length=64)
+    waits = Counter(_place(one) for one in caught if "synchronizing CUDA" in str(one.message))
+    for place, count in waits.most_common():
+        findings.notes.append(f"host waits at {place}: {count / len(WATCHED):g} a step")
+    total = f"host waits in a step of a fit: {sum(waits.values()) / len(WATCHED):g}"
+    findings.notes.append(total if cuda else "no CUDA")
     findings.save()
 
 
-def _short(file: str) -> str:
-    """A source file without the folder that it is installed in."""
-    path = Path(file)
-    if path.is_relative_to(ROOT):
-        return str(path.relative_to(ROOT))
-    return "/".join(path.parts[-3:])
+def _place(caught: warnings.WarningMessage) -> str:
+    """File and line of a warning, without the folder that the file is installed in."""
+    path = Path(caught.filename)
+    parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else path.parts[-3:]
+    return f"{'/'.join(parts)}:{caught.lineno}"

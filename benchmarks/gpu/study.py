@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,25 @@ def run(findings: Findings) -> None:
     """Train the arms one after the other, as far as time allows."""
     folder = (findings.folder / "study").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    size = 2_000_000 if findings.tiny else CORPUS
-    corpus, digest, found = write_corpus(folder / "corpus.jsonl", size)
-    findings.notes.append(f"Corpus: {found / 1e6:.1f} MB of Python source, SHA-256 {digest[:12]}")
+    corpus = folder / "corpus.jsonl"
+    findings.notes.append(f"Corpus: {write_corpus(corpus, 2_000_000 if findings.tiny else CORPUS)}")
     domain = make_domain(corpus, findings.tiny)
     reference: float | None = None
-    for arm in arms(domain, findings.tiny):
-        if not findings.fits(60, arm.name):
-            continue
-        result = train(arm, domain, folder, findings.device)
-        if result.get("failed"):
-            raise RuntimeError(f"{arm.name}: {result['failed']}")
-        loss, reference = result["loss"], reference if reference is not None else result["loss"]
-        tflop, steps = result["curve"]["tflops"][-1], result["steps"]
-        what = f"{arm.name}, {arm.share:.2f} C ({tflop:,.3g} TFLOP, {steps:,} steps, {result['seconds']:.0f} s)"
-        findings.add(Line(what, "final size from scratch", loss, reference, "nats", loss / reference))
+    with Runner(folder, jobs=1, read_only=False) as runner:
+        for arm in arms(domain, findings.tiny):
+            if not findings.fits(60, arm.name):
+                continue
+            config = arm.fit(domain, seed=0, evaluations=4)
+            config["trainer"] |= {"accelerator": findings.device, "precision": "bf16-mixed"}
+            fit = runner.fit(arm.name, "seed 0", config)
+            runner.run([fit])
+            result = fit.result
+            if result.get("failed"):
+                raise RuntimeError(f"{arm.name}: {result['failed']}")
+            loss, reference = result["loss"], reference if reference is not None else result["loss"]
+            tflop, steps = result["curve"]["tflops"][-1], result["steps"]
+            what = f"{arm.name}, {arm.share:.2f} C ({tflop:,.3g} TFLOP, {steps:,} steps, {result['seconds']:.0f} s)"
+            findings.add(Line(what, "final size from scratch", loss, reference, "nats", loss / reference))
 
 
 def arms(domain: Domain, tiny: bool) -> list[Arm]:
@@ -61,24 +64,18 @@ def arms(domain: Domain, tiny: bool) -> list[Arm]:
 def make_domain(corpus: Path, tiny: bool) -> Domain:
     """The text domain of the study at another size, on another corpus."""
     batch, block = (4, 64) if tiny else (BATCH, BLOCK)
-    data: dict[str, Any] = {
-        "class_path": "lit_tokenformer.data.TextDataModule",
-        "init_args": {
-            "files": [str(corpus)],
-            "tokenizer": "bytes",
-            "block_size": block,
-            "batch_size": batch,
-            "eval_batch_size": batch,
-            "val_fraction": 0.05,
-            "cache_dir": str(corpus.parent / "cache"),
-            "num_workers": 0 if tiny else 4,
-        },
+    settings: dict[str, Any] = {
+        "block_size": block,
+        "batch_size": batch,
+        "eval_batch_size": batch,
+        "num_workers": 0 if tiny else 4,
     }
-    base = {"dim": 320, "depth": 6, "num_heads": 5} if not tiny else {"dim": 32, "depth": 2, "num_heads": 2}
+    settings |= {"files": [str(corpus)], "cache_dir": str(corpus.parent / "cache")}
+    settings |= {"tokenizer": "bytes", "val_fraction": 0.05}
     return replace(
         DOMAINS["text"],
-        data=data,
-        base=base,
+        data={"class_path": "lit_tokenformer.data.TextDataModule", "init_args": settings},
+        base=dict(zip(("dim", "depth", "num_heads"), (32, 2, 2) if tiny else (320, 6, 5), strict=True)),
         of_data={"vocab_size": 257, "context_length": block},
         ladder=(4, 8, 16) if tiny else (80, 160, 320),
         budget=2e9 if tiny else BUDGET,
@@ -86,39 +83,16 @@ def make_domain(corpus: Path, tiny: bool) -> Domain:
     )
 
 
-def train(arm: Arm, domain: Domain, folder: Path, device: str) -> dict[str, Any]:
-    """One fit in a process of its own."""
-    config = arm.fit(domain, seed=0, evaluations=4)
-    config["trainer"] |= {"accelerator": device, "precision": "bf16-mixed"}
-    with Runner(folder, jobs=1, read_only=False) as runner:
-        fit = runner.fit(arm.name, "seed 0", config)
-        runner.run([fit])
-    return fit.result
-
-
-def write_corpus(file: Path, size: int) -> tuple[Path, str, int]:
-    """Write the source as JSON lines, a document each.
-
-    Returns:
-        The file, the SHA-256 of the documents, and their bytes.
-    """
+def write_corpus(file: Path, size: int) -> str:
+    """Write the source as JSON lines, a document each, up to ``size`` bytes; return a description."""
     digest, total = hashlib.sha256(), 0
     with file.open("w", encoding="utf-8") as lines:
-        for text in sources():
+        for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+            text = path.read_text(encoding="utf-8", errors="ignore") if path.is_file() else ""
             if total + len(text) > size:
                 break
-            total += len(text.encode())
-            digest.update(text.encode())
-            lines.write(json.dumps({"text": text}) + "\n")
-    return file, digest.hexdigest(), total
-
-
-def sources() -> Iterator[str]:
-    """Python files of ``site-packages``."""
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.strip():
-            yield text
+            if text.strip():
+                total += len(text.encode())
+                digest.update(text.encode())
+                lines.write(json.dumps({"text": text}) + "\n")
+    return f"{total / 1e6:.1f} MB of Python source, SHA-256 {digest.hexdigest()[:12]}"

@@ -16,43 +16,35 @@ import torch
 
 from benchmarks.gpu.parts import Findings
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import peak_bytes, reset_peak, seconds
-from benchmarks.speed.training import MODELS, NEOX, Training, neox, our_lm, our_vit, timm_vit
+from benchmarks.speed.timing import Training, peak_bytes, reset_peak, seconds
+from benchmarks.speed.training import THEIRS
+from benchmarks.speed.training import make as make_training
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
 
 class Pair(NamedTuple):
-    """Two models that are compared: names in ``speed.training.MODELS``, and the architecture of each in closed form."""
+    """A preset and its baseline (``speed.training``), samples and data tokens of a batch, and seconds on an H100."""
 
     ours: str
     theirs: str
-    cost_of_theirs: str
     batch: int
     tokens: int
     seconds: float
 
 
 PAIRS = (
-    Pair("tokenformer_owt_124m", "gpt_neox", "tokenformer_owt_124m", 16, 1024, 25),
-    Pair("tokenformer_vit_base_patch16_224", "vit_base_patch16_224", "vit_base_patch16_224", 256, 0, 25),
-    Pair("tokenformer_owt_354m", "gpt_neox_354m", "tokenformer_owt_354m", 16, 1024, 30),
+    Pair("tokenformer_owt_124m", "gpt_neox", 16, 1024, 25),
+    Pair("tokenformer_vit_base_patch16_224", "vit_base_patch16_224", 256, 0, 25),
+    Pair("tokenformer_owt_354m", "gpt_neox_354m", 16, 1024, 30),
 )
 TINY = (
-    Pair("tokenformer_lm_tiny", "gpt_neox_tiny", "tokenformer_lm_tiny", 1, 64, 0),
-    Pair("tokenformer_vit_tiny_patch16_224", "vit_tiny_patch16_224", "vit_tiny_patch16_224", 1, 0, 0),
+    Pair("tokenformer_lm_tiny", "gpt_neox_tiny", 1, 64, 0),
+    Pair("tokenformer_vit_tiny_patch16_224", "vit_tiny_patch16_224", 1, 0, 0),
 )
 COMPILING = 45.0
 """Seconds that compiling a model takes."""
 MODES = {"eager": None, "compiled": "inductor"}
-
-MODELS |= {
-    "tokenformer_lm_tiny": our_lm,
-    "gpt_neox_tiny": neox,
-    "tokenformer_vit_tiny_patch16_224": our_vit,
-    "vit_tiny_patch16_224": timm_vit,
-}
-NEOX["gpt_neox_tiny"] = "tokenformer_lm_tiny"
 
 
 class Measured(NamedTuple):
@@ -74,27 +66,21 @@ def run(findings: Findings) -> None:
 
 
 def compare(pair: Pair, mode: str, ours: Measured, theirs: Measured, peak: float) -> list[Line]:
-    """The lines of a pair."""
+    """Compare the two models of a pair."""
     length = {"context_length": pair.tokens} if pair.tokens else {}
-    flops = [
-        pair.batch * model_cost(preset_config(name, **length)).training_flops
-        for name in (pair.ours, pair.cost_of_theirs)
-    ]
-    rates = [count / side.seconds for count, side in zip(flops, (ours, theirs), strict=True)]
+    presets = (pair.ours, THEIRS[pair.theirs] or pair.theirs)
+    flops = [pair.batch * model_cost(preset_config(name, **length)).training_flops for name in presets]
+    rate, other = (count / side.seconds for count, side in zip(flops, (ours, theirs), strict=True))
     shape = f"{pair.batch} x {pair.tokens:,} tokens" if pair.tokens else f"{pair.batch} images"
     what = f"`{pair.ours}`, {shape}, bf16-mixed, {mode}"
-    mfu, other = (rate / peak for rate in rates)
-    slower = ours.seconds / theirs.seconds
     wanted = ">= 0.45" if mode == "compiled" and "354m" in pair.ours else ""
-    memory = ours.peak / theirs.peak
-    return [
-        Line(f"step of {what}", pair.theirs, 1e3 * ours.seconds, 1e3 * theirs.seconds, "ms", slower),
-        Line(
-            f"rate of {what}", pair.theirs, rates[0] / 1e12, rates[1] / 1e12, "TFLOP/s", rates[0] / rates[1], ">= 1.0"
-        ),
-        Line(f"MFU of {what}", pair.theirs, mfu, other, "", mfu, wanted),
-        Line(f"peak memory of {what}", pair.theirs, ours.peak / 1e9, theirs.peak / 1e9, "GB", memory, "<= 1.0"),
-    ]
+    figures: tuple[tuple[str, float, float, str, float, str], ...] = (
+        ("step", 1e3 * ours.seconds, 1e3 * theirs.seconds, "ms", ours.seconds / theirs.seconds, ""),
+        ("rate", rate / 1e12, other / 1e12, "TFLOP/s", rate / other, ">= 1.0"),
+        ("MFU", rate / peak, other / peak, "", rate / peak, wanted),
+        ("peak memory", ours.peak / 1e9, theirs.peak / 1e9, "GB", ours.peak / theirs.peak, "<= 1.0"),
+    )
+    return [Line(f"{one[0]} of {what}", pair.theirs, *one[1:]) for one in figures]
 
 
 def measure(name: str, pair: Pair, backend: str | None, findings: Findings) -> Measured:
@@ -115,9 +101,9 @@ def measure(name: str, pair: Pair, backend: str | None, findings: Findings) -> M
 
 
 def make(name: str, batch: int, length: int, device: str) -> Training:
-    """A model under training in bf16-mixed, which is not compiled."""
+    """Build a model in training in bf16-mixed, which is not compiled."""
     given = argparse.Namespace(images=batch, sequences=batch, length=length, device=device, compile=False)
-    return MODELS[name](name, given, torch.bfloat16)
+    return make_training(name, given, torch.bfloat16)
 
 
 def compile_model(training: Training, backend: str) -> None:

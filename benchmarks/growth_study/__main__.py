@@ -1,13 +1,12 @@
-"""Growth study: train grown models and their controls on equal budgets of training FLOPs, and write tables and
-pictures.
+"""Growth study: train grown models and their controls on equal budgets of training FLOPs; write tables and pictures.
 
     python -m benchmarks.growth_study OUTPUT [--domains text images] [--reduced] [--root FOLDER] [--seeds 0 1 2]
-        [--jobs 2] [--logs FOLDER] [--phases final family] [--draw-only]
+        [--jobs 2] [--logs FOLDER] [--phases search final family] [--draw-only]
 
 OUTPUT is a folder. In the order of the work, for each domain:
 
-1. the search: growth policies that differ from the first in one factor, on 0.65 C, one seed, on text; images take what
-   won there;
+1. the search, in the first domain: growth policies that differ from the first in one factor, on 0.65 C, one seed. What
+   won on text is the group ``grown`` of ``arms.yaml``;
 2. every arm tries three learning rates on a quarter of its budget, and the best of them and half of it on all of its
    budget, since longer runs want smaller rates; the sizes of the ladder on half of it too. The final size must be the
    best of them at C, or a comparison at C says nothing;
@@ -24,12 +23,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.growth_study.arms import (
     DOMAINS,
@@ -40,7 +37,6 @@ from benchmarks.growth_study.arms import (
     few_patches,
     load_arms,
     policies,
-    small_images,
 )
 from benchmarks.growth_study.outcome import Outcome
 from benchmarks.growth_study.results_files import write
@@ -51,19 +47,12 @@ SHARES = (0.45, 0.65, 0.85)
 FAMILY = ((0.5, 1.0), (0.5, 0.5), (0.75, 1.0))
 """Costs of a further size, as shares of its cost from scratch, with multiples of the smaller one's rate."""
 
-PHASES = ("final", "family")
+PHASES = ("search", "final", "family")
 """Phases that can be skipped."""
 
 
 class Study:
-    """Fits of one domain.
-
-    Args:
-        name: Name of the domain.
-        domain: The domain.
-        options: Options of the command.
-        runner: Runs the fits.
-    """
+    """Fits of one domain."""
 
     def __init__(self, name: str, domain: Domain, options: argparse.Namespace, runner: Runner) -> None:
         self.name, self.domain, self.options, self.runner = name, domain, options, runner
@@ -94,78 +83,34 @@ class Study:
         found = self.train("learning rate", tried, self.options.seeds[:1], evaluations)
         return [best([one for one in found if one.arm.name == arm.name]) for arm in arms]
 
-    def run(self, winner: Arm | None) -> Arm:
-        """Run all phases.
-
-        Args:
-            winner: Growth policy, if it was searched for elsewhere.
-
-        Returns:
-            The growth policy.
-        """
+    def run(self) -> None:
+        """Run all phases."""
         domain, seeds, first = self.domain, self.options.seeds, self.options.seeds[:1]
         groups = load_arms(domain)
-        (start,), (tokens,) = groups["base"], groups["tokens"]
         if self.options.reduced:
             self.train("final", groups["reduced"], seeds)
-            return start
-        if winner is None:
-            (base,) = self.with_rates([start])
-            others = [replace(arm, lr=base.lr) for arms in policies(domain).values() for arm in arms]
-            self.train("search", [base, *others], first)
-            winner = self.together(base, first)
-        *known, grown = self.with_rates([*controls(domain), winner])
+            return
+        if "search" in self.options.phases and self.name == self.options.domains[0]:
+            (base,) = self.with_rates(groups["base"])
+            self.train("search", [base, *(replace(arm, lr=base.lr) for arm in policies(domain))], first)
+        *known, grown = self.with_rates([*controls(domain), *groups["grown"]])
         self.halved([replace(arm, share=0.5) for arm in known if is_size(arm)], evaluations=2)
         *known, grown = self.halved([*known, grown])
         if "final" in self.options.phases:
             self.train("final", [replace(grown, share=share) for share in SHARES], seeds)
-            self.train("final", [replace(tokens, lr=grown.lr), *known], seeds)
+            self.train("final", [*(replace(arm, lr=grown.lr) for arm in groups["tokens"]), *known], seeds)
             if "image_size" in domain.of_data:
                 few, scratch = self.halved([few_patches(grown), few_patches(known[0])])
                 self.train("final", [replace(few, share=0.5), few, scratch], seeds)
                 fewer = [replace(few_patches(arm, left=4), lr=few.lr) for arm in (grown, known[0])]
                 self.train("final", fewer, seeds)
-                self.train("final", [replace(small_images(grown, domain), lr=few.lr)], first)
         if "family" in self.options.phases:
             self.train("family", self.family(grown, known), seeds)
-        return winner
-
-    def together(self, base: Arm, seeds: Sequence[int]) -> Arm:
-        """Combine the winners of all factors; the best single arm if that is better."""
-        losses = {one.arm.name: one.loss for one in self.outcomes if one.phase == "search" and math.isfinite(one.loss)}
-        best, together = [base], base
-        (fresh,) = load_arms(self.domain)["base"]
-        for arms in policies(self.domain).values():
-            one = min((arm for arm in arms if arm.name in losses), key=lambda arm: losses[arm.name], default=None)
-            if one is None or losses[one.name] >= losses[base.name]:
-                continue
-            best.append(replace(one, lr=base.lr))
-            if "way" in one.growth or "depth" in one.sizes[0]:
-                continue  # another kind of growth is an arm of its own
-            together = replace(
-                together,
-                sizes=one.sizes if one.sizes != fresh.sizes else together.sizes,
-                at=one.at if one.at != fresh.at else together.at,
-                growth={**together.growth, **one.growth},
-                schedule=one.schedule or together.schedule,
-                restart=one.restart or together.restart,
-                rate_factor=one.rate_factor * together.rate_factor,
-                learned_tau=one.learned_tau or together.learned_tau,
-            )
-        if len(together.at) != len(together.sizes) - 1:
-            together = replace(together, at=together.at[-(len(together.sizes) - 1) :])
-        together = replace(together, name="grown: the best of each factor")
-        (found,) = self.train("search", [together], seeds)
-        ranked = [*best, together]
-        losses[together.name] = found.loss
-        return replace(min(ranked, key=lambda arm: losses[arm.name]), name="grown")
 
     def family(self, winner: Arm, known: Sequence[Arm]) -> list[Arm]:
         """Build the arms of the family: a smaller size, trained to its end on the tokens of the final one, then grown.
 
-        Args:
-            winner: Growth policy.
-            known: Sizes from scratch, the final one first; all take the learning rate of the second.
+        All take the learning rate of the second of the sizes from scratch (``known``), of which the final is the first.
         """
         steps = known[0].steps(self.domain)
         return [
@@ -195,23 +140,6 @@ def is_size(arm: Arm) -> bool:
     return arm.name.startswith("from scratch") and not (arm.schedule or arm.learned_tau)
 
 
-def moved(arm: Arm, source: Domain, target: Domain) -> Arm:
-    """Move a policy to the ladder of another domain."""
-    size_of = dict(zip(source.ladder, target.ladder, strict=True))
-
-    def tokens(given: Any) -> Any:
-        if isinstance(given, dict):  # the feed-forward has four times as many
-            return {kind: size_of[n] if kind != "ffn" else 4 * size_of[n // 4] for kind, n in given.items()}
-        return size_of[given]
-
-    def size(given: dict[str, Any]) -> dict[str, Any]:
-        blocks = {"depth": max(1, round(given["depth"] * deeper))} if "depth" in given else {}
-        return {**given, "param_tokens": tokens(given["param_tokens"]), **blocks}
-
-    deeper = target.base["depth"] / source.base["depth"]
-    return replace(arm, sizes=tuple(map(size, arm.sizes)))
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,21 +150,20 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
     parser.add_argument("--logs", default="lightning_logs/growth", help="folder of the fits")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, help="default: all, the first alone if reduced")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, help="default: all; --reduced has one")
     parser.add_argument("--draw-only", action="store_true", help="train nothing; tables and pictures of what is there")
     options = parser.parse_args(args)
     options.domains = options.domains or list(DOMAINS)[: 1 if options.reduced else None]
-    options.phases = options.phases or PHASES[: 1 if options.reduced else None]
+    options.phases = options.phases or PHASES
     if options.reduced:
         options.seeds = options.seeds[:1]
-    winner: Arm | None = None
     for name in options.domains:
         domain = copy.deepcopy(DOMAINS[name])
         if "root" in domain.data["init_args"]:
             domain.data["init_args"]["root"] = options.root
         with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
             study = Study(name, domain, options, runner)
-            winner = study.run(None if winner is None else moved(winner, DOMAINS[options.domains[0]], domain))
+            study.run()
         write(Path(options.output), name, domain, study.outcomes, options)
     return 0
 

@@ -83,7 +83,6 @@ class Arm:
         restart: Whether the learning-rate schedule restarts at each growth.
         share: Its share of the budget C.
         learned_tau: Whether tau is a parameter.
-        small: Height and width of the images before the last stage; None for those of the data.
         dropped: Share of the patches that is dropped before the last stage.
         length: Optimizer steps; 0 follows from the budget.
         once: Train one seed only.
@@ -101,7 +100,6 @@ class Arm:
     restart: bool = False
     share: float = 1.0
     learned_tau: bool = False
-    small: int | None = None
     dropped: float = 0.0
     length: int = 0
     once: bool = False
@@ -114,8 +112,7 @@ class Arm:
         preset = domain.twin if self.twin else domain.preset
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **domain.of_data}
         *before, last = (preset_config(preset, **{**shared, **size}) for size in self.sizes)
-        short: dict[str, Any] = {"patch_drop_rate": self.dropped, **({"image_size": self.small} if self.small else {})}
-        return [*(replace(config, **short) for config in before), last]
+        return [*(replace(config, patch_drop_rate=self.dropped) for config in before), last]
 
     def steps(self, domain: Domain) -> int:
         """Optimizer steps within its share of the budget."""
@@ -143,9 +140,6 @@ class Arm:
         if self.rate_at_growth != 1:
             scaled = {"steps": starts, "factor": self.rate_at_growth}
             callbacks.append({"class_path": f"{OWN}.RateAtGrowth", "init_args": scaled})
-        if self.small:
-            small = {"size": self.small, "steps": starts[-1]}
-            callbacks.append({"class_path": f"{OWN}.SmallImages", "init_args": small})
         if self.dropped:
             whole = {"schedule": {starts[-1]: 0.0}, "unit": "step"}
             callbacks.append({"class_path": "callbacks.PatchDropSchedule", "init_args": whole})
@@ -155,12 +149,7 @@ class Arm:
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **self.sizes[0]}
         if self.dropped:
             shared["patch_drop_rate"] = self.dropped
-        optimizer = {
-            "lr": self.lr * self.rate_factor,
-            "betas": [0.9, 0.95],
-            "weight_decay": domain.weight_decay,
-            "fused": True,
-        }
+        optimizer = {"lr": self.lr * self.rate_factor, "betas": [0.9, 0.95], "weight_decay": domain.weight_decay}
         trainer = measured_trainer(steps, max(1, steps // evaluations), callbacks) | {
             "accelerator": "cpu",
             "log_every_n_steps": max(1, steps // 40),
@@ -175,7 +164,7 @@ class Arm:
                 "init_args": {
                     "preset": domain.twin if self.twin else domain.preset,
                     "overrides": shared,
-                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": optimizer},
+                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {**optimizer, "fused": True}},
                     "schedule": schedule,
                 },
             },
@@ -207,11 +196,8 @@ def load_arms(domain: Domain) -> dict[str, list[Arm]]:
     dim, depth, heads = (domain.base[name] for name in ("dim", "depth", "num_heads"))
     values: dict[str, Any] = {"small": small, "middle": middle, "final": final, "half": final // 2}
     values |= {"ffn_small": 4 * small, "ffn_final": 4 * final, "blocks": depth, "dim": dim, "heads": heads}
-    values |= {
-        "half_dim": dim // 2,
-        "half_heads": heads // 2,
-        "depths": list(depth_ladder(domain, *range(1, depth + 1))),
-    }
+    values |= {"half_dim": dim // 2, "half_heads": heads // 2}
+    values["depths"] = list(depth_ladder(domain, *range(1, depth + 1)))
     values["depths_at"] = [0.35] if depth == 2 else [0.15, 0.35]
     groups = yaml.safe_load((HERE / "arms.yaml").read_text(encoding="utf-8"))
     found: Any = OmegaConf.to_container(OmegaConf.create({**values, **groups}), resolve=True)
@@ -239,10 +225,10 @@ def controls(domain: Domain) -> list[Arm]:
     return groups["controls"] + (groups["controls of text"] if domain.task == "LitCausalLM" else [])
 
 
-def policies(domain: Domain) -> dict[str, list[Arm]]:
-    """Arms of the search, by the factor in which they differ from the base."""
-    others = ("base", "tokens", "controls", "controls of text", "reduced")
-    return {name: arms for name, arms in load_arms(domain).items() if name not in others}
+def policies(domain: Domain) -> list[Arm]:
+    """Arms of the search apart from its base."""
+    others = ("base", "grown", "tokens", "controls", "controls of text", "reduced")
+    return [arm for name, arms in load_arms(domain).items() if name not in others for arm in arms]
 
 
 def few_patches(arm: Arm, left: int = 9) -> Arm:
@@ -250,9 +236,3 @@ def few_patches(arm: Arm, left: int = 9) -> Arm:
     sizes = arm.sizes if arm.at else 2 * arm.sizes
     name = f"{arm.name}, {left} of 16 patches first"
     return replace(arm, name=name, sizes=sizes, at=(0.5,), dropped=1 - left / 16, share=0.65)
-
-
-def small_images(arm: Arm, domain: Domain) -> Arm:
-    """Train on images of half the height and width in the first half, and grow after it."""
-    whole, name = few_patches(arm), f"{arm.name}, small images first"
-    return replace(whole, name=name, dropped=0.0, small=domain.of_data["image_size"] // 2)

@@ -16,10 +16,7 @@ from lit_tokenformer.data import ImageDataModule
 class KeptImages(ImageDataModule):
     """Fashion-MNIST as ``ImageDataModule`` normalizes it, in one channel, without augmentation. Its fits cannot resume.
 
-    Args:
-        root: Folder with FashionMNIST/raw.
-        batch_size: Training images in a batch.
-        eval_batch_size: Validation images in a batch.
+    ``root`` is a folder with FashionMNIST/raw.
     """
 
     in_chans = 1
@@ -57,17 +54,10 @@ class KeptImages(ImageDataModule):
 
 
 def summary(root: str) -> str:
-    """Count the images of both splits, with the SHA-256 of their pixels and labels.
-
-    Args:
-        root: Folder with FashionMNIST/raw.
-
-    Raises:
-        RuntimeError: If the files are missing.
-    """
-    digest, counts = hashlib.sha256(), []
-    for train in (True, False):
-        files = FashionMNIST(root, train=train)
-        digest.update(files.data.numpy().tobytes() + files.targets.to(torch.uint8).numpy().tobytes())
-        counts.append(f"{len(files):,}")
-    return f"fashion_mnist: {' and '.join(counts)} images, sha256 {digest.hexdigest()[:12]}"
+    """Count the images of both splits below ``root``, with the SHA-256 of their pixels and labels."""
+    splits = [FashionMNIST(root, train=train) for train in (True, False)]
+    digest = hashlib.sha256()
+    for one in splits:
+        digest.update(one.data.numpy().tobytes() + one.targets.to(torch.uint8).numpy().tobytes())
+    counts = " and ".join(f"{len(one):,}" for one in splits)
+    return f"fashion_mnist: {counts} images, sha256 {digest.hexdigest()[:12]}"

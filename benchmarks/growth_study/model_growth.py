@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks import TrainingMonitor
-from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.models import Pattention, Tokenformer, param_tokens
 
 Origins = dict[nn.Parameter, nn.Parameter]
@@ -50,12 +48,9 @@ def _put(model: Tokenformer, order: list[nn.Module]) -> Origins:
 
 def widen(model: Tokenformer, dim: int, noise: float = 0.5) -> Origins:
     """Double the width by copies of all channels whose outgoing weights are halved (Net2WiderNet, arXiv 1511.05641; for
-    Transformers HyperCloning, arXiv 2409.12903). Noise that cancels breaks the symmetry. It keeps the function.
-
-    Args:
-        model: A language model with linear projections, norms without parameters inside the blocks, and tied embedding.
-        dim: Its new width.
-        noise: Standard deviation of the noise, in standard deviations of each weight.
+    Transformers HyperCloning, arXiv 2409.12903). Noise that cancels, of ``noise`` standard deviations of each weight,
+    breaks the symmetry. It keeps the function. The model has linear projections, norms without parameters inside the
+    blocks, and a tied embedding.
     """
     config = dataclasses.replace(model.config, dim=dim, num_heads=2 * model.config.num_heads)
     if dim != 2 * model.config.dim:
@@ -124,40 +119,6 @@ class ModelGrowth(Callback):
             logger.log_metrics({"growth/seconds": 0.0}, step=trainer.global_step)
 
 
-class SmallImages(Callback):
-    """Train on smaller images at first; the model resamples positions.
-
-    Args:
-        size: Height and width of these images, in pixels.
-        steps: Optimizer steps with them.
-    """
-
-    def __init__(self, size: int, steps: int) -> None:
-        self.size, self.steps = size, steps
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        whole = pl_module.cost
-
-        def cost() -> ModelCost:
-            backbone = pl_module.backbone
-            small = dataclasses.replace(backbone.config, image_size=self.size)
-            return model_cost(small, param_tokens(backbone)) if trainer.global_step < self.steps else whole()
-
-        def resized(batch: Any, dataloader_idx: int) -> Any:
-            if not pl_module.training or trainer.global_step >= self.steps:
-                return batch
-            size = (self.size, self.size)
-            return [F.interpolate(batch[0], size, mode="bilinear", antialias=True), *batch[1:]]
-
-        pl_module.cost, pl_module.on_after_batch_transfer = cost, resized
-
-    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.steps:
-            for callback in trainer.callbacks:
-                if isinstance(callback, TrainingMonitor):
-                    callback._measure(pl_module)
-
-
 class LearnedTau(Callback):
     """Make tau of every layer a parameter; a growth multiplies it by the square root of the copies."""
 
@@ -168,12 +129,7 @@ class LearnedTau(Callback):
 
 
 class RateAtGrowth(Callback):
-    """Multiply the learning rate where the model grows, for the rest of the fit.
-
-    Args:
-        steps: Steps at which the model grows.
-        factor: The factor of each of these steps.
-    """
+    """Multiply the learning rate by ``factor`` at each of the steps, for the rest of the fit."""
 
     def __init__(self, steps: list[int], factor: float) -> None:
         self.steps, self.factor = steps, factor
@@ -192,10 +148,6 @@ class LossAtGrowth(Callback):
 
     Place it before the callback that grows; ``growths.json`` in the trainer's ``default_root_dir`` gets an entry
     ``[step, before, after]`` for each.
-
-    Args:
-        steps: Steps at which the model grows.
-        batches: Validation batches.
     """
 
     def __init__(self, steps: list[int], batches: int = 4) -> None:

@@ -19,16 +19,7 @@ from lit_tokenformer.comparison.results import table
 
 @dataclass
 class Outcome:
-    """One fit.
-
-    Args:
-        domain: Name of the domain.
-        phase: Phase of the study.
-        arm: Its arm.
-        seed: Seed of weights, order of the data and new rows.
-        result: ``Fit.result``.
-        folder: Folder of the fit.
-    """
+    """One fit of an arm; ``result`` is its ``Fit.result``, and the seed that of weights, data order and new rows."""
 
     domain: str
     phase: str
@@ -93,12 +84,7 @@ Curve = list[tuple[float, float]]
 
 
 class Findings:
-    """Outcomes of a domain, by arm.
-
-    Args:
-        domain: The domain.
-        outcomes: All fits.
-    """
+    """Outcomes of a domain, by arm."""
 
     def __init__(self, domain: Domain, outcomes: Sequence[Outcome]) -> None:
         self.domain = domain
@@ -156,8 +142,7 @@ def compute_for(curve: Curve, loss: float) -> float | None:
 def cheapest_schedule(curves: Sequence[Curve], target: float) -> float | None:
     """Compute to a loss, if a grown model is worth as much as one from scratch of its size with the same loss.
 
-    Each curve is of one size, the smallest first. A size takes the loss from one value to another for the difference of
-    what it needs for both from scratch; the cheapest places to change to the next size are found on a grid.
+    Each curve is of one size, the smallest first. The cheapest places to change to the next size are found on a grid.
     """
     start = max(curve[0][1] for curve in curves)
     grid = np.linspace(start, target, 400)
@@ -184,9 +169,7 @@ def mean_loss(outcomes: Sequence[Outcome]) -> float:
 def cost_of_loss(by_cost: Mapping[float, Sequence[Outcome]], target: float) -> str:
     """Cost of a loss by the curve of the means, with the sample standard deviation of the curves shifted by each seed.
 
-    Args:
-        by_cost: Runs of each length.
-        target: The loss. If the mean of the longest runs does not reach it, the text says so.
+    If the mean of the longest runs does not reach the loss, the text says so.
     """
     curve = [(cost, mean_loss(runs)) for cost, runs in sorted(by_cost.items())]
     longest, least = curve[-1]
@@ -259,17 +242,13 @@ def report(found: Findings) -> str:
 def sizes_table(ladder: dict[str, Curve]) -> str:
     """Format the final losses of each size from scratch by the length of the run."""
     whole = max(place for curve in ladder.values() for place, _ in curve)
-    by_share = {
-        name: {round(place / whole, 2): f"{loss:.4f}" for place, loss in curve} for name, curve in ladder.items()
-    }
-    shares = sorted({share for losses in by_share.values() for share in losses})
-    return table(
-        [
-            {"from scratch": name.removeprefix("from scratch, ")}
-            | {f"{share:g} C": losses.get(share, "-") for share in shares}
-            for name, losses in by_share.items()
-        ]
-    )
+    losses = {name: {round(place / whole, 2): loss for place, loss in curve} for name, curve in ladder.items()}
+    shares = sorted({share for of_size in losses.values() for share in of_size})
+    rows = []
+    for name, of_size in losses.items():
+        cells = {f"{share:g} C": f"{of_size[share]:.4f}" if share in of_size else "-" for share in shares}
+        rows.append({"from scratch": name.removeprefix("from scratch, "), **cells})
+    return table(rows)
 
 
 def arms_table(found: Findings, cost: float) -> str:

@@ -20,21 +20,14 @@ def write(folder: Path, name: str, domain: Domain, outcomes: list[Outcome], opti
     folder.mkdir(parents=True, exist_ok=True)
     run = [one for one in outcomes if one.result["failed"] != NOT_RUN]
     unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in run}.values())
-    rows = [one.row() for one in unique]
+    columns = ("phase", "arm", "seed", "share_of_budget", "tflop", "loss")
     curves = [
-        {
-            "phase": one.phase,
-            "arm": one.arm.name,
-            "seed": one.seed,
-            "share_of_budget": one.arm.share,
-            "tflop": place,
-            "loss": loss,
-        }
+        dict(zip(columns, (one.phase, one.arm.name, one.seed, one.arm.share, place, loss), strict=True))
         for one in unique
         if "curve" in one.result and one.phase in ("final", "family")
         for place, loss in zip(one.result["curve"]["tflops"], one.result["curve"]["losses"], strict=True)
     ]
-    write_csv(folder / f"{name}_fits.csv", rows)
+    write_csv(folder / f"{name}_fits.csv", [one.row() for one in unique])
     write_csv(folder / f"{name}_curves.csv", curves)
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
     root = domain.data["init_args"].get("root")  # of images

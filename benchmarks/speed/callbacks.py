@@ -6,9 +6,6 @@ The fit is that of ``configs/causal_lm_small.yaml`` on random tokens, with Tenso
 of 50 steps between reports. Two equal fits differ by more than 1 %, so the figure with the goal is a sum: every hook of
 a callback is timed, in the second of two epochs, validation included; what a callback makes the logger do counts. On
 CUDA the device is synchronized before and after each hook. Work at the start and the end of a fit does not count.
-
-The notes report the slowest hooks, and the median of the ratios of whole fits of one epoch with and without the
-callbacks, which take turns in one process.
 """
 
 from __future__ import annotations
@@ -30,53 +27,36 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import arguments, main, ratio, seconds, take_turns
-from callbacks import (
-    ErrorLog,
-    LossGuard,
-    ParameterGrowthCallback,
-    PreemptionCheckpoint,
-    RunSummary,
-    TrainingMonitor,
-)
+from benchmarks.speed.timing import arguments, main, seconds
+from callbacks import ErrorLog, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint, RunSummary, TrainingMonitor
 from lit_tokenformer.tasks import LitCausalLM
 
 BATCH_SIZE, LENGTH, VOCAB_SIZE = 8, 256, 4096
-EPOCHS = 1000
-"""Of the schedule; a fit ends long before."""
+EPOCHS = 1000  # of the schedule; a fit ends long before
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
-    """Measure hooks, then whole fits."""
+    """Sum the seconds of the hooks."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     clock = Clock(args.device)
     fit([clock.wrap(callback) for callback in make_callbacks()] + [clock], 2, args)
     without = clock.epoch - sum(clock.seconds.values())
-    lines = [
-        Line(f"{name}, its hooks in an epoch", "the rest of the epoch", spent, without, "s", spent / without, "<= 0.01")
-        for name, spent in clock.of_callbacks().items()
-    ]
-    fits = {
-        "with": lambda: fit(make_callbacks(), 1, args),
-        "without": lambda: fit([], 1, args),
-    }
-    taken = take_turns(fits, args.rounds, args.device, warmup=1)
+    lines = []
+    for name in dict.fromkeys(hook.split(".")[0] for hook in clock.seconds):
+        spent = sum(passed for hook, passed in clock.seconds.items() if hook.startswith(f"{name}."))
+        share = spent / without
+        lines.append(Line(f"{name}, its hooks in an epoch", "the rest of it", spent, without, "s", share, "<= 0.01"))
     most = sorted(clock.seconds.items(), key=lambda item: -item[1])[:5]
-    slowest = ", ".join(f"{name} {1e6 * spent / args.steps:,.0f}" for name, spent in most)
-    notes = [
-        f"The slowest hooks, microseconds for each step: {slowest}.",
-        f"Whole fits of {args.steps} steps with all of them, against such fits without: "
-        f"{ratio(taken['with'], taken['without']):.3f} x the time.",
-    ]
-    return lines, notes
+    slowest = ", ".join(f"{name} {1e6 * passed / args.steps:,.0f}" for name, passed in most)
+    return lines, [f"The slowest hooks, microseconds for each step: {slowest}."]
 
 
-def make_callbacks() -> list[Callback]:
-    """Callbacks of the config, and of every fit from the command line."""
+def make_callbacks(growth: int = EPOCHS - 1, unit: str = "epoch") -> list[Callback]:
+    """Build the callbacks of the config, with one growth, and those of every fit from the command line."""
     return [
-        ParameterGrowthCallback({EPOCHS - 1: 64}),
+        ParameterGrowthCallback({growth: 64}, unit),
         TrainingMonitor(),
         LossGuard(),
         RunSummary(),
@@ -85,19 +65,23 @@ def make_callbacks() -> list[Callback]:
     ]
 
 
-def fit(callbacks: list[Callback], epochs: int, args: argparse.Namespace) -> None:
+def fit(
+    callbacks: list[Callback], epochs: int, args: argparse.Namespace, precision: Any = "32-true", length: int = LENGTH
+) -> None:
     """Train a new model for some epochs of ``args.steps`` steps, with a validation after each."""
     adamw = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
     overrides: Any = {"param_tokens": 32}
-    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, LENGTH, overrides=overrides, optimizer=adamw)
-    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, LENGTH + 1))
-    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE)
-    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE)
+    task = LitCausalLM("tokenformer_lm_small", VOCAB_SIZE, length, overrides=overrides, optimizer=adamw)
+    blocks: Any = torch.randint(VOCAB_SIZE, (BATCH_SIZE * args.steps, length + 1))
+    pinned = args.device.startswith("cuda")
+    training: DataLoader = DataLoader(blocks, batch_size=BATCH_SIZE, pin_memory=pinned)
+    validation: DataLoader = DataLoader(blocks[: 5 * BATCH_SIZE], batch_size=BATCH_SIZE, pin_memory=pinned)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator=args.device.split(":")[0],
             devices=1,
+            precision=precision,
             max_epochs=EPOCHS,
             max_steps=epochs * args.steps,
             gradient_clip_val=1.0,
@@ -112,17 +96,11 @@ def fit(callbacks: list[Callback], epochs: int, args: argparse.Namespace) -> Non
 
 
 class Clock(Callback):
-    """Time the hooks of callbacks in the second epoch, and the epoch; it is the last callback.
-
-    Args:
-        device: Synchronized before and after each hook.
-    """
+    """Time the hooks of callbacks in the second epoch, and the epoch; it is the last callback."""
 
     def __init__(self, device: str) -> None:
-        self.seconds: dict[str, float] = {}
-        """Of each hook, ``callback.hook``."""
+        self.seconds: dict[str, float] = {}  # of each hook, "callback.hook"
         self.epoch = 0.0
-        """Seconds of the epoch."""
         self._device = device
         self._measures = False
         self._since = 0.0
@@ -146,14 +124,6 @@ class Clock(Callback):
 
         return measured
 
-    def of_callbacks(self) -> dict[str, float]:
-        """Seconds of all hooks of each callback."""
-        total: dict[str, float] = {}
-        for name, spent in self.seconds.items():
-            callback = name.split(".")[0]
-            total[callback] = total.get(callback, 0.0) + spent
-        return total
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measures = trainer.current_epoch == 1
         self._wait()
@@ -170,6 +140,6 @@ class Clock(Callback):
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, rounds=3)
+    parser = arguments(__doc__, rounds=1)
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of an epoch")
     main("callbacks", parser, measure)

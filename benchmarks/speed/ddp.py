@@ -5,10 +5,8 @@
 Three things are run in turn, so that other work on the machine disturbs all alike: ``one`` process; ``apart``, two at
 the same time that know nothing of each other; ``ddp``, two that average their gradients. Every process trains on the
 config's batch, so with perfect scaling all steps would take equally long. What ``apart`` takes longer than ``one`` is
-lost to what cores share (memory, caches, clock), what ``ddp`` takes longer than ``apart`` to DDP: to the all-reduce, as
-far as it is not hidden behind the backward pass, to filling buckets, and to waiting for the slower process. ``bare``
-is one all-reduce of as many bytes by itself. Figures are medians over steps, then over processes and rounds; the first
-steps are left out. Needs two cores and Linux.
+lost to what cores share, what ``ddp`` takes longer than ``apart`` to DDP. ``bare`` is one all-reduce of as many bytes.
+Figures are medians over steps, then over processes and rounds. Needs two cores and Linux.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +27,32 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import arguments, main, median
+from benchmarks.speed.timing import arguments, main, median, seconds
 
 CASES = {"one": 1, "apart": 2, "ddp": 2}
 """Number of processes of each case."""
-PARTS = ("data", "forward", "backward", "optimizer")
 FIRST = 6
 """Steps that are skipped."""
 
 
 class StepTimes(Callback):
-    """Write the median seconds of each part of a training step as JSON to $STEP_TIMES.
-
-    ``backward`` includes the all-reduce, ``optimizer`` gradient clipping.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._times: list[list[float]] = []
+    """Write the median seconds of a training step as JSON to $STEP_TIMES."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._marks = [time.perf_counter()]
 
-    def mark(self, *_: Any) -> None:
-        """Note the time."""
+    def on_train_batch_end(self, *_: Any) -> None:
         self._marks.append(time.perf_counter())
 
-    on_train_batch_start = on_before_backward = on_after_backward = mark  # type: ignore[assignment]
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.mark()
-        self._times.append([after - before for before, after in zip(self._marks, self._marks[1:], strict=False)])
-        self._marks = self._marks[-1:]
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kept = self._times[FIRST:]
-        found = {part: median(times) for part, times in zip(PARTS, zip(*kept, strict=True), strict=True)}
-        found["step"] = median(map(sum, kept))
         gradients = torch.zeros(sum(parameter.numel() for parameter in pl_module.parameters()))
-        found["parameters"] = len(gradients)
+        steps = [after - before for before, after in pairwise(self._marks[FIRST:])]
+        found = {"step": median(steps), "parameters": len(gradients)}
         if trainer.world_size > 1:
             times = []
             for _ in range(20):
                 trainer.strategy.barrier()
-                start = time.perf_counter()
-                dist.all_reduce(gradients)
-                times.append(time.perf_counter() - start)
+                times.append(seconds(lambda: dist.all_reduce(gradients)))
             found["bare"] = median(times)
         Path(os.environ["STEP_TIMES"]).write_text(json.dumps(found))
 
@@ -135,11 +115,9 @@ def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
         Line("two unrelated processes", "one process", speeds["apart"], speeds["one"], "tokens/s", one / apart),
         Line(f"all-reduce of {size:.1f} MB alone", "a step under DDP", 1e3 * bare, 1e3 * ddp, "ms", bare / ddp),
     ]
-    parts = {case: ", ".join(f"{part} {1e3 * found[part]:.1f}" for part in PARTS) for case, found in medians.items()}
     return lines, [
         "Ratios of processes are shares of perfect scaling.",
         f"Of a step under DDP {(apart - one) / ddp:.0%} is lost to shared hardware, {(ddp - apart) / ddp:.0%} to DDP.",
-        *(f"{case}: milliseconds of {named}" for case, named in parts.items()),
     ]
 
 

@@ -2,18 +2,15 @@
 
     python -m benchmarks.speed.decode [--dtypes float32 bfloat16] [--batch 1]
 
-Ours is ``generate_tokens`` on ``tokenformer_owt_124m``, whose blocks and shared embedding have 123.6 M parameters
-(``tokenformer_150m`` has 151.9 M). Theirs is ``generate`` with its default cache on a ``GPTNeoXForCausalLM`` of equal
-width, depth, heads and vocabulary, whose 3,072 hidden units make a decoded token take as many FLOPs, so both read
-equally many weights. Both have random weights in the same dtype, decode greedily without an end token, and go from 32
-to 512 tokens; the prompt is not timed. They take turns of 32 tokens: theirs waits in its streamer meanwhile.
+Ours is ``generate_tokens`` on ``tokenformer_owt_124m``; theirs is ``generate`` with its default cache on a
+``GPTNeoXForCausalLM`` of equal width, depth, heads and vocabulary, whose 3,072 hidden units make a decoded token take
+as many FLOPs, so both read equally many weights. Both have random weights in the same dtype, decode greedily without an
+end token, and go from 32 to 512 tokens; the prompt is not timed. They take turns of 32 tokens: theirs waits in its
+streamer meanwhile.
 
 The bandwidth is that of one product of a float32 matrix of 1.6 GB with a vector (rows of 16 KiB: the fastest pass over
-the memory among sums, norms and products of all shapes in torch), once per turn with the same threads. A model that
-only read its weights would decode bandwidth / bytes tokens per second, where the bytes are those of the blocks and of
-the head, which is the embedding. The last line is the bound of the bare products: each of our weight matrices times a
-vector, in the same dtype and the same turns. With ``--batch 32`` there are 32 texts at once: tokens of all of them
-count, and the bare products have 32 vectors.
+the memory in torch), once per turn. A model that only read its weights would decode bandwidth / bytes tokens per
+second. The last line is the bound of the bare products: each of our weight matrices times a vector, in the same dtype.
 """
 
 from __future__ import annotations
@@ -101,24 +98,10 @@ def texts(
 def compare(
     dtype: str, device: str, rounds: int, batch: int = 1, preset: str = PRESET, last: int = LAST, rows: int = PASS[0]
 ) -> list[Line]:
-    """Measure one dtype.
-
-    Args:
-        dtype: Of weights and activations.
-        device: Where both models are.
-        rounds: Batches of texts.
-        batch: Texts at once, B.
-        preset: Our model.
-        last: Length of the texts at the end, in data tokens.
-        rows: Rows of the matrix that the bandwidth is measured with.
-    """
+    """Measure one dtype: ``rounds`` batches of texts up to ``last`` data tokens; the matrix has ``rows`` rows."""
     ours = create_backbone(preset).eval().requires_grad_(False).to(device, getattr(torch, dtype))
-    theirs = (
-        GPTNeoXForCausalLM(neox_config(ours.config, bos_token_id=None, eos_token_id=None, pad_token_id=0))
-        .eval()
-        .requires_grad_(False)
-        .to(device, getattr(torch, dtype))
-    )
+    config = neox_config(ours.config, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    theirs = GPTNeoXForCausalLM(config).eval().requires_grad_(False).to(device, getattr(torch, dtype))
     matrix = torch.ones(rows, PASS[1], device=device)
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):

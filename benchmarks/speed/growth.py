@@ -3,16 +3,15 @@
     python -m benchmarks.speed.growth [--whole]
 
 The model is grown as a fit grows it: ``ParameterGrowthCallback.on_train_batch_start`` is called with a trainer, the
-task, AdamW whose moments are filled, the gradients of the last step still there, and a batch. So the time is that of
-everything a user waits for, with the comparison of the outputs before and after. Every growth begins with a new model.
+task, AdamW whose moments are filled, the gradients of the last step, and a batch. So the time includes the comparison
+of the outputs before and after. Every growth begins with a new model.
 
 The training step is forward, backward, clipping and AdamW at the new size on 8 sequences of 1,024 tokens. Only one
-sequence is computed unless ``--whole`` is given, and its forward and backward count eight times: they are products
-with the same weights, so their work is that of one sequence times their number.
+sequence is computed unless ``--whole`` is given, and its forward and backward count eight times.
 
-Peak memory is that of the event: of the process on a CPU, less that before the event without weights,
-gradients and moments; on CUDA what is allocated there. It may reach weights and moments at the new size and two copies
-of the largest tensor; a second line takes two copies of the largest of the tensors that grow.
+Peak memory is that of the event: of the process on a CPU, less that before the event without weights, gradients and
+moments; on CUDA what is allocated there. It may reach weights and moments at the new size and two copies of the largest
+tensor; a second line takes two copies of the largest of the tensors that grow.
 """
 
 from __future__ import annotations
@@ -42,15 +41,14 @@ SEQUENCES = 8
 
 
 class Event(NamedTuple):
-    """A growth: seconds, the highest memory, weights and moments at the end, the largest tensor, the largest that
-    grows (bytes), and how much the outputs changed."""
+    """A growth: seconds; in bytes the highest memory, weights and moments at the end, the largest tensor, and the
+    largest that grows."""
 
     seconds: float
     peak: int
     state: int
     largest: int
     growing: int
-    difference: float
 
 
 METHODS = ("split", "zero", "random")
@@ -144,7 +142,7 @@ def growth_event(method: str, args: argparse.Namespace) -> Event:
     peak = peak_bytes(args.device, others)
     tokens = [layer.key_tokens for layer in task.modules() if isinstance(layer, Pattention)]
     largest, growing = (max(one.nbytes for one in tensors) for tensors in (task.parameters(), tokens))
-    return Event(passed, peak, state_bytes(task, optimizer), largest, growing, callback.events[0]["output_difference"])
+    return Event(passed, peak, state_bytes(task, optimizer), largest, growing)
 
 
 def training_step(args: argparse.Namespace) -> tuple[float, float]:

@@ -3,10 +3,7 @@
     python -m benchmarks.speed.pattention [--dtypes float32 bfloat16] [--modes eager compiled] [--shapes ...]
 
 A shape is data tokens x width x parameter tokens. All run forward and backward for input and both weights on the same
-numbers. The MLP has two linear layers without biases and the GELU between them, so the same six
-products; the plain formula is divided by the norm and multiplied by tau as it is written, and kept by autograd. What is
-kept for backward is counted in bytes, weights apart, in the same precision. The floor is the six products alone.
-
+numbers; the MLP has no biases, so the same six products. What is kept for backward is counted in bytes, weights apart.
 In ``compiled``, ``torch.compile`` gets the MLP and Pattention; the formula stays as it is written.
 """
 

@@ -12,10 +12,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.speed.lines import Line, table
 from lit_tokenformer.comparison.meter import environment, resident_bytes
@@ -94,7 +95,38 @@ def peak_bytes(device: str, others: int = 0) -> int:
     return torch.cuda.max_memory_allocated(device) if cuda else resident_bytes("VmHWM") - others
 
 
-def unlogged(task: torch.nn.Module) -> torch.nn.Module:
+@dataclass
+class Training:
+    """A model in training on one batch.
+
+    Args:
+        model: Model or task.
+        loss: Computes the loss of the batch.
+        dtype: Precision of autocast; float32 for none.
+        optimizer: Optimizer of its parameters; None for forward and backward pass alone.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
+    optimizer: torch.optim.Optimizer | None = None
+
+    def gradients(self) -> None:
+        """Run forward and backward pass."""
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss()
+        loss.backward()
+
+    def step(self) -> None:
+        """Run one training step."""
+        self.gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+
+def unlogged(task: nn.Module) -> nn.Module:
     """Detach a task from logging, so that its steps run without a trainer."""
     task.log = lambda *_, **__: None  # type: ignore[assignment]
     return task
@@ -103,20 +135,15 @@ def unlogged(task: torch.nn.Module) -> torch.nn.Module:
 def main(
     name: str, parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], tuple[list[Line], list[str]]]
 ) -> None:
-    """Parse the options, measure, and report."""
+    """Measure, print a Markdown table, and write it, with machine and versions, to ``OUTPUT/NAME.json``."""
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     lines, notes = measure(given)
-    report(name, lines, given, notes)
-
-
-def report(name: str, lines: Sequence[Line], given: argparse.Namespace, notes: Sequence[str] = ()) -> None:
-    """Print the figures as a Markdown table and write them, with machine and versions, to ``OUTPUT/NAME.json``."""
     found = environment(torch.device(given.device))
     rows = [line.as_dict() for line in lines]
     print(", ".join(f"{key} {value}" for key, value in found.items()) + f"; medians of {given.rounds} rounds\n")
     print("\n\n".join([table("what", rows), *notes]))
     given.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": found, "rounds": given.rounds, "lines": rows, "notes": list(notes)}, indent=1)
+    text = json.dumps({"environment": found, "rounds": given.rounds, "lines": rows, "notes": notes}, indent=1)
     (given.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -3,10 +3,9 @@
     python -m benchmarks.speed.training [--what vit lm lm354m memory] [--images 8] [--sequences 1] [--compile]
     python -m benchmarks.speed.training --peak tokenformer_150m [--checkpointing]
 
-A step is forward pass, loss, backward pass, AdamW (fused, as in the configs) and zeroed gradients; ours goes through
-``training_step`` of the task and its parameter groups, without a trainer. Both sides have float32 weights (for bfloat16
-autocast), random inputs of the same shape, no dropout and no augmentation, the loss as their library has it (timm's
-models with ``F.cross_entropy``, GPT-NeoX given labels), and PyTorch's own attention.
+A step is forward pass, loss, backward pass and AdamW (fused, as in the configs); ours goes through ``training_step`` of
+the task, without a trainer. Both sides have float32 weights (for bfloat16 autocast), random inputs of the same shape,
+no dropout, the loss as their library has it, and PyTorch's own attention.
 
 - ``vit``: ``tokenformer_vit_base_patch16_224`` and ``..._matched_...`` against timm's ``vit_base_patch16_224``.
 - ``lm``: ``tokenformer_owt_124m`` against a GPT-NeoX of the same width, depth, heads and vocabulary, with shared
@@ -23,22 +22,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import multiprocessing
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import arguments, main, median, peak_bytes, ratio, take_turns, unlogged
+from benchmarks.speed.timing import Training, arguments, main, median, peak_bytes, ratio, take_turns, unlogged
 from lit_tokenformer.comparison.meter import resident_bytes
 from lit_tokenformer.models import TokenformerConfig, preset_config
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier
@@ -49,85 +45,53 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-class Training:
-    """A model in training on one batch.
-
-    Args:
-        model: Model or task.
-        optimizer: Optimizer of its parameters.
-        loss: Computes the loss of the batch.
-        dtype: Precision of autocast; float32 for none.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], dtype: torch.dtype
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.loss = loss
-        self.dtype = dtype
-
-    def gradients(self) -> None:
-        """Run forward and backward pass."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
-            loss = self.loss()
-        loss.backward()
-
-    def step(self) -> None:
-        """Run one training step."""
-        self.gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def flops(self) -> int:
-        """FLOPs of forward and backward pass."""
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.gradients()
-        self.optimizer.zero_grad(set_to_none=True)
-        return counter.get_total_flops()
+def make(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
+    """Build a preset, or a model that presets are compared with, in training without a trainer."""
+    torch.manual_seed(0)
+    return (theirs if name in THEIRS else ours)(name, given, dtype)
 
 
-def our_vit(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """One of our presets, as a task."""
-    return ours(LitImageClassifier(name, optimizer=adamw, compile=given.compile), images(given), given, dtype)
-
-
-def our_lm(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """One of our presets, as a task."""
-    settings = {"compile": given.compile, "grad_checkpointing": getattr(given, "checkpointing", False)}
-    task = LitCausalLM(name, context_length=given.length, optimizer=adamw, **settings)
-    return ours(task, text(given, given.length + 1, task.backbone.config.vocab_size), given, dtype)
-
-
-def ours(task: Any, batch: Any, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """A task under training without a trainer."""
+def ours(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
+    """Build one of our presets, as a task."""
+    settings: dict[str, Any] = {"optimizer": adamw, "compile": given.compile}
+    task: Any
+    batch: Any
+    if preset_config(name).stem == "patch":
+        task, batch = LitImageClassifier(name, **settings), images(given)
+    else:
+        settings["grad_checkpointing"] = getattr(given, "checkpointing", False)
+        task = LitCausalLM(name, context_length=given.length, **settings)
+        batch = text(given, given.length + 1, task.backbone.config.vocab_size)
     task = unlogged(task.to(given.device).train())
-    return Training(task, task.build_optimizer(), lambda: task.training_step(batch, 0), dtype)
+    return Training(task, lambda: task.training_step(batch, 0), dtype, task.build_optimizer())
 
 
-def timm_vit(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """One of timm's models."""
-    model = timm.create_model(name).to(given.device).train()
+def theirs(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
+    """Build one of timm's models, or a GPT-NeoX of the sizes of one of our presets."""
+    model: Any
+    if preset := THEIRS[name]:
+        sizes = preset_config(preset, context_length=given.length)
+        more: dict[str, Any] = {"tie_word_embeddings": True, "use_cache": False, "attn_implementation": "sdpa"}
+        model = GPTNeoXForCausalLM(neox_config(sizes, **more))
+        tokens = text(given, given.length, sizes.vocab_size)
+    else:
+        model, (image, label) = timm.create_model(name), images(given)
+    model = model.to(given.device).train()
     if given.compile:
         model.compile(dynamic=False)
-    image, label = images(given)
-    return Training(model, adamw(model.parameters()), lambda: F.cross_entropy(model(image), label), dtype)
+
+    def loss() -> Tensor:
+        return model(tokens, labels=tokens).loss if preset else F.cross_entropy(model(image), label)
+
+    return Training(model, loss, dtype, adamw(model.parameters()))
 
 
-def neox(name: str, given: argparse.Namespace, dtype: torch.dtype) -> Training:
-    """A GPT-NeoX of the sizes of one of our presets."""
-    config = neox_config(
-        preset_config(NEOX[name], context_length=given.length),
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    model = GPTNeoXForCausalLM(config).to(given.device).train()
-    if given.compile:
-        model.compile(dynamic=False)
-    tokens = text(given, given.length, config.vocab_size)
-    return Training(model, adamw(model.parameters()), lambda: model(tokens, labels=tokens).loss, dtype)
+def counted(training: Training) -> int:
+    """Count the FLOPs of forward and backward pass."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        training.gradients()
+    training.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def neox_config(config: TokenformerConfig, **settings: Any) -> GPTNeoXConfig:
@@ -158,18 +122,14 @@ def text(given: argparse.Namespace, length: int, vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (given.sequences, length)).to(given.device)
 
 
-Maker = Callable[[str, argparse.Namespace, torch.dtype], Training]
-MODELS: dict[str, Maker] = {
-    "tokenformer_vit_base_patch16_224": our_vit,
-    "tokenformer_vit_base_matched_patch16_224": our_vit,
-    "vit_base_patch16_224": timm_vit,
-    "tokenformer_owt_124m": our_lm,
-    "gpt_neox": neox,
-    "tokenformer_owt_354m": our_lm,
-    "gpt_neox_354m": neox,
+THEIRS = {
+    "vit_base_patch16_224": "",
+    "vit_tiny_patch16_224": "",
+    "gpt_neox": "tokenformer_owt_124m",
+    "gpt_neox_354m": "tokenformer_owt_354m",
+    "gpt_neox_tiny": "tokenformer_lm_tiny",
 }
-NEOX = {"gpt_neox": "tokenformer_owt_124m", "gpt_neox_354m": "tokenformer_owt_354m"}
-"""The preset that has the sizes of each."""
+"""Baselines: models of timm, and each GPT-NeoX with the preset whose sizes it has."""
 PAIRS = {
     "vit": [
         ("tokenformer_vit_base_patch16_224", "vit_base_patch16_224", ">= 0.97"),
@@ -184,57 +144,49 @@ PAIRS = {
 def speed(what: str, given: argparse.Namespace) -> list[Line]:
     """FLOP/s of the models of one kind."""
     pairs = PAIRS[what]
-    models = {name: MODELS[name](name, given, torch.float32) for pair in pairs for name in pair[:2]}
-    flops = {name: model.flops() for name, model in models.items()}
+    models = {name: make(name, given, torch.float32) for pair in pairs for name in pair[:2]}
+    flops = {name: counted(model) for name, model in models.items()}
     lines = []
     for dtype in given.dtypes:
         for model in models.values():
             model.dtype = getattr(torch, dtype)
         taken = take_turns({name: model.step for name, model in models.items()}, given.rounds, given.device, warmup=1)
         rates = {name: [flops[name] / passed / 1e9 for passed in taken[name]] for name in models}
-        for ours, theirs, goal in pairs:
-            mine, other = rates[ours], rates[theirs]
-            what_ = f"step of `{ours}`, {described(given, dtype)}"
-            lines.append(Line(what_, theirs, median(mine), median(other), "GFLOP/s", ratio(mine, other), goal))
+        for mine, other, goal in pairs:
+            rate, baseline = rates[mine], rates[other]
+            what_ = f"step of `{mine}`, {dtype}{', compiled' * given.compile}"
+            lines.append(Line(what_, other, median(rate), median(baseline), "GFLOP/s", ratio(rate, baseline), goal))
     return lines
-
-
-def described(given: argparse.Namespace, dtype: str) -> str:
-    """Describe precision and mode."""
-    return dtype + (", compiled" if given.compile else "")
 
 
 def memory(given: argparse.Namespace) -> list[Line]:
     """Peak memory per FLOP of the language models."""
-    (ours, theirs, _), lines = PAIRS["lm"][0], []
+    (model, baseline, _), lines = PAIRS["lm"][0], []
     for dtype in given.dtypes:
-        found = {name: peak_elsewhere(name, given, dtype) for name in (ours, theirs)}
+        found = {name: peak_elsewhere(name, given, dtype) for name in (model, baseline)}
         for what, of, goal in (("peak", "peak", "<= 0.9"), ("beyond weights, gradients and moments", "beyond", "")):
-            mine, other = (found[name][of] / (found[name]["flops"] / 1e9) for name in (ours, theirs))
-            what_ = f"memory of a step of `{ours}`, {what}, {described(given, dtype)}"
-            lines.append(Line(what_, theirs, mine, other, "bytes/GFLOP", mine / other, goal))
+            mine, other = (found[name][of] / (found[name]["flops"] / 1e9) for name in (model, baseline))
+            what_ = f"memory of a step of `{model}`, {what}, {dtype}{', compiled' * given.compile}"
+            lines.append(Line(what_, baseline, mine, other, "bytes/GFLOP", mine / other, goal))
     return lines
 
 
 def peak_elsewhere(name: str, given: argparse.Namespace, dtype: str) -> dict[str, int]:
     """Run :func:`peak` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.training", "--peak", name, "--dtypes", dtype]
-    for option in ("device", "threads", "sequences", "length"):
-        command += [f"--{option}", str(getattr(given, option))]
-    command += ["--compile"] if given.compile else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (name, argparse.Namespace(**{**vars(given), "dtypes": [dtype]})))
 
 
 def peak(name: str, given: argparse.Namespace) -> dict[str, int]:
     """Peak memory of three steps in bytes, that beyond the fixed state, and the FLOPs of one step."""
+    torch.set_num_threads(given.threads)
     before = 0 if given.device.startswith("cuda") else resident_bytes("VmRSS")
-    model = MODELS.get(name, our_lm)(name, given, getattr(torch, given.dtypes[0]))
+    model = make(name, given, getattr(torch, given.dtypes[0]))
     for _ in range(3):
         model.step()
     most = peak_bytes(given.device, before)
     fixed = sum(4 * one.numel() * one.element_size() for one in model.model.parameters())
-    return {"peak": most, "beyond": most - fixed, "flops": 0 if given.checkpointing else model.flops()}
+    return {"peak": most, "beyond": most - fixed, "flops": 0 if given.checkpointing else counted(model)}
 
 
 def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
@@ -249,14 +201,10 @@ if __name__ == "__main__":
     parser.add_argument("--sequences", type=int, default=1, help="texts in a batch")
     parser.add_argument("--length", type=int, default=1024, help="data tokens of a text")
     parser.add_argument("--compile", action="store_true", help="compile both sides with torch.compile")
-    parser.add_argument(
-        "--peak",
-        help="print the peak memory of this model or preset, and that beyond weights, gradients and moments, in bytes",
-    )
+    parser.add_argument("--peak", help="print the peak memory of this model, and that beyond its fixed state, in bytes")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, with --peak")
     given = parser.parse_args()
     if given.peak:
-        torch.set_num_threads(given.threads)
         print(json.dumps(peak(given.peak, given)))
     else:
         main("training-compiled" if given.compile else "training", parser, measure)

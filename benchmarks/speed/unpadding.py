@@ -2,24 +2,21 @@
 
     python -m benchmarks.speed.unpadding [--presets mosaic_bert_small mosaic_bert_base] [--shares 0 0.25 0.5 0.75]
 
-Both forms have the same weights and see the same batches in turn. A step is forward pass, loss, backward pass and
-AdamW, without dropout. Lengths are spread evenly around the mean that yields the share of padding. The ratio is the
-padded form's time over the unpadded form's: were all work proportional to the real tokens, it would be 1 / (1 - share);
-the head, which is computed for masked tokens alone in both, and the optimizer are not, and attention falls with the
-lengths' squares. The small preset has batches of 32 x 128 tokens; the base preset, of 8 x 512, is measured at half
-padding alone.
+Both forms have the same weights and see the same batches in turn, without dropout. Lengths are spaced evenly around
+what gives the share of padding. The ratio is the padded form's time over the unpadded form's: were all work
+proportional to the real tokens, it would be 1 / (1 - share); the head, which is computed for masked tokens alone in
+both, and the optimizer are not. The base preset has batches of 8 x 512 tokens and is measured at half padding alone.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.speed.lines import Line
-from benchmarks.speed.timing import arguments, main, median, ratio, take_turns, unlogged
+from benchmarks.speed.timing import Training, arguments, main, median, ratio, take_turns, unlogged
 from lit_tokenformer.tasks import LitMaskedLM
 
 
@@ -48,21 +45,13 @@ def make_batch(share: float, shape: Shape, device: str) -> tuple[torch.Tensor, .
     return tuple(one.to(device) for one in (tokens, labels, lengths))
 
 
-def stepper(task: Any, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Callable[[], None]:
-    """Build a training step under autocast to ``dtype``, unless that is float32."""
+def training(task: Any, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Training:
+    """Build the training of a task on a batch."""
     optimizer = torch.optim.AdamW(task.parameter_groups(), lr=0.0, fused=True)  # both forms keep the same weights
-
-    def step() -> None:
-        with torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
-            loss = task.training_step(batch, 0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return Training(task, lambda: task.training_step(batch, 0), dtype, optimizer)
 
 
-def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, device: str) -> list[Line]:
+def measure(preset: str, given: argparse.Namespace) -> list[Line]:
     """Measure each precision and share of padding."""
     torch.manual_seed(0)
     shape, lines = SHAPES[preset], []
@@ -70,16 +59,16 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
     for form in ("padded", "unpadded"):
         overrides: Any = {"unpad": form == "unpadded", "dropout": 0.0, "attn_dropout": 0.0}
         task = LitMaskedLM(preset, shape.vocabulary, shape.length, overrides=overrides)
-        tasks[form] = unlogged(task.to(device).train())
+        tasks[form] = unlogged(task.to(given.device).train())
     tasks["unpadded"].load_state_dict(tasks["padded"].state_dict())
-    for dtype in dtypes:
-        for share in shape.shares or shares:
-            batch = make_batch(share, shape, device)
+    for dtype in given.dtypes:
+        for share in shape.shares or given.shares:
+            batch = make_batch(share, shape, given.device)
             with torch.no_grad():
                 losses = [task.training_step(batch, 0).item() for task in tasks.values()]
             assert abs(losses[0] - losses[1]) < 1e-4 * losses[0], losses
-            steps = {form: stepper(task, batch, getattr(torch, dtype)) for form, task in tasks.items()}
-            taken = take_turns(steps, rounds, device, warmup=1)
+            steps = {form: training(task, batch, getattr(torch, dtype)).step for form, task in tasks.items()}
+            taken = take_turns(steps, given.rounds, given.device, warmup=1)
             padded, unpadded = ([1000 * one for one in taken[form]] for form in ("padded", "unpadded"))
             real = batch[2].float().mean().item() / shape.length
             what = f"`{preset}`, {shape.batch} x {shape.length}, {dtype}, {100 * (1 - real):.0f} % padding"
@@ -91,8 +80,7 @@ def measure(preset: str, shares: list[float], dtypes: list[str], rounds: int, de
 
 def measure_all(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
     """Measure all presets."""
-    found = (measure(one, given.shares, given.dtypes, given.rounds, given.device) for one in given.presets)
-    return [line for lines in found for line in lines], []
+    return [line for preset in given.presets for line in measure(preset, given)], []
 
 
 if __name__ == "__main__":
