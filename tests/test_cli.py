@@ -407,6 +407,13 @@ def test_a_growth_schedule_of_the_command_line_replaces_that_of_the_config(tmp_p
     assert torch.load(last(tmp_path), weights_only=True)["param_tokens"] == {"qkv": 24, "proj": 24, "ffn": 96}
 
 
+def test_a_schedule_for_another_callback_names_what_is_missing(tmp_path, capsys):
+    """A dotted option belongs to the last callback of the list."""
+    args = ["--trainer.callbacks+=RunSummary", "--trainer.callbacks.schedule", "{1: 24}"]
+    assert run("fit", tmp_path, *growth(tmp_path, {1: 16}), *args) == 2
+    assert "put --trainer.callbacks+=ParameterGrowthCallback before it" in capsys.readouterr().err
+
+
 def test_a_whole_number_stays_one_whatever_was_imported_first(tmp_path, capsys, monkeypatch):
     hints = dict(Trainer.__init__.__annotations__)
     swapped = dict.fromkeys(("limit_train_batches", "val_check_interval"), float | int | None)

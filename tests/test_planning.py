@@ -7,7 +7,7 @@ import yaml
 
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cost import model_cost
-from lit_tokenformer.models import preset_config
+from lit_tokenformer.models import Tokenformer, preset_config
 from lit_tokenformer.planning import GrowthRule, plan_stages, propose
 
 CONFIG = preset_config("tokenformer_lm_tiny", vocab_size=257, context_length=64)
@@ -148,3 +148,25 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
         == 2
     )
     assert "no Pattention layer" in capsys.readouterr().err
+
+
+def test_plan_of_hidden_units_and_heads_equals_the_models_they_lead_to(tmp_path, capsys, text_cache):
+    schedule = {2: {"hidden": 64, "heads": 4}, 4: {"hidden": 96, "depth": 3}}
+    growth = {"class_path": "ParameterGrowthCallback", "init_args": {"unit": "step", "schedule": schedule}}
+    overrides = {"dim": 16, "depth": 2, "num_heads": 2}
+    content = {
+        "trainer": {"max_steps": 6, "accelerator": "cpu", "callbacks": [growth], "default_root_dir": str(tmp_path)},
+        "model": {"class_path": "LitCausalLM", "init_args": {"preset": "gpt2_tiny", "overrides": overrides}},
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {"block_size": 16, "batch_size": 4, "cache_dir": str(text_cache)},
+        },
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(content))
+    assert main(["plan", "--config", str(tmp_path / "one.yaml")]) == 0
+    shown = capsys.readouterr().out
+    sizes = [{"hidden": 64, "heads": 2}, schedule[2], {**schedule[2], **schedule[4]}]
+    for size in sizes:
+        config = preset_config("gpt2_tiny", **overrides, vocab_size=257, context_length=16).at_size(size)
+        assert f"hidden {size['hidden']}" in shown and f"heads {size['heads']}" in shown
+        assert f"{sum(one.numel() for one in Tokenformer(config).parameters()):,}" in shown

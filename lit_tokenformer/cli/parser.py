@@ -71,6 +71,11 @@ class Parser(LightningArgumentParser):
         elif "arguments are required" in message and "model" in message:
             shipped = ", ".join(shipped_configs())
             message = f"--config: expected a config with model and data: a YAML file, or a shipped config: {shipped}"
+        elif message.startswith("Key must be a string"):  # of a mapping for an option that does not exist
+            message = (
+                "unknown option with a mapping of integer keys; --trainer.callbacks.schedule sets the last callback, "
+                "so put --trainer.callbacks+=ParameterGrowthCallback before it"
+            )
         known = self._names()
         for path in re.findall(r"(?:[Oo]ption '|arguments: --|import path string: )([\w.]+)", message):
             near = [nearest_name(name, known) for name in path.split(".") if name not in known]
