@@ -121,7 +121,7 @@ def files(name: str, content: str | bytes):
 COMMAND_LINE = [
     ("no_command", lambda given: [], "subcommand"),
     ("unknown_command", lambda given: ["fti"], "'fti'"),
-    ("no_config", lambda given: ["fit"], "--config: expected a config with a model and data: .*vit_small"),
+    ("no_config", lambda given: ["fit"], "--config: expected a config with model and data: .*vit_small"),
     ("unknown_option", image("--trainr.max_epochs", "3"), "--trainr.max_epochs 3 .did you mean 'trainer'"),
     ("config_not_there", lambda given: ["fit", "--config", "vit_smal"], "--config: unknown value 'vit_smal', did you"),
     ("config_is_a_folder", lambda given: ["fit", "--config", str(given.folder)], "config"),
@@ -142,7 +142,7 @@ COMMAND_LINE = [
     ("unknown_key_of_callback", growing({1: 16}, methd="split"), "did you mean 'method'"),
     ("unknown_model_class", section(model={"class_path": "LitImageClasifier"}), "model: .*mean 'LitImageClassifier'"),
     ("unknown_optimizer", section(model={"init_args": {"optimizer": {"class_path": "torch.optim.Adm"}}}), "Adm"),
-    ("type_of_fraction", image("--data.batch_size", "2.5"), "batch_size: Expected a int. Got value: 2.5"),
+    ("type_of_fraction", image("--data.batch_size", "2.5"), "batch_size: expected int, got 2.5"),
     ("missing_value", section(model={"init_args": {"preset": "???"}}), r"model.init_args.preset: .*got \?\?\?"),
     (
         "interpolation_of_nothing",

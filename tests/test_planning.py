@@ -68,7 +68,7 @@ def test_a_proposal_reads_the_data_only_so_often():
     data_tokens = CONFIG.num_data_tokens * BATCH
     bound = propose(size, True, 1e15, flops, data_tokens, parameters, max_steps=free.steps // 4)
     assert bound.steps == free.steps // 4 and bound.sizes[-1]["qkv"] < free.sizes[-1]["qkv"]
-    with pytest.raises(ValueError, match="at most so many by the data.*give more data"):
+    with pytest.raises(ValueError, match="steps limited by the data.*add data"):
         propose(size, True, 1e15, flops, data_tokens, parameters, max_steps=10)
 
 

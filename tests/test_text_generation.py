@@ -472,7 +472,7 @@ def test_command_refuses_bad_settings_before_it_shows_anything(checkpoint, setti
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--temperature", "warm"], "temperature: Expected a float. Got value: warm"),
+        (["--temperature", "warm"], "temperature: expected float, got 'warm'"),
         (["--top_p", "1.5"], "top_p: expected a probability in (0, 1], got 1.5"),
         (["--promt", "a"], "did you mean 'prompt'?"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is not a file"),

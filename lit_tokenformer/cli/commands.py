@@ -200,8 +200,8 @@ def export_weights(
 def split_checkpoint(ckpt_path: str, output: str) -> Path:
     """Split a multi-task checkpoint into one checkpoint per task with the same outputs.
 
-    Every command accepts the checkpoints. A fit from one starts at epoch 0 with a fresh optimizer. The weights are the
-    moving average where the fit has one.
+    The results serve as checkpoints of a fit of the single task, for example for predict, export and grow. A fit from
+    one starts at epoch 0 with a fresh optimizer. The weights are the moving average where the fit has one.
 
     Args:
         ckpt_path: Path to a checkpoint of LitMultiTask.

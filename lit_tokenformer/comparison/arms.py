@@ -94,7 +94,7 @@ class Planned:
         blocks: Non-embedding parameters: those without embedding and head.
         differs: Relative difference to the reference in the matched quantity.
         steps: Optimizer steps; 0 if unknown.
-        lr: Learning rate; ``None`` if every trial of the search failed.
+        lr: Learning rate; ``None`` if unknown.
         notes: Footnotes on the choice of steps and learning rate.
     """
 
