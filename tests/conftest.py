@@ -21,6 +21,8 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+collect_ignore = ["data"]  # plugins there register their names when they are imported
+
 _read = AttributeDocstrings.get_attr_docs
 
 
