@@ -635,6 +635,7 @@ def test_configs_of_both_forms_train_the_same_model(tmp_path):
 @pytest.mark.slow
 def test_the_command_line_trains_two_sets_of_images_and_a_text(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # of the tables of scores
+    monkeypatch.setattr("rich._console", None)  # an earlier test may have made it, at another width
     config = yaml.safe_load(given(tmp_path).read_text())
     model, text = config["model"]["init_args"], config["data"]["init_args"]["text"]
     text["init_args"]["test_fraction"] = 0.1
