@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from callbacks import GrowingEMA, ParameterGrowthCallback, TrainingMonitor
 from lit_tokenformer.growth import Axis, grow, input_units, output_units
 from lit_tokenformer.models import Tokenformer, create_backbone, model_size
+from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.tasks import LitCausalLM, LitMaskedLM, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "vocab_size": 17, "context_length": 12}
@@ -124,6 +125,13 @@ def test_an_architecture_at_the_final_size_equals_the_grown_one(name):
     config = model.config.at_size(model.size)
     shapes = {key: value.shape for key, value in Tokenformer(config).state_dict().items()}
     assert shapes == {key: value.shape for key, value in model.state_dict().items() if "slope_of_head" not in key}
+
+
+@pytest.mark.parametrize(("name", "found"), [("gpt2", set()), ("mosaic_bert", {"num_heads", "head_dim"})])
+def test_another_initial_number_of_heads_is_another_size_but_with_slopes(name, found):
+    """ALiBi's slopes depend on the initial number of heads, so the same weights would compute something else."""
+    config = make(name).config
+    assert config_changes(config, config.at_size({"heads": 4})).keys() - MAY_CHANGE == found
 
 
 @pytest.mark.parametrize(

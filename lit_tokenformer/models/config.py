@@ -398,7 +398,8 @@ def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict
     """Compare two architectures: differing fields with both values, stem and head first."""
     names = sorted((field.name for field in fields(saved)), key=lambda name: name not in ("stem", "head"))
     pairs = {name: (getattr(saved, name), getattr(present, name)) for name in names}
-    if saved.head_width == present.head_width:  # then the number of heads is a matter of size
+    biased = POSITIONS[present.positions].bias is not None  # by slopes, which depend on the initial number of heads
+    if saved.head_width == present.head_width and not biased:  # another number of heads is another size
         del pairs["num_heads"], pairs["head_dim"]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
