@@ -172,6 +172,14 @@ def test_the_newest_checkpoint_by_step_of_all_runs_is_found(tmp_path):
         assert last_checkpoint(tmp_path) == tmp_path / places[1]
 
 
+def test_of_checkpoints_saved_in_one_instant_last_is_the_newest(tmp_path):
+    for name in ("last", "step=2", "epoch=0"):
+        path = tmp_path / "checkpoints" / f"{name}.ckpt"
+        WholeCheckpointIO().save_checkpoint({**STATE, "global_step": 2, "optimizer_states": []}, path)
+        os.utime(path, (1000, 1000))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "last.ckpt"
+
+
 def test_a_word_that_is_not_known_is_told():
     with pytest.raises(ValueError, match="on_full_disk: unknown value 'wern', did you mean 'warn'"):
         WholeCheckpointIO("wern")

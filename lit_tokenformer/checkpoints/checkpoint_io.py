@@ -176,7 +176,7 @@ class SavedCheckpoint(NamedTuple):
 def resumable_checkpoints(
     roots: Iterable[str | os.PathLike[str]], folders: Iterable[str | os.PathLike[str]] = ()
 ) -> list[SavedCheckpoint]:
-    """Find the resumable checkpoints of all runs, sorted by optimizer steps, newest first.
+    """Find the resumable checkpoints of all runs, sorted by optimizer steps, newest first; of equal ones ``last.ckpt``.
 
     Damaged checkpoints are reported and skipped. Those without optimizer state or at step 0 are ignored.
 
@@ -200,7 +200,8 @@ def resumable_checkpoints(
             if isinstance(step, int) and step > 0 and {"state_dict", "optimizer_states"} <= content.keys():
                 kept = {key: content[key] for key in content.keys() - _LARGE}
                 found[path] = SavedCheckpoint(path, kept, modified)
-    return sorted(found.values(), key=lambda one: (one.step, one.modified), reverse=True)
+    order = sorted(found.values(), key=lambda one: (one.step, one.modified, one.path.endswith("last.ckpt"), one.path))
+    return order[::-1]
 
 
 def last_checkpoint(folder: str | os.PathLike[str] | None) -> Path | None:
