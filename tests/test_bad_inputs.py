@@ -142,7 +142,7 @@ COMMAND_LINE = [
     ("unknown_key_of_callback", growing({1: 16}, methd="split"), "did you mean 'method'"),
     ("unknown_model_class", section(model={"class_path": "LitImageClasifier"}), "model: .*mean 'LitImageClassifier'"),
     ("unknown_optimizer", section(model={"init_args": {"optimizer": {"class_path": "torch.optim.Adm"}}}), "Adm"),
-    ("type_of_fraction", image("--data.batch_size", "2.5"), "batch_size: expected int, got 2.5"),
+    ("type_of_fraction", image("--data.batch_size", "2.5"), "batch_size: expected int or null, got 2.5"),
     ("missing_value", section(model={"init_args": {"preset": "???"}}), r"model.init_args.preset: .*got \?\?\?"),
     (
         "interpolation_of_nothing",

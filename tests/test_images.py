@@ -572,7 +572,7 @@ data:
   dataset: imagefolder
   root: {folder}
   image_size: 224
-  batch_size: 4
+  loader: {{batch_size: 4}}
   augmentation:
     {{crop: rrc, scale: [0.08, 1.0], hflip: 0.5, auto_augment: rand-m9-mstd0.5-inc1, reprob: 0.25, mixup: 0.8,
      cutmix: 1.0, label_smoothing: 0.1, interpolation: bicubic, crop_pct: 0.875}}

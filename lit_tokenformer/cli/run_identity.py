@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks import LossGuard, RunSummary, TrainingMonitor
 from lit_tokenformer.checkpoints.checkpoint_io import SavedCheckpoint, resumable_checkpoints
+from lit_tokenformer.data.settings import FLAT_NAMES
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks.base import state_dict_problems
 
@@ -76,7 +77,8 @@ def defining_settings(config: Mapping[str, Any] | Namespace) -> dict[str, Any]:
     found = {name: config.get(name) for name in ("seed_everything", "init_from", "init_ema", "init_resize_vocab")}
     found |= {f"trainer.{name}": trainer.get(name) for name in _TRAINER}
     for part in ("model", "data"):
-        found |= {name: value for name, value in _flat(part, config.get(part)) if _last(name) not in _NO_RESULT}
+        pairs = ((_with_flat_name(name), value) for name, value in _flat(part, config.get(part)))
+        found |= {name: value for name, value in pairs if _last(name) not in _NO_RESULT}
     given = trainer.get("callbacks") or []
     callbacks = [one for one in (given if isinstance(given, list) else [given]) if not _observes(one)]
     found["trainer.callbacks"] = [_last(str(one.get("class_path"))) for one in callbacks]
@@ -106,6 +108,19 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from (pair for pair in _flat(name, one) if pair[0] != name)
         elif key != "class_path":
             yield from _flat(f"{name}.{key}", one)
+
+
+def _with_flat_name(name: str) -> str:
+    """Replace a nested setting by its flat name, which earlier versions have in their checkpoints.
+
+    Example:
+        >>> _with_flat_name("data.image.loader.batch_size")
+        'data.image.batch_size'
+    """
+    head, _, field = name.rpartition(".")
+    head, _, group = head.rpartition(".")
+    flat = next((flat for flat, nested in FLAT_NAMES.items() if nested == f"{group}.{field}"), None)
+    return f"{head}.{flat}" if flat else name
 
 
 def _plain(value: Any) -> Any:

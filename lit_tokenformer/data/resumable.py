@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
+from lit_tokenformer.data.settings import LoaderSettings, check_whole
 from lit_tokenformer.errors import UserError
 
 
@@ -274,15 +275,20 @@ class ResumableDataModule(LightningDataModule):
 
     Args:
         seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
-        num_workers: Number of worker processes per training process.
+        loader: Batch sizes and worker processes.
     """
 
-    batch_size: int
+    loader_defaults = LoaderSettings(batch_size=32)
+    """Default of ``loader``, whose batch size is used if another ``loader`` has none."""
 
-    def __init__(self, seed: int | None, num_workers: int | None) -> None:
+    def __init__(self, seed: int | None, loader: LoaderSettings) -> None:
         super().__init__()
+        check_whole(seed=(seed, 0))
         self.seed = seed
-        self.num_workers = num_workers
+        self.batch_size = loader.batch_size or self.loader_defaults.batch_size or 1
+        self.eval_batch_size = loader.eval_batch_size or self.batch_size
+        self.num_workers = loader.num_workers
+        self.pin_memory = torch.cuda.is_available() if loader.pin_memory is None else loader.pin_memory
         self._train_loader: ResumableLoader | ResumableStreamLoader | None = None
         self._resume_from: dict[str, Any] = {}
 

@@ -41,10 +41,18 @@ from lit_tokenformer.data.resumable import (
     no_test_split,
     seeded,
 )
+from lit_tokenformer.data.settings import (
+    HubImageSettings,
+    LoaderSettings,
+    accept_flat_names,
+    check_share,
+    check_whole,
+    flat_settings,
+)
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import IMAGE_SOURCES
 
-_DATA_SET_DEFAULTS = Augmentation()
+_DATA_SET_DEFAULTS, _HUB = Augmentation(), HubImageSettings()
 
 
 class EvalImageSampler(DistributedSampler):
@@ -100,11 +108,6 @@ class ImageDataModule(ResumableDataModule):
         root: Root folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
         image_size: Input image size (height = width) in pixels. Default: 8 for digits, 28 for fashion_mnist, 32 for
             cifar10 and cifar100, else 224.
-        batch_size: Training batch size per process.
-        eval_batch_size: Batch size of validation, test and prediction per process. Default: ``batch_size``.
-        num_workers: Number of worker processes per training process. Default: the available cores divided by the
-            training processes on this machine, at most 8; 0 for digits or a single core.
-        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
         augmentation: Augmentation of training images, and resizing of all images.
         val_fraction: Fraction of the training images held out if the data set has no validation split; 0 validates on
             the test split. Independent of the seed.
@@ -113,14 +116,9 @@ class ImageDataModule(ResumableDataModule):
         predict_root: Folder of images to predict, nested or flat. Default: the test split, else the validation split.
         max_corrupt_share: Tolerated share of unreadable images in a split, 0 to 1. Three are always tolerated, unless
             the share is 0. For a stream, the share is of the images read so far by each worker.
-        hf_name: Hugging Face data set (dataset: huggingface).
-        hf_config: Configuration of the Hugging Face data set.
-        hf_image_column: Image column. Default: the first column of images.
-        hf_label_column: Label column. Default: the first column of class labels.
-        hf_train_split: Training split.
-        hf_val_split: Validation split. Default: validation, valid, val or dev, if present.
-        streaming: Whether to stream the Hugging Face data set instead of storing it.
-        shuffle_buffer: Shuffle buffer size of a stream, in samples.
+        loader: Batch sizes and worker processes. Each is also an argument of its own: ``batch_size=8``.
+        hub: Hugging Face data set (dataset: huggingface), also as ``hf_name``, ``hf_config``, ``hf_train_split``,
+            ``hf_val_split``, ``hf_image_column``, ``hf_label_column``, ``streaming`` and ``shuffle_buffer``.
 
     Raises:
         ValueError: If a setting is invalid (on creation) or the data are missing (at the first use of a property or
@@ -135,72 +133,41 @@ class ImageDataModule(ResumableDataModule):
     in_chans = 3
     """Number of image channels."""
 
+    @accept_flat_names
     def __init__(
         self,
         dataset: str = "digits",
         root: str | None = None,
         image_size: int | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        pin_memory: bool | None = None,
         augmentation: Augmentation = _DATA_SET_DEFAULTS,
         val_fraction: float = 0.1,
         seed: int | None = None,
         download: bool = False,
         predict_root: str | None = None,
         max_corrupt_share: float = 0.001,
-        hf_name: str | None = None,
-        hf_config: str | None = None,
-        hf_image_column: str | None = None,
-        hf_label_column: str | None = None,
-        hf_train_split: str = "train",
-        hf_val_split: str | None = None,
-        streaming: bool = False,
-        shuffle_buffer: int = 1000,
+        loader: LoaderSettings = ResumableDataModule.loader_defaults,
+        hub: HubImageSettings = _HUB,
     ) -> None:
-        super().__init__(seed, num_workers)
+        super().__init__(seed, loader)
         self.dataset = dataset
         self.source = IMAGE_SOURCES[dataset]
         self.settings = SourceSettings(
             root=root,
             download=download,
             val_fraction=val_fraction,
-            hf_name=hf_name,
-            hf_config=hf_config,
-            hf_image_column=hf_image_column,
-            hf_label_column=hf_label_column,
-            hf_train_split=hf_train_split,
-            hf_val_split=hf_val_split,
-            streaming=streaming,
+            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
         )
         self.image_size = self.source.image_size if image_size is None else image_size
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.augmentation = augmentation.completed(self.source.augmentation)
         self.predict_root = predict_root
         self.max_corrupt_share = max_corrupt_share
-        self.shuffle_buffer = shuffle_buffer
-
-        for name, value, low in (
-            ("image_size", self.image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", self.eval_batch_size, 1),
-            ("num_workers", num_workers or 0, 0),
-            ("seed", seed or 0, 0),
-            ("shuffle_buffer", shuffle_buffer, 1),
-        ):
-            if value < low:
-                raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"data.val_fraction: expected a share from 0 to below 1, got {val_fraction}")
-        if not 0 <= max_corrupt_share <= 1:
-            raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
-        if self.augmentation.mixes and batch_size % 2:
-            raise UserError(
-                f"data.batch_size: expected an even number for mixup and cutmix, which pair images, got {batch_size}"
-            )
+        self.hub = hub
+        check_whole(image_size=(self.image_size, 1))
+        check_share(val_fraction=val_fraction)
+        check_share(below_one=False, max_corrupt_share=max_corrupt_share)
+        if self.augmentation.mixes and self.batch_size % 2:
+            even = "expected an even number for mixup and cutmix, which pair images"
+            raise UserError(f"data.batch_size: {even}, got {self.batch_size}")
         look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
         self._train_transform, self._eval_transform = train_transform(*look), eval_transform(*look)
 
@@ -271,7 +238,7 @@ class ImageDataModule(ResumableDataModule):
                 "data.num_workers": loader.num_workers,
                 "trainer.devices (processes in all)": replicas,
                 "data.batch_size": self.batch_size,
-                "data.shuffle_buffer": self.shuffle_buffer,
+                "data.shuffle_buffer": self.hub.shuffle_buffer,
                 "data.seed": seed,
             }
         else:
@@ -375,7 +342,7 @@ class ImageDataModule(ResumableDataModule):
         from datasets.distributed import split_dataset_by_node
 
         rank, replicas = self._place
-        rows = split.rows if seed is None else split.rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        rows = split.rows if seed is None else split.rows.shuffle(seed=seed, buffer_size=self.hub.shuffle_buffer)
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas) if replicas > 1 else rows
         transform = self._eval_transform if seed is None else self._train_transform
         return StreamImages(

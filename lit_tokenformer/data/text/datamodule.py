@@ -18,6 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from lit_tokenformer.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader, no_test_split
+from lit_tokenformer.data.settings import (
+    HubSettings,
+    LoaderSettings,
+    accept_flat_names,
+    check_share,
+    check_whole,
+    flat_settings,
+)
 from lit_tokenformer.data.text.corpus import TextCorpus
 from lit_tokenformer.data.text.sources import EncodingErrors, HubStream, Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
@@ -31,6 +39,8 @@ from lit_tokenformer.data.text.token_cache import EvalBlocks, EvalSampler, Train
 from lit_tokenformer.data.text.tokenizer import Tokenizer, check_name
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.registry import TEXT_SOURCES
+
+_LOADER, _HUB = LoaderSettings(batch_size=16), HubSettings()
 
 
 class TextDataModule(ResumableDataModule):
@@ -61,26 +71,18 @@ class TextDataModule(ResumableDataModule):
         separator: Special token that ends a document. Default: the first one in the vocabulary of <|endoftext|>, </s>,
             <eos>, <|end_of_text|> and [SEP].
         block_size: Context length T in tokens.
-        batch_size: Training batch size per process, in blocks.
-        eval_batch_size: Batch size of validation and test per process, in blocks. Default: ``batch_size``.
-        num_workers: Number of worker processes per training process. Default: 0, since tokens are read from a memory
-            map; for a stream the available cores divided by the training processes on this machine, at most 8. A
-            stream uses at most one worker per shard, and at most one in evaluation.
-        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
         val_fraction: Fraction of the documents held out for validation if the source has no validation split.
         test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
             else the validation documents.
         seed: Seed of the block order, >= 0. Default: that of ``seed_everything``, else 0.
         cache_dir: Folder for tokens and trained vocabularies. Default: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
-        hf_name: Hugging Face data set, or a builder such as text, json and parquet (dataset: huggingface).
-        hf_config: Configuration of the Hugging Face data set.
-        hf_train_split: Training split.
-        hf_val_split: Validation split. Default: validation, valid, val or dev, if present, else documents are held out
-            by their hash; for a stream, validation then reads all of it (limit_val_batches).
-        streaming: Whether to tokenize the Hugging Face data set on the fly instead of storing it.
-        shuffle_buffer: Shuffle window of a stream in documents, per worker.
         max_corrupt_share: Tolerated share of stream rows without readable text, which are reported in a warning and
             skipped. Three are always tolerated, unless the share is 0.
+        loader: Batch sizes and worker processes. Each is also an argument of its own: ``batch_size=8``.
+        hub: Hugging Face data set (dataset: huggingface), also as ``hf_name``, ``hf_config``, ``hf_train_split``,
+            ``hf_val_split``, ``streaming`` and ``shuffle_buffer``. A stream is tokenized on the fly; it uses at most
+            one worker per shard, and at most one in evaluation. Without a validation split, documents are held out by
+            their hash, and validation of a stream reads all of it (limit_val_batches).
 
     Raises:
         ValueError: If a setting is invalid (on creation) or the text is missing (at the first use of a property or
@@ -95,9 +97,12 @@ class TextDataModule(ResumableDataModule):
     _collate: Callable[[Any], Any] | None = None
     """Collate function of the blocks; None stacks them."""
 
+    loader_defaults = _LOADER
+
     masked = False
     """Whether batches contain masked tokens."""
 
+    @accept_flat_names
     def __init__(
         self,
         dataset: str = "python_docs",
@@ -108,33 +113,22 @@ class TextDataModule(ResumableDataModule):
         tokenizer: str = "bytes",
         separator: str | None = None,
         block_size: int = 256,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        pin_memory: bool | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         seed: int | None = None,
         cache_dir: str | None = None,
-        hf_name: str | None = None,
-        hf_config: str | None = None,
-        hf_train_split: str = "train",
-        hf_val_split: str | None = None,
-        streaming: bool = False,
-        shuffle_buffer: int = 1000,
         max_corrupt_share: float = 0.001,
+        loader: LoaderSettings = _LOADER,
+        hub: HubSettings = _HUB,
     ) -> None:
-        super().__init__(seed, num_workers)
+        super().__init__(seed, loader)
         TEXT_SOURCES[dataset]  # raises for an unknown name
         if encoding_errors not in ("strict", "replace"):
             raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))
         check_name(tokenizer)
         self.block_size = block_size
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.streaming = streaming
-        self.shuffle_buffer = shuffle_buffer
+        self.streaming = hub.streaming
+        self.shuffle_buffer = hub.shuffle_buffer
         settings = TextSettings(
             files=_names("files", files),
             val_files=_names("val_files", val_files),
@@ -142,37 +136,21 @@ class TextDataModule(ResumableDataModule):
             encoding_errors=encoding_errors,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
-            hf_name=hf_name,
-            hf_config=hf_config,
-            hf_train_split=hf_train_split,
-            hf_val_split=hf_val_split,
-            streaming=streaming,
             max_corrupt_share=max_corrupt_share,
             cache_dir=Path(cache_dir).expanduser() if cache_dir else _default_cache_dir(),
+            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
         )
         self.corpus = TextCorpus(dataset, settings, tokenizer, separator)
         self._eval_streams: dict[str, EvalStreamLoader] = {}
 
-        for name, value, low in (
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", self.eval_batch_size, 1),
-            ("num_workers", num_workers or 0, 0),
-            ("seed", seed or 0, 0),
-            ("shuffle_buffer", shuffle_buffer, 1),
-        ):
-            if value < low:
-                raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
-        for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= share < 1:
-                raise UserError(f"data.{name}: expected a share from 0 to below 1, got {share}")
-        if not 0 <= max_corrupt_share <= 1:
-            raise UserError(f"data.max_corrupt_share: expected a share from 0 to 1, got {max_corrupt_share}")
+        check_whole(block_size=(block_size, 1))
+        check_share(val_fraction=val_fraction, test_fraction=test_fraction)
+        check_share(below_one=False, max_corrupt_share=max_corrupt_share)
         if val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
-        if streaming and dataset != "huggingface":
+        if hub.streaming and dataset != "huggingface":
             raise UserError(f"data.streaming: expected data.dataset: huggingface, got {dataset}")
 
     def __getstate__(self) -> dict[str, Any]:

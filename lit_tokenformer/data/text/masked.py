@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lit_tokenformer.data.resumable import ResumableDataModule
+from lit_tokenformer.data.settings import LoaderSettings, accept_flat_names
 from lit_tokenformer.data.text.datamodule import TextDataModule
 from lit_tokenformer.data.text.masking import BlockSpans, MaskedBatch, MaskedExamples, MaskIds, SentenceSpans
-from lit_tokenformer.data.text.sources import EncodingErrors, Split
+from lit_tokenformer.data.text.sources import Split
 from lit_tokenformer.data.text.tokenizer import Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError, unknown_name
 
@@ -35,14 +37,6 @@ class MaskedTextDataModule(TextDataModule):
 
     Args:
         dataset: Source of the documents: python_docs, python_stdlib, files or huggingface.
-        files: Files, folders or glob patterns of .txt, .md, .jsonl and .parquet (dataset: files); ``data_files`` of
-            ``load_dataset`` for huggingface.
-        val_files: Files, folders or glob patterns for validation. Default: documents are held out by their hash.
-        text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
-        encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
-        tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json or its folder; else the name of a
-            Hugging Face model. A mask token is appended to a vocabulary without [MASK] or <mask>.
-        separator: Special token that ends a document. Default: the first of the usual ones in the vocabulary.
         pad_vocab_to: Round the vocabulary size up to a multiple of this; the additional ids are unused.
         examples: blocks (of block_size tokens) or sentences (of variable length).
         block_size: Maximum length T of an example in tokens, including [CLS] and [SEP].
@@ -54,22 +48,9 @@ class MaskedTextDataModule(TextDataModule):
         whole_words: Whole word masking. A word begins with a token that starts with white space or punctuation, and
             after one that ends in it; with ``##`` vocabularies, with every token without ``##``. Each token of a word
             is replaced independently. Block edges cut words.
-        batch_size: Training batch size per process.
-        eval_batch_size: Batch size of validation and test per process. Default: ``batch_size``.
-        num_workers: Number of worker processes per training process. Default: 0, since tokens are read from a memory
-            map.
-        pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
-        val_fraction: Fraction of the documents held out for validation if the source has no validation split.
-        test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
-            else the validation documents.
-        seed: Seed of sample order and masks, >= 0. Default: that of ``seed_everything``, else 0.
-        cache_dir: Folder for tokens and trained vocabularies. Default: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
-        hf_name: Hugging Face data set, or a builder such as text, json and parquet (dataset: huggingface).
-        hf_config: Configuration of the Hugging Face data set.
-        hf_train_split: Training split.
-        hf_val_split: Validation split. Default: validation, valid, val or dev, if present, else documents are held out
-            by their hash.
-        streaming: Not supported for masked text.
+        loader: Batch sizes and worker processes.
+        settings: All other settings of ``TextDataModule``. A mask token is appended to a vocabulary without [MASK] or
+            <mask>; a stream is not supported.
 
     Raises:
         ValueError: If a setting is invalid (on creation) or the text is missing (at the first use of a property or
@@ -82,16 +63,12 @@ class MaskedTextDataModule(TextDataModule):
     """
 
     masked = True
+    loader_defaults = ResumableDataModule.loader_defaults
 
+    @accept_flat_names
     def __init__(
         self,
         dataset: str = "python_docs",
-        files: list[str] | None = None,
-        val_files: list[str] | None = None,
-        text_column: str = "text",
-        encoding_errors: EncodingErrors = "strict",
-        tokenizer: str = "bytes",
-        separator: str | None = None,
         pad_vocab_to: int = 64,
         examples: Literal["blocks", "sentences"] = "blocks",
         block_size: int = 128,
@@ -100,44 +77,12 @@ class MaskedTextDataModule(TextDataModule):
         eval_mask_fraction: float = 0.15,
         masking: Literal["dynamic", "static"] = "dynamic",
         whole_words: bool = False,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        pin_memory: bool | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        seed: int | None = None,
-        cache_dir: str | None = None,
-        hf_name: str | None = None,
-        hf_config: str | None = None,
-        hf_train_split: str = "train",
-        hf_val_split: str | None = None,
-        streaming: bool = False,
+        loader: LoaderSettings = ResumableDataModule.loader_defaults,
+        **settings: Any,
     ) -> None:
-        if streaming:
+        super().__init__(dataset=dataset, block_size=block_size, loader=loader, **settings)
+        if self.streaming:
             raise UserError("data.streaming: expected false for masked text, which is read from stored tokens")
-        super().__init__(
-            dataset=dataset,
-            files=files,
-            val_files=val_files,
-            text_column=text_column,
-            encoding_errors=encoding_errors,
-            tokenizer=tokenizer,
-            separator=separator,
-            block_size=block_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            seed=seed,
-            cache_dir=cache_dir,
-            hf_name=hf_name,
-            hf_config=hf_config,
-            hf_train_split=hf_train_split,
-            hf_val_split=hf_val_split,
-        )
         for name, value, choices in (
             ("examples", examples, ("blocks", "sentences")),
             ("pad_to", pad_to, ("block", "longest")),

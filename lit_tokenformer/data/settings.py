@@ -1,0 +1,121 @@
+"""Settings that the data modules share, nested in YAML; their flat names are accepted too."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import Any
+
+from lit_tokenformer.errors import UserError
+
+FLAT_NAMES = {
+    **{name: f"loader.{name}" for name in ("batch_size", "eval_batch_size", "num_workers", "pin_memory")},
+    **{f"hf_{name}": f"hub.{name}" for name in ("name", "config", "train_split", "val_split")},
+    **{f"hf_{name}": f"hub.{name}" for name in ("image_column", "label_column")},
+    **{name: f"hub.{name}" for name in ("streaming", "shuffle_buffer")},
+}
+"""Nested settings by their flat names: ``batch_size: 8`` is ``loader: {batch_size: 8}``."""
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Batches of a process."""
+
+    batch_size: int | None = None
+    """Training batch size per process. Default: 32; 16 for causal language modeling."""
+    eval_batch_size: int | None = None
+    """Batch size of validation, test and prediction per process. Default: batch_size."""
+    num_workers: int | None = None
+    """Number of worker processes per training process. Default: the available cores divided by the training processes
+    on this machine, at most 8; 0 for a single core and for data in memory or in a memory map."""
+    pin_memory: bool | None = None
+    """Whether to copy batches into page-locked memory. Default: true with CUDA."""
+
+    def __post_init__(self) -> None:
+        check_whole(batch_size=(self.batch_size, 1), eval_batch_size=(self.eval_batch_size, 1))
+        check_whole(num_workers=(self.num_workers, 0))
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Hugging Face data set (dataset: huggingface)."""
+
+    name: str | None = None
+    """Name of the data set on the hub or its folder, or a builder such as imagefolder, text, json and parquet."""
+    config: str | None = None
+    """Configuration of the data set."""
+    train_split: str = "train"
+    """Training split."""
+    val_split: str | None = None
+    """Validation split. Default: validation, valid, val or dev, if present."""
+    streaming: bool = False
+    """Whether to stream the data set instead of storing it."""
+    shuffle_buffer: int = 1000
+    """Shuffle buffer size of a stream, in images or documents, per worker."""
+
+    def __post_init__(self) -> None:
+        check_whole(shuffle_buffer=(self.shuffle_buffer, 1))
+
+
+@dataclass(frozen=True)
+class HubImageSettings(HubSettings):
+    """Hugging Face data set of images (dataset: huggingface)."""
+
+    image_column: str | None = None
+    """Image column. Default: the first column of images."""
+    label_column: str | None = None
+    """Label column. Default: the first column of class labels."""
+
+
+_GROUPS = {LoaderSettings: "loader", HubSettings: "hub", HubImageSettings: "hub"}
+
+
+def check_whole(**settings: tuple[int | None, int]) -> None:
+    """Raise a ``UserError`` for a number that is too small.
+
+    Args:
+        settings: Value (None is valid) and lowest valid value, by the flat name of the setting.
+    """
+    for name, (value, low) in settings.items():
+        if value is not None and value < low:
+            raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
+
+
+def check_share(below_one: bool = True, **settings: float) -> None:
+    """Raise a ``UserError`` for a share out of range.
+
+    Args:
+        below_one: Reject 1 as well.
+        settings: Values by the name of the setting.
+    """
+    for name, value in settings.items():
+        if not 0 <= value <= 1 or (below_one and value == 1):
+            raise UserError(f"data.{name}: expected a share from 0 to {'below ' * below_one}1, got {value}")
+
+
+def flat_settings(*groups: LoaderSettings | HubSettings) -> dict[str, Any]:
+    """Return the values of nested settings by their flat names."""
+    values = {
+        f"{_GROUPS[type(group)]}.{field.name}": getattr(group, field.name)
+        for group in groups
+        for field in fields(group)
+    }
+    return {flat: values[name] for flat, name in FLAT_NAMES.items() if name in values}
+
+
+def accept_flat_names(init: Callable[..., None]) -> Callable[..., None]:
+    """Accept nested settings by their flat names (``FLAT_NAMES``) in a constructor."""
+    parameters = inspect.signature(init).parameters
+
+    @wraps(init)
+    def nested(self: Any, *args: Any, **kwargs: Any) -> None:
+        for flat in [name for name in kwargs if name in FLAT_NAMES]:
+            group, _, field = FLAT_NAMES[flat].partition(".")
+            settings: Any = kwargs.get(group, parameters[group].default if group in parameters else None)
+            if hasattr(settings, field):  # else it is an argument of a base class, or unexpected
+                kwargs[group] = replace(settings, **{field: kwargs.pop(flat)})
+        init(self, *args, **kwargs)
+
+    return nested
