@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 import callbacks
 from lit_tokenformer import data, models, tasks
-from lit_tokenformer.data.settings import FLAT_NAMES
+from lit_tokenformer.data.settings import FlatNameParser
 from lit_tokenformer.errors import UserError, nearest_name, raised_by_user_code, unwrap
 
 MODE = "interpolated"
@@ -33,7 +33,7 @@ _INTERPOLATES = ContextVar("interpolates", default=True)
 _PACKAGES = (tasks, data, models, callbacks)
 
 
-class Parser(LightningArgumentParser):
+class Parser(FlatNameParser, LightningArgumentParser):
     """Report errors in one line, with the nearest known name for a typo."""
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
@@ -56,26 +56,6 @@ class Parser(LightningArgumentParser):
             if int in kinds and float in kinds:
                 action._typehint = reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
         return added
-
-    def parse_args(self, args: Any = None, *others: Any, **settings: Any) -> Any:
-        """Parse arguments; those of a data module include the flat names of its nested settings."""
-        if isinstance(args, list):
-            args = [re.sub(r"^--(\w+)(?==)", lambda name: f"--{self._nested(name[1])}", arg) for arg in args]
-        return super().parse_args(args, *others, **settings)
-
-    def parse_object(self, cfg_obj: Any, *others: Any, **settings: Any) -> Any:
-        """Parse a mapping; that of a data module may contain the flat names of its nested settings."""
-        if isinstance(cfg_obj, Namespace):
-            for name in [key for key in vars(cfg_obj) if self._nested(key) != key]:
-                cfg_obj[self._nested(name)] = cfg_obj.pop(name)
-        return super().parse_object(cfg_obj, *others, **settings)
-
-    def _nested(self, name: str) -> str:
-        """Return the name of the nested setting with a flat name, or the name if it is that of an option."""
-        actions: list[Any] = self._actions
-        options = {action.dest for action in actions}
-        nested = FLAT_NAMES.get(name, name)
-        return nested if nested in options and name not in options else name
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         cause = None if ex is None else unwrap(ex)

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_tokenformer import tasks
 from lit_tokenformer.comparison.arms import Arm, Planned, has_pattention, naming
+from lit_tokenformer.data.settings import FlatNameParser
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig, preset_config
 
@@ -214,7 +214,7 @@ def _built(kind: type, name: str, given: dict[str, Any]) -> Any:
     Raises:
         UserError: If it cannot be instantiated.
     """
-    parser: Any = ArgumentParser(exit_on_error=False)
+    parser: Any = FlatNameParser(exit_on_error=False)
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
     parser.add_subclass_arguments(kind, name)
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
 
 from lit_tokenformer.errors import UserError
 
@@ -119,3 +122,27 @@ def accept_flat_names(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
 
     return nested
+
+
+class FlatNameParser(ArgumentParser):
+    """Parser that accepts the flat names of a data module's nested settings."""
+
+    def parse_args(self, args: Any = None, *others: Any, **settings: Any) -> Any:
+        """Parse arguments; those of a data module include the flat names of its nested settings."""
+        if isinstance(args, list):
+            args = [re.sub(r"^--(\w+)(?==)", lambda name: f"--{self._nested(name[1])}", arg) for arg in args]
+        return super().parse_args(args, *others, **settings)
+
+    def parse_object(self, cfg_obj: Any, *others: Any, **settings: Any) -> Any:
+        """Parse a mapping; that of a data module may contain the flat names of its nested settings."""
+        if isinstance(cfg_obj, Namespace):
+            for name in [key for key in vars(cfg_obj) if self._nested(key) != key]:
+                cfg_obj[self._nested(name)] = cfg_obj.pop(name)
+        return super().parse_object(cfg_obj, *others, **settings)
+
+    def _nested(self, name: str) -> str:
+        """Return the name of the nested setting with a flat name, or the name if it is that of an option."""
+        actions: list[Any] = self._actions
+        options = {action.dest for action in actions}
+        nested = FLAT_NAMES.get(name, name)
+        return nested if nested in options and name not in options else name

@@ -80,9 +80,9 @@ class MaskedTextDataModule(TextDataModule):
         loader: LoaderSettings = ResumableDataModule.loader_defaults,
         **settings: Any,
     ) -> None:
-        super().__init__(dataset=dataset, block_size=block_size, loader=loader, **settings)
-        if self.streaming:
+        if settings.get("streaming") or getattr(settings.get("hub"), "streaming", False):
             raise UserError("data.streaming: expected false for masked text, which is read from stored tokens")
+        super().__init__(dataset=dataset, block_size=block_size, loader=loader, **settings)
         for name, value, choices in (
             ("examples", examples, ("blocks", "sentences")),
             ("pad_to", pad_to, ("block", "longest")),
