@@ -46,6 +46,7 @@ MOVED = {
     "lit_tokenformer.run_identity": "lit_tokenformer.cli.run_identity",
     "lit_tokenformer.safety": "lit_tokenformer.checkpoints.trust",
     "lit_tokenformer.sharded_checkpoints": "lit_tokenformer.distributed.checkpoint",
+    "lit_tokenformer.tasks.schedule": "lit_tokenformer.tasks.optimization",
     "lit_tokenformer.text_generation": "lit_tokenformer.inference.text",
     "lit_tokenformer.token_growth": "lit_tokenformer.growth.axes",
 }

@@ -23,7 +23,7 @@ from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataM
 from lit_tokenformer.errors import UserError, raised_by_library, unknown_name
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitMultiTask, LitTask
-from lit_tokenformer.tasks.schedule import LRSchedule
+from lit_tokenformer.tasks.optimization import LRSchedule
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Environment variable that marks the processes of torchrun."""

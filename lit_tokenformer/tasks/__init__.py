@@ -5,7 +5,7 @@ from lit_tokenformer.tasks.causal_lm import LitCausalLM
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
 from lit_tokenformer.tasks.masked_lm import LitMaskedLM
 from lit_tokenformer.tasks.multitask import LitMultiTask
-from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
+from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig
 
 __all__ = [
     "LRSchedule",

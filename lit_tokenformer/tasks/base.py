@@ -22,9 +22,8 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
-from lit_tokenformer.tasks.optimization import OptimizedTask
+from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig, OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
-from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
 
 _SIZES = {
     *("dim", "depth", "num_heads", "vocab_size", "context_length"),

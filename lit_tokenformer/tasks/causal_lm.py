@@ -15,7 +15,7 @@ from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
-from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
+from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig
 
 
 def published_adamw(params: Any) -> torch.optim.Optimizer:

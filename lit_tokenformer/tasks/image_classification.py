@@ -17,7 +17,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides
 from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
-from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
+from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig
 
 
 @TASKS.register("LitImageClassifier")

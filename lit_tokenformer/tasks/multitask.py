@@ -26,8 +26,7 @@ from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import LitCausalLM, published_adamw
 from lit_tokenformer.tasks.image_classification import LitImageClassifier
-from lit_tokenformer.tasks.optimization import scale_
-from lit_tokenformer.tasks.schedule import LRSchedule, LRSchedulerConfig
+from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig, scale_
 
 OWN_FIELDS = {
     *("stem", "head", "positions", "causal", "rotary_fraction", "rotary_base", "stem_norm", "tie_embeddings", "unpad"),
