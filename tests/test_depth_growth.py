@@ -49,6 +49,19 @@ def test_pangu_pi_with_its_shortcut_keeps_its_function():
     torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
 
 
+def test_new_blocks_are_in_the_mode_of_the_model():
+    model = shaken("transformer_tiny", drop_path=0.5, dropout=0.5)
+    before = model(TOKENS)
+    grow(model, {"depth": 4})
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
+    loaded = shaken("transformer_tiny", drop_path=0.5, dropout=0.5)
+    loaded.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded(TOKENS), before, rtol=1e-12, atol=1e-12)
+    grow(loaded.train(), {"depth": 5})
+    assert all(module.training for module in loaded.modules())
+
+
 def test_blocks_that_differ_grow_by_whole_repeats_of_their_pattern():
     model = shaken("hybrid_tiny", depth=3)
     before, kinds = model(TOKENS), [type(block.attn) for block in model.blocks]

@@ -141,7 +141,7 @@ class Tokenformer(nn.Module):
         found: list[Any] = list(blocks)
         rates: Any = calculate_drop_path_rates(self.config.drop_path, len(found))
         for block, rate in zip(found, rates, strict=True):
-            block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+            block.drop_path = (DropPath(rate) if rate > 0 else nn.Identity()).train(block.training)
         declared = (getattr(part, "aux_losses", ()) for block in found for part in block.modules())
         self.loss_names = sorted({name for names in declared for name in names})
         self._uses_mask = any(getattr(block.attn, "uses_mask", False) for block in found)
@@ -173,6 +173,8 @@ class Tokenformer(nn.Module):
         reference = next(self.blocks.parameters())
         with torch.device(reference.device), torch.random.fork_rng(devices=[]):
             fresh = [self.new_block(number).to(reference.dtype) for number in range(len(self.blocks), depth)]
+        for block in fresh:
+            block.train(self.training)
         self.set_blocks([*self.blocks, *fresh][:depth])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
