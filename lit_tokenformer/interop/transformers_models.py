@@ -1,0 +1,224 @@
+"""TokenFormer as models of transformers: registered with its Auto classes, and converted in both directions.
+
+After ``import lit_tokenformer.interop.transformers_models``, ``AutoModelForCausalLM`` and the others load exported
+folders without ``trust_remote_code``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.models import Tokenformer, preset_config
+from lit_tokenformer.models import TokenformerConfig as Architecture
+
+try:
+    import transformers
+
+    from lit_tokenformer.interop import modeling_tokenformer as modeling
+except ImportError as error:
+    raise UserError(f"transformers: required for this format (pip install 'lit-tokenformer[hf]'): {error}") from error
+
+MODELS = {
+    "language": ("tokenformer_lm_tiny", modeling.TokenformerForCausalLM, "AutoModelForCausalLM"),
+    "masked_language": ("tokenformer_mlm_tiny", modeling.TokenformerForMaskedLM, "AutoModelForMaskedLM"),
+    "image": (
+        "tokenformer_vit_tiny_patch16_224",
+        modeling.TokenformerForImageClassification,
+        "AutoModelForImageClassification",
+    ),
+}
+"""By head: a preset of the architecture, the class of transformers, and its Auto class."""
+
+FIELDS = {
+    "dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout",
+    "attn_dropout": "attention_dropout",
+    "causal": "is_causal",
+    "tie_embeddings": "tie_word_embeddings",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "rotary_fraction": "rotary_pct",
+    "rotary_base": "rope_theta",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "class_token": "class_token",
+    "global_pool": "pooling",
+    "num_classes": "num_labels",
+}
+"""Fields of the architecture by their names in transformers."""
+
+TRAINING = {"init", "drop_path", "patch_drop_rate", "unpad", "low_precision_norm"}
+"""Fields that do not change the function in evaluation."""
+
+_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "proj": "o_proj"}
+
+NAMES = (
+    (r"^stem\.embedding\.", "model.embed_tokens."),
+    (r"^stem\.patch_embed\.proj\.", "model.embeddings.projection."),
+    (r"^stem\.cls_token$", "model.embeddings.cls_token"),
+    (r"^stem\.pos_embed$", "model.embeddings.position_embeddings"),
+    (r"^blocks\.(\d+)\.attn\.(query|key|value|proj)\.", lambda m: f"model.layers.{m[1]}.attn.{_PROJECTIONS[m[2]]}."),
+    (r"^blocks\.(\d+)\.mlp\.", r"model.layers.\1.mlp."),
+    (r"\.key_tokens$", ".keys.weight"),
+    (r"\.value_tokens$", ".values.weight"),
+    (r"^norm\.", "model.norm."),
+    (r"^head\.fc\.", "classifier."),
+)
+"""Names of our tensors and of those of transformers, applied in order."""
+
+_HEAD = {"language": "lm_head.weight", "masked_language": "head.decoder.weight"}
+
+transformers.AutoConfig.register(modeling.TokenformerConfig.model_type, modeling.TokenformerConfig, exist_ok=True)
+for _kind, _name in (
+    ("AutoModel", "TokenformerModel"),
+    ("AutoModelForCausalLM", "TokenformerForCausalLM"),
+    ("AutoModelForMaskedLM", "TokenformerForMaskedLM"),
+    ("AutoModelForImageClassification", "TokenformerForImageClassification"),
+    ("AutoModelForSequenceClassification", "TokenformerForSequenceClassification"),
+    ("AutoModelForTokenClassification", "TokenformerForTokenClassification"),
+    ("AutoModelForQuestionAnswering", "TokenformerForQuestionAnswering"),
+):
+    getattr(transformers, _kind).register(modeling.TokenformerConfig, getattr(modeling, _name), exist_ok=True)
+
+
+def to_transformers(model: Tokenformer) -> Any:
+    """Convert a model to its class in transformers, where each Pattention layer is two ``nn.Linear``.
+
+    Args:
+        model: Model of any size.
+
+    Returns:
+        ``TokenformerForCausalLM``, ``TokenformerForMaskedLM`` or ``TokenformerForImageClassification`` with copies of
+        the weights, in evaluation mode.
+
+    Raises:
+        UserError: If the architecture has parts that the class does not have.
+    """
+    architecture = _current(model)
+    if architecture.head not in MODELS:
+        raise UserError(f"head: no model of transformers (got {architecture.head!r}, expected {', '.join(MODELS)})")
+    config = _config(architecture)
+    kind = MODELS[architecture.head][1]
+    twin: Any = kind(config)
+    twin.to(next(model.parameters()).dtype)
+    state = {theirs: tensor for _, theirs, tensor in _renamed(architecture, model.state_dict())}
+    with torch.no_grad():
+        for name, parameter in (*twin.named_parameters(remove_duplicate=False), *twin.named_buffers()):
+            parameter.data = state.pop(name).detach().clone() if name.endswith("tau") else parameter.data
+            if name in state:
+                parameter.copy_(state.pop(name))
+    return twin.eval()
+
+
+def from_transformers(model: Any) -> Tokenformer:
+    """Convert a model of transformers back.
+
+    Args:
+        model: A model that :func:`to_transformers` returns, or one trained from it.
+
+    Returns:
+        Model with copies of the weights, in evaluation mode.
+
+    Raises:
+        UserError: If the class is not one of TokenFormer's, or its layers differ in their parameter tokens.
+    """
+    heads = [head for head, (_, kind, _) in MODELS.items() if isinstance(model, kind)]
+    if not heads:
+        known = ", ".join(kind.__name__ for _, kind, _ in MODELS.values())
+        raise UserError(f"model: no TokenFormer (got {type(model).__name__}, expected {known})")
+    architecture = _architecture(heads[0], model.config)
+    ours = Tokenformer(architecture).to(next(model.parameters()).dtype)
+    theirs = model.state_dict(keep_vars=False)
+    state = {}
+    for name, other, tensor in _renamed(architecture, ours.state_dict()):
+        if other not in theirs or theirs[other].shape != tensor.shape:
+            raise UserError(f"model: {other}: expected shape {tuple(tensor.shape)}")
+        state[name] = theirs[other].T if name.endswith("value_tokens") else theirs[other]
+    ours.load_state_dict(state)
+    return ours.eval()
+
+
+def save_transformers(model: Tokenformer, folder: str | os.PathLike[str]) -> None:
+    """Write a folder that the Auto classes of transformers load, with the code of the model next to the weights.
+
+    Args:
+        model: Model of any size.
+        folder: Output folder.
+
+    Raises:
+        UserError: See :func:`to_transformers`.
+    """
+    twin = to_transformers(model)
+    source = Path(inspect.getfile(modeling))
+    auto = MODELS[model.config.head][2]
+    module = source.stem
+    base = "TokenformerVisionModel" if model.config.head == "image" else "TokenformerModel"
+    twin.config.auto_map = {
+        "AutoConfig": f"{module}.TokenformerConfig",
+        "AutoModel": f"{module}.{base}",
+        auto: f"{module}.{type(twin).__name__}",
+    }
+    twin.save_pretrained(folder)
+    Path(folder, source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _current(model: Tokenformer) -> Architecture:
+    """Return the architecture at its current size."""
+    size = model.size
+    tokens = {kind: size[kind] for kind in ("qkv", "proj", "ffn") if kind in size}
+    changes: dict[str, Any] = {"depth": size["depth"], "param_tokens": tokens or model.config.param_tokens}
+    if "heads" in size:
+        changes |= {"num_heads": size["heads"], "head_dim": model.config.head_width}
+    return dataclasses.replace(model.config, **changes)
+
+
+def _config(architecture: Architecture) -> modeling.TokenformerConfig:
+    tokens = architecture.tokens
+    config = modeling.TokenformerConfig(
+        **{theirs: getattr(architecture, ours) for ours, theirs in FIELDS.items()},
+        head_dim=architecture.head_width,
+        qkv_tokens=tokens.qkv,
+        proj_tokens=tokens.proj,
+        ffn_tokens=tokens.ffn,
+    )
+    back = _architecture(architecture.head, config)
+    for field in dataclasses.fields(Architecture):
+        ours, theirs = getattr(architecture, field.name), getattr(back, field.name)
+        if ours != theirs and field.name not in TRAINING | {"param_tokens", "head_dim"}:
+            problem = "not in TokenFormer's class in transformers"
+            raise UserError(f"{field.name}: {problem} (got {ours!r}, expected {theirs!r})")
+    return config
+
+
+def _architecture(head: str, config: Any) -> Architecture:
+    return preset_config(
+        MODELS[head][0],
+        **{ours: getattr(config, theirs) for ours, theirs in FIELDS.items()},
+        head_dim=config.head_dim,
+        param_tokens={kind: getattr(config, f"{kind}_tokens") for kind in ("qkv", "proj", "ffn")},
+    )
+
+
+def _renamed(architecture: Architecture, state: Mapping[str, Tensor]) -> list[tuple[str, str, Tensor]]:
+    """List our name, the name in transformers, and the tensor in its form in transformers."""
+    found = []
+    for name, tensor in state.items():
+        other = _HEAD.get(architecture.head, name) if name == "head.weight" else name
+        for pattern, replacement in NAMES:
+            other = re.sub(pattern, replacement, other)
+        found.append((name, other, tensor.T if name.endswith("value_tokens") else tensor))
+    return found
