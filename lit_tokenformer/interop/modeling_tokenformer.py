@@ -94,10 +94,10 @@ class TokenformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    @property
-    def head_width(self) -> int:
-        """Width of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
 
 
 class TokenformerPattention(nn.Module):
@@ -155,7 +155,7 @@ class TokenformerAttention(nn.Module):
     def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, config.is_causal
-        self.head_dim = config.head_width
+        self.head_dim = config.head_dim
         size, inner = config.hidden_size, config.num_attention_heads * self.head_dim
         self.q_proj = TokenformerPattention(size, inner, config.qkv_tokens)
         self.k_proj = TokenformerPattention(size, inner, config.qkv_tokens)
@@ -238,8 +238,6 @@ class TokenformerPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=1e-6)
-        elif isinstance(module, TokenformerMaskedHead):
-            init.zeros_(module.bias)
 
 
 class TokenformerModel(TokenformerPreTrainedModel):
@@ -256,7 +254,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
 
     def _position_embeddings(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Compute the cosines and sines of the rotary angles, (B, 1, T, r / 2) each."""
-        rotated = int(self.config.head_width * self.config.rotary_pct)
+        rotated = int(self.config.head_dim * self.config.rotary_pct)
         if rotated == 0:
             return None
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -354,12 +352,11 @@ class TokenformerMaskedHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> logits (B, T, V)."""
-        return self.decoder(self.norm(F.gelu(self.dense(x)))) + self.bias
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
 
 
 class TokenformerForMaskedLM(TokenformerPreTrainedModel):

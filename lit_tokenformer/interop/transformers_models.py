@@ -76,6 +76,7 @@ NAMES = (
     (r"\.key_tokens$", ".keys.weight"),
     (r"\.value_tokens$", ".values.weight"),
     (r"^norm\.", "model.norm."),
+    (r"^head\.bias$", "head.decoder.bias"),
     (r"^head\.fc\.", "classifier."),
 )
 """Names of our tensors and of those of transformers, applied in order."""

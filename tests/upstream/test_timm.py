@@ -6,7 +6,6 @@ They need a checkout of timm (``tests/upstream/checkouts.sh FOLDER``), named by 
 """
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,6 @@ def upstream() -> dict[str, object]:
     for name, entry in (("FEAT_INTER_FILTERS", "timm_models"), ("NON_STD_FILTERS", "tokenformer_*")):
         assert f"{name} = [\n" in text
         text = text.replace(f"{name} = [\n", f"{name} = [\n    {entry!r},\n", 1)
-    text = re.sub(
-        r"^( *)@pytest\.mark\.(?!parametrize|skipif).*\n", "", text, flags=re.MULTILINE
-    )  # markers of timm's runners
     listings = timm.list_models, timm.list_pretrained
     timm.list_models, timm.list_pretrained = map(only_ours, listings)
     try:
