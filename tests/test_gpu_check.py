@@ -29,8 +29,8 @@ def found(folder):
 @pytest.mark.slow
 def test_every_part_runs_at_tiny_sizes_within_the_budget(tmp_path):
     begun = time.monotonic()
-    done = run(tmp_path, "--budget", "120")
-    assert time.monotonic() - begun < 130
+    done = run(tmp_path, "--budget", "900")
+    assert time.monotonic() - begun < 910
     parts = found(tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert {name: one["status"] for name, one in parts.items()} == dict.fromkeys(PARTS, "ok")
@@ -43,7 +43,7 @@ def test_every_part_runs_at_tiny_sizes_within_the_budget(tmp_path):
 
 @pytest.mark.slow
 def test_the_study_trains_from_scratch_and_grown(tmp_path):
-    done = run(tmp_path, "--budget", "300", "--parts", "study")
+    done = run(tmp_path, "--budget", "1800", "--parts", "study")
     assert done.returncode == 0, done.stdout[-3000:]
     scratch, grown = found(tmp_path)["study"]["lines"]
     assert scratch["what"].startswith("from scratch") and grown["what"].startswith("grown")

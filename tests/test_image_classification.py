@@ -290,7 +290,7 @@ def test_data_of_another_number_of_classes_are_refused():
 
     task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=7, image_size=8, overrides=TINY)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="model.num_classes: does not match the data \(got 7, expected 10\)"):
+    with pytest.raises(ValueError, match=r"model.num_classes: does not match the data \(got 7, expected 10\)"):
         trainer.fit(task, ImageDataModule("digits"))
 
 

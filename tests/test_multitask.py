@@ -534,7 +534,7 @@ def test_bad_settings_of_the_data_are_named(tmp_path):
         make_trainer().validate(LitCausalLM("tokenformer_lm_tiny", 257, 16), data)
     with pytest.raises(ValueError, match="data.tokenizer: .*got 257, expected at most vocab_size 100"):
         make_trainer().validate(make_task(vocab_size=100), data)
-    with pytest.raises(ValueError, match="model.num_classes: does not match the data \(got 7, expected 10\)"):
+    with pytest.raises(ValueError, match=r"model.num_classes: does not match the data \(got 7, expected 10\)"):
         make_trainer().validate(make_task(num_classes=7), data)
 
 

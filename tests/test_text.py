@@ -689,7 +689,7 @@ def test_processes_end_a_stream_together_and_save_all_places(tmp_path: Path):
     processes = [fork.Process(target=read_in_step, args=(rank, tmp_path, stream, results)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = sorted(results.get(timeout=60) for _ in processes)
+    found = sorted(results.get(timeout=300) for _ in processes)
     for process in processes:
         process.join(60)
     (_, first, first_resumed, state), (_, second, second_resumed, other) = found

@@ -233,7 +233,7 @@ def test_forks_neither_hang_nor_warn(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     results = fork.Queue()
     process = fork.Process(target=lambda: results.put(tokenizer.encode_batch(["ab", "cd"] * 50)))
     process.start()
-    assert results.get(timeout=30)[:2] == [[97, 98], [99, 100]]
+    assert results.get(timeout=300)[:2] == [[97, 98], [99, 100]]
     process.join()
     assert "parallelism" not in capfd.readouterr().err
 
@@ -241,5 +241,5 @@ def test_forks_neither_hang_nor_warn(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 def test_a_vocabulary_is_trained_on_words_without_end():
     start = time.perf_counter()
     tokenizer = Tokenizer.train_bpe(["abc" * 40_000, " " * 40_000, "some words"], 300)
-    assert time.perf_counter() - start < 60  # many minutes, if such a word is merged as a whole
+    assert time.perf_counter() - start < 300  # many minutes, if such a word is merged as a whole
     assert tokenizer.decode(tokenizer.encode("abc" * 5000)) == "abc" * 5000
