@@ -16,7 +16,7 @@ from callbacks.growth_steps import row_map
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
-from lit_tokenformer.data.text.tokenizer import checked_backend
+from lit_tokenformer.data.text.vocabulary import from_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow, grow_with_optimizers
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
@@ -139,7 +139,7 @@ def import_weights(
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
         raise UserError(f"output: {copy} exists already with another tokenizer")
     config, state = known.read(weights, config_json)
-    size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
+    size = 0 if text is None else max(from_text(text, vocabulary).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
             f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the "
@@ -256,13 +256,13 @@ def _write_tokenizer(path: Path, text: str | None) -> None:
 def _read_tokenizer(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-        checked_backend(text)
+        from_text(text, path)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
+        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error.__cause__ or error)})") from None
     return text
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -10,7 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -332,8 +331,4 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
                 f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)"
             )
         text, source = file.read_text(encoding="utf-8"), str(file)
-    try:
-        added = [token["content"] for token in json.loads(text)["added_tokens"] if token["id"] == separator_id]
-    except (ValueError, KeyError, TypeError):
-        added = []  # damaged or another format: Tokenizer.from_json reports it
-    return Tokenizer.from_json(text, added[-1] if added else None, source=source)
+    return Tokenizer.from_json(text, separator_id, source=source)
