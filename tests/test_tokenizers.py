@@ -162,12 +162,12 @@ def test_separator_can_be_named_and_must_exist():
     text = words("?", "STOP", "</s>").to_str()
     tokenizer = Tokenizer.from_json(text, "STOP")
     assert tokenizer.separator_id == 1 and tokenizer.fingerprint != Tokenizer.from_json(text).fingerprint
-    for json, separator, message in (
+    for given, separator, message in (
         (text, "<eos>", "data.separator: the tokenizer has no token '<eos>'"),
         (words("?", "a").to_str(), None, "data.separator: the tokenizer has none of <|endoftext|>"),
     ):
         with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
-            Tokenizer.from_json(json, separator)
+            Tokenizer.from_json(given, separator)
         assert one_line(caught)
 
 
@@ -322,7 +322,7 @@ def test_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(
-        ValueError, match=rf"^data.tokenizer: .*tokenizer.model needs .*: pip install 'lit-tokenformer\[hf\]'$"
+        ValueError, match=r"^data.tokenizer: .*tokenizer.model needs .*: pip install 'lit-tokenformer\[hf\]'$"
     ):
         Tokenizer.load(str(tmp_path))
 

@@ -98,6 +98,8 @@ class TextDataModule(ResumableDataModule):
     masked = False
     """Whether batches contain masked tokens."""
 
+    _saved_vocab_size: int | None = None
+
     def __init__(
         self,
         dataset: str = "python_docs",
@@ -194,7 +196,17 @@ class TextDataModule(ResumableDataModule):
     @property
     def vocab_size(self) -> int:
         """Vocabulary size V, the largest id + 1; N for ``bpe:N``, without training it."""
-        return self.corpus.vocab_size
+        return self._saved_vocab_size or self.corpus.vocab_size
+
+    def use_tokenizer(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
+        """Replace the tokenizer by that of a checkpoint, before it is first used.
+
+        Args:
+            tokenizer: Tokenizer of the checkpoint.
+            vocab_size: Vocabulary size of its model. Default: that of the tokenizer.
+        """
+        self.corpus.tokenizer = tokenizer
+        self._saved_vocab_size = vocab_size or tokenizer.size
 
     @property
     def separator_id(self) -> int:

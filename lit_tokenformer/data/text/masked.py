@@ -177,6 +177,8 @@ class MaskedTextDataModule(TextDataModule):
 
         It is the largest id + 1; for ``bpe:N`` it is N + 1, without training it.
         """
+        if self._saved_vocab_size is not None:
+            return self._saved_vocab_size
         name = self.corpus.tokenizer_name
         own = name == "bytes" or bpe_size(name) is not None
         size = self.corpus.vocab_size + 1 if own else self.tokenizer.size
