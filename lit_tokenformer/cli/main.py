@@ -27,12 +27,12 @@ from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_u
 from lit_tokenformer.cli.commands import (
     evaluate_checkpoint,
     export_weights,
-    generate_text,
     grow_checkpoint,
     import_weights,
     split_checkpoint,
 )
 from lit_tokenformer.cli.compare import compare_presets
+from lit_tokenformer.cli.generate import generate_text
 from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
