@@ -104,9 +104,12 @@ TOKENIZERS = {
     ),
     "merges that are empty": (bpe(""), [1, 2, 3, 4, 5, 6, 1]),
     "merge of three": (bpe("t h\nth e s\n"), "merges.txt:2: expected two tokens, got 'th e s'"),
-    "merge of unknown tokens": (bpe("t h\nx y\n"), "vocab.json is damaged: .*`x`"),
-    "vocab.json that is a list": (bpe(vocabulary=["a"]), "vocab.json is damaged: "),
-    "vocab.json with text for ids": (bpe(vocabulary={"a": "x"}), "vocab.json is damaged: "),
+    "merge of unknown tokens": (bpe("t h\nx y\n"), "vocab.json with merges.txt is damaged: .*`x`"),
+    "vocab.json that is a list": (bpe(vocabulary=["a"]), "vocab.json is damaged: expected an object, got list"),
+    "vocab.json with text for ids": (
+        bpe(vocabulary={"a": "x"}),
+        "vocab.json .* is damaged: expected a whole number as the id of 'a'",
+    ),
     "vocab.json with one id twice": (
         bpe(vocabulary={**LETTERS, "x": 3}),
         "vocab.json is damaged: the tokens 'e' and 'x'",

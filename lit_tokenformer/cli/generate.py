@@ -94,7 +94,12 @@ def generate_text(
 
 
 def _continue_rows(
-    generator: TextGenerator, path: str, batch_size: int, settings: tuple, seed: int, write: Callable[[str], Any]
+    generator: TextGenerator,
+    path: str,
+    batch_size: int,
+    settings: tuple[int, Sampling, str | list[str] | None],
+    seed: int,
+    write: Callable[[str], Any],
 ) -> None:
     """Continue the prompts of a JSON-lines file in batches; each completion equals its prompt continued alone."""
     rows = _read_prompts(path, generator)

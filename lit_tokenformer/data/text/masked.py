@@ -161,10 +161,10 @@ class MaskedTextDataModule(TextDataModule):
 
     # --- Corpus ------------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> Tokenizer:
+    @cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         """Tokenizer with a mask token; ``bpe:N`` is trained at first use and cached in ``cache_dir``."""
-        return self._masked_tokenizer
+        return self.corpus.tokenizer.with_mask()
 
     @property
     def mask_id(self) -> int:
@@ -211,10 +211,6 @@ class MaskedTextDataModule(TextDataModule):
         return batch  # collated by MaskedExamples
 
     @cached_property
-    def _masked_tokenizer(self) -> Tokenizer:
-        return self.corpus.tokenizer.with_mask()
-
-    @cached_property
     def _ids(self) -> MaskIds:
         return MaskIds(self.tokenizer)
 
@@ -255,11 +251,11 @@ class MaskedTextDataModule(TextDataModule):
                 f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with special tokens, "
                 f"got {self.block_size}"
             )
-        examples = self._masked(split)
-        if len(examples) == 0:
+        count = len(self._masked(split))
+        if count == 0:
             raise UserError(f"data.files: no {name} documents")
-        if split == "train" and len(examples) // replicas < self.batch_size:
+        if split == "train" and count // replicas < self.batch_size:
             raise UserError(
-                f"data.batch_size: expected at most {len(examples) // replicas} (the training examples of a process), "
+                f"data.batch_size: expected at most {count // replicas} (the training examples of a process), "
                 f"got {self.batch_size}; a smaller data.block_size gives more"
             )

@@ -61,33 +61,16 @@ class MaskIds:
         self.special = np.zeros(tokenizer.size, dtype=bool)
         """Ids that are never masked, (V,)."""
         self.special[sorted(tokenizer.special_ids)] = True
-        used = np.array([text is not None for text in tokenizer.texts()])
-        self.ordinary = np.flatnonzero(used & ~self.special)
+        texts = tokenizer.texts()
+        self.ordinary = np.flatnonzero(np.array([text is not None for text in texts]) & ~self.special)
         """Ids that random tokens are sampled from."""
-        self.begins, self.ends = (self.special | edge for edge in word_edges(tokenizer))
+        # With marked continuation tokens, all others have a space before them, and punctuation needs no rule.
+        is_edge = str.isspace if tokenizer.marks_continuation else _is_edge
+        self.begins, self.ends = (
+            self.special | np.array([is_edge((text or "")[place]) for text in texts], dtype=bool)
+            for place in (slice(0, 1), slice(-1, None))
+        )
         """Ids that begin a word, and ids followed by the beginning of a word, (V,) each."""
-
-
-def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Compute word boundaries by token id.
-
-    Args:
-        tokenizer: Tokenizer of the vocabulary.
-
-    Returns:
-        Two tables (V,) bool, ``begins`` and ``ends``. A token begins a word if ``begins`` is true for it, or ``ends``
-        for the previous token.
-
-    Example:
-        >>> begins, ends = word_edges(Tokenizer.bytes())
-        >>> [bool(begins[token] or ends[before]) for before, token in zip(b"-a cat.", b"a cat.", strict=False)]
-        [True, True, True, False, False, True]
-    """
-    # With marked continuation tokens, all others have a space before them, and punctuation needs no rule.
-    is_edge = str.isspace if tokenizer.marks_continuation else _is_edge
-    texts = [text or "" for text in tokenizer.texts()]
-    begins, ends = ([is_edge(text[place]) for text in texts] for place in (slice(0, 1), slice(-1, None)))
-    return np.array(begins, dtype=bool), np.array(ends, dtype=bool)
 
 
 def _is_edge(char: str) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ def check_name(name: str) -> None:
     """
     if name == "bytes" or bpe_size(name) is not None or (name and Path(name).exists()):
         return
-    if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.endswith((".json", ".txt", ".model")) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"data.tokenizer: no such file or folder: {name}")
     if not name or ("/" not in name and difflib.get_close_matches(name, ("bytes", "bpe:4096", "bpe:"), 1, cutoff=0.7)):
-        raise unknown_name("data.tokenizer", name, ("bytes", "bpe:4096", "a tokenizer.json", "a Hugging Face name"))
+        raise unknown_name("data.tokenizer", name, ("bytes", "bpe:4096", "a vocabulary file", "a Hugging Face name"))
 
 
 class Tokenizer:
@@ -107,19 +108,18 @@ class Tokenizer:
         self.special = dict(special or {})
         if isinstance(separator, int):
             separator = backend.id_to_token(separator)
-        if separator is None:
-            usual = (self.special.get("eos"), *USUAL_SEPARATORS)
-            separator = next((token for token in usual if token in vocabulary), None)
-        elif separator not in vocabulary:
+        names = (self.special.get("eos"), *USUAL_SEPARATORS) if separator is None else (separator,)
+        found = next((name for name in names if name in vocabulary), None)
+        if found is None and separator is not None:
             raise UserError(f"data.separator: the tokenizer has no token {separator!r}")
-        if separator is None:
-            names = ", ".join(USUAL_SEPARATORS)
-            raise UserError(f"data.separator: the tokenizer has none of {names}; set the token that ends a document")
+        if found is None:
+            usual = ", ".join(USUAL_SEPARATORS)
+            raise UserError(f"data.separator: the tokenizer has none of {usual}; set the token that ends a document")
         self._backend = backend
         self._vocabulary = vocabulary
-        self.separator = separator
+        self.separator: str = found
         """Special token that ends a document."""
-        self.separator_id: int = vocabulary[separator]
+        self.separator_id: int = vocabulary[found]
         """Id of the separator."""
         self.size: int = max(vocabulary.values()) + 1
         """Largest id + 1."""
@@ -135,9 +135,8 @@ class Tokenizer:
         # Without GPT-2's regular expression: without merges it has no effect and takes three quarters of the time.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        name = separator or SEPARATOR
-        backend.add_special_tokens([hf.AddedToken(name, special=True, normalized=False)])
-        return cls(backend, name)
+        backend.add_special_tokens([hf.AddedToken(separator or SEPARATOR, normalized=False)])
+        return cls(backend, separator or SEPARATOR)
 
     @classmethod
     def train_bpe(cls, documents: Iterable[str], vocab_size: int, separator: str | None = None) -> Tokenizer:
@@ -153,13 +152,11 @@ class Tokenizer:
         backend = hf.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[name],
-            initial_alphabet=[_BYTE_CHARS[byte] for byte in range(256)],
-            show_progress=False,
-        )
         pieces = (piece for text in documents for whole in cut(text) for piece in _without_long_words(whole))
+        alphabet = [_BYTE_CHARS[byte] for byte in range(256)]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[name], initial_alphabet=alphabet, show_progress=False
+        )
         backend.train_from_iterator(pieces, trainer)
         return cls(backend, name)
 
@@ -220,8 +217,8 @@ class Tokenizer:
         Args:
             role: mask, pad, unk, cls or sep. An ordinary BPE token with the same text is not special.
         """
-        known = self._named
-        return next((known[name] for name in (self.special.get(role), *ROLES[role]) if name in known), None)
+        names = (self.special.get(role, ""), *ROLES[role])
+        return next((self._named[name] for name in names if name in self._named), None)
 
     @property
     def special_ids(self) -> set[int]:
@@ -232,7 +229,7 @@ class Tokenizer:
         found |= {self.separator_id, self._vocabulary.get(getattr(self._backend.model, "unk_token", None) or "")}
         return {place for place in found if place is not None}
 
-    @property
+    @cached_property
     def _named(self) -> dict[str, int]:
         """Ids of the tokens that are special if their name is."""
         added = {token.content: place for place, token in self._backend.get_added_tokens_decoder().items()}
@@ -247,7 +244,7 @@ class Tokenizer:
         if self.special_id("mask") is not None:
             return self
         copy, name = from_text(self.to_json(), "the tokenizer"), ROLES["mask"][0]
-        copy.add_special_tokens([hf.AddedToken(name, special=True, normalized=False)])
+        copy.add_special_tokens([hf.AddedToken(name, normalized=False)])
         if copy.token_to_id(name) != self.size:
             raise UserError(f"data.tokenizer: expected a vocabulary with {name}, or one whose ids have no gaps")
         return Tokenizer(copy, self.separator, self.special)
@@ -298,9 +295,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Encode many documents to token ids, in order and in bounded memory.
-
-        A document of more than 262,144 characters is cut at a line break (see ``cut``).
+        """Encode many documents to token ids, in order and in bounded memory; a long one is cut (see ``cut``).
 
         Args:
             documents: Texts to encode, read ahead by at most one batch.
@@ -394,13 +389,13 @@ def _without_long_words(text: str) -> Iterator[str]:
     return (text[start:stop] for start, stop in pairwise([0, *ends, len(text)]))
 
 
-_FORKS_ARE_SERIAL = False
-
-
 def _allow_parallelism() -> None:
     """Enable the library's threads in this process and disable them in forks, where they would hang."""
-    global _FORKS_ARE_SERIAL
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if set, the library does not warn
-    if not _FORKS_ARE_SERIAL and hasattr(os, "register_at_fork"):
+    _keep_forks_serial()
+
+
+@cache
+def _keep_forks_serial() -> None:
+    if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
-        _FORKS_ARE_SERIAL = True

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,6 @@ import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lit_tokenformer.errors import UserError
-
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-"""Vocabulary files of a folder, in order of preference."""
-
-_CONFIG = "tokenizer_config.json"
-_CONFIGS = ("special_tokens_map.json", "added_tokens.json", _CONFIG, "config.json")
-_BYTE_LEVEL = ("", "gpt2", "roberta")
-_WORD_PIECE = ("", "bert", "distilbert", "electra")
 
 USUAL_SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 """Default tokens that end a document, in order of preference."""
@@ -40,22 +32,25 @@ ROLES = {
 SPECIAL = {*USUAL_SEPARATORS, *(name for names in ROLES.values() for name in names)}
 """Usual names of all special tokens."""
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # in order of preference
+_CONFIG = "tokenizer_config.json"
+_CONFIGS = ("special_tokens_map.json", "added_tokens.json", _CONFIG, "config.json")
+_BYTE_LEVEL = ("", "gpt2", "roberta")
+_WORD_PIECE = ("", "bert", "distilbert", "electra")
+
 
 def download(name: str) -> Path:
-    """Download the vocabulary files of a Hugging Face model, or find them in the cache.
-
-    Args:
-        name: Name of the model.
+    """Download the vocabulary files of a Hugging Face model, or find them in the cache, and return their folder.
 
     Raises:
         ValueError: If they cannot be loaded.
     """
+    files = [*_VOCABULARIES[:-1], "merges.txt", *_CONFIGS, "tokenizer.model", "spiece.model", "*.bpe.model"]
     try:
-        files = [*_VOCABULARIES[:-1], "merges.txt", *_CONFIGS, "tokenizer.model", "spiece.model", "*.bpe.model"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of the hub, the connection or the disk
         where = "not bytes, bpe:N, a file or a folder, and not loaded from Hugging Face"
-        raise UserError(f"data.tokenizer: {name!r} is {where}: {first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
 
 
 def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
@@ -65,7 +60,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
     by default those of GPT-2 and BERT. Other classes of tokenizers are converted by transformers.
 
     Args:
-        path: File, or folder with one of them; a ``tokenizer.json`` named as a file is read without its folder.
+        path: Folder, or one of its files; a ``tokenizer.json`` named as a file is read without its folder.
 
     Returns:
         The tokenizer, and its special tokens by role (eos, mask, pad, ...), as far as they are known.
@@ -73,36 +68,36 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
     Raises:
         ValueError: If a file is missing or damaged, or transformers is not installed and needed.
     """
-    folder, file = path, path
+    file = path
     if path.is_dir():
-        file = next((found for name in _VOCABULARIES for found in sorted(path.glob(name))), path / _CONFIG)
-        if not file.is_file():
+        file = next((found for name in _VOCABULARIES for found in sorted(path.glob(name))), path)
+        if file is path:
             raise UserError(f"data.tokenizer: no {', '.join(_VOCABULARIES)} in {path}")
-    elif file.suffix in (".txt", ".model") or file.name == "vocab.json":
-        folder = path.parent
-    else:
-        return from_text(read_text(file), file), {}
-    config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / _CONFIG)}
-    special = {key.removesuffix("_token"): _content(value) for key, value in config.items() if key.endswith("_token")}
-    special = {role: token for role, token in special.items() if token is not None}
-    kind = str(config.get("tokenizer_class") or _settings(folder / "config.json").get("model_type") or "").lower()
-    kind = kind.removesuffix("fast").removesuffix("tokenizer")
-    with damage(file):
-        if file.name == "tokenizer.json":
-            return from_text(read_text(file), file), special
+    elif file.suffix not in (".txt", ".model") and file.name != "vocab.json":
+        return from_text(_text(file), file), {}
+    config = {**_settings(file.with_name("special_tokens_map.json")), **_settings(file.with_name(_CONFIG))}
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    special = {
+        key.removesuffix("_token"): token
+        for key, token in named.items()
+        if key.endswith("_token") and isinstance(token, str)
+    }
+    kind = config.get("tokenizer_class") or _settings(file.with_name("config.json")).get("model_type") or ""
+    kind = str(kind).lower().removesuffix("fast").removesuffix("tokenizer")
+    if file.name == "tokenizer.json":
+        return from_text(_text(file), file), special
+    with _damage(file):
         if file.name in ("vocab.json", "merges.txt") and kind in _BYTE_LEVEL:
             backend = _byte_level(file.with_name("vocab.json"), file.with_name("merges.txt"), config)
         elif file.suffix == ".txt" and kind in _WORD_PIECE:
             backend = _word_piece(file, special.get("unk", "[UNK]"), config)
         else:
             return _converted(file)
-        known = backend.get_vocab()
         added = {int(place): token for place, token in config.get("added_tokens_decoder", {}).items()}
+        names = [*special.values(), *(token for token in backend.get_vocab() if token in SPECIAL)]
         backend.add_tokens([hf.AddedToken(**added[place]) for place in sorted(added)])
-        names = [*special.values(), *(token for token in known if token in SPECIAL)]
         backend.add_special_tokens([hf.AddedToken(name, normalized=False) for name in dict.fromkeys(names)])
-        check_backend(backend)
-    return backend, special
+        return _checked(backend), special
 
 
 def from_text(text: str, source: object) -> hf.Tokenizer:
@@ -115,30 +110,25 @@ def from_text(text: str, source: object) -> hf.Tokenizer:
     Raises:
         ValueError: If it is damaged.
     """
-    with damage(source):
-        return check_backend(hf.Tokenizer.from_str(text.removeprefix("\ufeff")))
+    with _damage(source):
+        return _checked(hf.Tokenizer.from_str(text))
 
 
-def check_backend(backend: hf.Tokenizer) -> hf.Tokenizer:
-    """Validate a tokenizer with a round trip, and return it.
-
-    Raises:
-        ValueError: If the vocabulary is empty, or two tokens share an id.
-    """
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    if not vocabulary:
+def _checked(backend: hf.Tokenizer) -> hf.Tokenizer:
+    """Validate a tokenizer with a round trip, and return it."""
+    by_id: dict[int, str] = {}
+    for token, place in backend.get_vocab(with_added_tokens=False).items():
+        if (other := by_id.setdefault(place, token)) != token:
+            raise ValueError(f"the tokens {other!r} and {token!r} have the same id {place}")
+    if not by_id:
         raise ValueError("the vocabulary is empty")
-    by_id = dict(zip(vocabulary.values(), vocabulary, strict=True))
-    for token, place in vocabulary.items() if len(by_id) < len(vocabulary) else ():
-        if by_id[place] != token:
-            raise ValueError(f"the tokens {token!r} and {by_id[place]!r} have the same id {place}")
     backend.no_padding()  # the padded length is unbounded
     backend.decode(backend.encode("a 1\n", add_special_tokens=False).ids)
     return backend
 
 
 @contextmanager
-def damage(source: object) -> Iterator[None]:
+def _damage(source: object) -> Iterator[None]:
     """Convert every exception of the library, Rust panics included, to one line that names the source."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -147,69 +137,62 @@ def damage(source: object) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # a Rust panic is not an Exception
-        raise UserError(f"data.tokenizer: {source} is damaged: {first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without a byte-order mark.
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    Raises:
-        ValueError: If it cannot be read.
-    """
+
+def _text(path: Path) -> str:
+    """Read a UTF-8 file, without a byte-order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.tokenizer: cannot read {path}: {first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _lines(path: Path) -> list[str]:
+    return _text(path).removesuffix("\n").split("\n")  # other line separators are tokens
 
 
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    with damage(path):
-        found = json.loads(read_text(path))
+    with _damage(path):
+        found = json.loads(_text(path))
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {type(found).__name__}")
         return found
 
 
-def _content(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
-
-
-def _byte_level(vocab: Path, merges: Path, config: dict[str, Any]) -> hf.Tokenizer:
+def _byte_level(vocab: Path, merges: Path, config: Mapping[str, Any]) -> hf.Tokenizer:
     """Build the byte-level BPE of GPT-2 and RoBERTa."""
     for file in (vocab, merges):
         if not file.is_file():
             raise UserError(f"data.tokenizer: no {file.name} in {file.parent} (expected vocab.json and merges.txt)")
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for number, line in enumerate(_lines(merges), start=1):
         if line.strip() and not line.startswith("#version"):
-            pairs.append(tuple(line.split(" ")))
-            if len(pairs[-1]) != 2:
+            first, _, second = line.partition(" ")
+            if not first or not second or " " in second:
                 raise UserError(f"data.tokenizer: {merges}:{number}: expected two tokens, got {line!r}")
-    with damage(vocab):
-        tokens = {str(token): int(place) for token, place in json.loads(read_text(vocab)).items()}
+            pairs.append((first, second))
+    tokens = _settings(vocab)
+    with _damage(f"{vocab} with {merges.name}"):
+        if wrong := [token for token, place in tokens.items() if not isinstance(place, int)]:
+            raise ValueError(f"expected a whole number as the id of {wrong[0]!r}, got {tokens[wrong[0]]!r}")
         backend = hf.Tokenizer(models.BPE(tokens, pairs, continuing_subword_prefix="", end_of_word_suffix=""))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _word_piece(vocab: Path, unknown: str, config: dict[str, Any]) -> hf.Tokenizer:
+def _word_piece(vocab: Path, unknown: str, config: Mapping[str, Any]) -> hf.Tokenizer:
     """Build BERT's WordPiece."""
     tokens = {token: place for place, token in enumerate(_lines(vocab))}
     if unknown not in tokens:
@@ -236,14 +219,14 @@ def _converted(file: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
             SentencePieceProcessor(model_file=str(file))  # raises for another format
     except ImportError as error:
         raise UserError(f"data.tokenizer: {file} needs {error.name}: pip install 'lit-tokenformer[hf]'") from None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # the name of the file decides in transformers, and not its folder
         shutil.copy(file, Path(folder, "tokenizer.model" if file.suffix == ".model" else file.name))
-        for name in ("merges.txt", *_CONFIGS):
-            if file.with_name(name).is_file():
-                shutil.copy(file.with_name(name), folder)
+        for other in (file.with_name(name) for name in ("vocab.json", "merges.txt", *_CONFIGS)):
+            if other.is_file():
+                shutil.copy(other, folder)
         try:
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            backend = check_backend(found.backend_tokenizer)
+            backend = _checked(found.backend_tokenizer)
         except Exception as error:
-            raise UserError(f"data.tokenizer: transformers cannot read {file}: {first_line(error)}") from error
+            raise UserError(f"data.tokenizer: transformers cannot read {file}: {_first_line(error)}") from error
     return backend, {role.removesuffix("_token"): str(token) for role, token in found.special_tokens_map.items()}
