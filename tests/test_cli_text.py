@@ -9,6 +9,8 @@ import torch
 import yaml
 
 from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.preflight import use_saved_tokenizer
+from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, MultiTaskDataModule, TextDataModule, Tokenizer
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM
 
@@ -151,6 +153,42 @@ def test_the_tokenizer_of_the_checkpoint_is_taken(padded, tmp_path, capsys, monk
     assert run("test", *where, "--data.test_fraction", 0.1) == 0
     assert run("validate", *where, *others, "--data.tokenizer", "bytes") == 2
     assert "data.tokenizer: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_each_task_takes_its_own_tokenizer(tmp_path):
+    """Also an unusual separator; a file that is named is kept, and compared when the checkpoint is loaded."""
+    own, masked = Tokenizer.train_bpe(["a b c d"] * 9, 260, "<stop>"), Tokenizer.bytes().with_mask()
+    own.save(tmp_path / "tokenizer.json")
+    saved = {
+        "extras": {
+            "a": {"tokenizer": own.to_json()},
+            "b": {"tokenizer": masked.to_json()},
+            "c": {"tokenizer": own.to_json()},
+        },
+        "hyper_parameters": {"sizes": {"a": {"vocab_size": 300, "separator_id": own.separator_id}, "b": {}}},
+        "state_dict": {"a.weight": torch.zeros(300, 2, device="meta")},
+    }
+    named = str(tmp_path / "tokenizer.json")
+    parts = {
+        "a": TextDataModule(tokenizer="bpe:270"),
+        "b": MaskedTextDataModule(),
+        "c": TextDataModule(tokenizer=named, separator="<stop>"),
+        "image": ImageDataModule("digits"),
+    }
+    data = MultiTaskDataModule(tasks=parts, epoch="a")
+    use_saved_tokenizer(data, saved, asked=False)
+    assert (data.a.vocab_size, data.a.separator_id) == (300, own.separator_id)
+    assert (data.b.mask_id, data.b.vocab_size, data.c.vocab_size) == (257, 258, own.size)
+    for setting, asked in (("bpe:258", False), ("bytes", True)):
+        data = TextDataModule(tokenizer=setting, separator="<stop>")
+        use_saved_tokenizer(data, {"tokenizer": own.to_json(), "state_dict": {}}, asked)
+        assert "tokenizer" not in vars(data.corpus)
+    for damaged in (
+        {"extras": {"a": 3}},
+        {"tokenizer": 3},
+        {"tokenizer": own.to_json(), "hyper_parameters": {"sizes": 3}},
+    ):
+        use_saved_tokenizer(TextDataModule(separator="<stop>"), {"state_dict": {}, **damaged}, asked=False)
 
 
 def test_nothing_is_overwritten_without_a_logger(fitted, tmp_path, capsys):

@@ -198,12 +198,14 @@ def use_saved_tokenizer(datamodule: LightningDataModule, checkpoint: Mapping[str
         text = _part(checkpoint, "extras", task).get("tokenizer")
         if not isinstance(data, TextDataModule) or not isinstance(text, str):
             continue
-        sizes, corpus = _part(settings, "sizes", task), data.corpus
+        corpus, most = data.corpus, bpe_size(data.corpus.tokenizer_name)
+        if most is None and (corpus.tokenizer_name != "bytes" or asked):
+            continue
+        sizes = _part(settings, "sizes", task)
         separator_id, vocab_size = (sizes.get(name, settings.get(name)) for name in ("separator_id", "vocab_size"))
         separator = corpus.separator or (separator_id if isinstance(separator_id, int) else None)
         tokenizer = Tokenizer.from_json(text, separator, "the tokenizer in the checkpoint")
-        most, plain = bpe_size(corpus.tokenizer_name), corpus.tokenizer_name == "bytes" and not asked
-        if plain or (most is not None and BYTES_VOCAB_SIZE < tokenizer.size <= most + 1):
+        if most is None or BYTES_VOCAB_SIZE < tokenizer.size <= most + 1:
             claimed = any(vocab_size in weight.shape for weight in checkpoint["state_dict"].values())
             data.use_tokenizer(tokenizer, vocab_size if claimed else None)
             rank_zero_info(f"data.tokenizer: that of the checkpoint ({tokenizer.size} tokens)")

@@ -22,6 +22,7 @@ import torch
 
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.data.text.vocabulary import read_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
 from lit_tokenformer.models import Tokenformer
@@ -330,5 +331,5 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
             raise UserError(
                 f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)"
             )
-        text, source = file.read_text(encoding="utf-8"), str(file)
+        text, source = read_text(file), str(file)
     return Tokenizer.from_json(text, separator_id, source=source)

@@ -56,10 +56,10 @@ class TextDataModule(ResumableDataModule):
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
         encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
-            first 200 MB, or 20,000 documents of a stream); a tokenizer.json or its folder; else the name of a Hugging
-            Face model.
-        separator: Special token that ends a document. Default: the first one in the vocabulary of <|endoftext|>, </s>,
-            <eos>, <|end_of_text|> and [SEP].
+            first 200 MB, or 20,000 documents of a stream); a tokenizer.json, vocab.json with merges.txt, vocab.txt or
+            sentencepiece .model, or its folder; else the name of a Hugging Face model.
+        separator: Special token that ends a document. Default: the eos_token of the folder's tokenizer_config.json,
+            else the first one in the vocabulary of <|endoftext|>, </s>, <eos>, <|end_of_text|> and [SEP].
         block_size: Context length T in tokens.
         batch_size: Training batch size per process, in blocks.
         eval_batch_size: Batch size of validation and test per process, in blocks. Default: ``batch_size``.

@@ -40,9 +40,11 @@ class MaskedTextDataModule(TextDataModule):
         val_files: Files, folders or glob patterns for validation. Default: documents are held out by their hash.
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
         encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
-        tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json or its folder; else the name of a
-            Hugging Face model. A mask token is appended to a vocabulary without [MASK] or <mask>.
-        separator: Special token that ends a document. Default: the first of the usual ones in the vocabulary.
+        tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json, vocab.json with merges.txt,
+            vocab.txt or sentencepiece .model, or its folder; else the name of a Hugging Face model. A mask token is
+            appended to a vocabulary without one.
+        separator: Special token that ends a document. Default: the eos_token of the folder's tokenizer_config.json,
+            else the first of the usual ones in the vocabulary.
         pad_vocab_to: Round the vocabulary size up to a multiple of this; the additional ids are unused.
         examples: blocks (of block_size tokens) or sentences (of variable length).
         block_size: Maximum length T of an example in tokens, including [CLS] and [SEP].

@@ -74,7 +74,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
         if file is path:
             raise UserError(f"data.tokenizer: no {', '.join(_VOCABULARIES)} in {path}")
     elif file.suffix not in (".txt", ".model") and file.name != "vocab.json":
-        return from_text(_text(file), file), {}
+        return from_text(read_text(file), file), {}
     config = {**_settings(file.with_name("special_tokens_map.json")), **_settings(file.with_name(_CONFIG))}
     named = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     special = {
@@ -85,7 +85,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
     kind = config.get("tokenizer_class") or _settings(file.with_name("config.json")).get("model_type") or ""
     kind = str(kind).lower().removesuffix("fast").removesuffix("tokenizer")
     if file.name == "tokenizer.json":
-        return from_text(_text(file), file), special
+        return from_text(read_text(file), file), special
     with _damage(file):
         if file.name in ("vocab.json", "merges.txt") and kind in _BYTE_LEVEL:
             backend = _byte_level(file.with_name("vocab.json"), file.with_name("merges.txt"), config)
@@ -148,8 +148,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _text(path: Path) -> str:
-    """Read a UTF-8 file, without a byte-order mark."""
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,14 +161,14 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    return _text(path).removesuffix("\n").split("\n")  # other line separators are tokens
+    return read_text(path).removesuffix("\n").split("\n")  # other line separators are tokens
 
 
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with _damage(path):
-        found = json.loads(_text(path))
+        found = json.loads(read_text(path))
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {type(found).__name__}")
         return found
