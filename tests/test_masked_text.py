@@ -167,6 +167,14 @@ def test_shares_are_those_of_the_hugging_face_collator(fraction: float):
         assert abs(share - exact[name]) < error and abs(share - expected[name]) < 2 * error, name
 
 
+def test_draws_are_those_of_philox_at_the_place_of_the_example():
+    key = np.random.SeedSequence((5, 1)).generate_state(2, np.uint64)
+    for example in (0, 7, 2**40):
+        expected = np.random.Generator(np.random.Philox(key=key, counter=[0, example, 0, 0])).random((9, 2))
+        assert (uniform((5, 1), np.array([example]), 9)[0] == expected).all()
+        assert (uniform((5, 1), np.array([3, example]), 4)[1] == expected[:4]).all()  # whatever the batch and its width
+
+
 def test_random_tokens_are_drawn_evenly_and_hidden_places_are_independent():
     ids = MaskIds(Tokenizer.bytes().with_mask())
     before = np.full((2000, 64), 65)

@@ -253,13 +253,12 @@ def uniform(entropy: Sequence[int], index: np.ndarray, width: int) -> np.ndarray
         Draws, (B, T, 2) float64.
     """
     philox = np.random.Philox(key=np.random.SeedSequence(entropy).generate_state(2, np.uint64))
-    generator, state = np.random.Generator(philox), philox.state
-    draws = np.empty((len(index), width, 2))
-    for row, example in zip(draws, index, strict=True):
+    state, words = philox.state, np.empty((len(index), width, 2), dtype=np.uint64)
+    for row, example in zip(words, index, strict=True):
         state["state"]["counter"][1] = example
         philox.state = state
-        generator.random(out=row)
-    return draws
+        row[:] = philox.random_raw((width, 2))  # NumPy keeps the raw words in all versions
+    return (words >> 11) * 2.0**-53
 
 
 def mask(

@@ -178,25 +178,18 @@ class Tokenizer:
         return cls(backend, separator, special)
 
     @classmethod
-    def from_json(
-        cls,
-        text: str,
-        separator: str | int | None = None,
-        source: str = "the tokenizer",
-        special: Mapping[str, str] | None = None,
-    ) -> Tokenizer:
+    def from_json(cls, text: str, separator: str | int | None = None, source: str = "the tokenizer") -> Tokenizer:
         """Build a tokenizer from the text of its ``tokenizer.json``.
 
         Args:
             text: Output of ``to_json``.
             separator: See the class.
             source: Name of the tokenizer, for errors.
-            special: See the class.
 
         Raises:
             ValueError: If the text is damaged.
         """
-        return cls(from_text(text, source), separator, special)
+        return cls(from_text(text, source), separator)
 
     def to_json(self) -> str:
         """Return the text of a ``tokenizer.json``."""
@@ -282,8 +275,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self.separator}\n{self.to_json()}".encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a pickled backend loses its settings
-        return Tokenizer.from_json, (self.to_json(), self.separator, "the tokenizer", self.special)
+        return Tokenizer, (self._backend, self.separator, self.special)  # a pickled backend loses its settings
 
     def encode(self, text: str) -> list[int]:
         """Encode a text to token ids."""
