@@ -149,8 +149,8 @@ def test_zoo_of_tokenizers(name: str, tmp_path: Path):
 
 
 PROMPT_FILES = {
-    "no rows": (b"", "x is empty"),
-    "white space": (b" \n\n", None),
+    "no rows": (b"", "x has no rows"),
+    "white space": (b" \n\n", "x has no rows"),
     "line breaks of Windows": ('\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "b"}'.encode(), None),
     "not JSON": (b'{"prompt": "a"}\n{"prompt": \n', "x:2: not JSON: Expecting value"),
     "single quotes": (b"{'prompt': 'a'}", "x:1: not JSON: Expecting property name"),

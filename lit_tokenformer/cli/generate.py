@@ -70,7 +70,7 @@ def generate_text(
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
     generator = TextGenerator.load(ckpt_path, device)
-    if prompts not in (None, "-"):
+    if prompts not in (None, "-") and not Path(prompts).is_fifo():
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass
     with _writer(output) as write:
@@ -122,7 +122,7 @@ def _writer(output: str | None) -> Iterator[Callable[[str], Any]]:
         with open(output, "x", encoding="utf-8", buffering=1) as file:
             yield file.write
     except OSError as error:
-        raise UserError(f"output: cannot write {output} ({error.strerror})") from None
+        raise UserError(f"output: cannot write {output} ({error.strerror or error})") from None
 
 
 def _read_prompt(path: str) -> str:
@@ -156,7 +156,7 @@ def _read_prompts(path: str, generator: TextGenerator) -> Iterator[dict[str, Any
     Raises:
         UserError: If the file cannot be read or has no rows, or a row is invalid.
     """
-    number, limit = None, generator.backbone.config.length_limit
+    found, limit = False, generator.backbone.config.length_limit
     with _opened("prompts", path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -175,9 +175,10 @@ def _read_prompts(path: str, generator: TextGenerator) -> Iterator[dict[str, Any
                 kind = next(name for one, name in kinds if isinstance(error, one))
                 raise UserError(f"prompts: {path}:{number}: {kind}{error}") from None
             if text.strip():
+                found = True
                 yield row
-    if number is None:
-        raise UserError(f"prompts: {path} is empty")
+    if not found:
+        raise UserError(f"prompts: {path} has no rows")
 
 
 @contextmanager

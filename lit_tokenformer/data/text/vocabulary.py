@@ -119,7 +119,7 @@ def _checked(backend: hf.Tokenizer) -> hf.Tokenizer:
     by_id: dict[int, str] = {}
     for token, place in backend.get_vocab(with_added_tokens=False).items():
         if (other := by_id.setdefault(place, token)) != token:
-            raise ValueError(f"the tokens {other!r} and {token!r} have the same id {place}")
+            raise ValueError("the tokens {!r} and {!r} have the same id {}".format(*sorted((other, token)), place))
     if not by_id:
         raise ValueError("the vocabulary is empty")
     backend.no_padding()  # the padded length is unbounded
