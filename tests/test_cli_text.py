@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
 import yaml
 
 from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.preflight import use_saved_tokenizer
+from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, MultiTaskDataModule, TextDataModule, Tokenizer
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM
 
@@ -123,6 +126,69 @@ def test_a_tokenizer_of_another_size_is_told_as_such(fitted, tmp_path, capsys):
     args = ["--ckpt_path", last(fitted), "--data.tokenizer", "bpe:300"]
     assert run("validate", "--config", config(tmp_path), *args) == 2
     assert "data.tokenizer: does not match" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("padded", [{}, {"pad_vocab_to": 64}])
+def test_the_tokenizer_of_the_checkpoint_is_taken(padded, tmp_path, capsys, monkeypatch):
+    """Neither ``bpe:N`` of the config, trained on other documents, nor the default."""
+    task, data = ("LitMaskedLM", "MaskedTextDataModule") if padded else ("LitCausalLM", "TextDataModule")
+    given = yaml.safe_load(config(tmp_path).read_text())
+    given["trainer"]["callbacks"] = given["trainer"]["callbacks"][2:]
+    if padded:
+        given["model"]["init_args"] = {"preset": "bert_tiny", "overrides": {"dim": 32, "depth": 1, "num_heads": 2}}
+    given["model"]["class_path"] = task
+    given["data"] = {"class_path": data, "init_args": {"block_size": 32, "batch_size": 4, **padded}}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
+    (tmp_path / "a.txt").write_text("Another text, zebras and all: nobody trained on it. " * 20)
+    fit = ["fit", "--config", tmp_path / "given.yaml", "--data.tokenizer", "bpe:300", "--trainer.max_steps", 2]
+    assert run(*fit) == 0
+    monkeypatch.setattr("lit_tokenformer.data.text.tokenizer.Tokenizer.train_bpe", lambda *_: pytest.fail("trained"))
+    where = ["--config", tmp_path / "given.yaml", "--ckpt_path", last(tmp_path)]
+    others = ["--data.dataset", "files", "--data.val_files", f"[{tmp_path / 'a.txt'}]"]
+    scores = []
+    for asked in (["--data.tokenizer", "bpe:300"], []):
+        assert run("validate", *where, *others, *asked) == 0
+        scores.append(re.search(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[1])
+    assert scores[0] == scores[1]
+    assert run("test", *where, "--data.test_fraction", 0.1) == 0
+    assert run("validate", *where, *others, "--data.tokenizer", "bytes") == 2
+    assert "data.tokenizer: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_each_task_takes_its_own_tokenizer(tmp_path):
+    """Also an unusual separator; a file that is named is kept, and compared when the checkpoint is loaded."""
+    own, masked = Tokenizer.train_bpe(["a b c d"] * 9, 260, "<stop>"), Tokenizer.bytes().with_mask()
+    own.save(tmp_path / "tokenizer.json")
+    saved = {
+        "extras": {
+            "a": {"tokenizer": own.to_json()},
+            "b": {"tokenizer": masked.to_json()},
+            "c": {"tokenizer": own.to_json()},
+        },
+        "hyper_parameters": {"sizes": {"a": {"vocab_size": 300, "separator_id": own.separator_id}, "b": {}}},
+        "state_dict": {"a.weight": torch.zeros(300, 2, device="meta")},
+    }
+    named = str(tmp_path / "tokenizer.json")
+    parts = {
+        "a": TextDataModule(tokenizer="bpe:270"),
+        "b": MaskedTextDataModule(),
+        "c": TextDataModule(tokenizer=named, separator="<stop>"),
+        "image": ImageDataModule("digits"),
+    }
+    data = MultiTaskDataModule(tasks=parts, epoch="a")
+    use_saved_tokenizer(data, saved, asked=False)
+    assert (data.a.vocab_size, data.a.separator_id) == (300, own.separator_id)
+    assert (data.b.mask_id, data.b.vocab_size, data.c.vocab_size) == (257, 258, own.size)
+    for setting, asked in (("bpe:258", False), ("bytes", True)):
+        data = TextDataModule(tokenizer=setting, separator="<stop>")
+        use_saved_tokenizer(data, {"tokenizer": own.to_json(), "state_dict": {}}, asked)
+        assert "tokenizer" not in vars(data.corpus)
+    for damaged in (
+        {"extras": {"a": 3}},
+        {"tokenizer": 3},
+        {"tokenizer": own.to_json(), "hyper_parameters": {"sizes": 3}},
+    ):
+        use_saved_tokenizer(TextDataModule(separator="<stop>"), {"state_dict": {}, **damaged}, asked=False)
 
 
 def test_nothing_is_overwritten_without_a_logger(fitted, tmp_path, capsys):

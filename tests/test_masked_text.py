@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_tokenformer.data import MaskedTextDataModule, TextDataModule, Tokenizer
 from lit_tokenformer.data import masking as module
 from lit_tokenformer.data.text.corpus import HashSplit
-from lit_tokenformer.data.text.masking import MaskIds, mask
+from lit_tokenformer.data.text.masking import MaskIds, mask, uniform
 
 torch.set_num_threads(1)
 
@@ -155,8 +155,8 @@ def test_shares_are_those_of_the_hugging_face_collator(fraction: float):
         [{"input_ids": row, "special_tokens_mask": s} for row, s in zip(before, special.long(), strict=True)]
     )
     ids = MaskIds(Tokenizer(backend))
-    rows = np.arange(1000, dtype=np.uint64) << 40
-    ours = map(torch.from_numpy, mask(before.numpy(), ~special.numpy(), rows, ids, fraction, whole_words=False))
+    draws = uniform((0, 1), np.arange(1000), 128)
+    ours = map(torch.from_numpy, mask(before.numpy(), ~special.numpy(), draws, ids, fraction, whole_words=False))
     expected = shares(batch["input_ids"], batch["labels"], ~special, 4, before)
     found = shares(*ours, ~special, ids.mask, before)
     count = fraction * (~special).sum().item()
@@ -167,10 +167,18 @@ def test_shares_are_those_of_the_hugging_face_collator(fraction: float):
         assert abs(share - exact[name]) < error and abs(share - expected[name]) < 2 * error, name
 
 
+def test_draws_are_those_of_philox_at_the_place_of_the_example():
+    key = np.random.SeedSequence((5, 1)).generate_state(2, np.uint64)
+    for example in (0, 7, 2**40):
+        expected = np.random.Generator(np.random.Philox(key=key, counter=[0, example, 0, 0])).random((9, 2))
+        assert (uniform((5, 1), np.array([example]), 9)[0] == expected).all()
+        assert (uniform((5, 1), np.array([3, example]), 4)[1] == expected[:4]).all()  # whatever the batch and its width
+
+
 def test_random_tokens_are_drawn_evenly_and_hidden_places_are_independent():
     ids = MaskIds(Tokenizer.bytes().with_mask())
     before = np.full((2000, 64), 65)
-    tokens, labels = mask(before, before == 65, np.arange(2000, dtype=np.uint64) << 40, ids, 0.5, whole_words=False)
+    tokens, labels = mask(before, before == 65, uniform((0, 1), np.arange(2000), 64), ids, 0.5, whole_words=False)
     drawn = np.bincount(tokens[(labels >= 0) & (tokens != MASK) & (tokens != 65)], minlength=258)
     assert drawn[[SEP, MASK]].tolist() == [0, 0] and abs(drawn[:256].sum() / (128_000 * 0.05) - 1) < 0.06
     rest = np.delete(drawn[:256], 65)
@@ -193,7 +201,7 @@ def test_at_least_one_token_of_an_example_is_hidden(corpus: Path):
 def test_row_without_anything_to_hide_stays_as_it_is():
     ids = MaskIds(Tokenizer.bytes().with_mask())
     before = np.full((2, 8), SEP)
-    tokens, labels = mask(before, before != SEP, np.zeros(2, dtype=np.uint64), ids, 1.0, whole_words=True)
+    tokens, labels = mask(before, before != SEP, np.zeros((2, 8, 2)), ids, 1.0, whole_words=True)
     assert (tokens == before).all() and (labels == -100).all()
 
 
@@ -435,7 +443,7 @@ def test_vocabulary_has_room_for_the_mask_and_is_rounded_up(corpus: Path, tokeni
     assert data.vocab_size == size
     assert data.mask_id == data.tokenizer.size - 1 == data.corpus.tokenizer.size < size
     again = Tokenizer.from_json(data.tokenizer.to_json())
-    assert again.special_id("[MASK]") == data.mask_id and again.decode([data.mask_id]) == "[MASK]"
+    assert again.special_id("mask") == data.mask_id and again.decode([data.mask_id]) == "[MASK]"
 
 
 def test_tokens_are_shared_with_causal_training(corpus: Path, tmp_path: Path):

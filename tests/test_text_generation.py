@@ -12,7 +12,8 @@ import tokenizers as hf
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from lit_tokenformer.cli.commands import generate_text, grow_checkpoint
+from lit_tokenformer.cli.commands import grow_checkpoint
+from lit_tokenformer.cli.generate import generate_text
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
@@ -381,6 +382,79 @@ def test_command_stops_at_texts(checkpoint, capsys):
     generate_text(checkpoint, ["ab"], stop=["never in it", stop], format="json", **SETTINGS)
     given = json.loads(capsys.readouterr().out)
     assert given["stopped"] == "stop" and given["completion"] == free[: free.index(stop)]
+
+
+PROMPTS = [{"prompt": "The import", "id": 1, "of": {"a": [None]}}, {"id": 2, "prompt": "né"}, {"prompt": "", "x": "é"}]
+
+
+@pytest.mark.parametrize("given", ["file", "-"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_command_continues_the_rows_of_a_file(checkpoint, given, batch_size, tmp_path, capsys, monkeypatch):
+    """Own fields are kept, and a completion is that of its prompt alone with the row's seed."""
+    lines = ["\ufeff" + json.dumps(PROMPTS[0]), "", json.dumps(PROMPTS[1], ensure_ascii=False), json.dumps(PROMPTS[2])]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", (tmp_path / "rows.jsonl").open())
+    source = tmp_path / "rows.jsonl" if given == "file" else "-"
+    output = tmp_path / "new" / "out.jsonl"
+    args = ["--ckpt_path", checkpoint, "--prompts", source, "--batch_size", batch_size, "--output", output]
+    assert generate(*args, *OPTIONS) == 0
+    assert capsys.readouterr().out == ""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{name: row[name] for name in one} for row, one in zip(rows, PROMPTS, strict=True)] == PROMPTS
+    alone = TextGenerator.load(checkpoint)
+    for row in rows:
+        settings = {**SETTINGS, "seed": [row["seed"]]}
+        (*_, (completion,)) = alone.run([row["prompt"]], 12, Sampling(1.5, 40, 0.9, 1.2), None, settings["seed"])
+        assert (row["completion"], row["tokens"], row["stopped"]) == (completion.text, 12, "length")
+    assert [row["seed"] for row in rows] == [7, 8, 9]
+    assert generate(*args) == 2 and "out.jsonl exists already" in capsys.readouterr().err
+
+
+def test_command_shows_the_rows_of_a_batch_before_it_reads_the_next(checkpoint, capsys, monkeypatch):
+    def lines():
+        for _ in range(3):
+            shown.append(len(capsys.readouterr().out.splitlines()))
+            yield b'{"prompt": "a"}\n'
+
+    shown, stdin = [], type("Stdin", (), {"buffer": lines()})
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert generate("--ckpt_path", checkpoint, "--prompts", "-", "--batch_size", 1, "--max_new_tokens", 2) == 0
+    assert shown == [0, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_command_continues_a_file(checkpoint, end, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(f"\ufeffdef f(x):\n    né{end}".encode())
+    expected = TextGenerator.load(checkpoint).generate("def f(x):\n    né", 9) + "\n"
+    monkeypatch.setattr("sys.stdin", (tmp_path / "a.txt").open())
+    for source in (tmp_path / "a.txt", "-"):
+        assert generate("--ckpt_path", checkpoint, "--prompt_file", source, "--max_new_tokens", 9) == 0
+        assert capsys.readouterr().out == expected
+    args = ["--ckpt_path", checkpoint, "--prompt_file", tmp_path / "a.txt", "--max_new_tokens", 9]
+    assert generate(*args, "--output", tmp_path / "out.txt") == 0
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == expected and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt=a", "--prompts=a.jsonl"], "prompts: conflicts with prompt "),
+        (["--prompt=", "--prompt_file=a.txt"], "prompt_file: conflicts with prompt "),
+        (["--prompt_file=a.txt", "--prompts=a.jsonl"], "prompts: conflicts with prompt_file "),
+        (["--prompts=a.jsonl", "--batch_size=0"], "batch_size: expected a whole number of at least 1, got 0"),
+        (["--prompts=no.jsonl"], "prompts: cannot read no.jsonl (No such file or directory)"),
+        (["--prompt_file=."], "prompt_file: cannot read . (Is a directory)"),
+        (["--prompt=a", "--output=."], "output: . exists already"),
+        (["--prompt=a", "--output=a.txt/b"], "output: cannot write a.txt/b "),
+    ],
+)
+def test_command_refuses_sources_that_do_not_go_together(checkpoint, args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}')
+    assert generate("--ckpt_path", checkpoint, *args) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {message}") and shown.err.count("\n") == 1 and shown.out == ""
 
 
 VERBATIM = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -160,12 +162,12 @@ def test_separator_can_be_named_and_must_exist():
     text = words("?", "STOP", "</s>").to_str()
     tokenizer = Tokenizer.from_json(text, "STOP")
     assert tokenizer.separator_id == 1 and tokenizer.fingerprint != Tokenizer.from_json(text).fingerprint
-    for json, separator, message in (
+    for given, separator, message in (
         (text, "<eos>", "data.separator: the tokenizer has no token '<eos>'"),
         (words("?", "a").to_str(), None, "data.separator: the tokenizer has none of <|endoftext|>"),
     ):
         with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
-            Tokenizer.from_json(json, separator)
+            Tokenizer.from_json(given, separator)
         assert one_line(caught)
 
 
@@ -181,6 +183,148 @@ def test_padding_truncation_and_templates_of_a_file_are_not_used(tmp_path: Path)
 def test_size_is_the_largest_id(tmp_path: Path):
     backend = hf.Tokenizer(models.WordLevel({"?": 0, "</s>": 900}, unk_token="?"))
     assert Tokenizer(backend).size == 901
+
+
+# --- Vocabularies of other projects ----------------------------------------------------------------------------------
+
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,!"]
+BERT += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "cat", "caf", "##fe", "日", "É"]
+FOREIGN = ["The cat, the café! CAT É日本 and  tabs\tx", "naïve\r\n\nlines ", " <s>x", "", "123 🙂"]
+
+
+def gpt2_files(folder: Path, bpe: Tokenizer, *special: str) -> None:
+    bpe._backend.model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary |= {name: len(vocabulary) + i for i, name in enumerate(set(special) - {*vocabulary})}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
+def sentence_pieces(folder: Path, kind: str, name: str = "tokenizer.model") -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (folder / "text.txt").write_text("the cat sat on the mat, naïve café 123\nan end of a line\n" * 30)
+    settings = {
+        "input": folder / "text.txt",
+        "model_prefix": folder / "made",
+        "model_type": kind,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(**settings, vocab_size=45)
+    (folder / "made.model").rename(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("vocab.json", {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<extra>"}),
+        ("vocab.json", {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}),
+        (
+            "vocab.json",
+            {
+                "tokenizer_class": "RobertaTokenizer",
+                "eos_token": "</s>",
+                "mask_token": {"__type": "AddedToken", "content": "<mask>"},
+            },
+        ),
+        ("vocab.json", {"tokenizer_class": "CLIPTokenizer"}),
+        ("vocab.txt", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
+        ("vocab.txt", {"tokenizer_class": "BertTokenizer", "strip_accents": False, "sep_token": "[SEP]"}),
+        ("vocab.txt", {"tokenizer_class": "DistilBertTokenizer", "do_lower_case": True}),
+        ("unigram", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}),
+        ("bpe", {"tokenizer_class": "LlamaTokenizer"}),
+        ("bpe", None),
+        ("tokenizer.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}),
+    ],
+)
+def test_ids_are_those_of_transformers(kind: str, config: dict | None, bpe: Tokenizer, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|startoftext|>")
+    if kind == "vocab.json":
+        gpt2_files(tmp_path, bpe, *special, *(["a</w>", "t</w>"] if "CLIP" in str(config) else []))
+    elif kind == "vocab.txt":
+        (tmp_path / kind).write_text("\n".join(BERT) + "\n", encoding="utf-8")
+    elif kind == "tokenizer.json":
+        words("<unk>", "the", "</s>", "<s>x").save(str(tmp_path / kind))
+    else:
+        sentence_pieces(tmp_path, kind)
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(str(tmp_path))
+    for text in FOREIGN:
+        expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == expected, text
+        assert ours.decode(expected) == theirs.decode(expected, clean_up_tokenization_spaces=False)
+    assert ours.separator_id == (theirs.eos_token_id if theirs.eos_token_id is not None else theirs.sep_token_id)
+    assert ours.size == max(theirs.get_vocab().values()) + 1
+
+
+def test_vocabulary_is_read_from_a_file_as_from_its_folder(bpe: Tokenizer, tmp_path: Path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    gpt2_files(tmp_path / "a", bpe)
+    (tmp_path / "b/vocab.txt").write_text("\n".join(BERT))
+    for path in ("a/vocab.json", "a/merges.txt", "b/vocab.txt"):
+        ours = Tokenizer.load(str(tmp_path / path))
+        assert ours.fingerprint == Tokenizer.load(str((tmp_path / path).parent)).fingerprint
+        again = Tokenizer.from_json(ours.to_json(), ours.separator_id)
+        assert again.encode(FOREIGN[0]) == ours.encode(FOREIGN[0]) and again.special_ids == ours.special_ids
+    assert Tokenizer.load(str(tmp_path / "a")).encode(FOREIGN[0]) == bpe.encode(FOREIGN[0])
+    sentence_pieces(tmp_path / "c", "unigram", "mine.model")
+    text = "the cat  sat on the naïve mat, 1"
+    import sentencepiece
+
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "c/mine.model")).encode(text)
+    for path in ("c", "c/mine.model"):
+        assert Tokenizer.load(str(tmp_path / path)).encode(text) == expected
+
+
+def test_special_tokens_of_a_folder_are_those_of_its_config(tmp_path: Path):
+    words("?", "a", "<|endoftext|>", "<stop>", "<hide>", "[MASK]").save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(str(tmp_path)).separator == "<|endoftext|>"
+    config = {"eos_token": "<stop>", "mask_token": {"content": "<hide>"}, "pad_token": None, "bos_token": "<none>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert (tokenizer.separator_id, tokenizer.special_id("mask"), tokenizer.special_id("pad")) == (3, 4, None)
+    assert tokenizer.size == 6 and tokenizer.with_mask() is tokenizer and 4 in tokenizer.special_ids
+    assert pickle.loads(pickle.dumps(tokenizer)).special_id("mask") == 4
+    assert Tokenizer.load(str(tmp_path), "<|endoftext|>").separator_id == 2
+    assert Tokenizer.load(str(tmp_path / "tokenizer.json")).separator_id == 2
+
+
+def test_name_is_loaded_from_the_files_of_its_repository(bpe: Tokenizer, tmp_path: Path, monkeypatch):
+    gpt2_files(tmp_path, bpe)
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert Tokenizer.load("openai-community/gpt2").encode(FOREIGN[0]) == bpe.encode(FOREIGN[0])
+    assert {"tokenizer.json", "merges.txt", "tokenizer_config.json"} <= {*asked["openai-community/gpt2"]}
+    assert not any(name.endswith((".bin", ".safetensors", ".py")) for name in asked["openai-community/gpt2"])
+
+
+def test_code_of_a_folder_is_not_run(tmp_path: Path):
+    pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineTokenizer: pass\n")
+    config = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": ["mine.MineTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^data.tokenizer: transformers cannot read .*vocab.txt: ") as caught:
+        Tokenizer.load(str(tmp_path))
+    assert one_line(caught) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("missing", ["transformers", "sentencepiece"])
+def test_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        ValueError, match=r"^data.tokenizer: .*tokenizer.model needs .*: pip install 'lit-tokenformer\[hf\]'$"
+    ):
+        Tokenizer.load(str(tmp_path))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -206,7 +350,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name, message in (
         ("no.json", "no such file or folder: "),
-        ("empty", "no tokenizer.json in "),
+        ("empty", "no tokenizer.json, vocab.json, vocab.txt, .* in "),
         ("broken.json", ".*broken.json is damaged: EOF"),
         ("binary.json", "cannot read .*binary.json"),
     ):
@@ -216,10 +360,10 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path):
 
 
 def test_name_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch):
-    def offline(name: str) -> None:
+    def offline(name: str, **settings: object) -> None:
         raise OSError("no connection\nsecond line")
 
-    monkeypatch.setattr("lit_tokenformer.data.text.tokenizer.hf.Tokenizer", type("T", (), {"from_pretrained": offline}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match=r"^data.tokenizer: 'gpt2' is not bytes.*no connection$"):
         Tokenizer.load("gpt2")
 

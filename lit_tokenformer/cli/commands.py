@@ -1,10 +1,9 @@
-"""Commands that run without a trainer: grow, import, export, split, generate and evaluate."""
+"""Commands that run without a trainer: grow, import, export, split and evaluate."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,12 @@ from callbacks.growth_steps import row_map
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
-from lit_tokenformer.data.text.tokenizer import checked_backend
+from lit_tokenformer.data.text.vocabulary import from_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow, grow_with_optimizers
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
-from lit_tokenformer.inference.sampling import Sampling
-from lit_tokenformer.inference.text import Completion, TextGenerator
+from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.interop.tokenformer import WeightFormat
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
 from lit_tokenformer.registry import WEIGHT_FORMATS
@@ -139,7 +137,7 @@ def import_weights(
     if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
         raise UserError(f"output: {copy} exists already with another tokenizer")
     config, state = known.read(weights, config_json)
-    size = 0 if text is None else max(checked_backend(text).get_vocab(with_added_tokens=True).values()) + 1
+    size = 0 if text is None else max(from_text(text, vocabulary).get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
             f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the "
@@ -256,13 +254,13 @@ def _write_tokenizer(path: Path, text: str | None) -> None:
 def _read_tokenizer(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-        checked_backend(text)
+        from_text(text, path)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
+        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error.__cause__ or error)})") from None
     return text
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -274,57 +272,6 @@ def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
         found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
     name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
     return name, found[name]
-
-
-def generate_text(
-    ckpt_path: str,
-    prompt: str | list[str] = "",
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: str | list[str] | None = None,
-    seed: int = 0,
-    format: str = "text",
-    device: str = "auto",
-) -> None:
-    """Generate text with a language model and stream it to the standard output.
-
-    Args:
-        ckpt_path: Path to a checkpoint of a fit.
-        prompt: Prompts to continue, decoded as one batch; an empty prompt starts a new document.
-        max_new_tokens: Maximum number of tokens to generate per prompt.
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_k: Sample from the k most probable tokens only.
-        top_p: Nucleus sampling: sample from the smallest set of tokens with at least this total probability.
-        repetition_penalty: Penalty on tokens that occurred before; values above 1 reduce repetition.
-        stop: Strings that end a completion; the document separator ends it too.
-        seed: Random seed of sampling.
-        format: Output format: "text" prints prompts and completions, "json" one JSON object per line and prompt.
-        device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
-
-    Raises:
-        UserError: If the checkpoint cannot be used, a setting is out of range, or a prompt exceeds the context.
-    """
-    if format not in _FORMATS:
-        raise unknown_name("format", format, _FORMATS)
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    generator = TextGenerator.load(ckpt_path, device)
-    number, printed = 0, 0  # the current prompt, and its characters printed so far
-    for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
-        while number < len(completions):
-            shown = _FORMATS[format](completions[number], number, len(completions), seed)
-            print(shown[printed:], end="", flush=True)
-            printed = len(shown)
-            if completions[number].stopped is None:
-                break
-            number, printed = number + 1, 0
-    for number, completion in enumerate(completions, start=1):
-        if completion.stopped == "context":
-            length = generator.backbone.config.context_length
-            name = "" if len(completions) == 1 else f"prompt {number}: "
-            print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
 
 
 def evaluate_checkpoint(
@@ -378,26 +325,3 @@ def evaluate_checkpoint(
         with atomic_write(output) as file:
             file.write((json.dumps(results, indent=2, default=str) + "\n").encode())
     return results
-
-
-def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
-    header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
-    return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")
-
-
-def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
-    if completion.stopped is None:
-        return ""
-    fields = {
-        "prompt": completion.prompt,
-        "completion": completion.text,
-        "tokens": completion.tokens,
-        "stopped": completion.stopped,
-        "seconds": round(completion.seconds, 6),
-        "tokens_per_second": round(completion.tokens / completion.seconds, 3) if completion.tokens else 0.0,
-        "seed": seed,
-    }
-    return json.dumps(fields) + "\n"
-
-
-_FORMATS = {"text": _as_text, "json": _as_json}

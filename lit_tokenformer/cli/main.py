@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import select
 import signal
 import sys
@@ -26,12 +27,13 @@ from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_u
 from lit_tokenformer.cli.commands import (
     evaluate_checkpoint,
     export_weights,
-    generate_text,
     grow_checkpoint,
     import_weights,
     split_checkpoint,
 )
 from lit_tokenformer.cli.compare import compare_presets
+from lit_tokenformer.cli.generate import generate_text
+from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
@@ -62,6 +64,7 @@ from lit_tokenformer.cli.preflight import (
     check_trainer_settings,
     check_writable,
     replace_repeated,
+    use_saved_tokenizer,
 )
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
@@ -190,6 +193,7 @@ class TokenformerCLI(LightningCLI):
     def __init__(self, *settings: Any, args: list[str], **more: Any) -> None:
         named = args[0] if args else None
         self._asked = named if named in {*self.subcommands(), "plan", *COMMANDS, "-h", "--help", "--version"} else None
+        self._asks_tokenizer = any(re.match(r"--data\.(.*\.)?tokenizer(=|$)", arg) for arg in args)
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -311,6 +315,14 @@ class TokenformerCLI(LightningCLI):
         super()._add_instantiators()
         if self.subcommand == "plan":  # only shapes are needed
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
+        if self.subcommand in ("validate", "test"):
+            self.parser.add_instantiator(self._with_tokenizer, LightningDataModule, subclasses=True, prepend=True)
+
+    def _with_tokenizer(self, kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
+        path, data = self.config[self.subcommand]["ckpt_path"], kind(*args, **kwargs)
+        saved = read_shapes(path) if path and is_sharded(path) else self._shapes
+        use_saved_tokenizer(data, saved, self._asks_tokenizer)
+        return data
 
     def after_instantiate_classes(self) -> None:
         unversioned = unversioned_loggers(self.trainer)

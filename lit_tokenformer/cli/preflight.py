@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
-from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule
+from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule, Tokenizer
+from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, bpe_size
 from lit_tokenformer.errors import UserError, raised_by_library, unknown_name
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitMultiTask, LitTask
@@ -179,6 +180,42 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
             if not hasattr(type(datamodule), name):
                 kind = type(datamodule).__name__
                 raise UserError(f"data: {kind} has no {name} (expected data that fit {type(task).__name__})")
+
+
+def use_saved_tokenizer(datamodule: LightningDataModule, checkpoint: Mapping[str, Any], asked: bool) -> None:
+    """Give text data the tokenizer of a checkpoint, before they are used.
+
+    It replaces ``bytes``, unless asked for, and ``bpe:N``, so that no vocabulary is trained on other documents. A file,
+    a Hugging Face name and ``bpe:N`` of another size are kept; the task compares them with the checkpoint's tokenizer.
+
+    Args:
+        datamodule: The data; for several tasks, each gets the tokenizer of its own task.
+        checkpoint: The checkpoint to evaluate.
+        asked: Whether ``data.tokenizer`` is among the arguments of the command.
+    """
+    settings = checkpoint.get("hyper_parameters", {})
+    for task, data in getattr(datamodule, "parts", {"": datamodule}).items():
+        text = _part(checkpoint, "extras", task).get("tokenizer")
+        if not isinstance(data, TextDataModule) or not isinstance(text, str):
+            continue
+        corpus, most = data.corpus, bpe_size(data.corpus.tokenizer_name)
+        if most is None and (corpus.tokenizer_name != "bytes" or asked):
+            continue
+        sizes = _part(settings, "sizes", task)
+        separator_id, vocab_size = (sizes.get(name, settings.get(name)) for name in ("separator_id", "vocab_size"))
+        separator = corpus.separator or (separator_id if isinstance(separator_id, int) else None)
+        tokenizer = Tokenizer.from_json(text, separator, "the tokenizer in the checkpoint")
+        if most is None or BYTES_VOCAB_SIZE < tokenizer.size <= most + 1:
+            claimed = any(vocab_size in weight.shape for weight in checkpoint["state_dict"].values())
+            data.use_tokenizer(tokenizer, vocab_size if claimed else None)
+            rank_zero_info(f"data.tokenizer: that of the checkpoint ({tokenizer.size} tokens)")
+
+
+def _part(checkpoint: Mapping[str, Any], key: str, task: str) -> Mapping[str, Any]:
+    """Return what belongs to one task of a checkpoint; all of it for a single task."""
+    parts = checkpoint.get(key)
+    part = parts.get(task, checkpoint) if isinstance(parts, Mapping) else checkpoint
+    return part if isinstance(part, Mapping) else {}
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

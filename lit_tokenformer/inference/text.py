@@ -10,7 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch
 
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.data.text.vocabulary import read_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
 from lit_tokenformer.models import Tokenformer
@@ -331,9 +331,5 @@ def _tokenizer(ckpt_path: Path, text: str | None, separator_id: int | None) -> T
             raise UserError(
                 f"ckpt_path: no tokenizer in {ckpt_path} (expected it there, or {TOKENIZER_FILE} next to it)"
             )
-        text, source = file.read_text(encoding="utf-8"), str(file)
-    try:
-        added = [token["content"] for token in json.loads(text)["added_tokens"] if token["id"] == separator_id]
-    except (ValueError, KeyError, TypeError):
-        added = []  # damaged or another format: Tokenizer.from_json reports it
-    return Tokenizer.from_json(text, added[-1] if added else None, source=source)
+        text, source = read_text(file), str(file)
+    return Tokenizer.from_json(text, separator_id, source=source)

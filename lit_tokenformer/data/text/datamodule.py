@@ -66,10 +66,10 @@ class TextDataModule(ResumableDataModule):
         text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
         encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
-            first 200 MB, or 20,000 documents of a stream); a tokenizer.json or its folder; else the name of a Hugging
-            Face model.
-        separator: Special token that ends a document. Default: the first one in the vocabulary of <|endoftext|>, </s>,
-            <eos>, <|end_of_text|> and [SEP].
+            first 200 MB, or 20,000 documents of a stream); a tokenizer.json, vocab.json with merges.txt, vocab.txt or
+            sentencepiece .model, or its folder; else the name of a Hugging Face model.
+        separator: Special token that ends a document. Default: the eos_token of the folder's tokenizer_config.json,
+            else the first one in the vocabulary of <|endoftext|>, </s>, <eos>, <|end_of_text|> and [SEP].
         block_size: Context length T in tokens.
         val_fraction: Fraction of the documents held out for validation if the source has no validation split.
         test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
@@ -101,6 +101,8 @@ class TextDataModule(ResumableDataModule):
 
     masked = False
     """Whether batches contain masked tokens."""
+
+    _saved_vocab_size: int | None = None
 
     @accept_flat_names
     def __init__(
@@ -172,7 +174,17 @@ class TextDataModule(ResumableDataModule):
     @property
     def vocab_size(self) -> int:
         """Vocabulary size V, the largest id + 1; N for ``bpe:N``, without training it."""
-        return self.corpus.vocab_size
+        return self._saved_vocab_size or self.corpus.vocab_size
+
+    def use_tokenizer(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
+        """Replace the tokenizer by that of a checkpoint, before it is first used.
+
+        Args:
+            tokenizer: Tokenizer of the checkpoint.
+            vocab_size: Vocabulary size of its model. Default: that of the tokenizer.
+        """
+        self.corpus.tokenizer = tokenizer
+        self._saved_vocab_size = vocab_size or tokenizer.size
 
     @property
     def separator_id(self) -> int:

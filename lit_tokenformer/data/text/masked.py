@@ -106,10 +106,10 @@ class MaskedTextDataModule(TextDataModule):
 
     # --- Corpus ------------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> Tokenizer:
+    @cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         """Tokenizer with a mask token; ``bpe:N`` is trained at first use and cached in ``cache_dir``."""
-        return self._masked_tokenizer
+        return self.corpus.tokenizer.with_mask()
 
     @property
     def mask_id(self) -> int:
@@ -122,6 +122,8 @@ class MaskedTextDataModule(TextDataModule):
 
         It is the largest id + 1; for ``bpe:N`` it is N + 1, without training it.
         """
+        if self._saved_vocab_size is not None:
+            return self._saved_vocab_size
         name = self.corpus.tokenizer_name
         own = name == "bytes" or bpe_size(name) is not None
         size = self.corpus.vocab_size + 1 if own else self.tokenizer.size
@@ -152,10 +154,6 @@ class MaskedTextDataModule(TextDataModule):
     @staticmethod
     def _collate(batch: MaskedBatch) -> MaskedBatch:  # type: ignore[override]
         return batch  # collated by MaskedExamples
-
-    @cached_property
-    def _masked_tokenizer(self) -> Tokenizer:
-        return self.corpus.tokenizer.with_mask()
 
     @cached_property
     def _ids(self) -> MaskIds:
@@ -198,11 +196,11 @@ class MaskedTextDataModule(TextDataModule):
                 f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with special tokens, "
                 f"got {self.block_size}"
             )
-        examples = self._masked(split)
-        if len(examples) == 0:
+        count = len(self._masked(split))
+        if count == 0:
             raise UserError(f"data.files: no {name} documents")
-        if split == "train" and len(examples) // replicas < self.batch_size:
+        if split == "train" and count // replicas < self.batch_size:
             raise UserError(
-                f"data.batch_size: expected at most {len(examples) // replicas} (the training examples of a process), "
+                f"data.batch_size: expected at most {count // replicas} (the training examples of a process), "
                 f"got {self.batch_size}; a smaller data.block_size gives more"
             )

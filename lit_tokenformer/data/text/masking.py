@@ -6,16 +6,19 @@ training and 15 % in evaluation. As in Hugging Face's ``DataCollatorForLanguageM
 masked with that probability. Unlike there, at least one token of an example is masked, and a random token is never a
 special one.
 
-Every random number is a hash of (seed, epoch, pass, example, token), so batches are vectorized without a generator's
-state.
+Random numbers are those of Philox (Salmon et al. 2011, doi:10.1145/2063384.2063405), a counter-based generator: the key
+is a hash of (seed, epoch, pass) and the counter is the example, so a mask depends on nothing else.
+
+Words are found by token id. The libraries' ``word_ids`` need the text, and encoding the text of a block again does not
+give its tokens.
 """
 
 from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,13 +26,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_tokenformer.data.text.token_cache import PADDING, TokenFile, TrainBlocks
-from lit_tokenformer.data.text.tokenizer import MASKS, Tokenizer
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 
 MaskedBatch = tuple[Tensor, Tensor, Tensor]
 """``tokens (B, T)``, ``labels (B, T)`` and ``lengths (B,)``, all int64."""
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: the step of SplitMix64's counter
 _PIECE = 1 << 22  # tokens per chunk of sentence splitting; a longer document is cut
 
 
@@ -44,14 +46,12 @@ class MaskIds:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        texts = tokenizer.texts()
-        mask = tokenizer.special_id(*MASKS)
+        mask, pad, end = (tokenizer.special_id(role) for role in ("mask", "pad", "sep"))
         assert mask is not None
         if mask == tokenizer.separator_id:
             raise UserError(f"data.separator: {tokenizer.separator!r} is the mask token and cannot end a document")
-        pad, end = (tokenizer.special_id(*names) for names in (("[PAD]", "<pad>"), ("[SEP]",)))
         self.mask: int = mask
-        self.start = tokenizer.special_id("[CLS]", "<s>")
+        self.start = tokenizer.special_id("cls")
         """Id at the beginning of a sentence, if any."""
         self.end: int = tokenizer.separator_id if end is None else end
         """Id at the end of a sentence."""
@@ -61,35 +61,16 @@ class MaskIds:
         self.special = np.zeros(tokenizer.size, dtype=bool)
         """Ids that are never masked, (V,)."""
         self.special[sorted(tokenizer.special_ids)] = True
-        self.ordinary = np.array(
-            [i for i, text in enumerate(texts) if text is not None and not self.special[i]], dtype=np.int64
-        )
+        texts = tokenizer.texts()
+        self.ordinary = np.flatnonzero(np.array([text is not None for text in texts]) & ~self.special)
         """Ids that random tokens are sampled from."""
-        self.begins, self.ends = (self.special | edge for edge in word_edges(tokenizer))
+        # With marked continuation tokens, all others have a space before them, and punctuation needs no rule.
+        is_edge = str.isspace if tokenizer.marks_continuation else _is_edge
+        self.begins, self.ends = (
+            self.special | np.array([is_edge((text or "")[place]) for text in texts], dtype=bool)
+            for place in (slice(0, 1), slice(-1, None))
+        )
         """Ids that begin a word, and ids followed by the beginning of a word, (V,) each."""
-
-
-def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Compute word boundaries by token id.
-
-    Args:
-        tokenizer: Tokenizer of the vocabulary.
-
-    Returns:
-        Two tables (V,) bool, ``begins`` and ``ends``. A token begins a word if ``begins`` is true for it, or ``ends``
-        for the previous token.
-
-    Example:
-        >>> begins, ends = word_edges(Tokenizer.bytes())
-        >>> [bool(begins[token] or ends[before]) for before, token in zip(b"-a cat.", b"a cat.", strict=False)]
-        [True, True, True, False, False, True]
-    """
-    # With marked continuation tokens, all others have a space before them, and punctuation needs no rule.
-    is_edge = str.isspace if tokenizer.marks_continuation else _is_edge
-    texts = [text or "" for text in tokenizer.texts()]
-    begins = np.array([is_edge(text[:1]) for text in texts], dtype=bool)
-    ends = np.array([is_edge(text[-1:]) for text in texts], dtype=bool)
-    return begins, ends
 
 
 def _is_edge(char: str) -> bool:
@@ -99,28 +80,8 @@ def _is_edge(char: str) -> bool:
     return "!" <= char <= "~" and not char.isalnum() if char.isascii() else unicodedata.category(char).startswith("P")
 
 
-class Spans(Protocol):
-    """Spans of a token stream, one per example."""
-
-    lengths: np.ndarray
-    """Number of tokens of each example, (N,) int64."""
-
-    def __call__(self, index: np.ndarray, epoch: int, repeat: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the spans of some examples; the index N is an example without predictions.
-
-        Args:
-            index: Example indices, (B,) int64.
-            epoch: Zero-based epoch.
-            repeat: Pass within the epoch.
-
-        Returns:
-            ``(starts, lengths, first)``, (B,) each: position of the first token, number of tokens, and number of
-            leading tokens that are excluded since another example predicts them.
-        """
-
-
 class BlockSpans:
-    """Adjacent blocks of T tokens.
+    """Examples that are adjacent blocks of T tokens.
 
     In training an incomplete last block is dropped; in evaluation the last block ends at the end of the stream.
 
@@ -134,19 +95,31 @@ class BlockSpans:
 
     def __init__(self, tokens: TokenFile, block_size: int, seed: int, training: bool, shifted: bool) -> None:
         grid = TrainBlocks(tokens, block_size, seed)
-        self._shift: Callable[[int, int], int] | None = grid.shift if shifted else None
+        self._shift = grid.shift if shifted else None
         self._last = len(tokens) - block_size  # where a block can begin
         self.block_size = block_size
         self.lengths = np.full(len(grid) if training else -(-len(tokens) // block_size), block_size)
+        """Number of tokens of each example, (N,) int64."""
 
     def __call__(self, index: np.ndarray, epoch: int, repeat: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the spans of some examples; the index N is an example without predictions.
+
+        Args:
+            index: Example indices, (B,) int64.
+            epoch: Zero-based epoch.
+            repeat: Pass within the epoch.
+
+        Returns:
+            ``(starts, lengths, first)``, (B,) each: position of the first token, number of tokens, and number of
+            leading tokens that are excluded since another example predicts them.
+        """
         wanted = index * self.block_size + (self._shift(epoch, repeat) if self._shift else 0)
         starts = np.minimum(wanted, self._last)
         return starts, np.full(len(index), self.block_size), wanted - starts
 
 
 class SentenceSpans:
-    """Consecutive sentences of one document, packed up to a maximum length; see ``MaskedTextDataModule``.
+    """Examples of consecutive sentences of one document, packed up to a maximum length; see ``MaskedTextDataModule``.
 
     Sentence boundaries are computed once per process, in 0.02 s per million tokens on one core.
 
@@ -176,6 +149,7 @@ class SentenceSpans:
         self.lengths = stops - self.starts
 
     def __call__(self, index: np.ndarray, epoch: int, repeat: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the spans of some examples; see ``BlockSpans``."""
         nearest = np.minimum(index, len(self.lengths) - 1)
         return self.starts[nearest], self.lengths[nearest], np.where(index == nearest, 0, sys.maxsize)
 
@@ -203,6 +177,7 @@ class SentenceSpans:
         return np.stack([edges[picked], edges[following[picked]]])
 
 
+@dataclass(eq=False, repr=False)
 class MaskedExamples(Dataset):
     """Masked examples under keys ``(epoch, pass, index)`` or ``index``, batched in ``__getitems__``.
 
@@ -218,27 +193,15 @@ class MaskedExamples(Dataset):
         dynamic: Whether masks differ between epochs.
     """
 
-    def __init__(
-        self,
-        tokens: TokenFile,
-        spans: Spans,
-        ids: MaskIds,
-        fraction: float,
-        whole_words: bool,
-        wrapped: bool,
-        width: int | None,
-        seed: int,
-        dynamic: bool,
-    ) -> None:
-        self.tokens = tokens
-        self.spans = spans
-        self.ids = ids
-        self.fraction = fraction
-        self.whole_words = whole_words
-        self.wrapped = wrapped
-        self.width = width
-        self.seed = seed
-        self.dynamic = dynamic
+    tokens: TokenFile
+    spans: BlockSpans | SentenceSpans
+    ids: MaskIds
+    fraction: float
+    whole_words: bool
+    wrapped: bool
+    width: int | None
+    seed: int
+    dynamic: bool
 
     def __len__(self) -> int:
         return len(self.spans.lengths)
@@ -272,21 +235,41 @@ class MaskedExamples(Dataset):
         if self.wrapped:  # a separator used as padding or end is special already
             maskable &= (column >= lead) & (column < lengths[:, None] - 1)
         entropy = (self.seed, epoch, repeat, 2) if self.dynamic else (self.seed, 0, 0, 3)
-        run = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        rows = _mix(run + (index + 1).astype(np.uint64) * _GOLDEN)  # initial counter of each example
-        hidden, labels = mask(tokens, maskable, rows, ids, self.fraction, self.whole_words)
+        hidden, labels = mask(
+            tokens, maskable, uniform(entropy, index, len(column)), ids, self.fraction, self.whole_words
+        )
         return torch.from_numpy(hidden), torch.from_numpy(labels), torch.from_numpy(lengths)
 
 
+def uniform(entropy: Sequence[int], index: np.ndarray, width: int) -> np.ndarray:
+    """Draw two uniform numbers in [0, 1) per token of each example, independent of the other examples and the width.
+
+    Args:
+        entropy: Integers >= 0 that determine the generator's key.
+        index: Example indices, (B,) int64: a word of the generator's counter.
+        width: Number of tokens T.
+
+    Returns:
+        Draws, (B, T, 2) float64.
+    """
+    philox = np.random.Philox(key=np.random.SeedSequence(entropy).generate_state(2, np.uint64))
+    state, words = philox.state, np.empty((len(index), width, 2), dtype=np.uint64)
+    for row, example in zip(words, index, strict=True):
+        state["state"]["counter"][1] = example
+        philox.state = state
+        row[:] = philox.random_raw((width, 2))  # NumPy keeps the raw words in all versions
+    return (words >> 11) * 2.0**-53
+
+
 def mask(
-    tokens: np.ndarray, maskable: np.ndarray, rows: np.ndarray, ids: MaskIds, fraction: float, whole_words: bool
+    tokens: np.ndarray, maskable: np.ndarray, draws: np.ndarray, ids: MaskIds, fraction: float, whole_words: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mask each maskable token or word with a probability, at least one per row (arXiv:1810.04805, section 3.1).
 
     Args:
         tokens: Token ids, (B, T) int64.
         maskable: Mask of candidate tokens, (B, T) bool.
-        rows: Random state of each row, (B,) uint64.
+        draws: Uniform numbers in [0, 1), (B, T, 2): the first selects a token, the second replaces it.
         ids: Token ids and tables of the vocabulary.
         fraction: Masking probability.
         whole_words: Whether to mask all tokens of a word together.
@@ -295,32 +278,16 @@ def mask(
         ``(tokens, labels)``, (B, T) int64 each. 80 % of the selected tokens are replaced by the mask, 10 % by a random
         non-special token, 10 % are kept; labels are their original ids, and -100 elsewhere.
     """
-    column = np.arange(tokens.shape[1])
-    draws = _uniform(rows[:, None], column)  # (B, T)
+    select, replace = draws[..., 0], draws[..., 1]
     if whole_words:
         begins = ids.begins[tokens]
         begins[:, 1:] |= ids.ends[tokens[:, :-1]]
-        word = np.maximum.accumulate(np.where(begins, column, 0), axis=1)  # start of each token's word
-        draws = np.take_along_axis(draws, word, axis=1)
-    draws = np.where(maskable, draws, 2.0)
-    chosen = maskable & ((draws < fraction) | (draws == draws.min(axis=1, keepdims=True)))
-    labels = np.where(chosen, tokens, PADDING)
-    row, place = np.nonzero(chosen)
-    how = _uniform(rows[row], place + (1 << 40))  # (number of selected tokens,)
-    which = (_uniform(rows[row], place + (1 << 41)) * len(ids.ordinary)).astype(np.int64)
-    kept = tokens[row, place]
+        word = np.maximum.accumulate(np.where(begins, np.arange(tokens.shape[1]), 0), axis=1)  # start of each word
+        select = np.take_along_axis(select, word, axis=1)
+    select = np.where(maskable, select, 2.0)
+    chosen = maskable & ((select < fraction) | (select == select.min(axis=1, keepdims=True)))
+    how, kept, count = replace[chosen], tokens[chosen], len(ids.ordinary)  # (number of selected tokens,)
+    which = ((how - 0.8) * 10 * count).astype(np.int64).clip(0, count - 1)
     hidden = tokens.copy()
-    hidden[row, place] = np.where(how < 0.8, ids.mask, np.where(how < 0.9, ids.ordinary[which], kept))
-    return hidden, labels
-
-
-def _uniform(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return the ``count``-th uniform numbers in [0, 1), float64, of the sequences at ``start`` (uint64)."""
-    return (_mix(start + (count + 1).astype(np.uint64) * _GOLDEN) >> 11) * 2.0**-53
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    """Hash a counter to 64 random bits: SplitMix64's output (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
-    return state ^ (state >> 31)
+    hidden[chosen] = np.where(how < 0.8, ids.mask, np.where(how < 0.9, ids.ordinary[which], kept))
+    return hidden, np.where(chosen, tokens, PADDING)

@@ -1,0 +1,216 @@
+"""Command ``generate``: prompts from the command line, files or the standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.inference.sampling import Sampling
+from lit_tokenformer.inference.text import Completion, TextGenerator
+
+
+def generate_text(
+    ckpt_path: str,
+    prompt: str | list[str] = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | list[str] | None = None,
+    seed: int = 0,
+    format: str = "text",
+    device: str = "auto",
+    prompt_file: str | None = None,
+    prompts: str | None = None,
+    output: str | None = None,
+    batch_size: int = 8,
+) -> None:
+    """Generate text with a language model and stream it to the standard output.
+
+    Args:
+        ckpt_path: Path to a checkpoint of a fit.
+        prompt: Prompts to continue, decoded as one batch; an empty prompt starts a new document.
+        max_new_tokens: Maximum number of tokens to generate per prompt.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_k: Sample from the k most probable tokens only.
+        top_p: Nucleus sampling: sample from the smallest set of tokens with at least this total probability.
+        repetition_penalty: Penalty on tokens that occurred before; values above 1 reduce repetition.
+        stop: Strings that end a completion; the document separator ends it too.
+        seed: Random seed of sampling; that of row i of "prompts" is SEED + i, from 0.
+        format: Output format: "text" prints prompts and completions, "json" one JSON object per line and prompt; that
+            of "prompts" is always "json".
+        device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
+        prompt_file: Text file that is one prompt, without the line break at its end; "-" for the standard input.
+        prompts: JSON-lines file of prompts: objects with a text "prompt", whose other fields are copied to the output;
+            "-" for the standard input.
+        output: New file for the output, written as it is generated; defaults to the standard output.
+        batch_size: Rows of "prompts" decoded as one batch.
+
+    Raises:
+        UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
+            prompts is given, a file is invalid, or a prompt exceeds the context.
+    """
+    if format not in _FORMATS:
+        raise unknown_name("format", format, _FORMATS)
+    given = {"prompt": prompt, "prompt_file": prompt_file, "prompts": prompts}
+    if len(names := [name for name, value in given.items() if value not in (None, "")]) > 1:
+        raise UserError(f"{names[1]}: conflicts with {names[0]} (expected one of prompt, prompt_file and prompts)")
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+    if output is not None and Path(output).exists():
+        raise UserError(f"output: {output} exists already")
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    if prompt_file is not None:
+        prompt = _read_prompt(prompt_file)
+    generator = TextGenerator.load(ckpt_path, device)
+    if prompts not in (None, "-") and not Path(prompts).is_fifo():
+        for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
+            pass
+    with _writer(output) as write:
+        if prompts is not None:
+            _continue_rows(generator, prompts, batch_size, (max_new_tokens, sampling, stop), seed, write)
+            return
+        number, printed = 0, 0  # the current prompt, and its characters printed so far
+        for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
+            while number < len(completions):
+                shown = _FORMATS[format](completions[number], number, len(completions), seed)
+                write(shown[printed:])
+                printed = len(shown)
+                if completions[number].stopped is None:
+                    break
+                number, printed = number + 1, 0
+    for number, completion in enumerate(completions, start=1):
+        if completion.stopped == "context":
+            length = generator.backbone.config.context_length
+            name = "" if len(completions) == 1 else f"prompt {number}: "
+            print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
+
+
+def _continue_rows(
+    generator: TextGenerator,
+    path: str,
+    batch_size: int,
+    settings: tuple[int, Sampling, str | list[str] | None],
+    seed: int,
+    write: Callable[[str], Any],
+) -> None:
+    """Continue the prompts of a JSON-lines file in batches; each completion equals its prompt continued alone."""
+    rows = _read_prompts(path, generator)
+    while batch := list(islice(rows, batch_size)):
+        seeds = [seed + i for i in range(len(batch))]
+        *_, completions = generator.run([row["prompt"] for row in batch], *settings, seeds)
+        for row, completion, own in zip(batch, completions, seeds, strict=True):
+            write(json.dumps(row | _results(completion, own)) + "\n")
+        seed += len(batch)
+
+
+@contextmanager
+def _writer(output: str | None) -> Iterator[Callable[[str], Any]]:
+    """Return a function that writes to a new file, or to the standard output, at once."""
+    if output is None:
+        yield lambda text: print(text, end="", flush=True)
+        return
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "x", encoding="utf-8", buffering=1) as file:
+            yield file.write
+    except OSError as error:
+        raise UserError(f"output: cannot write {output} ({error.strerror or error})") from None
+
+
+def _read_prompt(path: str) -> str:
+    """Read a file as one prompt, without the line break at its end.
+
+    Args:
+        path: File in UTF-8; ``-`` for the standard input.
+
+    Raises:
+        UserError: If it cannot be read, is empty or is not UTF-8.
+    """
+    with _opened("prompt_file", path) as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"prompt_file: {path}:{line}: not UTF-8") from None
+    if not text:
+        raise UserError(f"prompt_file: {path} is empty")
+    return text
+
+
+def _read_prompts(path: str, generator: TextGenerator) -> Iterator[dict[str, Any]]:
+    """Read a JSON-lines file of prompts, row by row.
+
+    Args:
+        path: File of objects with a text ``prompt`` and any other fields, in UTF-8; ``-`` for the standard input.
+        generator: Generator that continues the prompts.
+
+    Raises:
+        UserError: If the file cannot be read or has no rows, or a row is invalid.
+    """
+    found, limit = False, generator.backbone.config.length_limit
+    with _opened("prompts", path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else {"prompt": ""}
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    raise UserError('expected an object with a text "prompt"')
+                row["prompt"].encode()  # JSON may contain halves of characters
+                if names := [name for name in row if name in _RESULTS]:
+                    raise UserError(f"field {names[0]!r} is one of the output's ({', '.join(_RESULTS)})")
+                length = len(generator.tokenizer.encode(row["prompt"]))
+                if limit is not None and length > limit:
+                    raise UserError(f"prompt of {length} tokens, the model's context_length is {limit}")
+            except (ValueError, RecursionError) as error:
+                kinds = ((UserError, ""), (UnicodeError, "not UTF-8: "), (Exception, "not JSON: "))
+                kind = next(name for one, name in kinds if isinstance(error, one))
+                raise UserError(f"prompts: {path}:{number}: {kind}{error}") from None
+            if text.strip():
+                found = True
+                yield row
+    if not found:
+        raise UserError(f"prompts: {path} has no rows")
+
+
+@contextmanager
+def _opened(setting: str, path: str) -> Iterator[BinaryIO]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{setting}: cannot read {path} ({error.strerror})") from None
+
+
+def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
+    header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
+    return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")
+
+
+def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
+    if completion.stopped is None:
+        return ""
+    return json.dumps({"prompt": completion.prompt, **_results(completion, seed)}) + "\n"
+
+
+def _results(completion: Completion, seed: int) -> dict[str, Any]:
+    speed = round(completion.tokens / completion.seconds, 3) if completion.tokens else 0.0
+    values = (completion.text, completion.tokens, completion.stopped, round(completion.seconds, 6), speed, seed)
+    return dict(zip(_RESULTS, values, strict=True))
+
+
+_RESULTS = ("completion", "tokens", "stopped", "seconds", "tokens_per_second", "seed")
+"""Fields of a completion in JSON output."""
+
+_FORMATS = {"text": _as_text, "json": _as_json}
