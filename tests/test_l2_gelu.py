@@ -8,7 +8,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_tokenformer.models import create_backbone, pattention
+from lit_tokenformer.models import Pattention, create_backbone, pattention
 
 
 def formula(x, key_tokens, value_tokens, tau):
@@ -188,3 +188,37 @@ def test_exported_it_gives_the_same():
     tensors = [one.detach() for one in given(dtype=torch.float32)]
     program = torch.export.export(Layer(), tuple(tensors))
     torch.testing.assert_close(program.module()(*tensors), pattention(*tensors), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["tokenformer_vit_tiny_patch16_224", "vit_tiny_patch16_224"])
+def test_gradients_of_single_samples_by_vmap(preset):
+    from torch.func import functional_call, grad, vmap
+
+    torch.manual_seed(0)
+    model = create_backbone(preset, depth=1, image_size=32, num_classes=5)
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([1, 0, 4])
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(weights, image, label):
+        return F.cross_entropy(functional_call(model, (weights, buffers), (image[None],)), label[None])
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
+    for number in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(images[number : number + 1]), labels[number : number + 1]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name][number], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_equals_reverse_mode():
+    from torch.func import jacfwd, jacrev, jvp
+
+    torch.manual_seed(0)
+    layer, x = Pattention(4, 3, num_tokens=8).double(), torch.randn(5, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, x)
+    for transform in (jacfwd, jacrev):
+        torch.testing.assert_close(transform(layer)(x), jacobian)
+    tangent = torch.randn_like(x)
+    output, moved = jvp(layer, (x,), (tangent,))
+    torch.testing.assert_close(output, layer(x))
+    torch.testing.assert_close(moved, torch.einsum("abcd,cd->ab", jacobian, tangent))

@@ -41,6 +41,8 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         tau: Norm of the normalized scores, ().
     """
     device = x.device.type
+    if torch._C._are_functorch_transforms_active():  # vmap, jvp and others need operations without side effects
+        return _plain(x, key_tokens, value_tokens, tau)
     if not torch.is_grad_enabled() and _on_cpu(x) and x.numel() == x.shape[-1] and not torch.is_autocast_enabled("cpu"):
         return _one_row(x.reshape(-1), key_tokens, value_tokens, tau).view(*x.shape[:-1], -1)
     if torch.is_autocast_enabled(device):
@@ -54,6 +56,12 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
             scores, _ = _normalized(F.linear(rows, key_tokens), tau)
             out = torch.ops.aten.gelu_(scores) @ value_tokens
     return out.view(*x.shape[:-1], value_tokens.shape[1])
+
+
+def _plain(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
+    """Compute Pattention by differentiable operations out of place."""
+    scores = F.linear(x, key_tokens)
+    return F.gelu((scores * l2_scale(scores, tau)).to(scores.dtype)) @ value_tokens
 
 
 class _L2GELU(torch.autograd.Function):
@@ -88,8 +96,7 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     inputs = ctx.saved_tensors[:4]
     x, key_tokens, value_tokens, tau = inputs
     with _without_autocast(grad.device.type):
-        scores = F.linear(x, key_tokens)
-        out = F.gelu((scores * l2_scale(scores, tau)).to(scores.dtype)) @ value_tokens
+        out = _plain(x, key_tokens, value_tokens, tau)
         wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
