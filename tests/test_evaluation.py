@@ -178,3 +178,42 @@ def test_the_command_tells_scores_of_tasks_that_are_here_and_knows_the_published
     scores = json.loads((tmp_path / "scores.json").read_text())["results"]["tiny_choice"]
     assert scores["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
     assert main(["evaluate", *args, "--tasks", "[tiny_choice]", "--output", str(tmp_path / "scores.json")]) == 2
+    capsys.readouterr()
+    asked = ["evaluate", *args, "--tasks", "tiny_choice, tiny_ch*", "--output_path", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="0"):
+        main([*asked, "--log_samples", "true", "--batch_size", "auto"])
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name.endswith("one.ckpt")
+    (results,), (samples,) = folder.glob("results_*.json"), folder.glob("samples_tiny_choice_*.jsonl")
+    found = json.loads(results.read_text())
+    assert found["results"]["tiny_choice"]["acc,none"] == scores["acc,none"] and "samples" not in found
+    assert found["config"]["model"] == "lit_tokenformer" and found["config"]["batch_size"] == 64
+    assert found["config"]["model_args"] == {"ckpt_path": str(tmp_path / "one.ckpt")}
+    assert [json.loads(row)["doc"]["question"] for row in samples.read_text().splitlines()] == [
+        question["question"] for question in QUESTIONS
+    ]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", *args, "--tasks", "list"])
+    assert "tiny_choice" in capsys.readouterr().out
+    for option, message in (
+        (["--log_samples", "true"], "error: log_samples: needs output_path"),
+        (["--output_path", str(tmp_path / "one.ckpt")], "error: output_path: expected a folder, got the file"),
+    ):
+        assert main(["evaluate", *args, "--tasks", "tiny_choice", *option]) == 2
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(generator):
+    model, sizes = HarnessModel(generator, batch_size="auto"), []
+
+    def score(batch):
+        sizes.append(len(batch))
+        if len(batch) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return batch
+
+    assert model._in_batches(list(range(70)), score) == list(range(70))
+    assert sizes == [64, 32, 16, 16, 16, 16, 6]
+    with pytest.raises(torch.OutOfMemoryError):
+        HarnessModel(generator, batch_size=64)._in_batches(list(range(70)), score)

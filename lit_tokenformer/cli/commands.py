@@ -1,9 +1,8 @@
-"""Commands that run without a trainer: grow, import, export, split and evaluate."""
+"""Commands that run without a trainer: grow, import, export and split."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow, grow_with_optimizers
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
-from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.interop.tokenformer import WeightFormat
 from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
 from lit_tokenformer.registry import WEIGHT_FORMATS
@@ -272,56 +270,3 @@ def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
         found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
     name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
     return name, found[name]
-
-
-def evaluate_checkpoint(
-    ckpt_path: str,
-    tasks: list[str],
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    batch_size: int = 8,
-    include_path: str | None = None,
-    output: str | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Evaluate a language model on tasks of EleutherAI's lm-evaluation-harness.
-
-    Args:
-        ckpt_path: Path to a checkpoint of a fit.
-        tasks: Tasks of the harness, such as lambada_openai, hellaswag, piqa, arc_easy and winogrande.
-        num_fewshot: Number of few-shot examples; defaults to that of the task.
-        limit: Maximum number of examples per task, or a fraction of them if below 1.
-        batch_size: Sequences per forward pass.
-        include_path: Folder with custom task definitions.
-        output: Path of a JSON file for the results.
-        device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
-
-    Returns:
-        Results in the harness's format.
-
-    Raises:
-        UserError: If the harness is not installed, the checkpoint cannot be used, a task is unknown, or the output
-            already exists.
-    """
-    if output is not None and Path(output).exists():
-        raise UserError(f"output: {output} exists already")
-    if not tasks:
-        raise UserError("tasks: expected at least one")
-    if batch_size < 1:
-        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UserError(f"num_fewshot: expected a whole number of at least 0, got {num_fewshot}")
-    if limit is not None and not limit > 0:
-        raise UserError(f"limit: expected a number above 0, got {limit}")
-    from lit_tokenformer.inference.lm_eval import as_table, evaluate  # the harness takes seconds to import
-
-    generator = TextGenerator.load(ckpt_path, device)
-    try:
-        results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path)
-    except OSError as error:  # a task that is not cached, and cannot be downloaded
-        raise UserError(f"tasks: {error}") from None
-    print(as_table(results))
-    if output is not None:
-        with atomic_write(output) as file:
-            file.write((json.dumps(results, indent=2, default=str) + "\n").encode())
-    return results

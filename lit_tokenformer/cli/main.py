@@ -25,13 +25,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
 from lit_tokenformer.cli.commands import (
-    evaluate_checkpoint,
     export_weights,
     grow_checkpoint,
     import_weights,
     split_checkpoint,
 )
 from lit_tokenformer.cli.compare import compare_presets
+from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.generate import generate_text
 from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError
@@ -41,8 +42,8 @@ class HarnessModel(TemplateLM):
 
     Args:
         ckpt_path: Checkpoint of a language model, or a generator.
-        batch_size: Number of texts scored per batch.
-        max_batch_size: Ignored; passed by the harness.
+        batch_size: Number of texts scored per batch; ``auto`` starts at 64 and halves it when memory runs out.
+        max_batch_size: Batch size at which ``auto`` starts.
         device: Device of the model; ``auto`` selects the accelerator, if available.
         max_gen_toks: Maximum number of new tokens, for tasks without their own.
     """
@@ -60,7 +61,8 @@ class HarnessModel(TemplateLM):
         if not isinstance(generator, TextGenerator):
             generator = TextGenerator.load(generator, device or "auto")
         self.generator = generator
-        self.batch_size = 8 if batch_size in (None, "auto") else int(batch_size)
+        self._shrinks = str(batch_size).startswith("auto")
+        self.batch_size = (max_batch_size or 64) if self._shrinks else int(batch_size)
         self.max_gen_toks = max_gen_toks
         self.max_length = self.generator.backbone.config.context_length
 
@@ -113,12 +115,29 @@ class HarnessModel(TemplateLM):
             groups.setdefault((length, sampling, stop), []).append((kept, number, seed))
         for (length, sampling, stop), group in groups.items():
             group.sort(key=lambda one: -len(one[0]))  # to reduce padding
-            for start in range(0, len(group), self.batch_size):
-                prompts, numbers, seeds = zip(*group[start : start + self.batch_size], strict=True)
-                *_, completions = self.generator.run(prompts, length, sampling, stop, seeds)
-                for number, completion in zip(numbers, completions, strict=True):
-                    written[number] = completion.text
+
+            def complete(batch: list[Any]) -> list[Any]:
+                prompts, _, seeds = zip(*batch, strict=True)
+                *_, completions = self.generator.run(prompts, length, sampling, stop, seeds)  # noqa: B023
+                return [completion.text for completion in completions]
+
+            for (_, number, _), text in zip(group, self._in_batches(group, complete), strict=True):
+                written[number] = text
         return written
+
+    def _in_batches(self, items: list[Any], function: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Apply a function to batches of items; with ``auto``, halve the batch size when memory runs out."""
+        found: list[Any] = []
+        while len(found) < len(items):
+            batch = items[len(found) : len(found) + self.batch_size]
+            try:
+                found += function(batch)
+            except RuntimeError as error:
+                if not (self._shrinks and len(batch) > 1 and is_oom_error(error)):
+                    raise
+                self.batch_size = len(batch) // 2
+                garbage_collection_cuda()
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -126,13 +145,12 @@ class HarnessModel(TemplateLM):
         """Compute the log-likelihood of each continuation in nats, and whether greedy decoding produces it."""
         pairs = [(context + target)[-self.max_length - 1 :] for _, context, target in requests]
         order = sorted(range(len(pairs)), key=lambda number: len(pairs[number]), reverse=True)
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+
+        def score(batch: list[int]) -> list[tuple[float, bool]]:
             targets = [requests[number][2][-self.max_length :] for number in batch]
-            scores = self._score([pairs[number] for number in batch], targets)
-            found[start : start + len(batch)] = scores
-        return [score for _, score in sorted(zip(order, found, strict=True))]
+            return self._score([pairs[number] for number in batch], targets)
+
+        return [one for _, one in sorted(zip(order, self._in_batches(order, score), strict=True))]
 
     @torch.inference_mode()
     def _score(self, sequences: list[list[int]], targets: list[list[int]]) -> list[tuple[float, bool]]:
@@ -162,8 +180,9 @@ def evaluate(
     tasks: Sequence[str],
     num_fewshot: int | None = None,
     limit: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     include_path: str | None = None,
+    log_samples: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of the harness.
 
@@ -172,8 +191,9 @@ def evaluate(
         tasks: Names of the harness's tasks, or patterns such as ``blimp_*``.
         num_fewshot: Number of few-shot examples; ``None`` for the task's default.
         limit: Maximum number of questions per task, or a fraction of them if below 1.
-        batch_size: Number of texts scored per batch.
+        batch_size: Number of texts scored per batch, or ``auto``.
         include_path: Folder of custom tasks.
+        log_samples: Keep each document with the model's responses, under ``samples``.
 
     Returns:
         Results of ``lm_eval.simple_evaluate``.
@@ -185,16 +205,28 @@ def evaluate(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise UserError(f"tasks: unknown to the harness (got {', '.join(unknown) or 'none'})")
+    model = HarnessModel(generator, batch_size=batch_size)
     found = simple_evaluate(
-        model=HarnessModel(generator, batch_size=batch_size),
+        model=model,
         tasks=manager.match_tasks(list(tasks)),
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,
-        log_samples=False,
+        log_samples=log_samples,
     )
     assert found is not None  # results are returned on rank zero only, and this is a single process
+    device = next(generator.backbone.parameters()).device
+    found["config"] |= {"model": "lit_tokenformer", "batch_size": model.batch_size, "device": str(device)}
     return dict(found)
+
+
+def task_list(include_path: str | None = None) -> str:
+    """List the names of the harness's tasks, as ``lm_eval --tasks list`` does.
+
+    Args:
+        include_path: Folder of custom tasks.
+    """
+    return str(_tasks(include_path).list_all_tasks())
 
 
 def as_table(results: dict[str, Any]) -> str:
