@@ -1,6 +1,6 @@
 """TokenFormer as models of transformers: registered with its Auto classes, and converted in both directions.
 
-After ``import lit_tokenformer.interop.transformers_models``, ``AutoModelForCausalLM`` and the others load exported
+After ``import lit_tokenformer.interop.auto_models``, ``AutoModelForCausalLM`` and the others load exported
 folders without ``trust_remote_code``.
 """
 

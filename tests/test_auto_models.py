@@ -9,7 +9,7 @@ import transformers
 
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
-from lit_tokenformer.interop.transformers_models import (
+from lit_tokenformer.interop.auto_models import (
     MODELS,
     from_transformers,
     save_transformers,
