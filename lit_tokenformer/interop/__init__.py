@@ -1,5 +1,6 @@
 """Import and export of weights in the formats of other projects."""
 
 from lit_tokenformer.interop.tokenformer import load_published, read_published, write_published
+from lit_tokenformer.interop.transformers import read_transformers, write_transformers
 
-__all__ = ["load_published", "read_published", "write_published"]
+__all__ = ["load_published", "read_published", "read_transformers", "write_published", "write_transformers"]

@@ -172,7 +172,7 @@ class Attention(Mixer):
         """Declare the axis of attention heads; of key and value heads with their queries, if these are grouped."""
         group = self._queries * self.head_dim
         blocks = {"query": group, "key": self.head_dim, "value": self.head_dim}
-        reads = [replace(unit, block=blocks[name]) for name in blocks for unit in output_units(name, getattr(self, name))]
+        reads = [replace(unit, block=blocks[n]) for n in blocks for unit in output_units(n, getattr(self, n))]
         units = [*reads, *(replace(unit, block=group) for unit in input_units("proj", self.proj))]
         slopes = [AxisTensor("slope_of_head", 0, OWN, 0.0, block=self._queries)] if self._has_slopes else []
         return [Axis(self._kind, (*units, *slopes))]
