@@ -205,10 +205,7 @@ class Architecture:
             back, _ = self.read_settings({key: value for key, value in settings.items() if value is not None})
         except ValueError as error:
             raise UserError(f"no {error}") from None
-        lost = [name for name in _compared(config) if _value(config, name) != _value(back, name)]
-        if lost:
-            listed = ", ".join(f"{name} {_value(config, name)!r} (only {_value(back, name)!r})" for name in lost)
-            raise UserError(f"no {listed}")
+        check_lossless(config, back, "no ")
         return settings | self.extras(settings)
 
     def expanded(self, config: TokenformerConfig, ours: Mapping[str, Tensor]) -> Iterator[Row]:
@@ -313,7 +310,8 @@ class Architecture:
         """
         ours = _on_meta(config)
         rows = list(self.expanded(config, ours))
-        covered = {name for one in rows for name in one.ours} | ({"head.weight"} if config.tie_embeddings else set())
+        tied = {"head.weight"} & ours.keys() if config.tie_embeddings else set()
+        covered = {name for one in rows for name in one.ours} | tied
         for name in ours.keys() | state.keys() | covered:
             if name not in ours or name not in state or name not in covered:
                 raise UserError(f"state: {name} has no equivalent")
@@ -384,6 +382,23 @@ def _compared(config: TokenformerConfig) -> Iterator[str]:
     for one in dataclasses.fields(config):
         if one.name not in free:
             yield _INSTEAD.get(one.name, one.name)
+
+
+def check_lossless(config: TokenformerConfig, back: TokenformerConfig, problem: str) -> None:
+    """Reject an architecture that another project cannot express.
+
+    Args:
+        config: Architecture.
+        back: The same after a round trip through the settings of the other project.
+        problem: Start of the error, before the list of fields.
+
+    Raises:
+        UserError: If fields that determine the outputs differ.
+    """
+    lost = [name for name in _compared(config) if _value(config, name) != _value(back, name)]
+    if lost:
+        listed = ", ".join(f"{name} {_value(config, name)!r} (only {_value(back, name)!r})" for name in lost)
+        raise UserError(f"{problem}{listed}")
 
 
 def _value(config: TokenformerConfig, name: str) -> Any:
