@@ -229,7 +229,7 @@ class TensorFiles:
         for file in dict.fromkeys(index.values()) if index else [self.path.name]:
             self._add(self.path.with_name(file))
         for name, file in index.items():
-            if name not in self._files:
+            if self._files.get(name) != self.path.with_name(file):
                 raise UserError(f"{setting}: {name} is not in {file}, where {path} expects it")
 
     def _add(self, file: Path) -> None:

@@ -204,9 +204,14 @@ class Architecture:
         try:
             back, _ = self.read_settings({key: value for key, value in settings.items() if value is not None})
         except ValueError as error:
-            raise UserError(f"no {error}") from None
-        check_lossless(config, back, "no ")
+            raise UserError(f"has no {error}") from None
+        check_lossless(config, back, "has no ")
         return settings | self.extras(settings)
+
+    def distance(self, config: TokenformerConfig) -> int:
+        """Count the parts of an architecture that differ from this one."""
+        own = preset_config(self.preset, **self.parts)
+        return sum(getattr(config, name) != getattr(own, name) for name in _PARTS)
 
     def expanded(self, config: TokenformerConfig, ours: Mapping[str, Tensor]) -> Iterator[Row]:
         """Expand the rows for a model of this size; a tied head has none."""
@@ -357,6 +362,19 @@ def _problems(
             hint = f", did you mean {near[0]}?" if near else ""
             yield f"{sources[name][0]} is not one of the {len(wanted)} tensors of this architecture{hint}"
 
+
+_PARTS = (
+    "stem",
+    "head",
+    "mixer",
+    "feed_forward",
+    "positions",
+    "projection",
+    "norm",
+    "norm_position",
+    "bias",
+    "activation",
+)
 
 _INSTEAD = {"mlp_ratio": "mlp_hidden", "head_dim": "head_width", "num_kv_heads": "kv_heads"}
 """Fields of a config and the sizes that they determine."""

@@ -119,7 +119,7 @@ def _build(given: Mapping[str, Any], tensors: int) -> VisionTransformer:
     for key in arguments:
         if key not in ARGUMENTS:
             raise UserError(f"model_args: {key}: unsupported (got {arguments[key]!r})")
-    top = {key: given[key] for key in ("num_classes", "global_pool") if given.get(key) is not None}
+    top = {"num_classes": given["num_classes"]} if "num_classes" in given else {}  # the rest is information
     if isinstance(arguments.get("depth", 1), int) and arguments.get("depth", 1) > tensors:
         raise UserError(f"model_args: depth: {arguments['depth']} blocks, but only {tensors} tensors")
     try:

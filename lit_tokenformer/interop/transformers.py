@@ -92,12 +92,18 @@ def _nested_rope(settings: Settings) -> Settings:
     return {"rope_parameters": {"rope_type": "default", **{name: settings[name] for name in _ROPE}}}
 
 
+def _llama_extras(settings: Settings) -> Settings:
+    dim, heads = settings["hidden_size"], settings["num_attention_heads"]
+    if dim % heads:
+        raise UserError(f"needs a number of heads that divides dim {dim} (got {heads})")
+    return _nested_rope(settings)
+
+
 def _with_segment(offset: int) -> Transform:
     """Add the embedding of the first segment to the positions, without those before the first."""
 
     def ours(tensors: list[Tensor], settings: Settings) -> list[Tensor]:
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        return [tensors[0][offset:].to(wide) + tensors[1][0].to(wide)]
+        return [tensors[0][offset:].double() + tensors[1][0].double()]
 
     def theirs(tensors: list[Tensor], settings: Settings) -> list[Tensor]:
         segments = tensors[0].new_zeros(settings.get("type_vocab_size", 2), tensors[0].shape[1])
@@ -227,7 +233,7 @@ TRANSFORMERS_MODELS.register("llama")(
         fixed={**FIXED, "attention_bias": (False,), "mlp_bias": (False,)},
         ignored=HARMLESS | {"pretraining_tp"},
         upgrade=_flat_rope,
-        extras=_nested_rope,
+        extras=_llama_extras,
         buffers=r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
         rows=(
             row("model.embed_tokens.weight", "stem.embedding.weight"),
@@ -499,11 +505,11 @@ def write_transformers(
         except ValueError as error:
             problems[name] = str(error)
     else:
-        nearest = min(problems, key=lambda name: problems[name].count(" (only "))
-        raise UserError(
-            f"config: no architecture of transformers fits; the nearest, {nearest}, has {problems[nearest]}"
-        )
+        nearest = min(problems, key=lambda name: TRANSFORMERS_MODELS[name].distance(config))
+        raise UserError(f"config: no architecture of transformers fits; the nearest, {nearest}, {problems[nearest]}")
     converted = known.write_tensors(config, state, settings)
+    first = next(iter(converted.values())).dtype  # sums of positions and segments are in float64
+    converted = {name: one.to(first) if one.dtype == torch.float64 else one for name, one in converted.items()}
     tensors = {name: cast(tensor, name, dtype) for name, tensor in converted.items()}
     settings["architectures"] = [known.classes[0]]
     settings["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
