@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from importlib import util
 from pathlib import Path
 
@@ -349,6 +351,31 @@ def test_a_fit_grows_an_imported_model_with_the_settings_that_import_wrote(folde
         assert difference(mine, other) <= 1e-5
         assert transformers.AutoTokenizer.from_pretrained(back)("a").input_ids == [97]
         assert load(fitted).size | growth == load(fitted).size
+
+
+PEAK = """
+import resource, sys
+from lit_tokenformer.cli.commands import import_weights
+for source in sys.argv[1:]:
+    import_weights(source, source + ".ckpt")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_import_needs_the_memory_of_one_model(folders, tmp_path):
+    sizes = {"n_embd": 768, "n_layer": 14, "n_head": 12, "vocab_size": 2000, **IDS}
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.bfloat16().to_empty(device="cpu").tie_weights()
+    model.save_pretrained(tmp_path / "large", max_shard_size="60MB")
+    files = list((tmp_path / "large").glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files) / 2**20
+    assert len(files) > 2 and size > 190
+    folder = own_copy(folders("gpt2"), tmp_path / "small")
+    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "large")]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert int(lines[3]) <= int(lines[1]) + size + 64
 
 
 # --- Rejected ---------------------------------------------------------------------------------------------------------
