@@ -52,12 +52,12 @@ def load(path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_theirs_there_and_back(name, tmp_path):
+def test_logits_equal_theirs(name, tmp_path):
     folder = saved(tmp_path / "one", *MODELS[name])
     theirs = random_model(*MODELS[name])
     x = torch.randn(2, theirs.in_chans, 16, 16)
     path = import_weights(str(folder), str(tmp_path / "base.ckpt"))
-    assert difference(load(path)(x), theirs(x)) <= 1e-5
+    single = difference(load(path)(x), theirs(x))
     back = export_weights(str(path), str(tmp_path / "back"), format="timm")
     again = timm.create_model(f"local-dir:{back}", pretrained=True).eval()
     assert again.state_dict().keys() == theirs.state_dict().keys()
@@ -67,7 +67,9 @@ def test_logits_equal_theirs_there_and_back(name, tmp_path):
     with everywhere(torch.float64):
         ours = Tokenformer(config).eval()
         ours.load_state_dict(state)
-        assert difference(ours(x.double()), theirs.double()(x.double())) <= 1e-10
+        double = difference(ours(x.double()), theirs.double()(x.double()))
+    print(f"\n{name}: relative difference {single:.1e} (float32), {double:.1e} (float64)")  # of docs/interop.md
+    assert single <= 1e-5 and double <= 1e-10
 
 
 @torch.no_grad()
