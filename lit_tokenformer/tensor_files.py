@@ -254,7 +254,7 @@ class TensorFiles:
             ValueError: If the file is damaged, or the tensor is not of floating point.
         """
         file = self._files[name]
-        if file.suffix == ".safetensors":  # opened anew, so that the pages of earlier tensors are released
+        if file.suffix == ".safetensors":  # reopened: the pages of earlier tensors are released
             with reading_errors(self._setting, file), safe_open(file, "pt") as found:
                 tensor = found.get_tensor(name)
         else:
