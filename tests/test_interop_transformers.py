@@ -23,6 +23,7 @@ from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import Tokenizer
 from lit_tokenformer.interop import read_transformers
 from lit_tokenformer.models import Tokenformer, create_backbone
+from lit_tokenformer.registry import TRANSFORMERS_MODELS
 from lit_tokenformer.tasks import LitCausalLM
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -259,6 +260,88 @@ def test_sentence_vectors_of_a_pretrained_model(tmp_path):
     assert close > far + 0.3  # the model has learned something
 
 
+PUBLISHED = {  # configs of the hub, abbreviated, and parameters of the model less those of segments and padding
+    "gpt2": (
+        {
+            **{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1},
+            **{"bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02},
+            **{"layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12},
+            **{"n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None},
+            **{"summary_type": "cls_index", "task_specific_params": {"text-generation": {"do_sample": True}}},
+            **{"vocab_size": 50257},
+        },
+        124_439_808,
+    ),
+    "pythia-160m": (
+        {
+            **{"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu"},
+            **{"hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05, "model_type": "gpt_neox"},
+            **{"max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12},
+            **{"rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16"},
+            **{"use_parallel_residual": True, "vocab_size": 50304},
+        },
+        162_322_944,
+    ),
+    "tinyllama-1.1b": (
+        {
+            **{"architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu"},
+            **{"hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama"},
+            **{"num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1},
+            **{"rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False},
+            **{"torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32000},
+        },
+        1_100_048_384,
+    ),
+    "bert-base-cased": (
+        {
+            **{"architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu"},
+            **{"gradient_checkpointing": False, "hidden_dropout_prob": 0.1, "hidden_size": 768},
+            **{"intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512},
+            **{"model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0},
+            **{"position_embedding_type": "absolute", "type_vocab_size": 2, "vocab_size": 30522},
+            **{"directionality": "bidi", "pooler_fc_size": 768, "pooler_type": "first_token_transform"},
+        },
+        109_514_298 - 2 * 768,
+    ),
+    "roberta-base": (
+        {
+            **{"architectures": ["RobertaForMaskedLM"], "attention_probs_dropout_prob": 0.1, "bos_token_id": 0},
+            **{"eos_token_id": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768},
+            **{"intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 514},
+            **{"model_type": "roberta", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1},
+            **{"type_vocab_size": 1, "vocab_size": 50265},
+        },
+        124_697_433 - (2 + 1) * 768,
+    ),
+    "rwkv-4-169m": (
+        {
+            **{"architectures": ["RwkvForCausalLM"], "attention_hidden_size": 768, "context_length": 1024},
+            **{"hidden_size": 768, "intermediate_size": 3072, "layer_norm_epsilon": 1e-05, "model_type": "rwkv"},
+            **{"num_hidden_layers": 12, "rescale_every": 6, "tie_word_embeddings": False, "vocab_size": 50277},
+        },
+        169_342_464,
+    ),
+    "vit-base-patch16-224": (
+        {
+            **{"architectures": ["ViTForImageClassification"], "attention_probs_dropout_prob": 0.0},
+            **{"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "image_size": 224},
+            **{"id2label": {str(label): "name" for label in range(1000)}, "intermediate_size": 3072},
+            **{"layer_norm_eps": 1e-12, "model_type": "vit", "num_attention_heads": 12, "num_channels": 3},
+            **{"num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True},
+        },
+        86_567_656,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_published_models_have_their_number_of_parameters(name):
+    given, parameters = PUBLISHED[name]
+    config, _ = TRANSFORMERS_MODELS[given["model_type"]].read_settings(given)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in Tokenformer(config).parameters()) == parameters
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +537,9 @@ def test_untied_weights_without_a_head_are_rejected(folders, tmp_path):
     folder = own_copy(folders("gpt2"), tmp_path / "one", tie_word_embeddings=False)
     with pytest.raises(ValueError, match="lm_head.weight is missing"):
         read_transformers(folder)
+    wide = own_copy(folders("gpt2"), tmp_path / "wide", n_positions=10**30)
+    with pytest.raises(ValueError, match="impossible sizes"):
+        read_transformers(wide)
     deep = own_copy(folders("gpt2"), tmp_path / "deep", n_layer=10**9)
     with pytest.raises(ValueError, match="1000000000 blocks, but only"):
         read_transformers(deep)

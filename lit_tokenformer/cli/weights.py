@@ -79,6 +79,8 @@ def import_weights(
     kind, sizes = _TASKS[config.head]
     given = {name: getattr(config, name) for name in sizes}
     preset, overrides = _preset_of(config, given)
+    if not any(name.endswith(".key_tokens") for name in state):  # the sizes of Pattention have no effect
+        overrides.pop("param_tokens", None)
     with torch.device("meta"):  # only shapes are needed
         task: Any = kind(preset, **given, overrides=overrides)
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
@@ -90,8 +92,8 @@ def import_weights(
             file.write(text.encode())
     fixed = overrides | (given if isinstance(task, LitLanguageTask) else {})  # images are resized to the data
     with atomic_write(settings) as file:
-        content = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}", "init_args": {"preset": preset}}
-        content["init_args"]["overrides"] = fixed
+        arguments = {"preset": preset, "overrides": fixed}
+        content = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}", "init_args": arguments}
         file.write(yaml.safe_dump({"model": content}, sort_keys=False).encode())
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())

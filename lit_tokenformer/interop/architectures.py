@@ -82,7 +82,7 @@ class Field(NamedTuple):
     write: Callable[[Any, Settings], Any] = lambda value, settings: value
 
 
-def named(theirs: str, ours: str, default: Any, names: Mapping[str, str]) -> Field:
+def named(theirs: str, ours: str, default: Any, names: Mapping[Any, str]) -> Field:
     """Build the field of a setting whose values are names; the first of several equivalent names is written."""
 
     def read(value: Any, settings: Settings) -> str:
@@ -127,7 +127,7 @@ class Architecture:
         classes: Names of classes in ``architectures``; the first is the one that is exported.
         bare: Names of classes without a head, whose head is newly initialized.
         prefix: Prefix of tensor names that a bare model omits.
-        fixed: Settings that the model does not vary, with their supported values; the first is exported.
+        fixed: Settings that the model does not vary, with their supported values; the first is exported if true.
         ignored: Settings without effect on the outputs.
         buffers: Pattern of names of redundant tensors.
         unused: Pattern of names of tensors that contribute nothing to the outputs of our model, which are reported.
@@ -198,7 +198,7 @@ class Architecture:
         Raises:
             UserError: For fields that the settings cannot express, which the error lists.
         """
-        settings: Settings = {key: values[0] for key, values in self.fixed.items() if values[0] is not None}
+        settings: Settings = {key: values[0] for key, values in self.fixed.items() if values[0]}
         for one in self.fields:
             settings[one.theirs] = one.write(_value(config, one.ours), settings)
         try:
@@ -333,8 +333,11 @@ class Architecture:
 
 
 def _on_meta(config: TokenformerConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return Tokenformer(config).state_dict()
+    try:
+        with torch.device("meta"):
+            return Tokenformer(config).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # such as sizes beyond 64 bits
+        raise UserError(f"impossible sizes ({' '.join(str(error).split())[:200]})") from None
 
 
 def _fresh_head(config: TokenformerConfig) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ def _build(given: Mapping[str, Any], tensors: int) -> VisionTransformer:
     return theirs
 
 
-def _config(theirs: VisionTransformer) -> TokenformerConfig:
+def _config(theirs: Any) -> TokenformerConfig:
     """Derive our architecture from timm's.
 
     Raises:
@@ -167,7 +167,7 @@ def _config(theirs: VisionTransformer) -> TokenformerConfig:
         class_token=theirs.has_class_token,
     )
     with torch.device("meta"):
-        twin = timm.create_model(EXPORTED, pretrained=False, **_arguments(config))
+        twin: Any = timm.create_model(EXPORTED, pretrained=False, **_arguments(config))
         twin.reset_classifier(theirs.num_classes)
         for module in twin.modules():
             if isinstance(module, nn.LayerNorm):
@@ -182,7 +182,11 @@ def _arguments(config: TokenformerConfig) -> dict[str, Any]:
     ratio = config.mlp_hidden / config.dim
     if int(config.dim * ratio) != config.mlp_hidden:  # timm rounds down
         ratio = math.nextafter(ratio, math.inf)
-    arguments = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.in_chans}
+    arguments: dict[str, Any] = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+    }
     arguments |= {"num_classes": config.num_classes, "global_pool": config.global_pool, "embed_dim": config.dim}
     arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": ratio}
     arguments |= {"class_token": config.class_token, "act_layer": config.activation, "fc_norm": False}
