@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.data.text.tokenizer import checked_backend
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
 from lit_tokenformer.interop.weight_format import WeightFormat, local_source, recognize
 from lit_tokenformer.models import TokenformerConfig, list_presets, preset_config
 from lit_tokenformer.registry import WEIGHT_FORMATS
@@ -79,8 +81,10 @@ def import_weights(
     kind, sizes = _TASKS[config.head]
     given = {name: getattr(config, name) for name in sizes}
     preset, overrides = _preset_of(config, given)
-    if not any(name.endswith(".key_tokens") for name in state):  # the sizes of Pattention have no effect
+    free = {*_TRAINING, *UNUSED_BY_STEM.get(config.stem, ()), *(sizes if config.stem == "patch" else ())}
+    if not any(name.endswith(".key_tokens") for name in state):  # no Pattention
         overrides.pop("param_tokens", None)
+        free.add("param_tokens")
     with torch.device("meta"):  # only shapes are needed
         task: Any = kind(preset, **given, overrides=overrides)
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
@@ -90,10 +94,12 @@ def import_weights(
     if text is not None and not copy.exists():
         with atomic_write(copy) as file:
             file.write(text.encode())
-    fixed = overrides | (given if isinstance(task, LitLanguageTask) else {})  # images are resized to the data
+    # all others, since an earlier config may set them; images are resized to the data
+    fields = {name: value for name, value in vars(config).items() if name not in free}
+    fields["layers"] = config.layers and list(config.layers)
+    content = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}"}
+    content |= {"init_args": {"preset": preset, "overrides": fields}}
     with atomic_write(settings) as file:
-        arguments = {"preset": preset, "overrides": fixed}
-        content = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}", "init_args": arguments}
         file.write(yaml.safe_dump({"model": content}, sort_keys=False).encode())
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())
@@ -102,6 +108,9 @@ def import_weights(
     print(f"{target}: {preset}{changes}, {numbers:,} parameters{text_note}{notes}")
     return target
 
+
+_TRAINING = ("drop_path", "patch_drop_rate", "init", "unpad", "low_precision_norm")
+"""Fields of an architecture that weights do not determine."""
 
 _TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "language": (tasks.LitCausalLM, ("vocab_size", "context_length")),
@@ -177,12 +186,15 @@ def new_folder(output: str) -> Iterator[Path]:
 
 
 def _read_tokenizer(path: Path) -> str:
+    """Load a ``tokenizer.json`` without padding and truncation, which the data modules do not use either."""
     try:
         text = path.read_text(encoding="utf-8")
-        checked_backend(text)
+        backend = checked_backend(text)
+        backend.no_truncation()
+        plain = backend.to_str()
+        return text if json.loads(text) == json.loads(plain) else plain
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {path} ({_first_line(error)})") from None
-    return text
 
 
 def _preset_of(config: TokenformerConfig, sizes: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -386,7 +386,7 @@ _FREE = {
     *("param_tokens", "score_norm"),  # of Pattention only
     *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "unpad", "low_precision_norm"),  # of training
 }
-_BY_STEM = {
+UNUSED_BY_STEM = {
     "token": {"image_size", "patch_size", "in_chans", "num_classes", "global_pool", "class_token"},
     "patch": {"vocab_size", "context_length", "tie_embeddings"},
 }
@@ -395,7 +395,7 @@ _BY_STEM = {
 
 def _compared(config: TokenformerConfig) -> Iterator[str]:
     """Yield the fields that determine the outputs of a model."""
-    free = _FREE | _BY_STEM["patch" if config.stem == "patch" else "token"]
+    free = _FREE | UNUSED_BY_STEM.get(config.stem, set())
     if config.positions != "rotary":
         free = free | {"rotary_fraction", "rotary_base"}
     if all(config.parts_of(layer)[0] == "wkv" for layer in range(config.pattern_length)):
