@@ -22,7 +22,7 @@ from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.data import Tokenizer
 from lit_tokenformer.interop import read_transformers
-from lit_tokenformer.models import Tokenformer, create_backbone
+from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.registry import TRANSFORMERS_MODELS
 from lit_tokenformer.tasks import LitCausalLM
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
@@ -217,14 +217,13 @@ def test_a_model_trained_here_is_exported(tmp_path):
     assert {path.name for path in back.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
+    assert transformers.AutoModelForCausalLM.from_pretrained(back).dtype == torch.float16
     model = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(back)
     x = tokenizer("né", return_tensors="pt").input_ids
     assert x.tolist() == [[110, 195, 169]] and tokenizer.eos_token_id == model.config.eos_token_id == 256
     with torch.no_grad():
         assert difference(task.backbone.eval()(x), model(x).logits) <= 1e-2  # of half precision
-    roberta = create_backbone("roberta_tiny", vocab_size=VOCAB, context_length=LENGTH)
-    assert roberta.config.norm_position == "post"
 
 
 def test_roberta_is_exported_by_name(folders, tmp_path):
@@ -492,6 +491,7 @@ SETTINGS = [
     ("llama", {"num_key_value_heads": 2}, r"num_kv_heads: not a divisor of num_heads 3 \(got 2\)"),
     ("bert", {"position_embedding_type": "relative_key"}, r"position_embedding_type: unsupported \(got 'relative_key'"),
     ("bert", {"is_decoder": True}, "is_decoder: unsupported"),
+    ("bert", {"architectures": ["BertForNextSentencePrediction"]}, "architectures: unsupported"),
     ("roberta", {"pad_token_id": 0}, r"pad_token_id: unsupported \(got 0, expected 1\)"),
     ("rwkv", {"attention_hidden_size": 96}, r"attention_hidden_size: differs from hidden_size \(got 96 and 48"),
     ("vit", {"qkv_bias": False}, "qkv_bias: unsupported"),
@@ -540,6 +540,9 @@ def test_untied_weights_without_a_head_are_rejected(folders, tmp_path):
     wide = own_copy(folders("gpt2"), tmp_path / "wide", n_positions=10**30)
     with pytest.raises(ValueError, match="impossible sizes"):
         read_transformers(wide)
+    segments = own_copy(folders("bert"), tmp_path / "segments", type_vocab_size="2")
+    with pytest.raises(ValueError, match="type_vocab_size: expected a whole number of at least 1, got '2'"):
+        read_transformers(segments)
     deep = own_copy(folders("gpt2"), tmp_path / "deep", n_layer=10**9)
     with pytest.raises(ValueError, match="1000000000 blocks, but only"):
         read_transformers(deep)

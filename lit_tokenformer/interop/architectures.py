@@ -248,10 +248,10 @@ class Architecture:
             shapes = one.transform.theirs([ours[name] for name in one.ours], settings)
             expected |= {name: tuple(tensor.shape) for name, tensor in zip(one.theirs, shapes, strict=True)}
         sources, unused = self._sources(files, config, expected)
-        classes = settings.get("architectures") or self.bare
-        missing = [one for one in rows if not all(name in sources for name in one.theirs)]
-        heads = {name for one in missing for name in one.ours if name.startswith("head.")}
-        fresh = {one.ours[0] for one in missing if one.ours[0] in heads} if set(classes) & set(self.bare) else set()
+        fresh: set[str] = set()
+        if set(settings.get("architectures") or self.bare) & set(self.bare):
+            missing = [one for one in rows if not all(name in sources for name in one.theirs)]
+            fresh = {one.ours[0] for one in missing if one.ours[0].startswith("head.")}
         rows = [one for one in rows if one.ours[0] not in fresh]
         for problem in _problems(rows, expected, sources, files):
             raise UserError(problem)
@@ -367,17 +367,10 @@ def _problems(
 
 
 _PARTS = (
-    "stem",
-    "head",
-    "mixer",
-    "feed_forward",
-    "positions",
-    "projection",
-    "norm",
-    "norm_position",
-    "bias",
-    "activation",
+    *("stem", "head", "mixer", "feed_forward", "positions", "projection"),
+    *("norm", "norm_position", "bias", "activation"),
 )
+"""Fields that tell architectures apart."""
 
 _INSTEAD = {"mlp_ratio": "mlp_hidden", "head_dim": "head_width", "num_kv_heads": "kv_heads"}
 """Fields of a config and the sizes that they determine."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_tokenformer.data.text.tokenizer import MASKS, Tokenizer
+from lit_tokenformer.data.text.tokenizer import MASKS, USUAL_SEPARATORS, checked_backend
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop import transformers_models  # noqa: F401  (registers the architectures)
 from lit_tokenformer.interop.architectures import Architecture
@@ -100,19 +100,21 @@ def write_transformers(
     converted = {name: one.to(first) if one.dtype == torch.float64 else one for name, one in converted.items()}
     tensors = {name: cast(tensor, name, dtype) for name, tensor in converted.items()}
     settings["architectures"] = [known.classes[0]]
-    settings["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
     _write_json(Path(folder) / CONFIG_FILE, settings)
 
 
 SPECIAL_TOKENS = {
+    "bos_token": ("<|begin_of_text|>", "<s>", "[CLS]", *USUAL_SEPARATORS),
+    "eos_token": USUAL_SEPARATORS,
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": MASKS,
 }
-"""Roles of special tokens in ``tokenizer_config.json``, with their usual names."""
+"""Roles of special tokens in ``tokenizer_config.json``, with their usual names in order of preference."""
 
 
 def write_tokenizer(folder: Path, text: str) -> None:
@@ -123,18 +125,12 @@ def write_tokenizer(folder: Path, text: str) -> None:
         text: Content of the ``tokenizer.json``.
     """
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    config = read_json(folder / CONFIG_FILE)
-    tokenizer = Tokenizer.from_json(text)
-    roles = {
-        role: next((n for n in names if tokenizer.special_id(n) is not None), None)
-        for role, names in SPECIAL_TOKENS.items()
-    }
-    special = {"bos_token": tokenizer.separator, "eos_token": tokenizer.separator} | {
-        role: name for role, name in roles.items() if name is not None
-    }
+    vocabulary = checked_backend(text).get_vocab(with_added_tokens=True)
+    usual = {role: next((name for name in names if name in vocabulary), None) for role, names in SPECIAL_TOKENS.items()}
+    special = {role: name for role, name in usual.items() if name is not None}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
-    ids = {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
-    _write_json(folder / CONFIG_FILE, {**config, **ids})
+    ids = {f"{role}_id": vocabulary[special[role]] for role in ("bos_token", "eos_token") if role in special}
+    _write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **ids})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

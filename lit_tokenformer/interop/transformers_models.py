@@ -90,8 +90,10 @@ def _with_segment(offset: int) -> Transform:
         return [tensors[0][offset:].double() + tensors[1][0].double()]
 
     def theirs(tensors: list[Tensor], settings: Settings) -> list[Tensor]:
-        segments = tensors[0].new_zeros(settings.get("type_vocab_size", 2), tensors[0].shape[1])
-        return [torch.cat([tensors[0].new_zeros(offset, tensors[0].shape[1]), tensors[0]]), segments]
+        dim, segments = tensors[0].shape[1], settings.get("type_vocab_size", 2)
+        if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
+            raise UserError(f"type_vocab_size: expected a whole number of at least 1, got {segments!r}")
+        return [torch.cat([tensors[0].new_zeros(offset, dim), tensors[0]]), tensors[0].new_zeros(segments, dim)]
 
     return Transform(ours, theirs)
 
