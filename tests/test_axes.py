@@ -32,7 +32,7 @@ def make(name, **more):
         sizes = {"dim": 32, "depth": 2, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 3}
         model = create_backbone("vit_tiny_patch16_224", **sizes, **more)
     else:
-        model = create_backbone(f"{name}_tiny", **{**SIZES, **MODELS[name], **more})
+        model = create_backbone(f"{name}_tiny", **{**SIZES, **MODELS.get(name, {}), **more})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.double().eval()
@@ -157,7 +157,7 @@ GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 @torch.no_grad()
 def test_grouped_queries_are_heads_whose_keys_and_values_are_equal():
     """arXiv 2305.13245, section 2.2; the KV cache keeps the smaller heads."""
-    grouped, plain = make("pangu_pi", **GROUPED), make("pangu_pi", num_heads=4)
+    grouped, plain = make("llama", **GROUPED), make("llama", num_heads=4)
     weights = grouped.state_dict()
     for name, tensor in weights.items():
         if ".attn.key." in name or ".attn.value." in name:  # two heads of 8 for the queries of four
@@ -175,7 +175,7 @@ def test_grouped_queries_are_heads_whose_keys_and_values_are_equal():
 @pytest.mark.parametrize(("method", "total"), [("split", 4), ("split", 5), ("zero", 3)])
 @pytest.mark.parametrize("more", [{}, {"projection": "pattention", "param_tokens": 6}, {"positions": "alibi"}])
 def test_grouped_queries_grow_with_their_keys(method, total, more):
-    model = make("pangu_pi", **GROUPED, **more)
+    model = make("llama", **GROUPED, **more)
     assert model.size.keys() >= {"kv_heads"} and "heads" not in model.size and not model.grown
     x = batch_for(model)
     before = model(x)

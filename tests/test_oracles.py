@@ -233,7 +233,7 @@ def rwkv() -> Pair:
     return Pair(theirs, ours, by_table(TRANSFORMERS_MODELS["rwkv"], ours))
 
 
-def llama(**overrides) -> Pair:
+def llama(preset: str = "pangu_pi_tiny", **overrides) -> Pair:
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -249,7 +249,7 @@ def llama(**overrides) -> Pair:
             attn_implementation="eager",
         )
     )
-    ours = create_backbone("pangu_pi_tiny", **SIZES, **overrides)
+    ours = create_backbone(preset, **SIZES, **overrides)
     return Pair(theirs, ours, by_table(TRANSFORMERS_MODELS["llama"], ours))
 
 
@@ -262,7 +262,6 @@ def vit() -> Pair:
 
 
 SEQUENTIAL = {"bias": True, "norm_affine": True}  # what the `transformer` twin leaves out of GPT-NeoX
-PLAIN = {"series": 1, "shortcut_reduction": 0}
 BUILDERS = {
     "vit": vit,
     "gpt2": gpt2,
@@ -276,7 +275,7 @@ BUILDERS = {
     "mosaic_bert-padded": lambda: mosaic_bert(unpad=False),
     "rwkv4": rwkv,
     "hybrid": hybrid,
-    "pangu_pi-plain": lambda: llama(**PLAIN),
+    "llama": lambda: llama("llama_tiny"),
     "pangu_pi-degenerate": lambda: llama(shortcut_reduction=4),
 }
 EVERY_PAIR = pytest.mark.parametrize("name", BUILDERS)

@@ -198,8 +198,7 @@ TRANSFORMERS_MODELS.register("gpt_neox")(
 
 TRANSFORMERS_MODELS.register("llama")(
     Architecture(
-        preset="pangu_pi_tiny",
-        parts={"series": 1, "shortcut_reduction": 0},
+        preset="llama_tiny",
         classes=("LlamaForCausalLM",),
         bare=("LlamaModel",),
         prefix="model.",
