@@ -1,5 +1,6 @@
 """Weights of transformers, in and out: equal logits for every architecture, and what is rejected."""
 
+import dataclasses
 import json
 import os
 import re
@@ -357,7 +358,13 @@ def test_shards_pickles_and_one_file_are_the_same_model(folders, tmp_path):
     old = own_copy(folders("gpt2"), tmp_path / "old")
     names = {name.removeprefix("transformer."): tensor for name, tensor in half.items() if "lm_head" not in name}
     safetensors.torch.save_file({k: v.contiguous() for k, v in names.items()}, old / "model.safetensors")
-    for folder in (tmp_path / "shards", pickled, old):
+    parts = own_copy(folders("gpt2"), tmp_path / "parts")
+    (parts / "model.safetensors").unlink()
+    files = {name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin" for place, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: names[name] for name in files if files[name] == file}, parts / file)
+    (parts / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    for folder in (tmp_path / "shards", pickled, old, parts):
         state = read_transformers(folder).state
         assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
@@ -379,6 +386,15 @@ def test_weights_keep_their_precision_and_old_names_of_norms_are_read(folders, t
     assert torch.equal(
         state["blocks.1.norm2.weight"], weights["bert.encoder.layer.1.output.LayerNorm.weight"].bfloat16()
     )
+
+
+def test_an_architecture_of_a_plugin_is_one_registration(folders, tmp_path, monkeypatch):
+    twin = dataclasses.replace(TRANSFORMERS_MODELS["gpt2"], classes=("Twin",), bare=())
+    monkeypatch.setitem(TRANSFORMERS_MODELS.entries, "twin", twin)
+    folder = own_copy(folders("gpt2"), tmp_path / "twin", model_type="twin", architectures=["Twin"])
+    path = import_weights(str(folder), str(tmp_path / "base.ckpt"))
+    back = export_weights(str(path), str(tmp_path / "back"), format="transformers", architecture="twin")
+    assert json.loads((back / "config.json").read_text())["architectures"] == ["Twin"]
 
 
 def test_import_reports_what_it_leaves_out(folders, tmp_path, capsys):

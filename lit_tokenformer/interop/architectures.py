@@ -370,7 +370,7 @@ _PARTS = (
     *("stem", "head", "mixer", "feed_forward", "positions", "projection"),
     *("norm", "norm_position", "bias", "activation"),
 )
-"""Fields that tell architectures apart."""
+"""Fields that distinguish architectures."""
 
 _INSTEAD = {"mlp_ratio": "mlp_hidden", "head_dim": "head_width", "num_kv_heads": "kv_heads"}
 """Fields of a config and the sizes that they determine."""
