@@ -97,7 +97,7 @@ def import_weights(
     # all others, since an earlier config may set them; images are resized to the data
     fields = {name: value for name, value in vars(config).items() if name not in free}
     fields["layers"] = config.layers and list(config.layers)
-    content = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}"}
+    content: dict[str, Any] = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}"}
     content |= {"init_args": {"preset": preset, "overrides": fields}}
     with atomic_write(settings) as file:
         file.write(yaml.safe_dump({"model": content}, sort_keys=False).encode())
