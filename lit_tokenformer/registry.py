@@ -125,7 +125,9 @@ IMAGE_SOURCES: Registry[Any] = Registry("data.dataset")
 TEXT_SOURCES: Registry[Callable[..., Any]] = Registry("data.dataset")
 """``(settings) -> TextSplits``; see :mod:`lit_tokenformer.data.text.sources`."""
 WEIGHT_FORMATS: Registry[Any] = Registry("project")
-"""A :class:`~lit_tokenformer.interop.tokenformer.WeightFormat`."""
+"""A :class:`~lit_tokenformer.interop.weight_format.WeightFormat`."""
+TRANSFORMERS_MODELS: Registry[Any] = Registry("config_json: model_type")
+"""An :class:`~lit_tokenformer.interop.architectures.Architecture` of transformers, by ``model_type``."""
 TASKS: Registry[type] = Registry("ckpt_path: task")
 """LightningModules by class name, rebuilt from a checkpoint by the commands."""
 

@@ -8,6 +8,7 @@ checksums. Here a file is verified before torch reads it: every record against i
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError
@@ -202,6 +203,76 @@ def read_tensors(path: str | os.PathLike[str], setting: str) -> dict[str, Tensor
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{setting}: {path}: {name} is not a floating-point tensor (got {kind})")
     return {str(name): _alone(tensor) for name, tensor in found.items()}
+
+
+class TensorFiles:
+    """Tensors of a weights file, or of the shards that an index names, loaded one at a time.
+
+    Args:
+        path: ``.safetensors`` file, pickled state dict, or ``.index.json`` of shards in its folder.
+        setting: Setting that names the file, for errors.
+
+    Attributes:
+        shapes: Shape of each tensor, by name.
+
+    Raises:
+        ValueError: If a file is missing, incomplete or contains pickled code, or a tensor of the index is not in its
+            shard.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], setting: str) -> None:
+        self.path, self._setting = Path(path), setting
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._pickled: dict[str, Any] = {}
+        index = _read_index(self.path, setting) if self.path.suffix == ".json" else {}
+        for file in dict.fromkeys(index.values()) if index else [self.path.name]:
+            self._add(self.path.with_name(file))
+        for name, file in index.items():
+            if self._files.get(name) != self.path.with_name(file):
+                raise UserError(f"{setting}: {name} is not in {file}, where {path} expects it")
+
+    def _add(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(f"{self._setting}: {file} is missing")
+        if file.suffix == ".safetensors":
+            with reading_errors(self._setting, file), safe_open(file, "pt") as found:
+                shapes = {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}  # noqa: SIM118
+        else:
+            pickled = load_pickle(file, self._setting, mmap=True)
+            if not isinstance(pickled, Mapping) or not all(isinstance(one, Tensor) for one in pickled.values()):
+                raise UserError(f"{self._setting}: {file} is not a state dict")
+            self._pickled |= pickled
+            shapes = {name: tuple(tensor.shape) for name, tensor in pickled.items()}
+        self.shapes |= shapes
+        self._files |= dict.fromkeys(shapes, file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Load a tensor in the precision of the file.
+
+        Raises:
+            ValueError: If the file is damaged, or the tensor is not of floating point.
+        """
+        file = self._files[name]
+        if file.suffix == ".safetensors":  # reopened: the pages of earlier tensors are released
+            with reading_errors(self._setting, file), safe_open(file, "pt") as found:
+                tensor = found.get_tensor(name)
+        else:
+            tensor = _alone(self._pickled[name])
+        if not tensor.is_floating_point():
+            raise UserError(f"{self._setting}: {file}: {name} is not a floating-point tensor (got {tensor.dtype})")
+        return tensor
+
+
+def _read_index(path: Path, setting: str) -> dict[str, str]:
+    """Return the shard of each tensor; shards are files in the folder of the index."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if index and all(isinstance(file, str) and file == Path(file).name for file in index.values()):
+            return index
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{setting}: {path} is not an index of shards (expected a weight_map of tensors and file names)")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -32,7 +32,7 @@ def make(name, **more):
         sizes = {"dim": 32, "depth": 2, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 3}
         model = create_backbone("vit_tiny_patch16_224", **sizes, **more)
     else:
-        model = create_backbone(f"{name}_tiny", **{**SIZES, **MODELS[name], **more})
+        model = create_backbone(f"{name}_tiny", **{**SIZES, **MODELS.get(name, {}), **more})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.double().eval()
@@ -149,6 +149,48 @@ def test_bad_totals_are_one_line_that_names_the_kind(name, size, message):
     with pytest.raises(ValueError, match=message):
         grow(model, size)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+GROUPED = {"num_heads": 4, "num_kv_heads": 2}
+
+
+@torch.no_grad()
+def test_grouped_queries_are_heads_whose_keys_and_values_are_equal():
+    """arXiv 2305.13245, section 2.2; the KV cache keeps the smaller heads."""
+    grouped, plain = make("llama", **GROUPED), make("llama", num_heads=4)
+    weights = grouped.state_dict()
+    for name, tensor in weights.items():
+        if ".attn.key." in name or ".attn.value." in name:  # two heads of 8 for the queries of four
+            weights[name] = tensor.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+    plain.load_state_dict(weights)
+    x = batch_for(grouped)
+    torch.testing.assert_close(grouped(x), plain(x), rtol=1e-12, atol=1e-12)
+    state = grouped.new_state(10)
+    steps = torch.cat([grouped(part, state=state) for part in x.split([6, 1, 3], dim=1)], dim=1)
+    torch.testing.assert_close(steps, grouped(x), rtol=1e-12, atol=1e-12)
+    assert state.blocks[0][0].key.shape == (16, 2, 10, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "total"), [("split", 4), ("split", 5), ("zero", 3)])
+@pytest.mark.parametrize("more", [{}, {"projection": "pattention", "param_tokens": 6}, {"positions": "alibi"}])
+def test_grouped_queries_grow_with_their_keys(method, total, more):
+    model = make("llama", **GROUPED, **more)
+    assert model.size.keys() >= {"kv_heads"} and "heads" not in model.size and not model.grown
+    x = batch_for(model)
+    before = model(x)
+    grow(model, {"kv_heads": total}, method)
+    assert relative(before, model(x)) < 1e-12 and model.grown
+    config = model.config.at_size(model.size)
+    assert (config.num_heads, config.num_kv_heads, config.head_width) == (2 * total, total, 8)
+    assert config_changes(model.config, config).keys() - MAY_CHANGE == (
+        {"num_heads", "head_dim", "num_kv_heads"} if more.get("positions") == "alibi" else set()
+    )
+    again = Tokenformer(model.config).double().eval()  # adopts the sizes of the weights
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x)) and again.size == model.size
+    with pytest.raises(ValueError, match="unknown value 'heads', did you mean 'kv_heads'"):
+        grow(model, {"heads": 16})
 
 
 def task_of(name):

@@ -39,6 +39,7 @@ CONFIGS = {
     "patch-drop-avg": {"patch_drop_rate": 0.9, "global_pool": "avg", "class_token": False},
     "one-block-drop-path": {"drop_path": 0.1, "depth": 1},
     "language": LANGUAGE,
+    "language-grouped": {**LANGUAGE, "num_kv_heads": 1, "param_tokens": {"qkv": 7, "proj": 5, "ffn": 11}},
     "language-untied": {**LANGUAGE, "tie_embeddings": False, "projection": "linear", "feed_forward": "mlp"},
 }
 EVERY_CONFIG = pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)

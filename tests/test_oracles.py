@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from lit_tokenformer.interop.architectures import Architecture
+from lit_tokenformer.interop.timm import VIT
 from lit_tokenformer.models import Tokenformer, create_backbone
 from lit_tokenformer.models.block import AugmentedShortcut
 from lit_tokenformer.models.pattention import series_activation
 from lit_tokenformer.models.positions import alibi_bias, alibi_slopes
+from lit_tokenformer.registry import TRANSFORMERS_MODELS
 
 DIM, DEPTH, HEADS, VOCAB, LENGTH = 48, 3, 3, 29, 12  # heads of 16, of which Pythia turns 4; 3 is no power of 2
 SIZES = {"dim": DIM, "depth": DEPTH, "num_heads": HEADS, "vocab_size": VOCAB, "context_length": LENGTH}
@@ -73,29 +76,30 @@ def split(weights: Weights, name: str, parts: tuple[str, ...] = ("query", "key",
     return found
 
 
+def by_table(table: Architecture, ours: Tokenformer, settings: dict | None = None) -> Callable[[Weights], Weights]:
+    """By a table of ``import``, without the rows of which ``weights`` has no tensors."""
+
+    def renamed(weights):
+        found = {}
+        for row in table.expanded(ours.config, ours.state_dict()):
+            if all(name in weights for name in row.theirs):
+                tensors = row.transform.ours([weights[name] for name in row.theirs], settings or {})
+                found |= dict(zip(row.ours, tensors, strict=True))
+        if ours.config.tie_embeddings and ours.config.stem == "token":
+            found["head.weight"] = found["stem.embedding.weight"]
+        return found
+
+    return renamed
+
+
 def gpt2() -> Pair:
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=VOCAB, n_positions=LENGTH, n_embd=DIM, n_layer=DEPTH, n_head=HEADS, attn_implementation="eager"
         )
     )
-
-    def renamed(weights):
-        turned = {k: w.T if re.search(r"c_\w+\.weight", k) else w for k, w in weights.items()}  # Conv1D is (in, out)
-        names = {
-            r"transformer\.wte\.weight": "stem.embedding.weight",
-            r"transformer\.wpe\.weight": "stem.positions",
-            r"transformer\.h\.(\d+)\.ln_(.)\.(\w+)": r"blocks.\1.norm\2.\3",
-            r"transformer\.h\.(\d+)\.attn\.c_proj\.(\w+)": r"blocks.\1.attn.proj.\2",
-            r"transformer\.h\.(\d+)\.attn\.(\w+\.\w+)": r"blocks.\1.attn.\2",
-            r"transformer\.h\.(\d+)\.mlp\.c_fc\.(\w+)": r"blocks.\1.mlp.fc1.\2",
-            r"transformer\.h\.(\d+)\.mlp\.c_proj\.(\w+)": r"blocks.\1.mlp.fc2.\2",
-            r"transformer\.ln_f\.(\w+)": r"norm.\1",
-            r"lm_head\.weight": "head.weight",
-        }
-        return rename(split(turned, "c_attn"), names)
-
-    return Pair(theirs, create_backbone("gpt2_tiny", **SIZES), renamed)
+    ours = create_backbone("gpt2_tiny", **SIZES)
+    return Pair(theirs, ours, by_table(TRANSFORMERS_MODELS["gpt2"], ours))
 
 
 def neox(preset: str, parallel: bool, **overrides) -> Pair:
@@ -114,39 +118,10 @@ def neox(preset: str, parallel: bool, **overrides) -> Pair:
         )
     )
 
-    names = {
-        r"gpt_neox\.embed_in\.weight": "stem.embedding.weight",
-        r"gpt_neox\.layers\.(\d+)\.input_layernorm\.(\w+)": r"blocks.\1.norm1.\2",
-        r"gpt_neox\.layers\.(\d+)\.post_attention_layernorm\.(\w+)": r"blocks.\1.norm2.\2",
-        r"gpt_neox\.layers\.(\d+)\.attention\.dense\.(\w+)": r"blocks.\1.attn.proj.\2",
-        r"gpt_neox\.layers\.(\d+)\.attention\.(\w+\.\w+)": r"blocks.\1.attn.\2",
-        r"gpt_neox\.layers\.(\d+)\.mlp\.dense_h_to_4h\.(\w+)": r"blocks.\1.mlp.fc1.\2",
-        r"gpt_neox\.layers\.(\d+)\.mlp\.dense_4h_to_h\.(\w+)": r"blocks.\1.mlp.fc2.\2",
-        r"gpt_neox\.final_layer_norm\.(\w+)": r"norm.\1",
-        r"(lm_head|embed_out)\.weight": "head.weight",
-    }
     ours = create_backbone(preset, **SIZES, **overrides)
-    return Pair(theirs, ours, lambda weights: rename(split(weights, "query_key_value", heads=HEADS), names))
-
-
-BERT_LAYERS = {
-    r"\w+\.embeddings\.word_embeddings\.weight": "stem.embedding.weight",
-    r"\w+\.embeddings\.token_type_embeddings\.weight": None,
-    r"\w+\.embeddings\.LayerNorm\.(\w+)": r"stem.norm.\1",
-    r"\w+\.encoder\.layer\.(\d+)\.attention\.self\.(\w+\.\w+)": r"blocks.\1.attn.\2",
-    r"\w+\.encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)": r"blocks.\1.attn.proj.\2",
-    r"\w+\.encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)": r"blocks.\1.norm1.\2",
-    r"\w+\.encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)": r"blocks.\1.norm2.\2",
-    r"(cls\.predictions|lm_head)\.bias": "head.bias",
-    r"(cls\.predictions\.transform|lm_head)\.dense\.(\w+)": r"head.dense.\2",
-    r"(cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm)\.(\w+)": r"head.norm.\2",
-    r"(cls\.predictions|lm_head)\.decoder\.weight": "head.weight",
-    r"(cls\.predictions|lm_head)\.decoder\.bias": None,  # tied to the bias above
-}
-BERT_MLP = {
-    r"\w+\.encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)": r"blocks.\1.mlp.fc1.\2",
-    r"\w+\.encoder\.layer\.(\d+)\.output\.dense\.(\w+)": r"blocks.\1.mlp.fc2.\2",
-}
+    renamed = by_table(TRANSFORMERS_MODELS["gpt_neox"], ours, {"num_attention_heads": HEADS})
+    saved = {"lm_head.weight": "embed_out.weight"}  # in files
+    return Pair(theirs, ours, lambda weights: renamed({saved.get(name, name): w for name, w in weights.items()}))
 
 
 def bert_config(kind, extra_positions=0, **settings):
@@ -164,22 +139,22 @@ def bert_config(kind, extra_positions=0, **settings):
     )
 
 
+def without_segments(renamed: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
+    """Without the segment embeddings, which a gradient must not add to the positions."""
+    return lambda weights: renamed({k: w * ("token_type" not in k) for k, w in weights.items()})
+
+
 def bert(unpad: bool = False) -> Pair:
-    theirs = transformers.BertForMaskedLM(bert_config(transformers.BertConfig))
-    names = {**BERT_LAYERS, **BERT_MLP, r"bert\.embeddings\.position_embeddings\.weight": "stem.positions"}
-    return Pair(theirs, create_backbone("bert_tiny", unpad=unpad, **SIZES), lambda weights: rename(weights, names))
+    ours = create_backbone("bert_tiny", unpad=unpad, **SIZES)
+    renamed = by_table(TRANSFORMERS_MODELS["bert"], ours)
+    return Pair(transformers.BertForMaskedLM(bert_config(transformers.BertConfig)), ours, without_segments(renamed))
 
 
 def roberta(unpad: bool = False) -> Pair:
     config = bert_config(transformers.RobertaConfig, 2, pad_token_id=1, type_vocab_size=1, layer_norm_eps=1e-5)
-
-    def renamed(weights):
-        names = {**BERT_LAYERS, **BERT_MLP, r"roberta\.embeddings\.position_embeddings\.weight": "stem.positions"}
-        found = rename(weights, names)
-        return {**found, "stem.positions": found["stem.positions"][2:]}  # it counts from 2
-
     ours = create_backbone("roberta_tiny", unpad=unpad, **SIZES)
-    return Pair(transformers.RobertaForMaskedLM(config), ours, renamed)
+    renamed = by_table(TRANSFORMERS_MODELS["roberta"], ours)
+    return Pair(transformers.RobertaForMaskedLM(config), ours, without_segments(renamed))
 
 
 class Gate(nn.Module):
@@ -199,14 +174,13 @@ def mosaic_bert(unpad: bool = True) -> Pair:
     for layer in theirs.bert.encoder.layer:
         layer.intermediate = Gate()
     names = {
-        **BERT_LAYERS,
-        r"bert\.embeddings\.position_embeddings\.weight": None,
         r"bert\.encoder\.layer\.(\d+)\.intermediate\.(gate|up)\.weight": r"blocks.\1.mlp.\2.weight",
         r"bert\.encoder\.layer\.(\d+)\.output\.dense\.(\w+)": r"blocks.\1.mlp.down.\2",
+        r".*": None,
     }
-
     ours = create_backbone("mosaic_bert_tiny", unpad=unpad, **SIZES)
-    return Pair(theirs, ours, lambda weights: rename(split(weights, "both", ("gate", "up")), names))
+    table = by_table(TRANSFORMERS_MODELS["bert"], ours)
+    return Pair(theirs, ours, lambda w: {**table(w), **rename(split(w, "both", ("gate", "up")), names)})
 
 
 class TheirAttention(nn.Module):
@@ -255,27 +229,11 @@ def rwkv() -> Pair:
             vocab_size=VOCAB, context_length=LENGTH, hidden_size=DIM, num_hidden_layers=DEPTH, rescale_every=0
         )
     )
-    names = {
-        r"rwkv\.embeddings\.weight": "stem.embedding.weight",
-        r"rwkv\.blocks\.0\.pre_ln\.(\w+)": r"stem.norm.\1",
-        r"rwkv\.blocks\.(\d+)\.ln(.)\.(\w+)": r"blocks.\1.norm\2.\3",
-        r"rwkv\.blocks\.(\d+)\.attention\.time_mix_(\w+)": r"blocks.\1.attn.mix_\2",
-        r"rwkv\.blocks\.(\d+)\.attention\.output\.weight": r"blocks.\1.attn.proj.weight",
-        r"rwkv\.blocks\.(\d+)\.attention\.([\w.]+)": r"blocks.\1.attn.\2",
-        r"rwkv\.blocks\.(\d+)\.feed_forward\.time_mix_(\w+)": r"blocks.\1.mlp.mix_\2",
-        r"rwkv\.blocks\.(\d+)\.feed_forward\.([\w.]+)": r"blocks.\1.mlp.\2",
-        r"rwkv\.ln_out\.(\w+)": r"norm.\1",
-        r"head\.weight": "head.weight",
-    }
-    flat = "time_mix"  # theirs are (1, 1, D)
-    return Pair(
-        theirs,
-        create_backbone("rwkv4_tiny", **SIZES),
-        lambda weights: rename({k: w.flatten() if flat in k else w for k, w in weights.items()}, names),
-    )
+    ours = create_backbone("rwkv4_tiny", **SIZES)
+    return Pair(theirs, ours, by_table(TRANSFORMERS_MODELS["rwkv"], ours))
 
 
-def llama(**overrides) -> Pair:
+def llama(preset: str = "pangu_pi_tiny", **overrides) -> Pair:
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -291,38 +249,19 @@ def llama(**overrides) -> Pair:
             attn_implementation="eager",
         )
     )
-    names = {
-        r"model\.embed_tokens\.weight": "stem.embedding.weight",
-        r"model\.layers\.(\d+)\.input_layernorm\.weight": r"blocks.\1.norm1.weight",
-        r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"blocks.\1.norm2.weight",
-        r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight": r"blocks.\1.attn.query.weight",
-        r"model\.layers\.(\d+)\.self_attn\.k_proj\.weight": r"blocks.\1.attn.key.weight",
-        r"model\.layers\.(\d+)\.self_attn\.v_proj\.weight": r"blocks.\1.attn.value.weight",
-        r"model\.layers\.(\d+)\.self_attn\.o_proj\.weight": r"blocks.\1.attn.proj.weight",
-        r"model\.layers\.(\d+)\.mlp\.(\w+)_proj\.weight": r"blocks.\1.mlp.\2.weight",
-        r"model\.norm\.weight": "norm.weight",
-        r"lm_head\.weight": "head.weight",
-    }
-    ours = create_backbone("pangu_pi_tiny", **SIZES, **overrides)
-    return Pair(theirs, ours, lambda weights: rename(weights, names))
+    ours = create_backbone(preset, **SIZES, **overrides)
+    return Pair(theirs, ours, by_table(TRANSFORMERS_MODELS["llama"], ours))
 
 
 def vit() -> Pair:
     theirs = VisionTransformer(16, 4, num_classes=5, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
-    names = {
-        r"(cls_token|pos_embed|patch_embed\.proj\.\w+)": r"stem.\1",
-        r"blocks\.(\d+)\.(norm.|attn|mlp)\.([\w.]+)": r"blocks.\1.\2.\3",
-        r"norm\.(\w+)": r"norm.\1",
-        r"head\.(\w+)": r"head.fc.\1",
-    }
     ours = create_backbone(
         "vit_tiny_patch16_224", dim=DIM, depth=DEPTH, num_heads=HEADS, image_size=16, patch_size=4, num_classes=5
     )
-    return Pair(theirs, ours, lambda weights: rename(split(weights, "qkv"), names))
+    return Pair(theirs, ours, by_table(VIT, ours))
 
 
 SEQUENTIAL = {"bias": True, "norm_affine": True}  # what the `transformer` twin leaves out of GPT-NeoX
-PLAIN = {"series": 1, "shortcut_reduction": 0}
 BUILDERS = {
     "vit": vit,
     "gpt2": gpt2,
@@ -336,7 +275,7 @@ BUILDERS = {
     "mosaic_bert-padded": lambda: mosaic_bert(unpad=False),
     "rwkv4": rwkv,
     "hybrid": hybrid,
-    "pangu_pi-plain": lambda: llama(**PLAIN),
+    "llama": lambda: llama("llama_tiny"),
     "pangu_pi-degenerate": lambda: llama(shortcut_reduction=4),
 }
 EVERY_PAIR = pytest.mark.parametrize("name", BUILDERS)

@@ -43,7 +43,7 @@ def test_configs_and_files_that_the_readme_names_exist():
     for path in re.findall(r"\]\(((?!http)[\w./]+)\)|(configs/[\w.]+yaml)", README):
         assert (ROOT / next(filter(None, path))).exists(), path
     for name in re.findall(r"--config (\w+)", README):
-        assert name in ("configs", "CONFIG") or (ROOT / "configs" / f"{name}.yaml").exists()
+        assert name in ("configs", "CONFIG", "base") or (ROOT / "configs" / f"{name}.yaml").exists()
 
 
 def test_scripts_that_the_documents_name_exist():

@@ -84,6 +84,8 @@ def test_unknown_names_are_told_the_nearest_right_one():
         ({"depth": 0}, "depth: expected a whole number of at least 1, got 0"),
         ({"dim": 32.0}, "dim: expected a whole number"),
         ({"num_heads": True}, "num_heads: expected a whole number"),
+        ({"num_kv_heads": 4}, r"num_kv_heads: not a divisor of num_heads \d+ \(got 4\)"),
+        ({"num_kv_heads": 0}, "num_kv_heads: expected a whole number of at least 1, got 0"),
         ({"patch_size": "4"}, "patch_size: expected a whole number"),
         ({"in_chans": -3}, "in_chans: expected a whole number"),
         ({"num_classes": -1}, "num_classes: expected a whole number of at least 0"),

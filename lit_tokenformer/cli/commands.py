@@ -1,28 +1,20 @@
-"""Commands that run without a trainer: grow, import, export and split."""
+"""Commands that change checkpoints: grow and split."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from callbacks.growth_steps import row_map
 from lit_tokenformer import tasks
-from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
-from lit_tokenformer.data.text.vocabulary import from_text
+from lit_tokenformer.cli.weights import export_weights, import_weights, new_folder  # noqa: F401  (commands too)
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import grow, grow_with_optimizers
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
-from lit_tokenformer.interop.tokenformer import WeightFormat
-from lit_tokenformer.models import TokenformerConfig, Tokens, list_presets, preset_config
-from lit_tokenformer.registry import WEIGHT_FORMATS
-from lit_tokenformer.tasks.language import TOKENIZER_FILE, LitLanguageTask
+from lit_tokenformer.models import Tokens
+from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
 
@@ -98,101 +90,6 @@ def grow_checkpoint(
     return target
 
 
-def import_weights(
-    source: str,
-    output: str | None = None,
-    config_json: str | None = None,
-    tokenizer: str | None = None,
-    project: str = "tokenformer",
-) -> Path:
-    """Import published TokenFormer weights as a checkpoint to generate from, evaluate, grow or finetune.
-
-    The checkpoint contains the tensors of the file unchanged, so an export is bit-identical. Loading converts the
-    weights to float32. A fit from the checkpoint starts at epoch 0 with a fresh optimizer.
-
-    Args:
-        source: Path to a pytorch_model.bin, a .safetensors file, or a folder with one of them.
-        output: Path of the checkpoint; defaults to SOURCE with the suffix .ckpt.
-        config_json: Path to the architecture's config.json; defaults to the one next to the weights.
-        tokenizer: Path to the tokenizer.json; defaults to the one next to the weights, if any.
-        project: Weight format: "tokenformer", or one registered by a plugin.
-
-    Returns:
-        Path of the checkpoint; its tokenizer.json is written next to it.
-
-    Raises:
-        UserError: If a file cannot be read or contains pickled code, if a tensor is missing, unexpected or misshapen,
-            if the tokenizer has more tokens than the embedding, or if the output already exists.
-    """
-    known: WeightFormat = WEIGHT_FORMATS[project]
-    weights = known.find(source)
-    target = Path(output) if output else weights.with_suffix(".ckpt")
-    vocabulary = Path(tokenizer) if tokenizer else weights.with_name(TOKENIZER_FILE)
-    text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
-    copy = target.with_name(TOKENIZER_FILE)
-    if target.exists():
-        raise UserError(f"output: {target} exists already")
-    if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
-        raise UserError(f"output: {copy} exists already with another tokenizer")
-    config, state = known.read(weights, config_json)
-    size = 0 if text is None else max(from_text(text, vocabulary).get_vocab(with_added_tokens=True).values()) + 1
-    if size > config.vocab_size:
-        raise UserError(
-            f"tokenizer: {vocabulary} has {size} tokens (expected at most {config.vocab_size}, the rows of the "
-            f"embedding in {weights})"
-        )
-    preset, overrides = _preset_of(config)
-    with torch.device("meta"):  # only shapes are needed
-        task = tasks.LitCausalLM(preset, config.vocab_size, config.context_length, overrides=overrides)  # type: ignore
-    task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
-    task.tokenizer_json = text
-    write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
-    if text is not None and not copy.exists():
-        with atomic_write(copy) as file:
-            file.write(text.encode())
-    numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
-    changes = "".join(f", {name} {value}" for name, value in overrides.items())
-    print(f"{target}: {preset}{changes}, {numbers:,} parameters" + ("" if text else ", no tokenizer"))
-    return target
-
-
-def export_weights(
-    ckpt_path: str,
-    output: str,
-    format: str = "safetensors",
-    dtype: str | None = None,
-    project: str = "tokenformer",
-) -> Path:
-    """Export a checkpoint to the published TokenFormer format.
-
-    The weights are the moving average where the fit has one.
-
-    Args:
-        ckpt_path: Path to a checkpoint of a causal language model.
-        output: New folder for the weights, config.json and, if the checkpoint has a tokenizer, tokenizer.json.
-        format: File format: "safetensors" (model.safetensors) or "bin" (pytorch_model.bin).
-        dtype: Data type of the weights: "float32", "float16" or "bfloat16"; defaults to that of the checkpoint.
-        project: Weight format: "tokenformer", or one registered by a plugin.
-
-    Returns:
-        Path of the folder.
-
-    Raises:
-        UserError: If the checkpoint cannot be read, if the format does not support the architecture, if a tau is not
-            the square root of its number of tokens, or if the output already exists.
-    """
-    known: WeightFormat = WEIGHT_FORMATS[project]
-    with _new_folder(output) as folder:
-        checkpoint = read_checkpoint(ckpt_path)
-        task = rebuild_task(ckpt_path, checkpoint, device="meta")
-        weights = checkpoint["state_dict"]
-        state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
-        config = dataclasses.replace(task.backbone.config, depth=len(task.backbone.blocks))
-        known.write(folder, config, state, dtype, format)
-        _write_tokenizer(folder / TOKENIZER_FILE, checkpoint.get("tokenizer"))
-    return Path(output)
-
-
 def split_checkpoint(ckpt_path: str, output: str) -> Path:
     """Split a multi-task checkpoint into one checkpoint per task with the same outputs.
 
@@ -210,7 +107,7 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
     Raises:
         UserError: If the checkpoint cannot be read or is of a single task, or if the output already exists.
     """
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
         task = rebuild_task(ckpt_path, checkpoint, device="meta")
         if not isinstance(task, tasks.LitMultiTask):
@@ -226,47 +123,6 @@ def split_checkpoint(ckpt_path: str, output: str) -> Path:
     return Path(output)
 
 
-@contextmanager
-def _new_folder(output: str) -> Iterator[Path]:
-    """Create a folder atomically: rename it to ``output`` at the end of the block, and print its files.
-
-    Raises:
-        UserError: If the output already exists or cannot be written.
-    """
-    target = Path(output)
-    if target.exists():
-        raise UserError(f"output: {target} exists already")
-    try:
-        with atomic_folder(target) as folder:
-            yield folder
-    except OSError as error:
-        raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
-    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
-
-
 def _write_tokenizer(path: Path, text: str | None) -> None:
     if text is not None:
         path.write_text(text, encoding="utf-8")
-
-
-def _read_tokenizer(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-        from_text(text, path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {path} ({_first_line(error.__cause__ or error)})") from None
-    return text
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _preset_of(config: TokenformerConfig) -> tuple[str, dict[str, Any]]:
-    """Find the preset nearest to a config, and the fields that differ; sizes of the data are ignored."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in list_presets():
-        base = preset_config(name, vocab_size=config.vocab_size, context_length=config.context_length)
-        found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
-    name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
-    return name, found[name]

@@ -21,7 +21,10 @@ from lit_tokenformer.models import ParamTokens, Tokens, model_size, param_tokens
 from lit_tokenformer.models.axes import Axis, axis_sizes, find_axes, refresh, resized_shape
 from lit_tokenformer.models.config import KINDS, OTHER
 
-UNITS = {"depth": "blocks", "hidden": "hidden units", "heads": "heads", **dict.fromkeys((*KINDS, OTHER), "tokens")}
+UNITS = {
+    **{"depth": "blocks", "hidden": "hidden units", "heads": "heads", "kv_heads": "key and value heads"},
+    **dict.fromkeys((*KINDS, OTHER), "tokens"),
+}
 """Names of the units of each kind; units of other kinds are named by the kind."""
 
 

@@ -28,7 +28,8 @@ def grow(
     Args:
         module: Module with Pattention layers, or with parts that declare :class:`~lit_tokenformer.models.Axis`.
         tokens: Totals, not increments: n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or totals by kind,
-            ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``. Missing kinds are unchanged.
+            ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``; ``kv_heads`` in place of ``heads``
+            with grouped queries. Missing kinds are unchanged.
         method: ``split``, ``zero`` or ``random``; see :mod:`~lit_tokenformer.growth.methods`.
         generator: Random generator for all new units, in module order. ``None`` uses one generator per part, seeded by
             ``seed``, the part's name and its new size, so that the draws depend on nothing else.

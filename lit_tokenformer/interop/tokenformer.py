@@ -15,7 +15,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,23 +23,18 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.interop.weight_format import (
+    CONFIG_FILE,
+    DTYPES,
+    WEIGHTS,
+    WeightFormat,
+    cast,
+    find_weights,
+    read_json,
+)
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
 from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import read_tensors, write_tensors
-
-
-class WeightFormat(NamedTuple):
-    """Weight format of another project.
-
-    Args:
-        find: Weights file of a file or folder, ``(source) -> Path``.
-        read: ``(weights, config_json) -> (config, state dict)``; ``config_json`` may be ``None``.
-        write: ``(folder, config, state dict, dtype, file format)``.
-    """
-
-    find: Callable[[str], Path]
-    read: Callable[[Path, str | None], tuple[TokenformerConfig, dict[str, Tensor]]]
-    write: Callable[[Path, TokenformerConfig, dict[str, Tensor], str | None, str], Any]
 
 
 class Row(NamedTuple):
@@ -116,32 +111,8 @@ FIXED = {
 }
 """Settings shared by all published models; other values are unsupported architectures."""
 
-WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
-"""Name of the weights file in a folder, by format."""
-
-CONFIG_FILE = "config.json"
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 _FIXED_PARTS: dict[str, Any] = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
 _FREE = ("param_tokens", "drop_path")  # the first changes with growth, the second is used in training only
-
-
-def find_weights(source: str | os.PathLike[str]) -> Path:
-    """Return the weights file of ``source``, a file or a folder.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"source: {path} is neither a file nor a folder")
-    found = [path / name for name in WEIGHTS.values() if (path / name).is_file()]
-    if not found:
-        raise UserError(f"source: no {' or '.join(WEIGHTS.values())} in {path}")
-    return found[0]
 
 
 def read_published(
@@ -161,7 +132,7 @@ def read_published(
         ValueError: If a file cannot be read or contains pickled code, if the config has another architecture, or if a
             tensor is missing, unexpected or of a shape that does not match the config.
     """
-    weights = find_weights(source)
+    weights = _find(source)
     settings = _read_settings(Path(config_json) if config_json else weights.with_name(CONFIG_FILE))
     tensors = read_tensors(weights, "source")
     embedding = tensors.get(TENSORS[0].published)
@@ -241,7 +212,7 @@ def write_published(
     own = {name: tensor for name, tensor in state.items() if name not in skipped}
     for problem in _problems(own, rows, settings):
         raise UserError(f"state: {problem}")
-    tensors = {row.published: _cast(own[name], name, dtype) for name, row in rows.items()}
+    tensors = {row.published: cast(own[name], name, dtype) for name, row in rows.items()}
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -276,16 +247,7 @@ def _problems(found: Mapping[str, Tensor], rows: Mapping[str, Row], settings: Ma
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Load a ``config.json``, with defaults filled in and required keys validated."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"config_json: {path} is not a file")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config_json: cannot read {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"config_json: {path} is not JSON ({error})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"config_json: {path} is not an object (got {type(given).__name__}, expected keys and values)")
+    given = read_json(path)
     settings = {key.replace("-", "_"): value for key, value in given.items() if value is not None}
     if "max_position_embeddings" in settings:
         settings.setdefault("seq_length", settings["max_position_embeddings"])
@@ -360,13 +322,12 @@ def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[st
     return settings
 
 
-def _cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
-    if dtype is None:
-        return tensor
-    cast = tensor.to(DTYPES[dtype])
-    if cast.isinf().any():
-        raise UserError(f"dtype: {name} overflows {dtype} (got values up to {tensor.abs().max():.3g})")
-    return cast
+def _find(source: str | os.PathLike[str]) -> Path:
+    return find_weights(source, sharded=False)
 
 
-WEIGHT_FORMATS.register("tokenformer")(WeightFormat(find_weights, read_published, write_published))
+def _recognizes(config: Mapping[str, Any]) -> bool:
+    return bool({*SLOTS, *(key.replace("_", "-") for key in SLOTS)} & config.keys())
+
+
+WEIGHT_FORMATS.register("tokenformer")(WeightFormat(_find, read_published, write_published, _recognizes))

@@ -130,6 +130,9 @@ class TokenformerConfig:
         depth: Number of blocks, L.
         num_heads: Number of attention heads, H; must divide ``dim`` unless ``head_dim`` is set.
         head_dim: Width of each attention head, d; ``None`` for ``dim / num_heads``.
+        num_kv_heads: Number of key and value heads in ``attention``; must divide ``num_heads``. Below ``num_heads``,
+            several query heads share one (grouped-query attention), and growth counts ``kv_heads`` with their queries
+            in place of ``heads``. ``None`` for one each.
         param_tokens: Initial parameter tokens: n (qkv n, proj n, ffn 4n) or ``{qkv: n, proj: n, ffn: m}``.
         projection: Layer type of query, key, value and output projections: ``pattention`` or ``linear``.
         mixer: Token mixer: softmax ``attention``, or RWKV-4's ``wkv`` with a token shift.
@@ -183,6 +186,7 @@ class TokenformerConfig:
     depth: int = 12
     num_heads: int = 6
     head_dim: int | None = None
+    num_kv_heads: int | None = None
     param_tokens: Tokens = 384
     projection: str = "pattention"
     mixer: str = "attention"
@@ -232,8 +236,12 @@ class TokenformerConfig:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-        if self.head_dim is not None and (not isinstance(self.head_dim, int) or self.head_dim < 1):
-            raise UserError(f"head_dim: expected a whole number of at least 1, got {self.head_dim!r}")
+        for name in ("head_dim", "num_kv_heads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_kv_heads: not a divisor of num_heads {self.num_heads} (got {self.num_kv_heads})")
         if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(f"num_heads: not a divisor of dim {self.dim} (got {self.num_heads})")
         if self.image_size % self.patch_size:
@@ -356,6 +364,11 @@ class TokenformerConfig:
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def head_units(self) -> tuple[str, int]:
+        """Kind and number of the units in which attention grows: ``heads``, or ``kv_heads`` with their queries."""
+        return ("heads", self.num_heads) if self.num_kv_heads is None else ("kv_heads", self.num_kv_heads)
+
+    @property
     def mlp_hidden(self) -> int:
         """Hidden units of the feed-forward."""
         return round(self.dim * self.mlp_ratio)
@@ -363,28 +376,30 @@ class TokenformerConfig:
     @property
     def size(self) -> dict[str, int]:
         """Initial size of all growable axes and the depth, by kind."""
-        tokens = dict(self.tokens.items())
-        return {**tokens, "hidden": self.mlp_hidden, "heads": self.num_heads, "depth": self.depth}
+        heads, units = self.head_units
+        return {**dict(self.tokens.items()), "hidden": self.mlp_hidden, heads: units, "depth": self.depth}
 
     def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
         """Resize the architecture, as growth does.
 
         Args:
             size: Totals by kind: parameter tokens (``qkv``, ``proj``, ``ffn``), ``hidden`` units of the feed-forward,
-                ``heads`` and ``depth`` (blocks). Missing kinds are unchanged.
+                ``heads`` or ``kv_heads``, and ``depth`` (blocks). Missing kinds are unchanged.
 
         Example:
             >>> TokenformerConfig(dim=384, num_heads=6).at_size({"depth": 24, "heads": 8}).head_width
             64
         """
         tokens = {kind: total for kind, total in size.items() if kind in KINDS}
-        heads = size.get("heads", self.num_heads)
+        kind, units = self.head_units
+        heads = self.num_heads // units * size.get(kind, units)
         return replace(
             self,
             param_tokens={**dict(self.tokens.items()), **tokens},
             depth=size.get("depth", self.depth),
             mlp_ratio=size["hidden"] / self.dim if "hidden" in size else self.mlp_ratio,
             num_heads=heads,
+            num_kv_heads=None if self.num_kv_heads is None else size.get(kind, units),
             head_dim=self.head_dim if heads == self.num_heads else self.head_width,
         )
 
@@ -399,8 +414,9 @@ def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict
     names = sorted((field.name for field in fields(saved)), key=lambda name: name not in ("stem", "head"))
     pairs = {name: (getattr(saved, name), getattr(present, name)) for name in names}
     biased = POSITIONS[present.positions].bias is not None  # by slopes, which depend on the initial number of heads
-    if saved.head_width == present.head_width and not biased:  # another number of heads is another size
-        del pairs["num_heads"], pairs["head_dim"]
+    grouped = [one.num_heads // one.head_units[1] for one in (saved, present)]  # query heads per unit of growth
+    if saved.head_width == present.head_width and grouped[0] == grouped[1] and not biased:
+        del pairs["num_heads"], pairs["head_dim"], pairs["num_kv_heads"]  # another number of heads is another size
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

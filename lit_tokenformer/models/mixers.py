@@ -141,7 +141,7 @@ class Mixer(nn.Module):
 class Attention(Mixer):
     """Multi-head softmax attention with separate query, key, value and output projections.
 
-    Source: arXiv 2410.23168, eq. 6-8; the scale is 1/sqrt(d).
+    Source: arXiv 2410.23168, eq. 6-8; the scale is 1/sqrt(d). Grouped queries: arXiv 2305.13245, section 2.2.
 
     Args:
         config: Architecture.
@@ -154,11 +154,13 @@ class Attention(Mixer):
         super().__init__()
         dim, inner = config.dim, config.num_heads * config.head_width
         self.head_dim = config.head_width
+        self._kind, units = config.head_units
+        self._queries = config.num_heads // units  # per key and value head
         self.query = make_projection(config, "qkv", dim, inner)
-        self.key = make_projection(config, "qkv", dim, inner)
-        self.value = make_projection(config, "qkv", dim, inner)
+        self.key = make_projection(config, "qkv", dim, units * self.head_dim)
+        self.value = make_projection(config, "qkv", dim, units * self.head_dim)
         self.proj = make_projection(config, "proj", inner, dim, residual=True)
-        self._dim, self._inner = dim, inner
+        self._dim, self._inner, self._key_width = dim, inner, units * self.head_dim
         self.attn_dropout = config.attn_dropout
         self.dropout = nn.Dropout(config.dropout)
         self._has_slopes = POSITIONS[config.positions].bias is not None
@@ -167,11 +169,13 @@ class Attention(Mixer):
         follow_sizes(self)
 
     def axes(self) -> list[Axis]:
-        """Declare the axis of attention heads."""
-        reads = [unit for name in ("query", "key", "value") for unit in output_units(name, getattr(self, name))]
-        units = [replace(unit, block=self.head_dim) for unit in (*reads, *input_units("proj", self.proj))]
-        slopes = [AxisTensor("slope_of_head", 0, OWN, 0.0)] if self._has_slopes else []
-        return [Axis("heads", (*units, *slopes))]
+        """Declare the axis of attention heads; of key and value heads with their queries, if these are grouped."""
+        group = self._queries * self.head_dim
+        blocks = {"query": group, "key": self.head_dim, "value": self.head_dim}
+        reads = [replace(unit, block=blocks[n]) for n in blocks for unit in output_units(n, getattr(self, n))]
+        units = [*reads, *(replace(unit, block=group) for unit in input_units("proj", self.proj))]
+        slopes = [AxisTensor("slope_of_head", 0, OWN, 0.0, block=self._queries)] if self._has_slopes else []
+        return [Axis(self._kind, (*units, *slopes))]
 
     @property
     def output_layer(self) -> nn.Module:
@@ -181,7 +185,8 @@ class Attention(Mixer):
     def cost(self, length: int) -> Cost:
         """Cost per data token; queries, keys, values and the attention output are saved for backward."""
         into = same_input_cost(self._dim, length, self.query, self.key, self.value)
-        return into + Cost(0, 4 * length * self._inner, 4 * self._inner) + part_cost(self.proj, length)
+        kept = 2 * (self._inner + self._key_width)
+        return into + Cost(0, 4 * length * self._inner, kept) + part_cost(self.proj, length)
 
     def new_state(self, length: int) -> KeyValueCache:
         """Create a KV cache."""
@@ -205,21 +210,22 @@ class Attention(Mixer):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, state: KeyValueCache | None = None
     ) -> Tensor:
-        """Attend: queries, keys and values (B, T, H d) -> (B, T, H d)."""
+        """Attend: queries (B, T, H d), keys and values (B, T, H' d) -> (B, T, H d)."""
         split = (*query.shape[:2], -1, self.head_dim)
         query = query.view(split).transpose(1, 2)  # (B, H, T, d)
-        key = key.view(split).transpose(1, 2)  # (B, H, T, d)
-        value = value.view(split).transpose(1, 2)  # (B, H, T, d)
+        key = key.view(split).transpose(1, 2)  # (B, H', T, d)
+        value = value.view(split).transpose(1, 2)  # (B, H', T, d)
         if context.rotary is not None:
             query, key = turn(query, context.rotary), turn(key, context.rotary)
         if state is not None:
-            key, value = state.append(key, value, context.start)  # (B, H, S, d)
+            key, value = state.append(key, value, context.start)  # (B, H', S, d)
         causal = context.causal and context.mask is None
         rate = self.attn_dropout if self.training else 0.0
         mask = (
             context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(query.dtype)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal)  # (B, H, T, d)
+        grouped = {"enable_gqa": True} if self._queries > 1 else {}
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, **grouped)  # (B, H, T, d)
         return mixed.transpose(1, 2).flatten(2)  # (B, T, H d)
 
 

@@ -7,11 +7,11 @@ the language models: appendix F (Pile), appendix D (``owt``: the growth ladder o
 
 Baselines: ``transformer`` (TokenFormer with linear projections), GPT-2 (Radford et al. 2019), Pythia (arXiv
 2304.01373), BERT (arXiv 1810.04805), RoBERTa (arXiv 1907.11692), MosaicBERT (arXiv 2312.17482), RWKV-4 (arXiv
-2305.13048) and PanGu-pi (arXiv 2312.17276; its hidden width is not published and follows LLaMA's, 8/3). Segment
-embeddings of the BERT family and RoBERTa's two padding positions are omitted. Each family has a ``tiny`` and a
-``small`` row with the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``. ``tokenformer_mlm`` is TokenFormer
-for masked language modeling. ``hybrid`` is RWKV-4 with attention in every third of six blocks and without position
-encoding, since the recurrence encodes order (as in Jamba, arXiv 2403.19887, section 6.6).
+2305.13048), LLaMA (arXiv 2302.13971) and PanGu-pi (arXiv 2312.17276; its hidden width is not published and follows
+LLaMA's, 8/3). Segment embeddings of the BERT family and RoBERTa's two padding positions are omitted. Each family has a
+``tiny`` and a ``small`` row with the sizes of ``tokenformer_lm_tiny`` and ``tokenformer_lm_small``. ``tokenformer_mlm``
+is TokenFormer for masked language modeling. ``hybrid`` is RWKV-4 with attention in every third of six blocks and
+without position encoding, since the recurrence encodes order (as in Jamba, arXiv 2403.19887, section 6.6).
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "attn_dropout": 0.1,
     },
 }
+_FAMILIES["llama"] = {**_FAMILIES["pangu_pi"], "series": 1, "shortcut_reduction": 0}
 _HYBRID = {**_FAMILIES["rwkv4"], "layers": ("wkv", "wkv", "attention+mlp")}
 _FAMILIES["roberta"] = {**_FAMILIES["bert"], "norm_eps": 1e-5}
 _FAMILIES["mosaic_bert"] = {
