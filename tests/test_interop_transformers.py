@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -395,6 +396,18 @@ def test_an_architecture_of_a_plugin_is_one_registration(folders, tmp_path, monk
     path = import_weights(str(folder), str(tmp_path / "base.ckpt"))
     back = export_weights(str(path), str(tmp_path / "back"), format="transformers", architecture="twin")
     assert json.loads((back / "config.json").read_text())["architectures"] == ["Twin"]
+
+
+def test_a_tokenizer_is_imported_as_the_data_modules_load_it(folders, tmp_path):
+    folder = own_copy(folders("gpt2"), tmp_path / "one")
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    backend.enable_padding()
+    backend.enable_truncation(5)
+    backend.save(str(folder / "tokenizer.json"))
+    path = import_weights(str(folder))  # next to the source, which stays
+    saved = json.loads(read_checkpoint(path)["tokenizer"])
+    assert saved == json.loads(Tokenizer.load(str(folder)).to_json()) and saved["truncation"] is None
+    assert json.loads((folder / "tokenizer.json").read_text())["truncation"]["max_length"] == 5
 
 
 def test_import_reports_what_it_leaves_out(folders, tmp_path, capsys):

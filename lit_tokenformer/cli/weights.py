@@ -69,7 +69,7 @@ def import_weights(
     for path in (target, settings):
         if path.exists():
             raise UserError(f"output: {path} exists already")
-    if text is not None and copy.exists() and copy.read_text(encoding="utf-8") != text:
+    if text is not None and copy.exists() and not _is_tokenizer(copy, text):
         raise UserError(f"output: {copy} exists already with another tokenizer")
     config, state, *more = known.read(weights, config_json)
     size = 0 if text is None else max(from_text(text, vocabulary).get_vocab(with_added_tokens=True).values()) + 1
@@ -81,10 +81,8 @@ def import_weights(
     kind, sizes = _TASKS[config.head]
     given = {name: getattr(config, name) for name in sizes}
     preset, overrides = _preset_of(config, given)
-    free = {*_TRAINING, *UNUSED_BY_STEM.get(config.stem, ()), *(sizes if config.stem == "patch" else ())}
     if not any(name.endswith(".key_tokens") for name in state):  # no Pattention
         overrides.pop("param_tokens", None)
-        free.add("param_tokens")
     with torch.device("meta"):  # only shapes are needed
         task: Any = kind(preset, **given, overrides=overrides)
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
@@ -94,13 +92,7 @@ def import_weights(
     if text is not None and not copy.exists():
         with atomic_write(copy) as file:
             file.write(text.encode())
-    # all others, since an earlier config may set them; images are resized to the data
-    fields = {name: value for name, value in vars(config).items() if name not in free}
-    fields["layers"] = config.layers and list(config.layers)
-    content: dict[str, Any] = {"class_path": f"lit_tokenformer.tasks.{kind.__name__}"}
-    content |= {"init_args": {"preset": preset, "overrides": fields}}
-    with atomic_write(settings) as file:
-        file.write(yaml.safe_dump({"model": content}, sort_keys=False).encode())
+    _write_settings(settings, kind, preset, config)
     numbers = sum(parameter.numel() for parameter in task.backbone.parameters())
     changes = "".join(f", {name} {value}" for name, value in overrides.items())
     text_note = "" if text or not isinstance(task, LitLanguageTask) else ", no tokenizer"
@@ -109,15 +101,28 @@ def import_weights(
     return target
 
 
-_TRAINING = ("drop_path", "patch_drop_rate", "init", "unpad", "low_precision_norm")
-"""Fields of an architecture that weights do not determine."""
-
 _TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "language": (tasks.LitCausalLM, ("vocab_size", "context_length")),
     "masked_language": (tasks.LitMaskedLM, ("vocab_size", "context_length")),
     "image": (tasks.LitImageClassifier, ("num_classes", "image_size")),
 }
 """Task of each head, and the fields of the architecture that are arguments of the task."""
+
+
+_FREE = {"param_tokens", "drop_path", "patch_drop_rate", "init", "unpad", "low_precision_norm"}
+"""Fields of an architecture that a fit may choose; the weights determine the number of parameter tokens."""
+
+
+def _write_settings(path: Path, kind: type, preset: str, config: TokenformerConfig) -> None:
+    """Write the model section of a config for ``fit``, with all fields that an earlier config may have set."""
+    resized = {"image_size", "num_classes"} if config.stem == "patch" else set()  # to the data
+    free = _FREE | resized | UNUSED_BY_STEM.get(config.stem, set())
+    fields = {name: value for name, value in vars(config).items() if name not in free}
+    fields["layers"] = config.layers and list(config.layers)
+    arguments = {"preset": preset, "overrides": fields}
+    content = {"model": {"class_path": f"lit_tokenformer.tasks.{kind.__name__}", "init_args": arguments}}
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def export_weights(
@@ -195,6 +200,13 @@ def _read_tokenizer(path: Path) -> str:
         return text if json.loads(text) == json.loads(plain) else plain
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {path} ({_first_line(error.__cause__ or error)})") from None
+
+
+def _is_tokenizer(path: Path, text: str) -> bool:
+    try:
+        return _read_tokenizer(path) == text
+    except UserError:
+        return False
 
 
 def _preset_of(config: TokenformerConfig, sizes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
