@@ -219,5 +219,5 @@ def _preset_of(config: TokenformerConfig, sizes: dict[str, Any]) -> tuple[str, d
     return name, found[name]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]

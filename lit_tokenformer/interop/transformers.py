@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_tokenformer.data.text.tokenizer import MASKS, USUAL_SEPARATORS, checked_backend
+from lit_tokenformer.data.text.vocabulary import ROLES, USUAL_SEPARATORS, from_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop import transformers_models  # noqa: F401  (registers the architectures)
 from lit_tokenformer.interop.architectures import Architecture
@@ -112,7 +112,7 @@ SPECIAL_TOKENS = {
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
-    "mask_token": MASKS,
+    "mask_token": ROLES["mask"],
 }
 """Roles of special tokens in ``tokenizer_config.json``, with their usual names in order of preference."""
 
@@ -125,7 +125,7 @@ def write_tokenizer(folder: Path, text: str) -> None:
         text: Content of the ``tokenizer.json``.
     """
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    vocabulary = checked_backend(text).get_vocab(with_added_tokens=True)
+    vocabulary = from_text(text, "tokenizer.json").get_vocab(with_added_tokens=True)
     usual = {role: next((name for name in names if name in vocabulary), None) for role, names in SPECIAL_TOKENS.items()}
     special = {role: name for role, name in usual.items() if name is not None}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
