@@ -32,7 +32,6 @@ from lit_tokenformer.data.images.sources import decode_hub_image
 from lit_tokenformer.data.images.transforms import train_transform
 from lit_tokenformer.data.resumable import EpochSampler, ResumableStreamLoader, seeded
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.registry import IMAGE_SOURCES
 
 torch.set_num_threads(1)
 
@@ -772,7 +771,7 @@ def test_wrong_augmentation_is_refused(setting: str, value: object):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dataset", [name for name in IMAGE_SOURCES if name not in ("digits", "huggingface")])
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10", "torch/imagenet", "imagefolder", "wds"])
 def test_missing_root_is_named(tmp_path: Path, dataset: str):
     file = tmp_path / "file"
     file.touch()

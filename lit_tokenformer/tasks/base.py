@@ -121,8 +121,8 @@ class LitTask(OptimizedTask):
     @classmethod
     def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
         """Return the architectures described by a task's arguments, by name as in :attr:`backbones`."""
-        sizes = ("num_classes", "image_size", "vocab_size", "context_length")
-        given = {name: arguments[name] for name in sizes if name in arguments}
+        sizes = ("num_classes", "image_size", "in_chans", "vocab_size", "context_length")
+        given = {name: arguments[name] for name in sizes if arguments.get(name) is not None}
         return {"": preset_config(arguments["preset"], **{**given, **arguments["overrides"]})}
 
     def architecture_changes(self, checkpoint: Mapping[str, Any]) -> tuple[list[str], list[str]]:

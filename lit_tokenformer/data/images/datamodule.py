@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -20,19 +22,22 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lit_tokenformer.data.images.datasets import (
     EvalImages,
     ImageReader,
-    Samples,
     StreamImages,
     TrainImages,
     collate_readable,
 )
-from lit_tokenformer.data.images.sources import (
-    HubStream,
-    SourceSettings,
-    Splits,
-    decode_hub_image,
-    find_images,
+from lit_tokenformer.data.images.folders import find_images
+from lit_tokenformer.data.images.hub import HubStream
+from lit_tokenformer.data.images.samples import Samples, decode_hub_image
+from lit_tokenformer.data.images.sources import SourceSettings, Splits, find_source, is_unlabeled
+from lit_tokenformer.data.images.transforms import (
+    Augmentation,
+    ImageSize,
+    describe,
+    eval_transform,
+    pair,
+    train_transform,
 )
-from lit_tokenformer.data.images.transforms import Augmentation, eval_transform, train_transform
 from lit_tokenformer.data.resumable import (
     EpochSampler,
     ResumableDataModule,
@@ -42,7 +47,6 @@ from lit_tokenformer.data.resumable import (
     seeded,
 )
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.registry import IMAGE_SOURCES
 
 _DATA_SET_DEFAULTS = Augmentation()
 
@@ -83,7 +87,8 @@ class EvalImageSampler(DistributedSampler):
 class ImageDataModule(ResumableDataModule):
     """Batches ``(image (B, 3, H, W) float32, label (B,) int64)`` for training, evaluation and prediction.
 
-    Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB. With mixup,
+    Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB, and RGB to
+    gray for one channel. With mixup,
     CutMix or label smoothing the labels of training batches are ``(B, C)`` float32 instead.
 
     Every random choice is a function of the seed, the epoch and the sample. A resumed run sees the same batches as an
@@ -94,12 +99,15 @@ class ImageDataModule(ResumableDataModule):
     evaluation its batch is smaller, in prediction it is replaced by a black image with label -100.
 
     Args:
-        dataset: Data set: digits (1,797 real 8x8 digits bundled with scikit-learn, no files needed), fashion_mnist,
-            cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, ROOT/val/CLASS/IMAGE, optionally
-            ROOT/test/CLASS/IMAGE) or huggingface.
-        root: Root folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
-        image_size: Input image size (height = width) in pixels. Default: 8 for digits, 28 for fashion_mnist, 32 for
-            cifar10 and cifar100, else 224.
+        dataset: Data set: digits (1,797 real 8x8 digits bundled with scikit-learn, no files needed), mnist, kmnist,
+            fashion_mnist, cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, also val and test, each under any
+            name that Hugging Face knows; tar files in place of folders; WebDataset shards; labels in metadata.csv or
+            metadata.jsonl) or huggingface. Names of timm's ``create_dataset`` too: torch/NAME, wds/NAME, tfds/NAME
+            (array_record), hfds/NAME, hfids/NAME (a stream).
+        root: Root folder or tar file of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
+        image_size: Input image size in pixels, height = width or ``[height, width]``. Default: 8 for digits, 28 for
+            mnist, kmnist and fashion_mnist, 32 for cifar10 and cifar100, else 224.
+        in_chans: Number of image channels: 3 (RGB) or 1 (gray).
         batch_size: Training batch size per process.
         eval_batch_size: Batch size of validation, test and prediction per process. Default: ``batch_size``.
         num_workers: Number of worker processes per training process. Default: the available cores divided by the
@@ -110,13 +118,15 @@ class ImageDataModule(ResumableDataModule):
             the test split. Independent of the seed.
         seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
         download: Whether to download a torchvision data set missing in ``root``.
-        predict_root: Folder of images to predict, nested or flat. Default: the test split, else the validation split.
+        predict_root: Image, folder or tar file to predict, nested or flat. Default: the test split, else the validation
+            split.
         max_corrupt_share: Tolerated share of unreadable images in a split, 0 to 1. Three are always tolerated, unless
             the share is 0. For a stream, the share is of the images read so far by each worker.
+        follow_links: Whether links in a folder of images may lead out of ``root``; otherwise those are left out.
         hf_name: Hugging Face data set (dataset: huggingface).
         hf_config: Configuration of the Hugging Face data set.
-        hf_image_column: Image column. Default: the first column of images.
-        hf_label_column: Label column. Default: the first column of class labels.
+        hf_image_column: Image column. Default: the only column of images.
+        hf_label_column: Label column: class labels, integers or text. Default: the first column of class labels.
         hf_train_split: Training split.
         hf_val_split: Validation split. Default: validation, valid, val or dev, if present.
         streaming: Whether to stream the Hugging Face data set instead of storing it.
@@ -132,14 +142,12 @@ class ImageDataModule(ResumableDataModule):
         (10, 8, 1437)
     """
 
-    in_chans = 3
-    """Number of image channels."""
-
     def __init__(
         self,
         dataset: str = "digits",
         root: str | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -150,6 +158,7 @@ class ImageDataModule(ResumableDataModule):
         download: bool = False,
         predict_root: str | None = None,
         max_corrupt_share: float = 0.001,
+        follow_links: bool = False,
         hf_name: str | None = None,
         hf_config: str | None = None,
         hf_image_column: str | None = None,
@@ -161,9 +170,11 @@ class ImageDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(seed, num_workers)
         self.dataset = dataset
-        self.source = IMAGE_SOURCES[dataset]
+        self.source, name = find_source(dataset)
         self.settings = SourceSettings(
+            name=name,
             root=root,
+            follow_links=follow_links,
             download=download,
             val_fraction=val_fraction,
             hf_name=hf_name,
@@ -174,7 +185,9 @@ class ImageDataModule(ResumableDataModule):
             hf_val_split=hf_val_split,
             streaming=streaming,
         )
-        self.image_size = self.source.image_size if image_size is None else image_size
+        size = self.source.image_size if image_size is None else image_size
+        self.image_size: ImageSize = tuple(size) if isinstance(size, list) else size  # type: ignore[assignment]
+        self.in_chans = in_chans
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -184,7 +197,7 @@ class ImageDataModule(ResumableDataModule):
         self.shuffle_buffer = shuffle_buffer
 
         for name, value, low in (
-            ("image_size", self.image_size, 1),
+            ("image_size", min(pair(self.image_size)), 1),
             ("batch_size", batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
             ("num_workers", num_workers or 0, 0),
@@ -201,7 +214,9 @@ class ImageDataModule(ResumableDataModule):
             raise UserError(
                 f"data.batch_size: expected an even number for mixup and cutmix, which pair images, got {batch_size}"
             )
-        look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
+        if in_chans not in (1, 3):
+            raise UserError(f"data.in_chans: expected 3 (RGB) or 1 (gray), got {in_chans}")
+        look = (self.augmentation, self.image_size, self.mean, self.std)
         self._train_transform, self._eval_transform = train_transform(*look), eval_transform(*look)
 
     @property
@@ -230,25 +245,49 @@ class ImageDataModule(ResumableDataModule):
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel for normalization, in units of the full range (0 to 1)."""
-        return self.source.mean
+        return self.source.mean if self.in_chans == 3 else (fmean(self.source.mean),)
 
     @property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel for normalization, in units of the full range (0 to 1)."""
-        return self.source.std
+        return self.source.std if self.in_chans == 3 else (fmean(self.source.std),)
 
     @property
     def num_train_samples(self) -> int | None:
         """Number of training images per epoch over all processes; None for a stream of unknown length."""
         return self.splits.num_train
 
+    @property
+    def image_data(self) -> dict[str, Any]:
+        """Class names in order and the evaluation transform, as plain values for a checkpoint."""
+        return {
+            "class_names": list(self.class_names),
+            "image_size": self.image_size if isinstance(self.image_size, int) else list(self.image_size),
+            "in_chans": self.in_chans,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_pct": self.augmentation.crop_pct,
+            "interpolation": self.augmentation.interpolation,
+        }
+
     def setup(self, stage: str) -> None:
-        """Open the data, so that missing files fail fast.
+        """Open the data, so that missing files fail fast, and log the transforms.
 
         Args:
             stage: fit, validate, test or predict.
         """
         self.splits  # noqa: B018
+        setting = self.augmentation
+        low, high, shown = setting.areas
+        train, evaluation = describe(setting, self.image_size)
+        rank_zero_info(
+            f"Images of {self.dataset}: " + (f"train {train}; " if stage == "fit" else "") + f"eval {evaluation}"
+        )
+        if stage == "fit" and not low <= shown <= high:
+            rank_zero_warn(
+                f"data.augmentation.crop_pct: objects differ in scale: evaluation shows {shown:.0%} of an image, "
+                f"training {low:.0%} to {high:.0%} (crop: {setting.crop}); crop_pct: null selects the scale of training"
+            )
         if stage == "predict":
             self._predict_samples  # noqa: B018
 
@@ -304,6 +343,8 @@ class ImageDataModule(ResumableDataModule):
         """
         if self.splits.test is self.splits.val:
             raise no_test_split()
+        if is_unlabeled(self.splits.test):
+            raise UserError("test: the test split has no labels; `predict` writes its classes")
         return self._eval_loader(self.splits.test)
 
     def predict_dataloader(self) -> DataLoader:
@@ -363,7 +404,7 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def _predict_samples(self) -> Samples | HubStream:
-        return self.splits.test if self.predict_root is None else find_images(self.predict_root)
+        return self.splits.test if self.predict_root is None else find_images(self.predict_root, "data.predict_root")
 
     @property
     def _workers(self) -> int:
