@@ -314,12 +314,14 @@ def predict_images(
     found[0].to(find_device(device))
     predictions = found[0].predict_images(images, batch_size, num_workers, TOP)
     columns = max(len(one.probabilities) for one in predictions)
-    with atomic_write(target) as file, io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="") as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(prediction_header(columns))
-        for image, probabilities in predictions:
-            row = prediction_row(image, probabilities.items())
-            writer.writerow(row + [""] * (1 + 2 * columns - len(row)))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(prediction_header(columns))
+    for image, probabilities in predictions:
+        row = prediction_row(image, probabilities.items())
+        writer.writerow(row + [""] * (1 + 2 * columns - len(row)))
+    with atomic_write(target) as file:
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     print(f"{target}: predictions for {len(predictions)} images")
     return target
 
