@@ -412,7 +412,7 @@ class ImageDataModule(ResumableDataModule):
             return self.num_workers
         return 0 if self.source.tiny else self._spare_workers
 
-    def _stream(self, split: HubStream, batch_size: int, seed: int | None) -> StreamImages:
+    def _stream(self, split: HubStream, batch_size: int, seed: int | None, labeled: bool = True) -> StreamImages:
         from datasets.distributed import split_dataset_by_node
 
         rank, replicas = self._place
@@ -428,6 +428,7 @@ class ImageDataModule(ResumableDataModule):
             batch_size,
             seed,
             rank,
+            labeled,
         )
 
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
@@ -441,7 +442,7 @@ class ImageDataModule(ResumableDataModule):
                     "data.streaming: a sharded model requires the same number of evaluation batches on each process, "
                     "which a stream cannot guarantee; set data.streaming: false, or trainer.strategy: ddp"
                 )
-            images = self._stream(samples, self.eval_batch_size, seed=None)
+            images = self._stream(samples, self.eval_batch_size, seed=None, labeled=not keep_places)
             workers = min(workers, images.stream.num_shards)
         else:
             images = EvalImages(ImageReader(samples, self.max_corrupt_share), self._eval_transform, keep_places)

@@ -181,6 +181,7 @@ class StreamImages(IterableDataset):
         batch_size: Batch size, used to skip whole batches.
         seed: Seed of the run, or None for evaluation (no augmentation, no replacement).
         rank: Rank of this process among the data-parallel ones.
+        labeled: Whether a sample without a label counts as unreadable.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class StreamImages(IterableDataset):
         batch_size: int,
         seed: int | None = None,
         rank: int = 0,
+        labeled: bool = True,
     ) -> None:
         self.stream = stream
         self.columns = columns
@@ -202,6 +204,7 @@ class StreamImages(IterableDataset):
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
+        self.labeled = labeled
         self.epoch = 0
         self.skip_batches = 0
         """Number of batches per worker that are yielded empty, without decoding, since the loader discards them."""
@@ -220,7 +223,7 @@ class StreamImages(IterableDataset):
             value, label = (row[column] for column in self.columns)
             try:
                 image = self.decode(value)
-                if self.seed is not None and label in (None, UNLABELED):
+                if self.labeled and label in (None, UNLABELED):
                     raise UserError("no label")
             except Exception as error:  # damaged bytes raise any exception in a decoder
                 name = (value or {}).get("path") or f"sample {read} of the stream"

@@ -127,7 +127,9 @@ def _label_column(name: str | None, rows: Any) -> str:
 
 
 def _is_label(feature: Any) -> bool:
-    return hasattr(feature, "names") or getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool"))
+    return hasattr(feature, "names") or getattr(feature, "dtype", "").startswith(
+        ("int", "uint", "string", "large_string", "bool")
+    )
 
 
 def _columns(what: str, name: str | None, rows: Any, kind: str, is_kind: Callable[[Any], bool]) -> list[str]:

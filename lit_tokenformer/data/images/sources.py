@@ -222,15 +222,17 @@ def _open_tfds(settings: SourceSettings) -> Splits:
     except ImportError:
         needed = "pip install tensorflow-datasets array_record"
         raise UserError(f"data.dataset: tfds/{settings.name}: needs TensorFlow Datasets ({needed})") from None
-    builder = tfds.builder(settings.name, data_dir=settings.root)
-    if settings.download:
-        builder.download_and_prepare(file_format="array_record")
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    names = builder.info.features["label"].names
     try:
+        builder = tfds.builder(settings.name, data_dir=settings.root)
+        if settings.download:
+            builder.download_and_prepare(file_format="array_record")
+        names = builder.info.features["label"].names
+        decoders = {"image": tfds.decode.SkipDecoding()}
         found = {name: TfdsSamples(builder.as_data_source(name, decoders=decoders)) for name in builder.info.splits}
-    except NotImplementedError as error:
-        raise UserError(f"data.dataset: tfds/{settings.name}: {error}") from None
+    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"data.dataset: tfds/{settings.name}: {' '.join(str(error).split())}") from error
+    if "train" not in found:
+        raise UserError(f"data.dataset: tfds/{settings.name}: no split 'train', it has {', '.join(found)}")
     return _with_validation(settings, names, found["train"], found.get("validation"), found.get("test"))
 
 
