@@ -404,6 +404,7 @@ def test_lightning_predicts(tmp_path: Path):
         ("cifar10", {}, 1.0, 0.5, "bilinear"),
         ("cifar10", {"crop": "rrc"}, 1.0, 0.5, "bilinear"),
         ("imagefolder", {}, 0.875, 0.5, "bicubic"),
+        ("imagefolder", {"scale": (0.9, 1.0)}, 1.0, 0.5, "bicubic"),
         ("imagefolder", {"crop": "center"}, 1.0, 0.5, "bicubic"),
         ("imagefolder", {"crop": "shift"}, 1.0, 0.5, "bicubic"),
         ("imagefolder", {"crop": "rkrc"}, 1.0, 0.5, "bicubic"),
@@ -436,7 +437,7 @@ def test_transforms_are_logged_and_another_scale_warns(folder: Path, caplog: pyt
     with pytest.warns(UserWarning, match=r"^data.augmentation.crop_pct: .* shows 77% .* training 100% to 100% "):
         imagefolder(folder, augmentation=Augmentation(crop="center", crop_pct=0.875)).setup("fit")
     with pytest.warns(UserWarning, match="training 90% to 100%"):
-        imagefolder(folder, augmentation=Augmentation(scale=(0.9, 1.0))).setup("fit")
+        imagefolder(folder, augmentation=Augmentation(scale=(0.9, 1.0), crop_pct=0.875)).setup("fit")
 
 
 @pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1", "augmix-m3-w3"])

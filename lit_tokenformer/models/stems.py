@@ -84,7 +84,7 @@ class PatchStem(nn.Module):
         saved = state_dict.get(prefix + "pos_embed")
         patches = 0 if saved is None or saved.ndim != 3 else saved.shape[1] - self.num_prefix_tokens
         resized = patches > 0 and saved.shape[1] != self.pos_embed.shape[1]
-        if resized and math.isqrt(patches) ** 2 == patches:  # of a square image; others do not tell their rows
+        if resized and math.isqrt(patches) ** 2 == patches:  # of a square image; others have unknown rows
             state_dict[prefix + "pos_embed"] = resample_abs_pos_embed(
                 saved, new_size=list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
             )

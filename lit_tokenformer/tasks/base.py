@@ -348,6 +348,14 @@ class LitTask(OptimizedTask):
         self.check_architecture(checkpoint)
         self._rng_states = checkpoint.get("rng_states")
 
+    def check_data(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """Raise a ``UserError`` if the data do not fit a checkpoint; any data fit by default.
+
+        Args:
+            checkpoint: The checkpoint.
+            data: The data module.
+        """
+
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise a ``UserError`` if a checkpoint's architecture or its tensor shapes do not match this model."""
         wrong, _ = self.architecture_changes(checkpoint) if self._trainer is not None else ([], [])

@@ -146,6 +146,17 @@ class LitImageClassifier(LitTask):
         if getattr(self.task_data, "image_data", None) is None or self.trainer.state.fn != TrainerFn.FITTING:
             self.image_data = saved
 
+    def check_data(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """Raise a ``UserError`` if the data have other classes than a checkpoint, in any order."""
+        pair = [
+            (one or {}).get("class_names") for one in (getattr(data, "image_data", None), checkpoint.get("image_data"))
+        ]
+        if None not in pair and (odd := sorted({*pair[0]} ^ {*pair[1]})):
+            raise UserError(
+                f"data: the classes are not those of the checkpoint (got {few(pair[0])}; expected {few(pair[1])}); "
+                f"{len(odd)} are in one of them only: {few(odd)}"
+            )
+
     def _match_data(self, saved: Mapping[str, Any] | None) -> None:
         """Map the labels of the data to the classes of the model by name; warn about another transform.
 
@@ -156,12 +167,8 @@ class LitImageClassifier(LitTask):
         data = getattr(self.task_data, "image_data", None)
         if saved is None or data is None or self.trainer.state.fn == TrainerFn.PREDICTING:  # which uses no label
             return
+        self.check_data({"image_data": saved}, self.task_data)
         ours, theirs = data["class_names"], saved["class_names"]
-        if missing := sorted({*theirs} - {*ours}) + sorted({*ours} - {*theirs}):
-            raise UserError(
-                f"data: the classes are not those of the checkpoint (got {few(ours)}; expected {few(theirs)}); "
-                f"{len(missing)} are in one of them only: {few(missing)}"
-            )
         if ours != theirs:
             if self.trainer.state.fn == TrainerFn.FITTING or len({*ours}) < len(ours):
                 raise UserError(

@@ -88,8 +88,7 @@ class ImageDataModule(ResumableDataModule):
     """Batches ``(image (B, 3, H, W) float32, label (B,) int64)`` for training, evaluation and prediction.
 
     Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB, and RGB to
-    gray for one channel. With mixup,
-    CutMix or label smoothing the labels of training batches are ``(B, C)`` float32 instead.
+    gray for one channel. With mixup, CutMix or label smoothing the labels of training batches are ``(B, C)`` float32.
 
     Every random choice is a function of the seed, the epoch and the sample. A resumed run sees the same batches as an
     uninterrupted one, bit for bit, with any number of workers (streams: with the same number). No loader uses the
@@ -117,7 +116,7 @@ class ImageDataModule(ResumableDataModule):
         val_fraction: Fraction of the training images held out if the data set has no validation split; 0 validates on
             the test split. Independent of the seed.
         seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
-        download: Whether to download a torchvision data set missing in ``root``.
+        download: Whether to download a data set of torchvision or TensorFlow Datasets missing in ``root``.
         predict_root: Image, folder or tar file to predict, nested or flat. Default: the test split, else the validation
             split.
         max_corrupt_share: Tolerated share of unreadable images in a split, 0 to 1. Three are always tolerated, unless
@@ -221,7 +220,12 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        own = {"dataset": self.dataset, "image_size": self.image_size, **asdict(self.settings)}
+        own = {
+            "dataset": self.dataset,
+            "image_size": self.image_size,
+            "in_chans": self.in_chans,
+            **asdict(self.settings),
+        }
         return {**super().data_settings, **own}
 
     @cached_property

@@ -203,7 +203,7 @@ def decode_hub_image(value: dict[str, Any] | None, folders: tuple[str, ...] = ()
         folders: Allowed folders of the resolved path; an untrusted data set could reference any file.
 
     Raises:
-        ValueError: If there is no value, or the path is outside of the folders.
+        ValueError: If the value is missing, or the path is outside of the folders.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UserError("no image")

@@ -63,7 +63,7 @@ class Augmentation:
     """Resize interpolation; random selects bilinear or bicubic per training image."""
     crop_pct: float | None = None
     """Evaluation crop size / resize size: 0.875 resizes the shorter side to 256 and center-crops 224. Default: 1, the
-    scale of training; 0.875 for crop: rrc, except for small data sets."""
+    scale of training; 0.875 for crop: rrc with its default scale, except for small data sets."""
     mixup: float = 0.0
     """Mixup alpha; 0 disables it. With cutmix too, each batch uses one of the two."""
     cutmix: float = 0.0
@@ -95,8 +95,11 @@ class Augmentation:
 
     def completed(self, defaults: Augmentation) -> Augmentation:
         """Replace every None by the value of ``defaults``."""
-        if self.crop not in (None, "rrc"):  # training shows whole images, and so does evaluation
-            defaults = replace(defaults, crop_pct=1.0, shift=0.125 if defaults.shift is None else defaults.shift)
+        low = self.scale[0] if (self.crop or defaults.crop) == "rrc" else 1.0
+        if (defaults.crop_pct or 1.0) ** 2 < low:  # evaluation would show less of an image than training ever does
+            defaults = replace(defaults, crop_pct=1.0)
+        if defaults.shift is None:
+            defaults = replace(defaults, shift=0.125)
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(defaults, name) for name in missing})
 
