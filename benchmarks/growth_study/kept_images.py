@@ -20,7 +20,7 @@ class KeptImages(ImageDataModule):
     """
 
     def __init__(self, root: str, batch_size: int, eval_batch_size: int) -> None:
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        sizes: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         super().__init__("fashion_mnist", root, in_chans=1, val_fraction=0.0, **sizes)
 
     @cached_property

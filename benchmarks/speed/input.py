@@ -41,7 +41,8 @@ def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_images(root / "folder", args.images), make_shards(root / "folder", root / "shards")
+        make_images(root / "folder", args.images)
+        make_shards(root / "folder", root / "shards")
         pairs: dict[tuple[str, str, str], Any] = {
             **{(name, "ImageFolder + timm", "folder"): (recipe, their_loader) for name, recipe in RECIPES.items()},
             ("crop and flip, tar shards", "folder", "shards"): (Augmentation(), our_loader),

@@ -81,7 +81,7 @@ class PatchStem(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "pos_embed")
+        saved: Any = state_dict.get(prefix + "pos_embed")
         patches = 0 if saved is None or saved.ndim != 3 else saved.shape[1] - self.num_prefix_tokens
         resized = patches > 0 and saved.shape[1] != self.pos_embed.shape[1]
         if resized and math.isqrt(patches) ** 2 == patches:  # of a square image; others have unknown rows

@@ -76,6 +76,8 @@ class LitImageClassifier(LitTask):
 
     image_data: dict[str, Any] | None = None
     """Class names and evaluation transform of the training data (``ImageDataModule.image_data``), where known."""
+    _class_map: Tensor | None = None
+    """Class of the model for each label of the data, (C,); None for the same order."""
     scores = ("loss", "acc1", "acc5")
     required_fields: ClassVar[Mapping[str, Any]] = {
         "stem": "patch",
@@ -132,9 +134,8 @@ class LitImageClassifier(LitTask):
             self._make_metrics()
             self.hparams["overrides"].pop("num_classes", None)
             self.hparams["num_classes"] = classes
-
         if stage == "fit":
-            self.image_data = getattr(data, "image_data", self.image_data)
+            self.image_data = getattr(data, "image_data", None)
         self._match_data(self.image_data)
 
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
@@ -148,12 +149,11 @@ class LitImageClassifier(LitTask):
 
     def check_data(self, checkpoint: Mapping[str, Any], data: Any) -> None:
         """Raise a ``UserError`` if the data have other classes than a checkpoint, in any order."""
-        pair = [
-            (one or {}).get("class_names") for one in (getattr(data, "image_data", None), checkpoint.get("image_data"))
-        ]
-        if None not in pair and (odd := sorted({*pair[0]} ^ {*pair[1]})):
+        present, saved = getattr(data, "image_data", None), checkpoint.get("image_data")
+        ours, theirs = (list((one or {}).get("class_names", ())) for one in (present, saved))
+        if ours and theirs and (odd := sorted({*ours} ^ {*theirs})):
             raise UserError(
-                f"data: the classes are not those of the checkpoint (got {few(pair[0])}; expected {few(pair[1])}); "
+                f"data: the classes are not those of the checkpoint (got {few(ours)}; expected {few(theirs)}); "
                 f"{len(odd)} are in one of them only: {few(odd)}"
             )
 
@@ -163,14 +163,14 @@ class LitImageClassifier(LitTask):
         Raises:
             UserError: If the data have other classes, or a fit has them in another order.
         """
-        self._class_map: Tensor | None = None
+        self._class_map = None
         data = getattr(self.task_data, "image_data", None)
-        if saved is None or data is None or self.trainer.state.fn == TrainerFn.PREDICTING:  # which uses no label
+        if saved is None or data is None:
             return
-        self.check_data({"image_data": saved}, self.task_data)
-        ours, theirs = data["class_names"], saved["class_names"]
-        if ours != theirs:
-            if self.trainer.state.fn == TrainerFn.FITTING or len({*ours}) < len(ours):
+        ours, theirs, stage = data["class_names"], saved["class_names"], self.trainer.state.fn
+        if ours != theirs and stage != TrainerFn.PREDICTING:  # which uses no label
+            self.check_data({"image_data": saved}, self.task_data)
+            if stage == TrainerFn.FITTING or len({*ours}) < len(ours):
                 raise UserError(
                     f"data: the classes are in another order than in the checkpoint (got {few(ours)}; expected "
                     f"{few(theirs)})"
@@ -230,13 +230,14 @@ class LitImageClassifier(LitTask):
 
     @torch.inference_mode()
     def _predictions(self, paths: Any, batch_size: int, num_workers: int, top: int | None) -> Iterator[ImagePrediction]:
-        if self.image_data is None:
+        names = (self.image_data or {}).get("class_names", ())
+        if self.image_data is None or len(names) != self.backbone.num_classes:
             raise UserError(
                 "ckpt_path: the checkpoint has no class names and no image transform, since it was saved by an earlier "
                 "version or without ImageDataModule; predict with its config and --data.predict_root"
             )
         loader, samples = prediction_loader(paths, self.image_data, batch_size, num_workers)
-        names, training, number = self.image_data["class_names"], self.training, 0
+        training, number = self.training, 0
         self.eval()
         for image, label in loader:
             found = self.predict_step((image.to(self.device), label), 0).cpu()  # (B, C)

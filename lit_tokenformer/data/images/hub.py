@@ -65,7 +65,8 @@ def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
     if class_names is None and settings.streaming:
         raise UserError(f"data.hf_label_column: a stream needs class names, column {columns[1]!r} has none")
     values: list[Any] = list(range(len(class_names))) if class_names is not None else _values(train, columns[1])
-    folders, found = own_folders(settings.hf_name, settings.root), {}
+    folders = own_folders(settings.hf_name, settings.root)
+    found: dict[str, Any] = {}
     for split, name in names.items():
         if name is None:
             continue
@@ -76,7 +77,7 @@ def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
         images = rows.select_columns([columns[0]]).cast_column(columns[0], datasets.Image(decode=False))
         chunks = images.with_format("arrow")[:][columns[0]].chunks  # of {"bytes", "path"}; without a copy
         nulls = [[part.is_null().to_numpy(zero_copy_only=False) for part in chunk.flatten()] for chunk in chunks]
-        empty = np.concatenate([np.logical_and.reduce(parts) for parts in nulls])
+        empty = np.concatenate([np.zeros(0, dtype=bool), *map(np.logical_and.reduce, nulls)])
         _refuse("image", columns[0], name, np.flatnonzero(empty), [None] * len(empty))
         found[split] = HubSamples(images, _labels(rows, columns[1], values, split, name), folders)
     info = (train.info.splits or {}).get(names["train"]) if settings.streaming else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,54 +152,51 @@ def _open_digits(settings: SourceSettings) -> Splits:
     )
 
 
-def _open_torchvision(name: str = "") -> Callable[[SourceSettings], Splits]:
-    def open_splits(settings: SourceSettings) -> Splits:
-        chosen = name or settings.name
+def _open_torchvision(settings: SourceSettings, name: str = "") -> Splits:
+    chosen = name or settings.name
 
-        def load(split: str, **download: bool) -> Any:
-            try:
-                return create_dataset(f"torch/{chosen}", settings.root, split, **download)  # type: ignore[arg-type]
-            except AssertionError as error:
-                raise UserError(f"data.dataset: torch/{chosen}: {error}") from None
-
-        if settings.download and settings.root:
-            Path(settings.root).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(settings.root) / ".download.lock"):  # every process of a run calls this
-                load("train", download=True), load("validation", download=True)
-        root = _folder("data.root", settings.root)
+    def load(split: str, **download: bool) -> Any:
         try:
-            train, held_out = load("train"), load("validation")
-        except RuntimeError as error:
-            raise UserError(f"data.root: no complete {chosen} in {root}; data.download=true downloads it") from error
-        names = [", ".join(one) if isinstance(one, tuple) else one for one in train.classes]
-        parts = [
-            ArraySamples(np.asarray(part.data), part.targets)
-            if hasattr(part, "data")
-            else FileSamples(*zip(*part.samples, strict=True))
-            for part in (train, held_out)
-        ]
-        is_test = hasattr(train, "train")  # the small data sets have no validation split
-        return _with_validation(settings, names, parts[0], *((None, parts[1]) if is_test else (parts[1], None)))
+            return create_dataset(f"torch/{chosen}", settings.root, split, **download)  # type: ignore[arg-type]
+        except AssertionError as error:
+            raise UserError(f"data.dataset: torch/{chosen}: {error}") from None
 
-    return open_splits
+    if settings.download and settings.root:
+        Path(settings.root).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(settings.root) / ".download.lock"):  # every process of a run calls this
+            load("train", download=True), load("validation", download=True)
+    root = _folder("data.root", settings.root)
+    try:
+        train, held_out = load("train"), load("validation")
+    except RuntimeError as error:
+        raise UserError(f"data.root: no complete {chosen} in {root}; data.download=true downloads it") from error
+    names = list(getattr(train, "wnids", train.classes))  # ImageNet has two classes named crane
+    val = _samples(held_out)
+    has_val = not hasattr(train, "train")  # the small data sets have a test split only
+    return _with_validation(settings, names, _samples(train), val if has_val else None, None if has_val else val)
+
+
+def _samples(part: Any) -> Samples:
+    """Return the images of a torchvision data set in memory, or of one in folders."""
+    if hasattr(part, "data"):
+        return ArraySamples(np.asarray(part.data), part.targets)
+    return FileSamples([path for path, _ in part.samples], [label for _, label in part.samples])
 
 
 def _open_folder(settings: SourceSettings) -> Splits:
-    root = (
-        str(settings.root) if settings.root and settings.root.endswith(".tar") else _folder("data.root", settings.root)
-    )
-    tables = (
-        "metadata.csv",
-        "metadata.jsonl",
-        "metadata.parquet",
-    )  # of labels, as Hugging Face's imagefolder reads them
-    if any((place / table).is_file() for place in (Path(root), *Path(root).glob("*/")) for table in tables):
-        return _open_hugging_face(replace(settings, hf_name="imagefolder"))
+    is_tar = settings.root is not None and settings.root.endswith(".tar") and Path(settings.root).is_file()
+    root = Path(settings.root) if is_tar else _folder("data.root", settings.root)  # type: ignore[arg-type]
+    tables = [f"metadata.{ending}" for ending in ("csv", "jsonl", "parquet")]  # of labels
+    if any((place / table).is_file() for place in (root, *root.glob("*/")) for table in tables):
+        return _open_hub(settings, name="imagefolder")
     class_names, found = open_folder(str(root), settings.follow_links)
     return _with_validation(settings, class_names, found["train"], found.get("val"), found.get("test"))
 
 
-def _open_hugging_face(settings: SourceSettings) -> Splits:
+def _open_hub(settings: SourceSettings, name: str | None = None, streaming: bool = False) -> Splits:
+    """Open a Hugging Face data set, by default the one named after the slash or in ``hf_name``."""
+    name = name or settings.name or settings.hf_name
+    settings = replace(settings, hf_name=name, streaming=streaming or settings.streaming)
     if not settings.hf_name:
         raise UserError(
             "data.hf_name: expected the name of a Hugging Face data set (or imagefolder, with data.root), got none"
@@ -206,14 +204,15 @@ def _open_hugging_face(settings: SourceSettings) -> Splits:
     if settings.root is not None:
         _folder("data.root", settings.root)
     class_names, found, num_train = open_hub(settings)
-    train, val, test = (found.get(split) for split in ("train", "val", "test"))
+    train, val, test = found["train"], found.get("val"), found.get("test")
     if not settings.streaming:
         return _with_validation(settings, class_names, train, val, test)
-    if val is None and (settings.val_fraction > 0 or test is None):
+    held_out = val or (test if settings.val_fraction == 0 else None)
+    if held_out is None:
         raise UserError(
             f"data.hf_val_split: a stream cannot be split, name a split of {settings.hf_name} to validate on"
         )
-    return Splits(class_names, train, val or test, test or val, num_train)
+    return Splits(class_names, train, held_out, test or held_out, num_train)
 
 
 def _open_tfds(settings: SourceSettings) -> Splits:
@@ -251,16 +250,16 @@ for _name, _size, _mean, _std, _shift, _hflip in (
     ("cifar100", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 1 / 8, 0.5),
 ):
     IMAGE_SOURCES.register(_name)(
-        ImageSource(_open_torchvision(_name), _size, _mean, _std, _whole_image(_shift, _hflip))
+        ImageSource(partial(_open_torchvision, name=_name), _size, _mean, _std, _whole_image(_shift, _hflip))
     )
 for _name, _open in (
     ("imagefolder", _open_folder),
-    ("huggingface", _open_hugging_face),
+    ("huggingface", _open_hub),
     # names of timm's create_dataset: torch/NAME, wds/NAME, tfds/NAME, hfds/NAME, hfids/NAME (a stream)
-    ("torch", _open_torchvision()),
+    ("torch", _open_torchvision),
     ("wds", _open_folder),
     ("tfds", _open_tfds),
-    ("hfds", lambda settings: _open_hugging_face(replace(settings, hf_name=settings.name))),
-    ("hfids", lambda settings: _open_hugging_face(replace(settings, hf_name=settings.name, streaming=True))),
+    ("hfds", _open_hub),
+    ("hfids", partial(_open_hub, streaming=True)),
 ):
     IMAGE_SOURCES.register(_name)(ImageSource(_open, 224))

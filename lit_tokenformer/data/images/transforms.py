@@ -166,11 +166,13 @@ def train_transform(
             f"data.augmentation.auto_augment: not a policy of timm (got {augmentation.auto_augment!r})"
         ) from error
     if own_crop:
-        whole = eval_transform(replace(augmentation, crop_pct=1.0), image_size, (0.0,) * 3, (1.0,) * 3).transforms[:2]
+        whole: Any = eval_transform(replace(augmentation, crop_pct=1.0), image_size, (0.0,) * 3, (1.0,) * 3)
         height, width = pair(image_size)
         shift = (augmentation.shift or 0.0) if augmentation.crop == "shift" else 0.0
         shifted = transforms.RandomCrop((height, width), padding=(round(shift * width), round(shift * height)))
-        crop = transforms.Compose([*whole, shifted, transforms.RandomHorizontalFlip(augmentation.hflip or 0.0)])
+        crop = transforms.Compose(
+            [*whole.transforms[:2], shifted, transforms.RandomHorizontalFlip(augmentation.hflip or 0.0)]
+        )
     for step in color.transforms:
         for operation in getattr(step, "ops", None) or [one for two in getattr(step, "policy", ()) for one in two]:
             if operation.aug_fn is posterize:
