@@ -308,6 +308,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], Any, dict[str, Any]]] = {
         PETS,
         {},
     ),
+    "tar_of_a_folder": (
+        lambda f: (draw(f, *cats_and_dogs()), pack(f / "train.tar", "eel/1.png")),
+        PETS,
+        {"log": "1 tar files of a split with a folder"},
+    ),
     "tars_in_a_tar": (
         lambda f: [pack(f / f"ILSVRC2012_img_{split}.tar", "cat.tar", "dog.tar") for split in ("train", "val")],
         PETS,
@@ -335,7 +340,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], Any, dict[str, Any]]] = {
         (["0", "1"], 2, 2),
         {"dataset": "wds/", "log": "2 images without a class"},
     ),
-    "compressed_tar": (lambda f: draw(f, "train/cat.tar.gz"), "cat.tar.gz: a compressed tar file has no random", {}),
+    "compressed_tar": (
+        lambda f: draw(f, "train/cat.tar.gz"),
+        r"no class folders in .*left out: 1 compressed tar files \(without random access",
+        {},
+    ),
     "damaged_tar": (
         lambda f: (draw(f, *cats_and_dogs()), (f / "train/x.tar").write_bytes(b"x" * 600)),
         "x.tar: not an intact tar",

@@ -52,11 +52,13 @@ class Files:
     Args:
         root: Folder that links must not leave.
         follow_links: Whether links may leave it.
+        setting: Name of the setting, for errors.
     """
 
-    def __init__(self, root: str, follow_links: bool = False) -> None:
+    def __init__(self, root: str, follow_links: bool = False, setting: str = "data.root") -> None:
         self.root = os.path.realpath(root)
         self.follow_links = follow_links
+        self.setting = setting
         self.left_out: Counter[str] = Counter()
         self.folders: set[str] = set()
         """Names of the top folders that were walked."""
@@ -86,8 +88,6 @@ class Files:
     def open(self, path: str, name: str = "") -> Iterator[Entry]:
         """Yield a file, or the members of a tar file."""
         base = os.path.basename(path)
-        if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", base):
-            raise UserError(f"data.root: {path}: a compressed tar file has no random access; decompress it")
         if not base.endswith(".tar"):
             yield Entry(name + base, path)
             return
@@ -95,7 +95,7 @@ class Files:
             with tarfile.open(path, "r:") as tar:
                 yield from self._members(tar, path, f"{name}{base[:-4]}/")
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f"data.root: {path}: not an intact tar file ({error})") from None
+            raise UserError(f"{self.setting}: {path}: not an intact tar file ({error})") from None
 
     def _members(self, tar: tarfile.TarFile, path: str, name: str, start: int = 0) -> Iterator[Entry]:
         """Yield the members of a tar file, or of one that begins within it at an offset in bytes."""
@@ -124,6 +124,8 @@ class Files:
                 return "links to a folder above"
             if not self.follow_links and not is_within(real, (self.root,)):
                 return "links out of data.root (followed with data.follow_links: true)"
+        if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", one.name):
+            return "compressed tar files (without random access; decompress them)"
         return "" if one.is_dir() or one.is_file() else "pipes and devices"
 
     def __str__(self) -> str:
@@ -150,7 +152,7 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         root = os.fspath(root)
         if not os.path.exists(root):
             raise UserError(f"{setting}: no such folder or file: {root}")
-        files = Files(root)
+        files = Files(root, follow_links=True, setting=setting)
         if os.path.isfile(root) and not root.endswith(".tar"):  # whatever its extension
             images += files.open(root)
             continue
@@ -158,7 +160,7 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         if not found:
             raise UserError(f"{setting}: no images in {root}{_hints(files)}")
         images += sorted(found, key=lambda entry: entry.path)
-        _report(setting, root, files)
+        _report(root, files)
     return _samples(images, [UNLABELED] * len(images))
 
 
@@ -205,7 +207,7 @@ def open_folder(root: str, follow_links: bool = False) -> tuple[list[str], dict[
     if empty := sorted(set(range(len(class_names))) - set(samples["train"].labels.tolist())):
         found = f"{len(empty)} classes: {few([class_names[number] for number in empty])}"
         raise UserError(f"data.root: no training images for {found}{_hints(files)}")
-    _report("data.root", root, files)
+    _report(root, files)
     return class_names, samples
 
 
@@ -236,8 +238,11 @@ def _places(root: str, files: Files) -> dict[str, tuple[str, Iterable[Entry]]]:
     if not found:
         return {"train": (root, files.walk(root) if os.path.isdir(root) else whole)}
     for split, parts in found.items():
-        if len(parts) > 1 and not all(path.endswith(".tar") for path, _ in parts):
-            raise UserError(f"data.root: several {split} splits: {few([path for path, _ in parts])}")
+        if folders := [part for part in parts if not part[0].endswith(".tar")]:
+            files.left_out["tar files of a split with a folder"] += len(parts) - len(folders)
+            found[split] = folders
+        if len(folders) > 1:
+            raise UserError(f"data.root: several {split} splits: {few([path for path, _ in folders])}")
     if "train" not in found:
         raise UserError(f"data.root: no folder train in {root}; expected {root}/train/CLASS/IMAGE")
     files.left_out["folders or tar files that name no split"] += len(nameless)
@@ -312,6 +317,6 @@ def _hints(files: Files) -> str:
     return f"; known extensions: {', '.join(sorted(image_extensions()))}{left_out}"
 
 
-def _report(setting: str, root: str, files: Files) -> None:
+def _report(root: str, files: Files) -> None:
     if str(files):
-        rank_zero_info(f"{setting}: {root}: left out {files}")
+        rank_zero_info(f"{files.setting}: {root}: left out {files}")
