@@ -181,6 +181,20 @@ def test_predict_needs_a_checkpoint_and_images_only(fitted, tmp_path, monkeypatc
     assert "error: output: one.csv exists already" in capsys.readouterr().err
 
 
+def test_other_classes_are_refused_before_work(fitted, tmp_path, capsys):
+    for split in ("train", "val"):
+        for number in range(10):
+            (tmp_path / "images" / split / f"class_{number}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / split / f"class_{number}" / "0.png")
+    data = ["--data.dataset", "imagefolder", "--data.root", tmp_path / "images", "--data.image_size", 8]
+    assert run("validate", tmp_path, "--ckpt_path", last(fitted), *data) == 2
+    found = capsys.readouterr().err
+    assert (
+        "error: data: the classes are not those of the checkpoint" in found
+        and not (tmp_path / "lightning_logs").exists()
+    )
+
+
 def test_optimizer_and_schedule_are_replaced_by_class_path(tmp_path):
     config = tmp_path / "lion.yaml"
     optimizer = {"class_path": "timm.optim.Lion", "init_args": {"lr": 1e-4}}

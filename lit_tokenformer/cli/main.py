@@ -336,6 +336,8 @@ class TokenformerCLI(LightningCLI):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
+        if saved and self.subcommand != "predict":
+            self.model.check_data(saved, self.datamodule)
         if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else checked once data and depth are known
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
