@@ -329,6 +329,15 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], Any, dict[str, Any]]] = {
         {"root": "pets.tar", "log": "1 hidden files"},
     ),
     "shards": (lambda f: shards(f, ["10", "2", "2", "10"]), (["2", "10"], 4, 4), {"dataset": "wds/pets"}),
+    "shards_that_repeat_keys": (
+        lambda f: [
+            pack(f / f"{split}-{shard}.tar", "0.png", "1.png", texts={"0.cls": f"{shard}0", "1.cls": f"{shard}1"})
+            for split in ("train", "val")
+            for shard in (1, 2)
+        ],
+        (["10", "11", "20", "21"], 4, 4),
+        {"dataset": "wds/x"},
+    ),
     "shards_of_text": (lambda f: shards(f, ["dog", "cat", "dog"]), (["cat", "dog"], 3, 3), {"dataset": "wds/pets"}),
     "shards_of_json": (
         lambda f: shards(f, ['{"label": 1}', '{"label": 0}'], "json"),

@@ -443,7 +443,8 @@ def test_transforms_are_logged_and_another_scale_warns(folder: Path, caplog: pyt
 @pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1", "augmix-m3-w3"])
 def test_one_channel_and_other_than_square(folder: Path, auto_augment: str | None):
     look = Augmentation(auto_augment=auto_augment, color_jitter=0.2, reprob=0.5)
-    data = imagefolder(folder, image_size=(8, 24), in_chans=1, augmentation=look)
+    assert imagefolder(folder, image_size=(8, 8)).image_size == 8
+    data = imagefolder(folder, image_size=[8, 24], in_chans=1, augmentation=look)  # as from YAML
     assert data.mean == (pytest.approx(0.449),) and data.image_data["image_size"] == [8, 24]
     assert {image.shape for image, _ in data.train_dataloader()} == {(4, 1, 8, 24)}
     image = data.splits.val.read(0)

@@ -237,7 +237,7 @@ class TokenformerConfig:
         if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(f"num_heads: not a divisor of dim {self.dim} (got {self.num_heads})")
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else (self.image_size,) * 2
-        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
             raise UserError(f"image_size: expected one or two whole numbers of at least 1, got {self.image_size!r}")
         object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else tuple(sides))
         if any(side % self.patch_size for side in sides):

@@ -184,8 +184,8 @@ class ImageDataModule(ResumableDataModule):
             hf_val_split=hf_val_split,
             streaming=streaming,
         )
-        size = self.source.image_size if image_size is None else image_size
-        self.image_size: ImageSize = tuple(size) if isinstance(size, list) else size  # type: ignore[assignment]
+        height, width = pair(self.source.image_size if image_size is None else image_size)
+        self.image_size: ImageSize = height if height == width else (height, width)
         self.in_chans = in_chans
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size

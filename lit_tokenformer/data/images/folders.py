@@ -150,7 +150,7 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     images: list[Entry] = []
     for root in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         root = os.fspath(root)
-        if not os.path.exists(root):
+        if not (os.path.isfile(root) or os.path.isdir(root)):
             raise UserError(f"{setting}: no such folder or file: {root}")
         files = Files(root, follow_links=True, setting=setting)
         if os.path.isfile(root) and not root.endswith(".tar"):  # whatever its extension
@@ -269,11 +269,11 @@ def _images(entries: Iterable[Entry], files: Files) -> tuple[list[Entry], dict[s
     images: list[Entry] = []
     labels: dict[str, Entry] = {}
     for entry in entries:
-        stem, ending = os.path.splitext(entry.name)
+        key, ending = os.path.splitext(entry.path)  # shards may repeat names
         if ending.lower() in image_extensions():
             images.append(entry)
-        elif ending == ".cls" or (ending == ".json" and entry.span[0] and stem not in labels):
-            labels[stem] = entry
+        elif ending == ".cls" or (ending == ".json" and entry.span[0] and key not in labels):
+            labels[key] = entry
         else:
             files.left_out[f"files with the extension {ending.lower() or '(none)'}"] += 1
     return images, labels
@@ -287,7 +287,7 @@ def _labeled(entries: Iterable[Entry], files: Files) -> tuple[list[Entry], list[
     images, found = _images(entries, files)
     classes = {key: text for key, entry in found.items() if (text := _class_in(entry)) is not None}
     if classes:
-        return images, [classes.get(os.path.splitext(image.name)[0]) for image in images], True
+        return images, [classes.get(os.path.splitext(image.path)[0]) for image in images], True
     places = [image.name.rpartition("/")[0] for image in images]
     labels = [
         (place.rpartition("/")[2] if image.span[0] else place.partition("/")[0]) or None
@@ -302,9 +302,10 @@ def _class_in(entry: Entry) -> str | None:
     length, offset, size = entry.span
     with open(os.fsencode(entry.path)[: length or None], "rb") as file:
         file.seek(offset)
-        text = file.read(size if length else -1).decode().strip()
-    with suppress(ValueError, TypeError, AttributeError):
-        text = text if entry.name.endswith(".cls") else str(json.loads(text).get("label", ""))
+        content = file.read(size if length else -1)
+    text = ""
+    with suppress(ValueError, AttributeError):  # of another format
+        text = content.decode().strip() if entry.path.endswith(".cls") else str(json.loads(content).get("label", ""))
     return None if text in ("", "-1", "None") else text
 
 

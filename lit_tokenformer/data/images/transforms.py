@@ -229,7 +229,8 @@ def _channels(mean: tuple[float, ...]) -> list[Any]:
 
 def pair(image_size: ImageSize) -> tuple[int, int]:
     """Return height and width."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 def describe(augmentation: Augmentation, image_size: ImageSize) -> tuple[str, str]:
