@@ -837,6 +837,26 @@ def test_stream_replaces_unreadable_images_and_resumes_behind_one(folder: Path):
         assert [digest(batch) for batch in resumed] == whole[batches:]
 
 
+@pytest.mark.parametrize("label", [None, -1])
+def test_unlabeled_samples_of_a_stream_count_as_unreadable(folder: Path, label: int | None):
+    files = sorted((folder / "train" / "cat").iterdir())[:4]
+    rows = [{"image": {"bytes": file.read_bytes(), "path": file.name}, "label": 0} for file in files]
+    rows[1]["label"] = label
+
+    class Rows(list):
+        def set_epoch(self, epoch: int) -> None:
+            pass
+
+    transform = imagefolder(folder)._eval_transform
+    settings = {"columns": ("image", "label"), "decode": decode_hub_image, "transform": transform}
+    make = partial(StreamImages, Rows(rows), **settings, max_corrupt_share=0.5, batch_size=2)
+    with pytest.warns(UserWarning, match=r"unreadable image skipped: 001.png \(no label\)"):
+        assert [found for _, found in make(seed=0)] == [0, 0, 0, 0]  # the next one stands in
+    with pytest.warns(UserWarning, match="no label"):
+        assert [found for _, found in make()] == [0, 0, 0]
+    assert [found for _, found in make(labeled=False)] == [0, -1, 0, 0]  # prediction
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
