@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import heapq
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,9 +26,10 @@ UNREADABLE = -100
 class PredictionWriter(BasePredictionWriter):
     """Write the results of ``Trainer.predict`` as ``image,class1,prob1,...,class5,prob5``, in the order of the images.
 
-    ``image`` and the class names come from the data module (``predict_name(index)``, ``class_names``) if present,
-    otherwise they are numbers. The row of an unreadable image (label -100) has empty cells. With fewer than five
-    classes there are fewer columns. An apostrophe precedes names that a spreadsheet would evaluate as a formula.
+    ``image`` comes from the data module (``predict_name(index)``), and the class names from the checkpoint
+    (``image_data`` of the task), else from the data module (``class_names``); otherwise they are numbers. The row of an
+    unreadable image (label -100) has empty cells. With fewer than five classes there are fewer columns. An apostrophe
+    precedes names that a spreadsheet would evaluate as a formula.
 
     The file appears under its name when it is complete. Each process writes a hidden part file in the same folder, and
     rank 0 merges them, so multiple machines need a shared folder.
@@ -65,7 +66,7 @@ class PredictionWriter(BasePredictionWriter):
                 "batches; use one process, or ddp"
             )
         folder = trainer.log_dir or trainer.default_root_dir  # collective
-        target = Path(self.path) if self.path else _free(Path(folder) / "predictions.csv")
+        target = Path(self.path) if self.path else free_path(Path(folder) / "predictions.csv")
         # all processes follow rank 0, so that they stop together or not at all
         self._target, exists, self._token = trainer.strategy.broadcast((target, target.exists(), uuid.uuid4().hex[:8]))
         if exists:
@@ -95,7 +96,9 @@ class PredictionWriter(BasePredictionWriter):
             batch_indices = range(first + self._written * step, first + (self._written + len(prediction)) * step, step)
         self._written += len(prediction)
         datamodule = getattr(trainer, "datamodule", None)
-        rows = _rows(prediction, batch_indices, _labels(batch), datamodule)
+        names = (getattr(pl_module, "image_data", None) or {}).get("class_names")
+        names = names or getattr(datamodule, "class_names", None) or list(map(str, range(prediction.shape[1])))
+        rows = _rows(prediction, batch_indices, _labels(batch), names, getattr(datamodule, "predict_name", str))
         assert self._file is not None
         csv.writer(self._file, lineterminator="\n").writerows(rows)
 
@@ -108,7 +111,7 @@ class PredictionWriter(BasePredictionWriter):
             parts = [self._part_of(rank) for rank in range(trainer.world_size)]
             whole = self._part.with_name(f"{self._part.name}.whole")
             images = _join(parts, whole)
-            target = _free(self._target)  # another run may have created it meanwhile
+            target = free_path(self._target)  # another run may have created it meanwhile
             whole.rename(target)
             for part in parts:
                 part.unlink()
@@ -125,7 +128,7 @@ class PredictionWriter(BasePredictionWriter):
         return self._target.with_name(f".{self._target.name}.{self._token}.{rank}")
 
 
-def _free(path: Path) -> Path:
+def free_path(path: Path) -> Path:
     """Return ``path``, or the first of ``NAME-1``, ``NAME-2``, ... that does not exist."""
     found, number = path, 0
     while found.exists():
@@ -146,16 +149,29 @@ def _labels(batch: Any) -> list[Any] | None:
 
 
 def _rows(
-    prediction: Tensor, indices: Sequence[int], labels: list[Any] | None, datamodule: Any
+    prediction: Tensor,
+    indices: Sequence[int],
+    labels: list[Any] | None,
+    names: Sequence[object],
+    name: Callable[[int], object],
 ) -> Iterator[list[str | int]]:
     """Yield index, name, and classes with probabilities in decreasing order, for each image of a batch."""
     probs, classes = prediction.float().topk(min(TOP, prediction.shape[1]), dim=1)  # (B, up to 5)
-    name = getattr(datamodule, "predict_name", str)
-    names = getattr(datamodule, "class_names", None) or [str(number) for number in range(prediction.shape[1])]
     labels = labels or [None] * len(indices)
     for index, label, best, shares in zip(indices, labels, classes.tolist(), probs.tolist(), strict=True):
-        cells = [cell for one, share in zip(best, shares, strict=True) for cell in (_text(names[one]), f"{share:.6g}")]
-        yield [index, _text(name(index)), *([""] * len(cells) if label == UNREADABLE else cells)]
+        pairs = [(names[one], share) for one, share in zip(best, shares, strict=True)]
+        cells = prediction_row(name(index), pairs)
+        yield [index, cells[0], *([""] * len(cells[1:]) if label == UNREADABLE else cells[1:])]
+
+
+def prediction_header(classes: int) -> list[str]:
+    """Return the names of the columns for up to that many classes per image."""
+    return ["image", *(f"{name}{rank}" for rank in range(1, classes + 1) for name in ("class", "prob"))]
+
+
+def prediction_row(image: object, pairs: Iterable[tuple[object, float]]) -> list[str]:
+    """Return the cells of an image and its classes with probabilities."""
+    return [_text(image), *(cell for name, share in pairs for cell in (_text(name), f"{share:.6g}"))]
 
 
 def _text(name: object) -> str:
@@ -176,8 +192,7 @@ def _join(parts: Iterable[Path], whole: Path) -> int:
             writer = csv.writer(file, lineterminator="\n")
             for index, *row in heapq.merge(*map(csv.reader, files), key=lambda row: int(row[0])):
                 if last is None:
-                    top = range(1, len(row) // 2 + 1)
-                    writer.writerow(["image", *(name for rank in top for name in (f"class{rank}", f"prob{rank}"))])
+                    writer.writerow(prediction_header(len(row) // 2))
                 if index != last:  # samplers may assign an image to two processes
                     writer.writerow(row)
                     images += 1

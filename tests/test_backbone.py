@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from lit_tokenformer.models import Pattention, Tokenformer, TokenformerConfig, create_backbone
+from lit_tokenformer.models.config import config_changes
 
 TINY = TokenformerConfig(dim=32, depth=3, num_heads=2, param_tokens=8, image_size=16, patch_size=4, num_classes=5)
 AVG = dataclasses.replace(TINY, class_token=False, global_pool="avg")
@@ -170,6 +171,22 @@ def test_loading_positions_of_another_image_size(config):
     torch.testing.assert_close(large.eval()(image), small.eval()(image), rtol=0, atol=1e-6)
     small.load_state_dict(large.state_dict())
     assert small.stem.pos_embed.shape == (1, config.num_data_tokens, 32)
+
+
+def test_images_need_not_be_square():
+    wide = dataclasses.replace(TINY, image_size=[16, 32])  # as from YAML
+    assert wide.image_size == (16, 32) and wide.patch_grid == (4, 8) and wide.num_positions == 33
+    assert dataclasses.replace(TINY, image_size=(16, 16)) == TINY
+    square, model = Tokenformer(TINY).eval(), Tokenformer(wide).eval()
+    model.load_state_dict(square.state_dict())  # positions are resampled
+    image = torch.randn(1, 3, 16, 32)
+    torch.testing.assert_close(model(image), square(image), rtol=0, atol=1e-6)
+    assert config_changes(wide, dataclasses.replace(TINY, image_size=(32, 16))).keys() == {"image_size", "patch_grid"}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        square.load_state_dict(model.state_dict())
+    for size, message in (((16, 30), "not divisible by patch_size 4"), ((16,), "expected one or two whole numbers")):
+        with pytest.raises(ValueError, match=f"^image_size: {message}"):
+            dataclasses.replace(TINY, image_size=size)
 
 
 def test_loading_positions_with_another_prefix_raises():

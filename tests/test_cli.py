@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from PIL import Image
 
 from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint
 from lit_tokenformer.cli.main import main, shipped_configs
@@ -157,6 +158,41 @@ def test_predict_writes_a_row_for_each_image(fitted, tmp_path):
     assert [row[0] for row in rows[1:]] == [str(index) for index in range(36)]
     assert 0 < float(rows[1][4]) <= float(rows[1][2]) <= 1
     assert run("predict", fitted, "--ckpt_path", last(fitted), "--output", output) == 2
+
+
+def test_predict_needs_a_checkpoint_and_images_only(fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 30 + number), "white").save(tmp_path / "photos" / f"{number}.jpg")
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"")
+    given = ["predict", "--ckpt_path", str(last(fitted))]
+    with pytest.warns(UserWarning, match="skipped: photos/1.jpg"), pytest.raises(SystemExit, match="^0$"):
+        main([*given, "--images", "photos"])
+    header, *rows = csv.reader((tmp_path / "predictions.csv").open())
+    assert header[:3] == ["image", "class1", "prob1"] and [row[0] for row in rows] == [
+        f"photos/{i}.jpg" for i in range(3)
+    ]
+    assert rows[1][1:] == [""] * 10 and {*rows[0][1::2]} <= {*"0123456789"} and rows[0][1:] == rows[2][1:]
+    with pytest.raises(SystemExit, match="^0$"):
+        main([*given, "--images=photos/2.jpg", "--output=one.csv"])
+    assert [*csv.reader((tmp_path / "one.csv").open())][1] == rows[2]
+    assert main([*given, "--images=photos", "--output=one.csv"]) == 2
+    assert "error: output: one.csv exists already" in capsys.readouterr().err
+
+
+def test_other_classes_are_refused_before_work(fitted, tmp_path, capsys):
+    for split in ("train", "val"):
+        for number in range(10):
+            (tmp_path / "images" / split / f"class_{number}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / split / f"class_{number}" / "0.png")
+    data = ["--data.dataset", "imagefolder", "--data.root", tmp_path / "images", "--data.image_size", 8]
+    assert run("validate", tmp_path, "--ckpt_path", last(fitted), *data) == 2
+    found = capsys.readouterr().err
+    assert (
+        "error: data: the classes are not those of the checkpoint" in found
+        and not (tmp_path / "lightning_logs").exists()
+    )
 
 
 def test_optimizer_and_schedule_are_replaced_by_class_path(tmp_path):

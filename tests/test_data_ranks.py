@@ -6,8 +6,10 @@ Processes are played one after the other; ``test_ddp.py`` has real ones.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,6 +199,96 @@ def test_every_image_is_evaluated_once(corpus: Path, place: Callable, replicas: 
     place(0, 8)
     with pytest.raises(ValueError, match=r"^trainer.devices: 8 processes cannot share 7 images for evaluation$"):
         images(corpus).val_dataloader()
+
+
+# --- Every source of images ------------------------------------------------------------------------------------------
+
+RANDOM = Augmentation(crop="rrc", hflip=0.5, auto_augment="rand-m5-inc1", reprob=0.5)
+"""Draws from all three generators."""
+
+
+@pytest.fixture(scope="module")
+def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of the corpus again, in tar files, WebDataset shards and Parquet files."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("tar", "shards", "parquet"):
+        (folder / name).mkdir()
+    files = sorted(corpus.glob("*/[ab]/*.png"))
+    for split in ("train", "val"):
+        own = [file for file in files if file.parts[-3] == split]
+        with tarfile.open(folder / "tar" / f"{split}.tar", "w") as tar:
+            for file in own:
+                tar.add(file, file.relative_to(corpus / split))
+        for shard in range(4):
+            with tarfile.open(folder / "shards" / f"x-{split}-{shard}.tar", "w") as tar:
+                for file in own[shard::4]:
+                    tar.add(file, file.name)
+                    text = tarfile.TarInfo(f"{file.stem}.cls")
+                    text.size = 1
+                    tar.addfile(text, io.BytesIO(b"01"["ab".index(file.parts[-2]) :][:1]))
+            rows = {
+                "image": [{"bytes": file.read_bytes(), "path": file.name} for file in own[shard::4]],
+                "label": ["ab".index(file.parts[-2]) for file in own[shard::4]],
+            }
+            features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+            found = datasets.Dataset.from_dict(rows, features=features)
+            name = "validation" if split == "val" else split
+            found.to_parquet(str(folder / "parquet" / f"{name}-{shard:05d}-of-00004.parquet"))
+    return folder
+
+
+SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "digits": lambda corpus, sources: {"dataset": "digits", "batch_size": 200, "eval_batch_size": 180},
+    "folder": lambda corpus, sources: {"dataset": "imagefolder", "root": str(corpus)},
+    "tar": lambda corpus, sources: {"dataset": "imagefolder", "root": str(sources / "tar")},
+    "shards": lambda corpus, sources: {"dataset": "wds/x", "root": str(sources / "shards")},
+    "hub": lambda corpus, sources: {"dataset": "huggingface", "hf_name": str(sources / "parquet")},
+    "stream": lambda corpus, sources: {"dataset": f"hfids/{sources / 'parquet'}", "shuffle_buffer": 5},
+}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_resumes_in_the_middle_of_an_epoch(
+    corpus: Path, sources: Path, place: Callable, source: str, workers: int, replicas: int
+):
+    """To the last bit, augmentation included; an epoch shows no image twice."""
+    settings = {"image_size": 8, "batch_size": 3, "num_workers": workers, "augmentation": RANDOM}
+    settings |= SOURCES[source](corpus, sources)
+    seen: list[str] = []
+    for rank in range(replicas):
+        place(rank, replicas)
+        loader = ImageDataModule(**settings).train_dataloader()
+        if source != "stream":
+            epoch(loader, 1)
+        whole, states = [], []
+        for batch in loader:
+            whole.append(rows(batch))
+            states.append(loader.state_dict())
+        assert len(whole) > 2 and loader.num_workers == workers
+        resumed = ImageDataModule(**settings).train_dataloader()
+        resumed.load_state_dict(states[1])
+        if source != "stream":
+            epoch(resumed, 1)
+        assert [rows(batch) for batch in resumed] == whole[2:]
+        seen += flat([whole])
+    assert len(seen) == len({*seen})
+
+
+def test_tar_files_give_the_batches_of_the_folder(corpus: Path, sources: Path):
+    for workers in (0, 2):
+        folder, tar = (
+            ImageDataModule(
+                **{"image_size": 8, "batch_size": 3, "num_workers": workers, **SOURCES[name](corpus, sources)}
+            )
+            for name in ("folder", "tar")
+        )
+        for theirs, ours in zip(folder.train_dataloader(), tar.train_dataloader(), strict=True):
+            assert all(map(torch.equal, theirs, ours))
+        assert [rows(batch) for batch in folder.val_dataloader()] == [rows(batch) for batch in tar.val_dataloader()]
 
 
 # --- Streams ---------------------------------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
-"""The image classification task: loss, metrics, optimizer and schedule."""
+"""The image classification task: loss, metrics, optimizer, schedule, and the classes that a checkpoint knows."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from lit_tokenformer.data import Augmentation, ImageDataModule
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule, LRSchedulerConfig
 
 TINY = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -286,8 +290,6 @@ def test_a_schedule_without_an_end_is_refused():
 
 
 def test_data_of_another_number_of_classes_are_refused():
-    from lit_tokenformer.data import ImageDataModule
-
     task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", num_classes=7, image_size=8, overrides=TINY)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"model.num_classes: does not match the data \(got 7, expected 10\)"):
@@ -313,3 +315,111 @@ def test_activation_checkpointing_gives_the_same_gradients():
         task.training_step(next(iter(loader())), 0).backward()
     for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# --- Classes and transform in the checkpoint -------------------------------------------------------------------------
+
+SHADES = {"black": 0, "gray": 128, "white": 255}
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+LOOK = {"image_size": (8, 16), "in_chans": 1, "batch_size": 6, "num_workers": 0}
+LOOK |= {"augmentation": Augmentation(crop="center", hflip=0.0)}
+
+
+def draw(root, names):
+    """Six pictures of each shade, in classes with other names."""
+    for split in ("train", "val"):
+        for shade, name in zip(SHADES.values(), names, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for number in range(6):
+                pixels = np.full((12, 20 + number), shade, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    """A checkpoint that tells three shades of gray apart, and the pictures."""
+    folder = tmp_path_factory.mktemp("shades")
+    data = ImageDataModule("imagefolder", str(draw(folder / "data", SHADES)), **LOOK)
+    torch.manual_seed(0)
+    settings = {"optimizer": lambda params: torch.optim.AdamW(params, lr=3e-3), "schedule": LRSchedule("constant")}
+    task = LitImageClassifier("vit_tiny_patch16_224", 3, (8, 16), overrides=TINY, in_chans=1, **settings)
+    trainer = Trainer(max_epochs=8, enable_checkpointing=False, **QUIET)
+    trainer.fit(task, data)
+    assert trainer.callback_metrics["val/acc1"] == 1
+    trainer.save_checkpoint(folder / "shades.ckpt")
+    return folder / "shades.ckpt"
+
+
+def evaluate(checkpoint, root, **settings):
+    data = ImageDataModule("imagefolder", str(root), **{**LOOK, **settings})
+    task = LitImageClassifier("vit_tiny_patch16_224", 3, (8, 16), overrides=TINY, in_chans=1)
+    return Trainer(**QUIET).validate(task, data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)[0]
+
+
+def test_a_checkpoint_has_its_classes_and_transform(shades):
+    found = torch.load(shades, weights_only=True)["image_data"]
+    assert found == {
+        **{"class_names": ["black", "gray", "white"], "image_size": [8, 16], "in_chans": 1, "crop_pct": 1.0},
+        **{"mean": [pytest.approx(0.449)], "std": [pytest.approx(0.226)], "interpolation": "bicubic"},
+    }
+
+
+def test_reordered_classes_are_mapped_by_name(shades, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert evaluate(shades, shades.parent / "data")["val/acc1"] == 1 and "by name" not in caplog.text
+    data = ImageDataModule("imagefolder", str(shades.parent / "data"), **LOOK)
+    data.splits.class_names.reverse()
+    for samples in (data.splits.train, data.splits.val):
+        samples.labels = 2 - samples.labels
+    task = LitImageClassifier.load_from_checkpoint(shades, weights_only=True)
+    found = Trainer(**QUIET).validate(task, data, ckpt_path=str(shades), weights_only=True, verbose=False)
+    assert found[0]["val/acc1"] == 1 and "mapped to the classes of the checkpoint by name" in caplog.text
+    with pytest.raises(
+        UserError, match=r"^data: the classes are in another order .*got white, gray, black; expected b"
+    ):
+        Trainer(max_epochs=9, enable_checkpointing=False, **QUIET).fit(task, data, ckpt_path=str(shades))
+
+
+def test_renamed_classes_are_refused(shades, tmp_path):
+    root = draw(tmp_path / "data", ["black", "silver", "white"])
+    with pytest.raises(UserError, match=r"^data: the classes are not .* 2 are in one of them only: gray, silver$"):
+        evaluate(shades, root)
+
+
+def test_another_transform_warns(shades):
+    with pytest.warns(UserWarning, match=r"transformed differently than in training: crop_pct 1.0 -> 0.5"):
+        evaluate(shades, shades.parent / "data", augmentation=Augmentation(crop_pct=0.5))
+
+
+def test_images_are_predicted_without_data(shades):
+    task = LitImageClassifier.load_from_checkpoint(shades, weights_only=True)
+    folder = shades.parent / "data" / "val"
+    found = task.predict_images(folder, batch_size=4)
+    assert [(image.split("/")[-2], next(iter(probabilities))) for image, probabilities in found] == [
+        (name, name) for name in SHADES for _ in range(6)
+    ]
+    assert (
+        all(sum(one.probabilities.values()) == pytest.approx(1) for one in found) and len(found[0].probabilities) == 3
+    )
+    alone = task.predict_images([folder / "gray" / "3.png"], top=1)
+    assert alone == [(str(folder / "gray" / "3.png"), {"gray": pytest.approx(found[9].probabilities["gray"])})]
+    with pytest.raises(UserError, match="^images: no such folder or file: /no"):
+        task.predict_images("/no")
+
+
+def test_predictions_agree_with_those_of_the_data_module(shades):
+    data = ImageDataModule("imagefolder", str(shades.parent / "data"), **LOOK)
+    task = LitImageClassifier.load_from_checkpoint(shades, weights_only=True)
+    expected = torch.cat(Trainer(**QUIET).predict(task, data))
+    found = task.predict_images(shades.parent / "data" / "val")
+    shares = torch.tensor([[one.probabilities[name] for name in SHADES] for one in found])
+    torch.testing.assert_close(shares, expected)
+
+
+def test_an_earlier_checkpoint_says_what_predicting_needs(tmp_path):
+    task = make_task()
+    fit(task, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    loaded = LitImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    with pytest.raises(UserError, match=r"^ckpt_path: the checkpoint has no class names .* --data.predict_root$"):
+        loaded.predict_images(tmp_path)

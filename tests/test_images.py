@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import random
 import re
 import struct
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,6 @@ from lit_tokenformer.data.images.sources import decode_hub_image
 from lit_tokenformer.data.images.transforms import train_transform
 from lit_tokenformer.data.resumable import EpochSampler, ResumableStreamLoader, seeded
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.registry import IMAGE_SOURCES
 
 torch.set_num_threads(1)
 
@@ -269,6 +270,62 @@ def test_cifar10_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert data.splits.val is data.splits.test  # val_fraction 0
 
 
+def test_timms_names_of_torchvision_data_sets_are_read(tmp_path: Path):
+    write_fashion_mnist(tmp_path)
+    small = {"root": str(tmp_path), "batch_size": 4, "num_workers": 0}
+    ours, theirs = (ImageDataModule(name, **small) for name in ("fashion_mnist", "torch/fashion_mnist"))
+    assert [digest(batch) for batch in theirs.train_dataloader()] == [
+        digest(batch) for batch in ours.train_dataloader()
+    ]
+    write_images(tmp_path / "train" / "cat", 2), write_images(tmp_path / "train" / "dog", 2)
+    write_images(tmp_path / "val" / "cat", 1), write_images(tmp_path / "val" / "dog", 1)
+    folder = ImageDataModule("torch/image_folder", **{**small, "image_size": 16})
+    assert folder.class_names == ["cat", "dog"] and len(folder.splits.val.labels) == 2
+    check_refused(ImageDataModule("torch/nothing", **small), "data.dataset: torch/nothing: Unknown torchvision dataset")
+
+
+class TensorFlowData:
+    """Stands in for TensorFlow Datasets, which needs no TensorFlow to read array_record."""
+
+    class decode:
+        SkipDecoding = object
+
+    def __init__(self, formats: str) -> None:
+        self.formats = formats
+        names = SimpleNamespace(names=["cat", "dog"])
+        self.info = SimpleNamespace(features={"label": names}, splits={"train": 8, "test": 4})
+
+    def builder(self, name: str, data_dir: str) -> TensorFlowData:
+        if name != "pets":
+            raise ValueError(f"Dataset {name} not found.\nMore lines")
+        return self
+
+    def as_data_source(self, split: str, decoders: dict) -> list[dict]:
+        if self.formats != "array_record":
+            raise NotImplementedError(f"Random access data source for file format {self.formats}\nis not supported.")
+        images = [Image.new("RGB", (4, 4), (number,) * 3) for number in range(self.info.splits[split])]
+        found = []
+        for number, image in enumerate(images):
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            found.append({"image": file.getvalue(), "label": number % 2})
+        return found
+
+
+def test_tensorflow_data_sets_are_read_by_index(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", TensorFlowData("array_record"))
+    data = ImageDataModule("tfds/pets", **SMALL, val_fraction=0.5)
+    assert (data.class_names, data.num_train_samples, len(data.splits.val.labels)) == (["cat", "dog"], 4, 4)
+    pixels = [data.splits.test.read(index).getpixel((0, 0)) for index in range(4)]
+    assert pixels == [(number,) * 3 for number in range(4)] and data.splits.test.labels[3] == 1
+    assert torch.cat([label for _, label in data.test_dataloader()]).tolist() == [0, 1, 0, 1]
+    check_refused(ImageDataModule("tfds/cats", **SMALL), "data.dataset: tfds/cats: Dataset cats not found. More")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", TensorFlowData("tfrecord"))
+    check_refused(ImageDataModule("tfds/pets", **SMALL), "data.dataset: tfds/pets: Random access .* not supp")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    check_refused(ImageDataModule("tfds/pets", **SMALL), "data.dataset: tfds/pets: needs TensorFlow Datasets .pip inst")
+
+
 def test_held_out_images_are_not_trained_on_and_do_not_depend_on_the_seed(folder: Path):
     for path in (folder / "val").rglob("*.png"):
         path.unlink()
@@ -334,6 +391,65 @@ def test_lightning_predicts(tmp_path: Path):
     data = ImageDataModule(predict_root=str(tmp_path), eval_batch_size=2)
     outputs = Trainer(**QUIET).predict(Recorder(), datamodule=data)
     assert [len(output) for output in outputs] == [2, 2, 1]
+
+
+# --- One scale in training and evaluation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "crop_pct", "hflip", "interpolation"),
+    [
+        ("digits", {}, 1.0, 0.0, "bilinear"),
+        ("mnist", {}, 1.0, 0.0, "bilinear"),
+        ("cifar10", {}, 1.0, 0.5, "bilinear"),
+        ("cifar10", {"crop": "rrc"}, 1.0, 0.5, "bilinear"),
+        ("imagefolder", {}, 0.875, 0.5, "bicubic"),
+        ("imagefolder", {"scale": (0.9, 1.0)}, 1.0, 0.5, "bicubic"),
+        ("imagefolder", {"crop": "center"}, 1.0, 0.5, "bicubic"),
+        ("imagefolder", {"crop": "shift"}, 1.0, 0.5, "bicubic"),
+        ("imagefolder", {"crop": "rkrc"}, 1.0, 0.5, "bicubic"),
+        ("wds/imagenet", {"crop": "center", "crop_pct": 0.9}, 0.9, 0.5, "bicubic"),
+    ],
+)
+def test_defaults_of_each_data_set(dataset, given, crop_pct, hflip, interpolation):
+    found = ImageDataModule(dataset, augmentation=Augmentation(**given)).augmentation
+    assert (found.crop_pct, found.hflip, found.interpolation) == (crop_pct, hflip, interpolation)
+
+
+@pytest.mark.parametrize("crop", ["center", "shift"])
+def test_whole_images_are_trained_on_and_evaluated(folder: Path, crop: str):
+    data = imagefolder(folder, augmentation=Augmentation(crop=crop, hflip=0.0, shift=0.0))
+    image = data.splits.train.read(0)
+    assert torch.equal(data._train_transform(image), data._eval_transform(image))
+
+
+def test_transforms_are_logged_and_another_scale_warns(folder: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    imagefolder(folder, augmentation=Augmentation(auto_augment="rand-m9", mixup=0.8)).setup("fit")
+    (line,) = [record.message for record in caplog.records if record.message.startswith("Images of")]
+    assert line == (
+        "Images of imagefolder: train rrc, scale 0.08 to 1, hflip 0.5, auto_augment rand-m9, mixup 0.8; "
+        "eval bicubic resize to 18, center crop 16x16"
+    )
+    caplog.clear()
+    imagefolder(folder).setup("validate")
+    assert "train" not in caplog.text and "Images of imagefolder: eval bicubic" in caplog.text
+    with pytest.warns(UserWarning, match=r"^data.augmentation.crop_pct: .* shows 77% .* training 100% to 100% "):
+        imagefolder(folder, augmentation=Augmentation(crop="center", crop_pct=0.875)).setup("fit")
+    with pytest.warns(UserWarning, match="training 90% to 100%"):
+        imagefolder(folder, augmentation=Augmentation(scale=(0.9, 1.0), crop_pct=0.875)).setup("fit")
+
+
+@pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1", "augmix-m3-w3"])
+def test_one_channel_and_other_than_square(folder: Path, auto_augment: str | None):
+    look = Augmentation(auto_augment=auto_augment, color_jitter=0.2, reprob=0.5)
+    assert imagefolder(folder, image_size=(8, 8)).image_size == 8
+    data = imagefolder(folder, image_size=[8, 24], in_chans=1, augmentation=look)  # as from YAML
+    assert data.mean == (pytest.approx(0.449),) and data.image_data["image_size"] == [8, 24]
+    assert {image.shape for image, _ in data.train_dataloader()} == {(4, 1, 8, 24)}
+    image = data.splits.val.read(0)
+    expected = create_transform((8, 24), interpolation="bicubic", crop_pct=0.875, mean=data.mean, std=data.std)
+    assert torch.equal(data._eval_transform(image), expected(image.convert("L")))
 
 
 # --- Randomness ------------------------------------------------------------------------------------------------------
@@ -721,6 +837,26 @@ def test_stream_replaces_unreadable_images_and_resumes_behind_one(folder: Path):
         assert [digest(batch) for batch in resumed] == whole[batches:]
 
 
+@pytest.mark.parametrize("label", [None, -1])
+def test_unlabeled_samples_of_a_stream_count_as_unreadable(folder: Path, label: int | None):
+    files = sorted((folder / "train" / "cat").iterdir())[:4]
+    rows = [{"image": {"bytes": file.read_bytes(), "path": file.name}, "label": 0} for file in files]
+    rows[1]["label"] = label
+
+    class Rows(list):
+        def set_epoch(self, epoch: int) -> None:
+            pass
+
+    transform = imagefolder(folder)._eval_transform
+    settings = {"columns": ("image", "label"), "decode": decode_hub_image, "transform": transform}
+    make = partial(StreamImages, Rows(rows), **settings, max_corrupt_share=0.5, batch_size=2)
+    with pytest.warns(UserWarning, match=r"unreadable image skipped: 001.png \(no label\)"):
+        assert [found for _, found in make(seed=0)] == [0, 0, 0, 0]  # the next one stands in
+    with pytest.warns(UserWarning, match="no label"):
+        assert [found for _, found in make()] == [0, 0, 0]
+    assert [found for _, found in make(labeled=False)] == [0, -1, 0, 0]  # prediction
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -729,6 +865,8 @@ def test_stream_replaces_unreadable_images_and_resumes_behind_one(folder: Path):
     [
         ({"dataset": "digit"}, "data.dataset: unknown value 'digit', did you mean 'digits'?"),
         ({"image_size": 0}, "data.image_size: expected a whole number of 1 or more, got 0"),
+        ({"image_size": (8, 0)}, "data.image_size: expected a whole number of 1 or more, got 0"),
+        ({"in_chans": 4}, "data.in_chans: expected 3 (RGB) or 1 (gray), got 4"),
         ({"batch_size": 0}, "data.batch_size: expected a whole number of 1 or more, got 0"),
         ({"eval_batch_size": 0}, "data.eval_batch_size: expected"),
         ({"num_workers": -1}, "data.num_workers: expected a whole number of 0 or more, got -1"),
@@ -772,7 +910,7 @@ def test_wrong_augmentation_is_refused(setting: str, value: object):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dataset", [name for name in IMAGE_SOURCES if name not in ("digits", "huggingface")])
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10", "torch/imagenet", "imagefolder", "wds"])
 def test_missing_root_is_named(tmp_path: Path, dataset: str):
     file = tmp_path / "file"
     file.touch()
@@ -793,7 +931,7 @@ def test_wrong_image_folder_is_refused(folder: Path, tmp_path: Path):
     (tmp_path / "flat" / "train").mkdir(parents=True)
     check_refused(imagefolder(tmp_path / "flat"), "data.root: no class folders in .*train; expected .*CLASS")
     (tmp_path / "flat" / "train" / "one").mkdir()
-    check_refused(imagefolder(tmp_path / "flat"), "data.root: no images in .*train; known extensions: .jpg")
+    check_refused(imagefolder(tmp_path / "flat"), "data.root: no images in .*train; known extensions: .*.jpg")
     (folder / "train" / "eel").mkdir()
     check_refused(
         imagefolder(folder), "data.root: train and val have different classes, 1 are in one of them only: eel"
@@ -824,7 +962,8 @@ def test_wrong_hugging_face_settings_are_refused(folder: Path):
     check_refused(hub(folder, hf_image_column="img"), f"data.hf_image_column: no column 'img'; {columns}")
     check_refused(hub(folder, hf_label_column="fine"), f"data.hf_label_column: no column 'fine'; {columns}")
     check_refused(
-        hub(folder, hf_label_column="image"), f"data.hf_label_column: expected .* ClassLabel, got 'image'; {columns}"
+        hub(folder, hf_label_column="image"),
+        f"data.hf_label_column: expected .* class labels .*, got 'image'; {columns}",
     )
     check_refused(
         hub(folder, hf_train_split="all"), "data.hf_train_split: no split 'all' in imagefolder; it has train, val"

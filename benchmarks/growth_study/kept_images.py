@@ -19,12 +19,9 @@ class KeptImages(ImageDataModule):
     ``root`` is a folder with FashionMNIST/raw.
     """
 
-    in_chans = 1
-
     def __init__(self, root: str, batch_size: int, eval_batch_size: int) -> None:
-        super().__init__(
-            "fashion_mnist", root, batch_size=batch_size, eval_batch_size=eval_batch_size, val_fraction=0.0
-        )
+        sizes: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        super().__init__("fashion_mnist", root, in_chans=1, val_fraction=0.0, **sizes)
 
     @cached_property
     def _kept(self) -> dict[bool, TensorDataset]:

@@ -26,7 +26,13 @@ KINDS: dict[str, tuple[type, ...]] = {
 """Types of the entries that Lightning writes to a checkpoint."""
 
 OWN_KINDS: dict[str, tuple[type, ...]] = {
-    **{"tokenizer": (str, type(None)), "extras": (dict,), "grown_depth": (int,), "rng_states": (list,)}
+    **{
+        "tokenizer": (str, type(None)),
+        "image_data": (dict, type(None)),
+        "extras": (dict,),
+        "grown_depth": (int,),
+        "rng_states": (list,),
+    }
 }
 """Types of the entries added by the tasks of this project; other projects may use the same names."""
 

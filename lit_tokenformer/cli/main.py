@@ -53,6 +53,7 @@ from lit_tokenformer.checkpoints.run_folder import (
 )
 from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
 from lit_tokenformer.cli.plan import plan
+from lit_tokenformer.cli.predict import predict_images
 from lit_tokenformer.cli.preflight import (
     WarmupCheck,
     check_data_fit,
@@ -88,6 +89,13 @@ _ENV_PREFIX = "LIT_TOKENFORMER"
 
 _HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 """Settings that Lightning checks against the machine, often without their names in the error."""
+
+PREDICT = {
+    "output": "CSV file for the predictions; defaults to predictions.csv in the log folder.",
+    "images": "Image, folder or tar file to classify with the class names and the transform in --ckpt_path, instead of "
+    "all other options; `predict --images X --help` lists the options of this form.",
+}
+"""Options of ``predict`` in addition to those of the trainer."""
 
 TEXTS = {
     "config": "Config with model and data: a YAML file or the name of a shipped config (repeatable; later ones "
@@ -194,10 +202,15 @@ class TokenformerCLI(LightningCLI):
         named = args[0] if args else None
         self._asked = named if named in {*self.subcommands(), "plan", *COMMANDS, "-h", "--help", "--version"} else None
         self._asks_tokenizer = any(re.match(r"--data\.(.*\.)?tokenizer(=|$)", arg) for arg in args)
+        self._images = named == "predict" and any(arg.partition("=")[0] == "--images" for arg in args)
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Add options to the requested command only; those of all commands take a second."""
+        if self._images and subcommand == "predict":
+            parser = Parser(description=(predict_images.__doc__ or "").splitlines()[0])
+            self._subcommand_method_arguments[subcommand] = parser.add_function_arguments(predict_images)
+            return parser
         if self._asked in (None, subcommand):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
@@ -212,7 +225,7 @@ class TokenformerCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_classes", "image_size", "vocab_size", "context_length", "separator_id"):
+        for name in ("num_classes", "image_size", "in_chans", "vocab_size", "context_length", "separator_id"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         # linked from ``data`` itself: jsonargparse would open every loader to describe ``data.sizes``
         parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
@@ -227,12 +240,10 @@ class TokenformerCLI(LightningCLI):
             given_by_config: set[str | int] = {"trainer", "model", "datamodule"}
             self._subcommand_method_arguments["plan"] = planning.add_function_arguments(plan, skip=given_by_config)
         parser._subcommands_action.add_subcommand("plan", planning, help=planning.description)  # type: ignore[union-attr]
-        self._subcommand_parsers["predict"].add_argument(
-            "--output",
-            type=str | None,
-            help="CSV file for the predictions; defaults to predictions.csv in the log folder.",
-        )
-        for name in ("fit", "validate", "test", "predict"):
+        if not self._images:
+            for option, text in PREDICT.items():
+                self._subcommand_parsers["predict"].add_argument(f"--{option}", type=str | None, help=text)
+        for name in ("fit", "validate", "test", "predict")[: 3 if self._images else 4]:
             self._subcommand_parsers[name].add_argument(
                 "--run_name",
                 type=str | None,
@@ -290,10 +301,12 @@ class TokenformerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         name = self.config["subcommand"]
-        if name in COMMANDS:
-            COMMANDS[name](**self.config[name].as_dict())
+        if self._images or name in COMMANDS:
+            (predict_images if self._images else COMMANDS[name])(**self.config[name].as_dict())
             sys.stdout.flush()
             sys.exit(0)
+        if self.config[name].get("images"):
+            raise UserError("images: expected on the command line, got it from a config")
         check_settings(self.config[name], resumes=name == "fit")
 
     def _parse_ckpt_path(self) -> None:
@@ -335,6 +348,8 @@ class TokenformerCLI(LightningCLI):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
+        if saved and self.subcommand != "predict":
+            self.model.check_data(saved, self.datamodule)
         if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else checked once data and depth are known
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):

@@ -83,7 +83,7 @@ class MultiTaskDataModule(LightningDataModule):
     @property
     def sizes(self) -> dict[str, dict[str, Any]]:
         """Model sizes determined by the data, by task name."""
-        known = ("num_classes", "image_size", "vocab_size", "context_length", "separator_id")
+        known = ("num_classes", "image_size", "in_chans", "vocab_size", "context_length", "separator_id")
         return {
             task: {name: getattr(part, name) for name in known if hasattr(part, name)}
             for task, part in self.parts.items()

@@ -67,9 +67,9 @@ class HubImageSettings(HubSettings):
     """Hugging Face data set of images (dataset: huggingface)."""
 
     image_column: str | None = None
-    """Image column. Default: the first column of images."""
+    """Image column. Default: the only column of images."""
     label_column: str | None = None
-    """Label column. Default: the first column of class labels."""
+    """Label column: class labels, integers or text. Default: the first column of class labels."""
 
 
 _GROUPS = {LoaderSettings: "loader", HubSettings: "hub", HubImageSettings: "hub"}

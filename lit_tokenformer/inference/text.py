@@ -105,7 +105,7 @@ class TextGenerator:
             ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device
                 or dtype is not available.
         """
-        where = _device(device)
+        where = find_device(device)
         if isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise unknown_name("dtype", dtype, DTYPES)
@@ -310,7 +310,7 @@ class _Row:
         self.held = self.held[certain:]
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

@@ -168,7 +168,7 @@ class TokenformerConfig:
         stem: Input embedding: ``patch`` (images) or ``token`` (token ids).
         head: Output head: ``image`` (class logits), ``language`` (vocabulary logits) or ``masked_language``
             (vocabulary logits after a dense layer).
-        image_size: Input image size in pixels (square).
+        image_size: Input image size in pixels: height = width, or ``(height, width)``.
         patch_size: Patch size in pixels (square); must divide ``image_size``.
         in_chans: Number of image input channels.
         num_classes: Number of classes of the head; 0 removes the linear layer.
@@ -214,7 +214,7 @@ class TokenformerConfig:
     rotary_base: float = 10000.0
     stem: str = "patch"
     head: str = "image"
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000
@@ -229,7 +229,7 @@ class TokenformerConfig:
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
         for names, least in (
-            ("dim depth num_heads image_size patch_size in_chans vocab_size context_length series", 1),
+            ("dim depth num_heads patch_size in_chans vocab_size context_length series", 1),
             ("num_classes shortcut_reduction", 0),
         ):
             for name in names.split():
@@ -244,7 +244,11 @@ class TokenformerConfig:
             raise UserError(f"num_kv_heads: not a divisor of num_heads {self.num_heads} (got {self.num_kv_heads})")
         if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(f"num_heads: not a divisor of dim {self.dim} (got {self.num_heads})")
-        if self.image_size % self.patch_size:
+        sides = self.image_size if isinstance(self.image_size, (list, tuple)) else (self.image_size,) * 2
+        if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
+            raise UserError(f"image_size: expected one or two whole numbers of at least 1, got {self.image_size!r}")
+        object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else tuple(sides))
+        if any(side % self.patch_size for side in sides):
             raise UserError(f"image_size: not divisible by patch_size {self.patch_size} (got {self.image_size})")
         for name in ("drop_path", "dropout", "attn_dropout", "patch_drop_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -336,6 +340,12 @@ class TokenformerConfig:
         return int(self.class_token)
 
     @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_positions(self) -> int:
         """Sequence length, T, of an image of ``image_size`` or a text of ``context_length``."""
         return STEMS[self.stem].num_positions(self)
@@ -417,6 +427,8 @@ def config_changes(saved: TokenformerConfig, present: TokenformerConfig) -> dict
     grouped = [one.num_heads // one.head_units[1] for one in (saved, present)]  # query heads per unit of growth
     if saved.head_width == present.head_width and grouped[0] == grouped[1] and not biased:
         del pairs["num_heads"], pairs["head_dim"], pairs["num_kv_heads"]  # another number of heads is another size
+    if saved.num_positions == present.num_positions:  # otherwise positions are resampled
+        pairs["patch_grid"] = saved.patch_grid, present.patch_grid
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class PatchStem(nn.Module):
     @staticmethod
     def num_positions(config: TokenformerConfig) -> int:
         """Sequence length, T, of an image of ``image_size``."""
-        return (config.image_size // config.patch_size) ** 2 + config.num_prefix_tokens
+        return math.prod(config.patch_grid) + config.num_prefix_tokens
 
     def cost(self, length: int) -> Cost:
         """Cost per sample; patches are dropped after the stem."""
@@ -80,8 +81,10 @@ class PatchStem(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "pos_embed")
-        if saved is not None and saved.ndim == 3 and saved.shape[1] != self.pos_embed.shape[1]:
+        saved: Any = state_dict.get(prefix + "pos_embed")
+        patches = 0 if saved is None or saved.ndim != 3 else saved.shape[1] - self.num_prefix_tokens
+        resized = patches > 0 and saved.shape[1] != self.pos_embed.shape[1]
+        if resized and math.isqrt(patches) ** 2 == patches:  # of a square image; others have unknown rows
             state_dict[prefix + "pos_embed"] = resample_abs_pos_embed(
                 saved, new_size=list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
             )

@@ -120,8 +120,8 @@ class LitTask(OptimizedTask):
     @classmethod
     def architectures(cls, arguments: Mapping[str, Any]) -> dict[str, TokenformerConfig]:
         """Return the architectures described by a task's arguments, by name as in :attr:`backbones`."""
-        sizes = ("num_classes", "image_size", "vocab_size", "context_length")
-        given = {name: arguments[name] for name in sizes if name in arguments}
+        sizes = ("num_classes", "image_size", "in_chans", "vocab_size", "context_length")
+        given = {name: arguments[name] for name in sizes if arguments.get(name) is not None}
         return {"": preset_config(arguments["preset"], **{**given, **arguments["overrides"]})}
 
     def architecture_changes(self, checkpoint: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -346,6 +346,14 @@ class LitTask(OptimizedTask):
                 model.set_depth(depth)
         self.check_architecture(checkpoint)
         self._rng_states = checkpoint.get("rng_states")
+
+    def check_data(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """Raise a ``UserError`` if the data do not fit a checkpoint; any data fit by default.
+
+        Args:
+            checkpoint: The checkpoint.
+            data: The data module.
+        """
 
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise a ``UserError`` if a checkpoint's architecture or its tensor shapes do not match this model."""

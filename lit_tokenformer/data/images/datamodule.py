@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -20,19 +22,22 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lit_tokenformer.data.images.datasets import (
     EvalImages,
     ImageReader,
-    Samples,
     StreamImages,
     TrainImages,
     collate_readable,
 )
-from lit_tokenformer.data.images.sources import (
-    HubStream,
-    SourceSettings,
-    Splits,
-    decode_hub_image,
-    find_images,
+from lit_tokenformer.data.images.folders import find_images
+from lit_tokenformer.data.images.hub import HubStream
+from lit_tokenformer.data.images.samples import Samples, decode_hub_image
+from lit_tokenformer.data.images.sources import SourceSettings, Splits, find_source, is_unlabeled
+from lit_tokenformer.data.images.transforms import (
+    Augmentation,
+    ImageSize,
+    describe,
+    eval_transform,
+    pair,
+    train_transform,
 )
-from lit_tokenformer.data.images.transforms import Augmentation, eval_transform, train_transform
 from lit_tokenformer.data.resumable import (
     EpochSampler,
     ResumableDataModule,
@@ -50,7 +55,6 @@ from lit_tokenformer.data.settings import (
     flat_settings,
 )
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.registry import IMAGE_SOURCES
 
 _DATA_SET_DEFAULTS, _HUB = Augmentation(), HubImageSettings()
 
@@ -91,8 +95,8 @@ class EvalImageSampler(DistributedSampler):
 class ImageDataModule(ResumableDataModule):
     """Batches ``(image (B, 3, H, W) float32, label (B,) int64)`` for training, evaluation and prediction.
 
-    Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB. With mixup,
-    CutMix or label smoothing the labels of training batches are ``(B, C)`` float32 instead.
+    Images are normalized by the data set's mean and standard deviation; gray images are converted to RGB, and RGB to
+    gray for one channel. With mixup, CutMix or label smoothing the labels of training batches are ``(B, C)`` float32.
 
     Every random choice is a function of the seed, the epoch and the sample. A resumed run sees the same batches as an
     uninterrupted one, bit for bit, with any number of workers (streams: with the same number). No loader uses the
@@ -102,20 +106,25 @@ class ImageDataModule(ResumableDataModule):
     evaluation its batch is smaller, in prediction it is replaced by a black image with label -100.
 
     Args:
-        dataset: Data set: digits (1,797 real 8x8 digits bundled with scikit-learn, no files needed), fashion_mnist,
-            cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, ROOT/val/CLASS/IMAGE, optionally
-            ROOT/test/CLASS/IMAGE) or huggingface.
-        root: Root folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
-        image_size: Input image size (height = width) in pixels. Default: 8 for digits, 28 for fashion_mnist, 32 for
-            cifar10 and cifar100, else 224.
+        dataset: Data set: digits (1,797 real 8x8 digits bundled with scikit-learn, no files needed), mnist, kmnist,
+            fashion_mnist, cifar10, cifar100, imagefolder (ROOT/train/CLASS/IMAGE, also val and test, each under any
+            name that Hugging Face knows; tar files in place of folders; WebDataset shards; labels in metadata.csv or
+            metadata.jsonl) or huggingface. Names of timm's ``create_dataset`` too: torch/NAME, wds/NAME, tfds/NAME
+            (array_record), hfds/NAME, hfids/NAME (a stream).
+        root: Root folder or tar file of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
+        image_size: Input image size in pixels, height = width or ``[height, width]``. Default: 8 for digits, 28 for
+            mnist, kmnist and fashion_mnist, 32 for cifar10 and cifar100, else 224.
+        in_chans: Number of image channels: 3 (RGB) or 1 (gray).
         augmentation: Augmentation of training images, and resizing of all images.
         val_fraction: Fraction of the training images held out if the data set has no validation split; 0 validates on
             the test split. Independent of the seed.
         seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
-        download: Whether to download a torchvision data set missing in ``root``.
-        predict_root: Folder of images to predict, nested or flat. Default: the test split, else the validation split.
+        download: Whether to download a data set of torchvision or TensorFlow Datasets missing in ``root``.
+        predict_root: Image, folder or tar file to predict, nested or flat. Default: the test split, else the validation
+            split.
         max_corrupt_share: Tolerated share of unreadable images in a split, 0 to 1. Three are always tolerated, unless
             the share is 0. For a stream, the share is of the images read so far by each worker.
+        follow_links: Whether links in a folder of images may lead out of ``root``; otherwise those are left out.
         loader: Batch sizes and worker processes. Each is also an argument of its own: ``batch_size=8``.
         hub: Hugging Face data set (dataset: huggingface), also as ``hf_name``, ``hf_config``, ``hf_train_split``,
             ``hf_val_split``, ``hf_image_column``, ``hf_label_column``, ``streaming`` and ``shuffle_buffer``.
@@ -130,50 +139,60 @@ class ImageDataModule(ResumableDataModule):
         (10, 8, 1437)
     """
 
-    in_chans = 3
-    """Number of image channels."""
-
     @accept_flat_names
     def __init__(
         self,
         dataset: str = "digits",
         root: str | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
         augmentation: Augmentation = _DATA_SET_DEFAULTS,
         val_fraction: float = 0.1,
         seed: int | None = None,
         download: bool = False,
         predict_root: str | None = None,
         max_corrupt_share: float = 0.001,
+        follow_links: bool = False,
         loader: LoaderSettings = ResumableDataModule.loader_defaults,
         hub: HubImageSettings = _HUB,
     ) -> None:
         super().__init__(seed, loader)
         self.dataset = dataset
-        self.source = IMAGE_SOURCES[dataset]
+        self.source, name = find_source(dataset)
         self.settings = SourceSettings(
+            name=name,
             root=root,
+            follow_links=follow_links,
             download=download,
             val_fraction=val_fraction,
             **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
         )
-        self.image_size = self.source.image_size if image_size is None else image_size
+        height, width = pair(self.source.image_size if image_size is None else image_size)
+        self.image_size: ImageSize = height if height == width else (height, width)
+        self.in_chans = in_chans
         self.augmentation = augmentation.completed(self.source.augmentation)
         self.predict_root = predict_root
         self.max_corrupt_share = max_corrupt_share
         self.hub = hub
-        check_whole(image_size=(self.image_size, 1))
+        check_whole(image_size=(min(height, width), 1))
         check_share(val_fraction=val_fraction)
         check_share(below_one=False, max_corrupt_share=max_corrupt_share)
         if self.augmentation.mixes and self.batch_size % 2:
             even = "expected an even number for mixup and cutmix, which pair images"
             raise UserError(f"data.batch_size: {even}, got {self.batch_size}")
-        look = (self.augmentation, self.image_size, self.source.mean, self.source.std)
+        if in_chans not in (1, 3):
+            raise UserError(f"data.in_chans: expected 3 (RGB) or 1 (gray), got {in_chans}")
+        look = (self.augmentation, self.image_size, self.mean, self.std)
         self._train_transform, self._eval_transform = train_transform(*look), eval_transform(*look)
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        own = {"dataset": self.dataset, "image_size": self.image_size, **asdict(self.settings)}
+        own = {
+            "dataset": self.dataset,
+            "image_size": self.image_size,
+            "in_chans": self.in_chans,
+            **asdict(self.settings),
+        }
         return {**super().data_settings, **own}
 
     @cached_property
@@ -197,25 +216,49 @@ class ImageDataModule(ResumableDataModule):
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel for normalization, in units of the full range (0 to 1)."""
-        return self.source.mean
+        return self.source.mean if self.in_chans == 3 else (fmean(self.source.mean),)
 
     @property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel for normalization, in units of the full range (0 to 1)."""
-        return self.source.std
+        return self.source.std if self.in_chans == 3 else (fmean(self.source.std),)
 
     @property
     def num_train_samples(self) -> int | None:
         """Number of training images per epoch over all processes; None for a stream of unknown length."""
         return self.splits.num_train
 
+    @property
+    def image_data(self) -> dict[str, Any]:
+        """Class names in order and the evaluation transform, as plain values for a checkpoint."""
+        return {
+            "class_names": list(self.class_names),
+            "image_size": self.image_size if isinstance(self.image_size, int) else list(self.image_size),
+            "in_chans": self.in_chans,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_pct": self.augmentation.crop_pct,
+            "interpolation": self.augmentation.interpolation,
+        }
+
     def setup(self, stage: str) -> None:
-        """Open the data, so that missing files fail fast.
+        """Open the data, so that missing files fail fast, and log the transforms.
 
         Args:
             stage: fit, validate, test or predict.
         """
         self.splits  # noqa: B018
+        setting = self.augmentation
+        low, high, shown = setting.areas
+        train, evaluation = describe(setting, self.image_size)
+        rank_zero_info(
+            f"Images of {self.dataset}: " + (f"train {train}; " if stage == "fit" else "") + f"eval {evaluation}"
+        )
+        if stage == "fit" and not low <= shown <= high:
+            rank_zero_warn(
+                f"data.augmentation.crop_pct: objects differ in scale: evaluation shows {shown:.0%} of an image, "
+                f"training {low:.0%} to {high:.0%} (crop: {setting.crop}); crop_pct: null selects the scale of training"
+            )
         if stage == "predict":
             self._predict_samples  # noqa: B018
 
@@ -271,6 +314,8 @@ class ImageDataModule(ResumableDataModule):
         """
         if self.splits.test is self.splits.val:
             raise no_test_split()
+        if is_unlabeled(self.splits.test):
+            raise UserError("test: the test split has no labels; `predict` writes its classes")
         return self._eval_loader(self.splits.test)
 
     def predict_dataloader(self) -> DataLoader:
@@ -330,7 +375,7 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def _predict_samples(self) -> Samples | HubStream:
-        return self.splits.test if self.predict_root is None else find_images(self.predict_root)
+        return self.splits.test if self.predict_root is None else find_images(self.predict_root, "data.predict_root")
 
     @property
     def _workers(self) -> int:
@@ -338,7 +383,7 @@ class ImageDataModule(ResumableDataModule):
             return self.num_workers
         return 0 if self.source.tiny else self._spare_workers
 
-    def _stream(self, split: HubStream, batch_size: int, seed: int | None) -> StreamImages:
+    def _stream(self, split: HubStream, batch_size: int, seed: int | None, labeled: bool = True) -> StreamImages:
         from datasets.distributed import split_dataset_by_node
 
         rank, replicas = self._place
@@ -354,6 +399,7 @@ class ImageDataModule(ResumableDataModule):
             batch_size,
             seed,
             rank,
+            labeled,
         )
 
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
@@ -367,7 +413,7 @@ class ImageDataModule(ResumableDataModule):
                     "data.streaming: a sharded model requires the same number of evaluation batches on each process, "
                     "which a stream cannot guarantee; set data.streaming: false, or trainer.strategy: ddp"
                 )
-            images = self._stream(samples, self.eval_batch_size, seed=None)
+            images = self._stream(samples, self.eval_batch_size, seed=None, labeled=not keep_places)
             workers = min(workers, images.stream.num_shards)
         else:
             images = EvalImages(ImageReader(samples, self.max_corrupt_share), self._eval_transform, keep_places)

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from lit_tokenformer.data.corrupt import TooManyCorruptSamples, check_share
-from lit_tokenformer.data.images.transforms import ImageTransform
+from lit_tokenformer.data.images.folders import find_images
+from lit_tokenformer.data.images.samples import UNLABELED, Samples
+from lit_tokenformer.data.images.transforms import Augmentation, ImageTransform, eval_transform
 from lit_tokenformer.data.resumable import seeded
+from lit_tokenformer.errors import UserError
 
 UNREADABLE = -100
 """Label of an unreadable image that is kept in its batch (prediction only)."""
-
-
-class Samples(Protocol):
-    """Labeled images with random access."""
-
-    labels: np.ndarray  # (N,) int64
-
-    def read(self, index: int) -> Image.Image:
-        """Decode an image to RGB; errors of the decoder are raised unchanged."""
-
-    def name(self, index: int) -> str:
-        """Return the file's path if there is one, else the index as text."""
 
 
 class ImageReader:
@@ -64,12 +54,13 @@ class ImageReader:
             return self.samples.read(index)
         except Exception as error:  # damaged bytes raise any exception in a decoder
             self._corrupt[index] = True
-            warnings.warn(f"unreadable image skipped: {self.samples.name(index)} ({error})", stacklevel=2)
+            unreadable = f"{self.samples.name(index)} ({error})"
+        warnings.warn(f"unreadable image skipped: {unreadable}", stacklevel=2)
         bad = self.corrupt_indices
         check_share(len(bad), len(self), self.max_corrupt_share, [self.samples.name(i) for i in bad[:3]])
         if len(bad) == len(self):
             raise TooManyCorruptSamples(
-                f"data.max_corrupt_share: none of {len(self)} images can be read; the first: {self.samples.name(0)}"
+                f"data.max_corrupt_share: none of {len(self)} images can be read; the last: {unreadable}"
             )
         return None
 
@@ -148,6 +139,32 @@ def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[to
     return tuple(default_collate(readable))  # type: ignore[return-value]
 
 
+def prediction_loader(
+    paths: Any, image_data: Mapping[str, Any], batch_size: int = 32, num_workers: int = 0
+) -> tuple[DataLoader, Samples]:
+    """Create a loader of unlabeled image files, in order, with the transform of a checkpoint.
+
+    Args:
+        paths: Path of an image, folder or tar file, or several of them.
+        image_data: ``ImageDataModule.image_data``, as in a checkpoint.
+        batch_size: Images per batch.
+        num_workers: Number of worker processes.
+
+    Returns:
+        Loader, whose labels are -100 for unreadable images, and the images with their names.
+    """
+    try:
+        look = Augmentation(interpolation=image_data["interpolation"], crop_pct=image_data["crop_pct"])
+        size, mean, std = (image_data[name] for name in ("image_size", "mean", "std"))
+        transform = eval_transform(look, size if isinstance(size, int) else tuple(size), tuple(mean), tuple(std))
+        transform(Image.new("RGB", (8, 8)))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"ckpt_path: the image transform of the checkpoint is damaged: {error}") from None
+    samples = find_images(paths, "images")
+    images = EvalImages(ImageReader(samples, max_corrupt_share=1.0), transform, keep_places=True)
+    return DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate_readable), samples
+
+
 class StreamImages(IterableDataset):
     """Images of a Hugging Face stream, sharded over ranks and workers.
 
@@ -164,6 +181,7 @@ class StreamImages(IterableDataset):
         batch_size: Batch size, used to skip whole batches.
         seed: Seed of the run, or None for evaluation (no augmentation, no replacement).
         rank: Rank of this process among the data-parallel ones.
+        labeled: Whether a sample without a label counts as unreadable.
     """
 
     def __init__(
@@ -176,6 +194,7 @@ class StreamImages(IterableDataset):
         batch_size: int,
         seed: int | None = None,
         rank: int = 0,
+        labeled: bool = True,
     ) -> None:
         self.stream = stream
         self.columns = columns
@@ -185,6 +204,7 @@ class StreamImages(IterableDataset):
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
+        self.labeled = labeled
         self.epoch = 0
         self.skip_batches = 0
         """Number of batches per worker that are yielded empty, without decoding, since the loader discards them."""
@@ -203,15 +223,17 @@ class StreamImages(IterableDataset):
             value, label = (row[column] for column in self.columns)
             try:
                 image = self.decode(value)
+                if self.labeled and label in (None, UNLABELED):
+                    raise UserError("no label")
             except Exception as error:  # damaged bytes raise any exception in a decoder
-                name = value.get("path") or f"sample {read} of the stream"
+                name = (value or {}).get("path") or f"sample {read} of the stream"
                 warnings.warn(f"unreadable image skipped: {name} ({error})", stacklevel=2)
-                corrupt.append(name)
+                corrupt.append(f"{name} ({error})")
                 check_share(len(corrupt), read, self.max_corrupt_share, corrupt[:3])
                 missing += 1
                 continue
             if self.seed is None:
-                yield self.transform(image), label
+                yield self.transform(image), UNLABELED if label is None else label
                 continue
             for _ in range(missing + 1):  # replaces the unreadable ones before it, with a new augmentation each time
                 with seeded(self.seed, self.epoch, self.rank, worker_id, position):

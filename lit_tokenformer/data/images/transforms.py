@@ -29,7 +29,10 @@ ErasingMode = Literal["const", "rand", "pixel"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of training images, and resizing of all images. None selects the data set's default.
+    """Augmentation of training images, and resizing of all images. None selects the default.
+
+    The default of small data sets (digits, mnist, kmnist, fashion_mnist, cifar10, cifar100) is ``crop: shift`` and
+    bilinear interpolation, and that of all others ``crop: rrc`` and bicubic interpolation.
 
     Raises:
         ValueError: If a value is out of range; the message begins with the setting.
@@ -43,9 +46,10 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random resize aspect ratio: minimum and maximum width / height (crop: rrc)."""
     shift: float | None = None
-    """Maximum shift to each side, as a share of the image size (crop: shift); 0.125 is 4 pixels of 32."""
+    """Maximum shift to each side, as a share of the image size (crop: shift); 0.125 is 4 pixels of 32. Default: 2
+    pixels for the data sets of 28, else 0.125."""
     hflip: float | None = None
-    """Horizontal flip probability. Default: 0 for digits."""
+    """Horizontal flip probability. Default: 0 for digits, mnist and kmnist, else 0.5."""
     color_jitter: float = 0.0
     """Color jitter factor of brightness, contrast and saturation. Ignored by timm with auto_augment."""
     auto_augment: str | None = None
@@ -58,7 +62,8 @@ class Augmentation:
     interpolation: Interpolation | None = None
     """Resize interpolation; random selects bilinear or bicubic per training image."""
     crop_pct: float | None = None
-    """Evaluation crop size / resize size: 0.875 resizes the shorter side to 256 and center-crops 224."""
+    """Evaluation crop size / resize size: 0.875 resizes the shorter side to 256 and center-crops 224. Default: 1, the
+    scale of training; 0.875 for crop: rrc with its default scale, except for small data sets."""
     mixup: float = 0.0
     """Mixup alpha; 0 disables it. With cutmix too, each batch uses one of the two."""
     cutmix: float = 0.0
@@ -90,8 +95,19 @@ class Augmentation:
 
     def completed(self, defaults: Augmentation) -> Augmentation:
         """Replace every None by the value of ``defaults``."""
+        low = self.scale[0] if (self.crop or defaults.crop) == "rrc" else 1.0
+        if (defaults.crop_pct or 1.0) ** 2 < low:  # evaluation would show less of an image than training ever does
+            defaults = replace(defaults, crop_pct=1.0)
+        if defaults.shift is None:
+            defaults = replace(defaults, shift=0.125)
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(defaults, name) for name in missing})
+
+    @property
+    def areas(self) -> tuple[float, float, float]:
+        """Share of an image's area that is visible: smallest and largest in training, and in evaluation."""
+        low, high = self.scale if self.crop == "rrc" else (1.0, 1.0)
+        return low, high, (self.crop_pct or 1.0) ** 2
 
 
 _RANGES = (
@@ -106,19 +122,23 @@ _RANGES = (
 )
 
 
+ImageSize = int | tuple[int, int]
+"""Height = width, or (height, width), in pixels."""
+
+
 def train_transform(
-    augmentation: Augmentation, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    augmentation: Augmentation, image_size: ImageSize, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ImageTransform:
     """Create the random training transform, which uses the global generators of Python, NumPy and torch.
 
     Args:
         augmentation: Complete augmentation (see ``Augmentation.completed``).
-        image_size: Output image size (height = width) in pixels.
-        mean: Mean of each channel, in units of the full range (0 to 1).
+        image_size: Output image size.
+        mean: Mean of each of C channels, in units of the full range (0 to 1); C is 3, or 1 for gray images.
         std: Standard deviation of each channel, in the same units.
 
     Returns:
-        Function from an RGB image to a normalized float32 tensor (3, H, W).
+        Function from an RGB image to a normalized float32 tensor (C, H, W).
 
     Raises:
         ValueError: If ``auto_augment`` is not a policy of timm.
@@ -146,35 +166,35 @@ def train_transform(
             f"data.augmentation.auto_augment: not a policy of timm (got {augmentation.auto_augment!r})"
         ) from error
     if own_crop:
-        padding = round((augmentation.shift or 0.0) * image_size) if augmentation.crop == "shift" else 0
+        whole: Any = eval_transform(replace(augmentation, crop_pct=1.0), image_size, (0.0,) * 3, (1.0,) * 3)
+        height, width = pair(image_size)
+        shift = (augmentation.shift or 0.0) if augmentation.crop == "shift" else 0.0
+        shifted = transforms.RandomCrop((height, width), padding=(round(shift * width), round(shift * height)))
         crop = transforms.Compose(
-            [
-                transforms.Resize(image_size, interpolation=transforms.InterpolationMode(_fixed(augmentation))),
-                transforms.CenterCrop(image_size),
-                transforms.RandomCrop(image_size, padding=padding),
-                transforms.RandomHorizontalFlip(augmentation.hflip or 0.0),
-            ]
+            [*whole.transforms[:2], shifted, transforms.RandomHorizontalFlip(augmentation.hflip or 0.0)]
         )
     for step in color.transforms:
-        for operation in getattr(step, "ops", None) or [one for pair in getattr(step, "policy", ()) for one in pair]:
+        for operation in getattr(step, "ops", None) or [one for two in getattr(step, "policy", ()) for one in two]:
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize
     erasing = [step for step in finish.transforms if isinstance(step, RandomErasing)]
-    return transforms.Compose([crop, color, transforms.Compose([_ToNormalized(mean, std), *erasing])])
+    steps = [crop, color, transforms.Compose([_ToNormalized(mean, std), *erasing])]
+    return transforms.Compose(_channels(mean) + steps)
 
 
 class _ToNormalized:
-    """Transform from an RGB image to a normalized float32 tensor (3, H, W).
+    """Transform from an image of C channels to a normalized float32 tensor (C, H, W).
 
     Bitwise equal to timm's ``MaybeToTensor`` and ``Normalize``, with fewer copies.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+        pixels = torch.from_numpy(np.array(image))
+        pixels = pixels.reshape(*pixels.shape[:2], len(self.mean)).permute(2, 0, 1)  # (C, H, W)
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         return scaled.sub_(self.mean).div_(self.std)
 
@@ -185,23 +205,48 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def eval_transform(
-    augmentation: Augmentation, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    augmentation: Augmentation, image_size: ImageSize, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ImageTransform:
     """Create the deterministic evaluation transform: resize the shorter side, center-crop, normalize.
 
     Args:
         augmentation: Complete augmentation; only ``interpolation`` and ``crop_pct`` are used.
-        image_size: Output image size (height = width) in pixels.
-        mean: Mean of each channel, in units of the full range (0 to 1).
+        image_size: Output image size.
+        mean: Mean of each of C channels, in units of the full range (0 to 1); C is 3, or 1 for gray images.
         std: Standard deviation of each channel, in the same units.
 
     Returns:
-        Function from an RGB image to a normalized float32 tensor (3, H, W).
+        Function from an RGB image to a normalized float32 tensor (C, H, W).
     """
-    return create_transform(
-        image_size, interpolation=_fixed(augmentation), crop_pct=augmentation.crop_pct, mean=mean, std=std
-    )
+    fixed = "bilinear" if augmentation.interpolation in (None, "random") else str(augmentation.interpolation)
+    found = create_transform(image_size, interpolation=fixed, crop_pct=augmentation.crop_pct, mean=mean, std=std)
+    return transforms.Compose(_channels(mean) + found.transforms)
 
 
-def _fixed(augmentation: Augmentation) -> str:
-    return "bilinear" if augmentation.interpolation in (None, "random") else str(augmentation.interpolation)
+def _channels(mean: tuple[float, ...]) -> list[Any]:
+    return [transforms.Grayscale()] if len(mean) == 1 else []
+
+
+def pair(image_size: ImageSize) -> tuple[int, int]:
+    """Return height and width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
+
+
+def describe(augmentation: Augmentation, image_size: ImageSize) -> tuple[str, str]:
+    """Describe the transforms of training and evaluation in a few words.
+
+    Example:
+        >>> describe(Augmentation("rrc", hflip=0.5, interpolation="bicubic", crop_pct=0.875, mixup=0.8), 224)
+        ('rrc, scale 0.08 to 1, hflip 0.5, mixup 0.8', 'bicubic resize to 256, center crop 224x224')
+    """
+    train = [str(augmentation.crop)]
+    if augmentation.crop == "rrc":
+        train.append(f"scale {augmentation.scale[0]:g} to {augmentation.scale[1]:g}")
+    names = ("hflip", "color_jitter", "auto_augment", "reprob", "mixup", "cutmix", "label_smoothing")
+    for name in ("shift", *names) if augmentation.crop == "shift" else names:
+        if value := getattr(augmentation, name):
+            train.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    height, width = pair(image_size)
+    resized = int(min(height, width) / (augmentation.crop_pct or 1.0))
+    return ", ".join(train), f"{augmentation.interpolation} resize to {resized}, center crop {height}x{width}"
