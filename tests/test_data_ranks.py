@@ -214,7 +214,7 @@ def stream(sizes: tuple[int, ...]) -> HubStream:
 
     letters = iter(range(ord("0"), ord("0") + sum(sizes)))
     shards = [[next(letters) for _ in range(size)] for size in sizes]
-    return HubStream(datasets.IterableDataset.from_generator(documents, gen_kwargs={"shards": shards}), "text")
+    return HubStream(datasets.IterableDataset.from_generator(documents, gen_kwargs={"shards": shards}))
 
 
 def stream_loader(sizes: tuple[int, ...], **settings: Any) -> TextStreamLoader:

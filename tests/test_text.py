@@ -26,9 +26,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_tokenformer.data import TextDataModule, Tokenizer, text_sources, token_cache
+from lit_tokenformer.data import TextDataModule, Tokenizer, token_cache
+from lit_tokenformer.data.text import files as text_files
 from lit_tokenformer.data.text.corpus import HashSplit
-from lit_tokenformer.data.text.sources import HubStream, TextFiles
+from lit_tokenformer.data.text.files import TextFiles, TextFormat
+from lit_tokenformer.data.text.sources import HubStream
 from lit_tokenformer.data.text.streaming import TextStreamLoader, eval_stream_loader, train_stream_loader
 from lit_tokenformer.data.text.token_cache import EvalSampler
 from lit_tokenformer.errors import UserError
@@ -370,8 +372,8 @@ def test_broken_cache_is_made_again(corpus: Path, builds: list[Path], file: str,
 
 
 def test_large_cache_is_checked_in_samples(corpus: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_cache, "_FULL_CHECKSUM", 100)
-    monkeypatch.setattr(token_cache, "_SAMPLE", 50)
+    monkeypatch.setattr(text_files, "_FULL_DIGEST", 100)
+    monkeypatch.setattr(text_files, "_SAMPLE", 50)
     expected = rows(text(corpus).train_dataloader())
     assert rows(text(corpus).train_dataloader()) == expected and len(builds) == 1
     flip(builds[0] / "train.bin", -1)
@@ -427,18 +429,13 @@ def test_of_two_processes_one_tokenises(tmp_path: Path, corpus: Path):
     assert (tmp_path / "log").read_text() == "built\n"
 
 
-def test_hash_of_a_large_file_is_kept_until_it_changes(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    hashed = []
-    original = text_sources._file_digest
-    monkeypatch.setattr(text_sources, "_file_digest", lambda file: hashed.append(file.name) or original(file))
-    monkeypatch.setattr(text_sources, "_WORTH_REMEMBERING", 10)
+def test_edit_of_a_large_file_between_the_samples_is_noticed(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    """A large file is hashed in samples, which would overlook it."""
+    for name, size in (("_FULL_DIGEST", 1000), ("_SAMPLES", 2), ("_SAMPLE", 10)):
+        monkeypatch.setattr(text_files, name, size)
+    first, second = (text(corpus).corpus.splits.train.fingerprint for _ in range(2))
     os.utime(corpus, (1e9, 1e9))
-    first = [text(corpus).corpus.splits.train.fingerprint for _ in range(2)]
-    assert first[0] == first[1] and len(hashed) == 1
-    write_lines(corpus, DOCUMENTS[:-1])
-    assert text(corpus).corpus.splits.train.fingerprint != first[0]
-    text(corpus).corpus.splits.train.fingerprint  # noqa: B018
-    assert len(hashed) == 3  # changed just now: it may change again unseen
+    assert first == second != text(corpus).corpus.splits.train.fingerprint
 
 
 # --- Several processes -----------------------------------------------------------------------------------------------
@@ -572,7 +569,7 @@ def word_shards(path: Path, *sizes: int) -> HubStream:
     for shard, size in enumerate(sizes):
         write_lines(path / f"{shard}.jsonl", [f"w{next(numbers)}" for _ in range(size)])
     files = [str(path / f"{shard}.jsonl") for shard in range(len(sizes))]
-    return HubStream(datasets.load_dataset("json", data_files=files, split="train", streaming=True), "text")
+    return HubStream(datasets.load_dataset("json", data_files=files, split="train", streaming=True))
 
 
 def word_loader(stream: HubStream, count: int, **settings: object) -> TextStreamLoader:
@@ -632,8 +629,8 @@ def test_resumed_stream_reads_one_window_again(tmp_path: Path, monkeypatch: pyte
     for _, _ in zip(loader, range(10), strict=False):
         state = loader.state_dict()
     read = []
-    original = text_sources.row_text
-    monkeypatch.setattr(text_sources, "row_text", lambda *args: read.append(args[0]) or original(*args))
+    original = TextFormat.text
+    monkeypatch.setattr(TextFormat, "text", lambda *args: read.append(args[1]) or original(*args))
     resumed = word_loader(stream, 60)
     resumed.load_state_dict(state)
     batches = words_of(resumed)
@@ -701,7 +698,7 @@ def test_processes_end_a_stream_together_and_save_all_places(tmp_path: Path):
 def test_stream_evaluates_like_a_corpus(corpus: Path):
     import datasets
 
-    stream = HubStream(datasets.load_dataset("json", data_files=str(corpus), split="train", streaming=True), "text")
+    stream = HubStream(datasets.load_dataset("json", data_files=str(corpus), split="train", streaming=True))
     expected = plain_blocks(plain_stream(DOCUMENTS), 16)
     loader = eval_stream_loader(stream, Tokenizer.bytes(), 16, 4)
     assert rows(loader) == rows(loader) == expected
@@ -840,8 +837,11 @@ def test_two_processes_of_a_trainer_share_and_resume(tmp_path: Path, streaming: 
             {"val_fraction": 0.5, "test_fraction": 0.5},
             "data.val_fraction: expected less than 1 with data.test_fraction",
         ),
-        ({"streaming": True}, "data.streaming: expected data.dataset: huggingface, got python_docs"),
-        ({"files": "a.txt"}, "data.files: expected a list of files, got the text 'a.txt'"),
+        ({"streaming": True}, "data.streaming: expected data.dataset: files or huggingface, got python_docs"),
+        ({"encoding": "utf8000"}, "data.encoding: expected a text encoding such as latin-1, got 'utf8000'"),
+        ({"encoding": "rot13"}, "data.encoding: expected a text encoding"),
+        ({"chat_template": "{% for"}, "data.chat_template: expected a Jinja template or its file (unexpected 'end of "),
+        ({"chat_template": "no.jinja"}, "data.chat_template: expected a Jinja template or its file ([Errno 2] No such"),
     ],
 )
 def test_wrong_setting_is_refused_when_created(settings: dict, message: str):
@@ -850,14 +850,14 @@ def test_wrong_setting_is_refused_when_created(settings: dict, message: str):
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path):
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.doc").touch()
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("no.txt", "no such file or folder: .*no.txt"),
         ("*.txt", r".*\*.txt matches no file"),
-        ("*.csv", r".*\*.csv matches 1 files, but none with extension .txt, .md, .jsonl, .parquet"),
+        ("*.doc", r".*\*.doc matches 1 files, but none with extension .txt, .md, .jsonl, .json, .csv, .parquet"),
         ("empty", ".*empty matches no file"),
-        ("a.csv", "expected a file with extension .txt, .md, .jsonl, .parquet, got .*a.csv"),
+        ("a.doc", "expected a file with extension .txt, .md, .jsonl, .json, .csv, .parquet, got .*a.doc"),
     ):
         with refused(f"data.files: {message}"):
             text(tmp_path / name).prepare_data()
@@ -873,8 +873,8 @@ def test_files_that_are_not_there_are_named(tmp_path: Path):
 def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
     for content, settings, message in (
         (["", ""], {}, "data.files: all documents are empty"),
-        (DOCUMENTS, {"val_fraction": 0}, r"data.val_fraction: empty validation split \(got none of 40 documents\)"),
-        (DOCUMENTS[:1], {"val_fraction": 0.99}, r"data.val_fraction: empty training split \(got none of 1 documents\)"),
+        (DOCUMENTS, {"val_fraction": 1e-6}, r"data.val_fraction: empty validation split \(got none of 40 documents\)"),
+        (DOCUMENTS[:2], {"val_fraction": 0.99}, r"data.val_fraction: empty training split \(got none of 2 documents\)"),
         (DOCUMENTS, {"test_fraction": 1e-6}, r"data.test_fraction: empty test split \(got none of 40 documents\)"),
     ):
         for make in (text, hub):
@@ -886,7 +886,7 @@ def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
     with refused("data.val_files: all documents are empty"):
         text(corpus, val_files=[str(tmp_path / "empty.txt")]).prepare_data()
     with refused(r"data.val_fraction: empty validation split \(got none of the stream\)"):
-        hub(corpus, streaming=True, val_fraction=0).setup("fit")
+        hub(corpus, streaming=True, val_fraction=1e-6).setup("fit")
 
 
 def test_splits_that_are_too_short_are_refused(corpus: Path, tmp_path: Path):
@@ -915,13 +915,11 @@ def test_place_in_a_stream_is_refused_under_other_settings(corpus: Path):
         data.train_dataloader()
 
 
-def test_stream_of_something_else_than_text_is_refused(tmp_path: Path):
+def test_column_of_something_else_than_text_is_refused(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", [7] * 4)
-    data = hub(tmp_path / "a.jsonl", streaming=True, num_workers=1, val_files=[str(tmp_path / "a.jsonl")])
-    for use in (lambda: data.setup("fit"), lambda: list(data.train_dataloader())):  # here, and in a worker
-        told = "data.text_column: row 1 read from the stream: expected text in 'text', got int"
-        with refused(f"data.max_corrupt_share: 4 of 4 rows of the stream cannot be read .*; the first: {told}"):
-            use()
+    for streaming in (False, True):
+        with refused("data.text_column: expected text or chat messages in 'text' of json, got int64"):
+            hub(tmp_path / "a.jsonl", streaming=streaming).setup("fit")
 
 
 def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
@@ -981,7 +979,7 @@ def test_files_to_validate_on_need_none_to_train_on(tmp_path: Path):
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfText")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Line"}\n')
-    files = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text", "strict", None)
+    files = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], TextFormat())
     assert list(files) == ["Text", "Line"]
 
 
@@ -989,4 +987,4 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
 def test_lines_that_the_json_parser_gives_up_on_are_named(tmp_path: Path, line: str):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with refused("data.files: .*a.jsonl:2 is not JSON"):
-        list(TextFiles([tmp_path / "a.jsonl"], "text", "strict", None))
+        list(TextFiles([tmp_path / "a.jsonl"], TextFormat()))

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_tokenformer.data.text.datamodule import TextDataModule
+from lit_tokenformer.data.text.files import EncodingErrors
 from lit_tokenformer.data.text.masking import BlockSpans, MaskedBatch, MaskedExamples, MaskIds, SentenceSpans
-from lit_tokenformer.data.text.sources import EncodingErrors, Split
+from lit_tokenformer.data.text.sources import Split
 from lit_tokenformer.data.text.tokenizer import Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError, unknown_name
 
@@ -35,11 +36,13 @@ class MaskedTextDataModule(TextDataModule):
 
     Args:
         dataset: Source of the documents: python_docs, python_stdlib, files or huggingface.
-        files: Files, folders or glob patterns of .txt, .md, .jsonl and .parquet (dataset: files); ``data_files`` of
-            ``load_dataset`` for huggingface.
-        val_files: Files, folders or glob patterns for validation. Default: documents are held out by their hash.
-        text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
-        encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
+        files: File, folder or glob pattern, or a list of them (dataset: files; formats as in ``TextDataModule``);
+            ``data_files`` of ``load_dataset`` for huggingface.
+        val_files: The same for validation. Default: documents are held out by their hash.
+        text_column: Name of the text in rows. Its value is text, or a list of chat messages.
+        chat_template: Jinja template of chat messages, as text or file. Default: ChatML.
+        encoding: Encoding of files other than Parquet, such as latin-1 or utf-16.
+        encoding_errors: Handling of text in another encoding: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json or its folder; else the name of a
             Hugging Face model. A mask token is appended to a vocabulary without [MASK] or <mask>.
         separator: Special token that ends a document. Default: the first of the usual ones in the vocabulary.
@@ -59,7 +62,8 @@ class MaskedTextDataModule(TextDataModule):
         num_workers: Number of worker processes per training process. Default: 0, since tokens are read from a memory
             map.
         pin_memory: Whether to copy batches into page-locked memory. Default: true with CUDA.
-        val_fraction: Fraction of the documents held out for validation if the source has no validation split.
+        val_fraction: Fraction of the documents held out for validation if the source has no validation split; 0 trains
+            without validation. Of a single document, the last part.
         test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
             else the validation documents.
         seed: Seed of sample order and masks, >= 0. Default: that of ``seed_everything``, else 0.
@@ -86,9 +90,11 @@ class MaskedTextDataModule(TextDataModule):
     def __init__(
         self,
         dataset: str = "python_docs",
-        files: list[str] | None = None,
-        val_files: list[str] | None = None,
+        files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
         text_column: str = "text",
+        chat_template: str | None = None,
+        encoding: str = "utf-8",
         encoding_errors: EncodingErrors = "strict",
         tokenizer: str = "bytes",
         separator: str | None = None,
@@ -121,6 +127,8 @@ class MaskedTextDataModule(TextDataModule):
             files=files,
             val_files=val_files,
             text_column=text_column,
+            chat_template=chat_template,
+            encoding=encoding,
             encoding_errors=encoding_errors,
             tokenizer=tokenizer,
             separator=separator,

@@ -22,14 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_tokenformer.data.resumable import ResumableStreamLoader
-from lit_tokenformer.data.text.corpus import HashSplit
-from lit_tokenformer.data.text.sources import HubStream, Split
+from lit_tokenformer.data.text.sources import HubStream
 from lit_tokenformer.data.text.token_cache import PADDING
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
-
-Keep = tuple[HashSplit, Split]
-"""Filter for the documents of one split."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ class TrainStream(IterableDataset):
         block_size: Block size T.
         shuffle_buffer: Number of documents per window.
         seed: Seed of the run, >= 0.
-        keep: Filter for training documents. None: all.
         rank: Rank of this process among the data-parallel ones.
     """
 
@@ -60,7 +55,6 @@ class TrainStream(IterableDataset):
         block_size: int,
         shuffle_buffer: int,
         seed: int,
-        keep: Keep | None = None,
         rank: int = 0,
     ) -> None:
         self.stream = stream
@@ -68,7 +62,6 @@ class TrainStream(IterableDataset):
         self.block_size = block_size
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.keep = keep
         self.rank = rank
         self.epoch = 0
         self.start: dict[int, dict[str, Any]] = {}
@@ -87,7 +80,7 @@ class TrainStream(IterableDataset):
         rows.set_epoch(self.epoch)
         rows.load_state_dict(state["rows"])
         here, window, rest, done = (state[name] for name in ("rows", "window", "rest", "blocks"))
-        documents = kept(self.stream, self.keep)
+        documents = iter(self.stream)
         while texts := list(islice(documents, self.shuffle_buffer)):
             after = rows.state_dict()
             random = np.random.default_rng(np.random.SeedSequence((self.seed, self.epoch, self.rank, worker, window)))
@@ -119,7 +112,6 @@ class EvalStream(IterableDataset):
         stream: Documents to read.
         tokenizer: Tokenizer of the documents.
         block_size: Block size T.
-        keep: Filter for the documents of the split. None: all.
         rank: Rank of this process among the data-parallel ones.
         replicas: Number of data-parallel processes.
     """
@@ -129,14 +121,12 @@ class EvalStream(IterableDataset):
         stream: HubStream,
         tokenizer: Tokenizer,
         block_size: int,
-        keep: Keep | None = None,
         rank: int = 0,
         replicas: int = 1,
     ) -> None:
         self.stream = stream
         self.tokenizer = tokenizer
         self.block_size = block_size
-        self.keep = keep
         self.rank = rank
         self.replicas = replicas
 
@@ -155,7 +145,7 @@ class EvalStream(IterableDataset):
         num_bytes, num_tokens = 0, 0
 
         def texts() -> Iterator[str]:
-            for text in kept(self.stream, self.keep):
+            for text in self.stream:
                 sizes.append(len(text.encode()))
                 yield text
 
@@ -174,19 +164,6 @@ class EvalStream(IterableDataset):
             block = torch.full((size + 1,), PADDING)
             block[: len(rest)] = torch.from_numpy(rest)
             yield block, num_bytes, num_tokens
-
-
-def kept(stream: HubStream, keep: Keep | None) -> Iterator[str]:
-    """Iterate over the documents of a stream in one split.
-
-    Args:
-        stream: Documents to filter.
-        keep: Hash split and the split to keep. None: all documents.
-    """
-    if keep is None:
-        return iter(stream)
-    split_of, split = keep
-    return (text for text in stream if split_of(text) == split)
 
 
 class TextStreamLoader(ResumableStreamLoader):
@@ -281,7 +258,6 @@ def train_stream_loader(
     batch_size: int,
     shuffle_buffer: int = 1000,
     seed: int = 0,
-    keep: Keep | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
@@ -296,7 +272,6 @@ def train_stream_loader(
         batch_size: Batch size B.
         shuffle_buffer: Number of documents per shuffled window.
         seed: Seed of the run, >= 0.
-        keep: Filter for training documents. None: all.
         num_workers: Number of worker processes, limited to the number of shards.
         pin_memory: Whether to copy batches into page-locked memory.
         rank: Rank of this process among the data-parallel ones.
@@ -308,7 +283,7 @@ def train_stream_loader(
     if replicas > 1:
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas)
     own = replace(stream, rows=rows)
-    blocks = TrainStream(own, tokenizer, block_size, shuffle_buffer, seed=seed, keep=keep, rank=rank)
+    blocks = TrainStream(own, tokenizer, block_size, shuffle_buffer, seed=seed, rank=rank)
     loader = TextStreamLoader(
         blocks,
         batch_size=batch_size,
@@ -334,7 +309,6 @@ def eval_stream_loader(
     tokenizer: Tokenizer,
     block_size: int,
     batch_size: int,
-    keep: Keep | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
@@ -347,7 +321,6 @@ def eval_stream_loader(
         tokenizer: Tokenizer of the documents.
         block_size: Block size T.
         batch_size: Batch size B.
-        keep: Filter for the documents of the split. None: all.
         num_workers: Number of worker processes, 0 or 1.
         pin_memory: Whether to copy batches into page-locked memory.
         rank: Rank of this process among the data-parallel ones.
@@ -355,7 +328,7 @@ def eval_stream_loader(
     """
     own = replace(stream, rows=copy.deepcopy(stream.rows))
     return EvalStreamLoader(
-        EvalStream(own, tokenizer, block_size, keep, rank, replicas),
+        EvalStream(own, tokenizer, block_size, rank, replicas),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,11 +27,12 @@ from torch.utils.data import Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
 from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.data.text.files import file_digest
 from lit_tokenformer.data.text.sources import Split
-from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.data.text.tokenizer import Tokenizer, cut
 from lit_tokenformer.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Other versions are ignored."""
 
 PADDING = -100
@@ -38,8 +40,8 @@ PADDING = -100
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_FULL_CHECKSUM = 1 << 26  # maximum file size in bytes for a full checksum: 64 MB take 50 ms
-_SAMPLES, _SAMPLE = 64, 1 << 20  # chunks of a larger file, and bytes per chunk
+_BATCH = 1 << 20  # characters per call of the tokenizer: about 100 MB inside the library
+_THREADS = 2  # of calls: one uses all cores while the tokens of another are converted, which is serial
 
 
 class TokenFile:
@@ -132,7 +134,7 @@ def open_cache(folder: Path) -> TokenCache | None:
         width = np.dtype(meta["dtype"]).itemsize
         for split, count in counts.items():
             path = cache.files[split].path
-            if path.stat().st_size != count.tokens * width or _checksum(path) != count.checksum:
+            if path.stat().st_size != count.tokens * width or file_digest(path) != count.checksum:
                 return None
         return cache if meta["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -218,76 +220,81 @@ def _build(
     cache_dir: Path, folder: Path, documents: Iterable[tuple[Split, str]], tokenizer: Tokenizer, size: int | None
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
-    separator = np.array([tokenizer.separator_id], dtype=np.uint32)
+    separator = np.array([tokenizer.separator_id], dtype)
     counts = {split: SplitCount() for split in SPLITS}
-    on_their_way: deque[Split] = deque()  # the splits of the documents being tokenized
     digest = hashlib.sha256()
-    rank_zero = getattr(rank_zero_only, "rank", 0) == 0
     # No bar if the output is a file, and on rank zero only.
-    bar = tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=True, disable=None if rank_zero else True)
+    off = None if getattr(rank_zero_only, "rank", 0) == 0 else True
 
-    def texts() -> Iterator[str]:
+    def pieces() -> Iterator[tuple[Split, str, bool]]:
         for split, text in documents:
             data = text.encode()
             digest.update(hashlib.sha256(data).digest())
             counts[split].documents += 1
             counts[split].bytes += len(data)
-            on_their_way.append(split)
             bar.update(len(data))
-            yield text
+            *parts, last = cut(text)
+            yield from ((split, part, False) for part in parts)
+            yield split, last, True
 
-    with bar:
-        with disk_errors(cache_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        files = {}
+    def encode(batch: list[tuple[Split, str, bool]]) -> list[tuple[Split, np.ndarray]]:
+        ids = tokenizer.encode_batch([piece for _, piece, _ in batch])
+        after = {True: [tokenizer.separator_id], False: []}
+        return [(split, np.array(one + after[ends], dtype)) for one, (split, _, ends) in zip(ids, batch, strict=True)]
+
+    with disk_errors(cache_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    bar = tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=True, disable=off)
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
         try:
             for split in SPLITS:
                 with disk_errors(cache_dir):
                     files[split] = (folder / f"{split}.bin").open("wb", buffering=1 << 20)
-
-            def add(split: Split, ids: np.ndarray) -> None:
+            for encoded in _ahead(pool, encode, _batches(pieces())):
                 with disk_errors(cache_dir):
-                    _write(files[split], ids.astype(dtype))
-                counts[split].tokens += len(ids)
-
-            for ids, ends in tokenizer.encode_documents(texts()):
-                split = on_their_way[0]
-                if counts[split].tokens == 0:
-                    add(split, separator)
-                add(split, ids)
-                if ends:
-                    add(split, separator)
-                    on_their_way.popleft()
+                    for split, ids in encoded:
+                        if counts[split].tokens == 0:
+                            ids = np.append(separator, ids)
+                        _write(files[split], ids)
+                        counts[split].tokens += len(ids)
         finally:
             with disk_errors(cache_dir):  # closing flushes the buffers
                 for file in files.values():
                     file.close()
     with disk_errors(cache_dir):
         for split, count in counts.items():
-            count.checksum = _checksum(folder / f"{split}.bin")
+            count.checksum = file_digest(folder / f"{split}.bin")
         splits = {split: asdict(count) for split, count in counts.items()}
         meta = {"format": FORMAT, "dtype": dtype.name, "sha256": digest.hexdigest(), "splits": splits}
         with atomic_write(folder / "meta.json") as file:
             file.write(json.dumps(meta, indent=1).encode())
 
 
+def _batches(pieces: Iterable[tuple[Split, str, bool]]) -> Iterator[list[tuple[Split, str, bool]]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Apply a function to items in threads, in order, at most ``_THREADS`` items ahead."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > _THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def _write(file: Any, ids: np.ndarray) -> None:
     file.write(ids.tobytes())
-
-
-def _checksum(path: Path) -> str:
-    """Compute the SHA-256 of a file; for a large file, of its size and 64 chunks."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _FULL_CHECKSUM:
-            while data := file.read(_SAMPLE):
-                digest.update(data)
-        else:
-            for place in np.linspace(0, size - _SAMPLE, _SAMPLES).astype(np.int64).tolist():
-                file.seek(place)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 class TrainBlocks(Dataset):
