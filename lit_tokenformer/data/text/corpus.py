@@ -64,7 +64,7 @@ class HashSplit:
             places = (text.rfind(mark, start - size // 2, start) + 1 for mark in "\n ")
             start = next(filter(None, places), start) if size else start
             parts, text = [(split, text[start:]), *parts], text[:start]
-        return [("train", text), *parts]
+        return [(split, part) for split, part in (("train", text), *parts) if part]
 
 
 class TextCorpus:

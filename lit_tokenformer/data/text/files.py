@@ -222,7 +222,8 @@ def _parquet(file: BinaryIO, form: TextFormat) -> Records:
 
 
 def _not(kind: str, error: Exception) -> ValueError:
-    return ValueError(f"is not {kind}: {getattr(error, 'msg', error)}")
+    column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+    return ValueError(f"is not {kind}: {getattr(error, 'msg', error)}{column}")
 
 
 _READERS: dict[str, Callable[[Any, TextFormat], Records]] = {
@@ -374,8 +375,8 @@ def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
             raise UserError(f"{setting}: {name} matches {what}")
         skipped.update(inner.suffix or "without extension" for inner in paths if kind_of(inner) not in _READERS)
         found.update((inner.resolve(), inner) for inner in kept if inner.resolve() not in found)
-    if skipped:
-        parts = ", ".join(f"{count} {what}" for what, count in skipped.most_common())
+    if skipped := +skipped:
+        parts = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items()))
         rank_zero_info(f"{setting}: {len(found)} files found, skipped: {parts}")
     return list(found.values())
 

@@ -44,20 +44,15 @@ _BATCH = 1 << 20  # characters per call of the tokenizer: about 100 MB inside th
 _THREADS = 2  # of calls: one uses all cores while the tokens of another are converted, which is serial
 
 
+@dataclass
 class TokenFile:
-    """Token ids in a memory-mapped file, whose pages are shared by worker processes.
+    """Token ids in a memory-mapped file, whose pages are shared by worker processes."""
 
-    Args:
-        path: File to map.
-        dtype: uint16 or uint32.
-        length: Number of tokens.
-    """
-
-    def __init__(self, path: Path, dtype: str, length: int) -> None:
-        self.path = path
-        self.dtype = dtype
-        self.length = length
-        self._map: np.ndarray | None = None
+    path: Path
+    dtype: str
+    """uint16 or uint32."""
+    length: int
+    _map: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.length
