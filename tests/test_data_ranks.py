@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,6 +256,85 @@ def test_each_process_goes_on_in_its_part_of_a_stream(workers: int):
             # each process saves the places of all, which this one does not know of the other
             resumed.load_state_dict({**states[done - 1], "ranks": states[done - 1]["ranks"] * 2})
             assert [batch.tolist() for batch in resumed] == found[done:]
+
+
+KINDS = ("jsonl", "csv", "parquet", "jsonl.gz", "txt", "md.xz")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 24 documents in four files of each kind (text files: one document each)."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("sources")
+    texts = [hashlib.sha512(str(number).encode()).hexdigest() for number in range(24)]
+    for kind, shard in itertools.product(KINDS, range(4)):
+        rows = datasets.Dataset.from_dict({"text": texts[shard * 6 : shard * 6 + 6]})
+        path = folder / kind / f"{shard}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "csv":
+            rows.to_csv(path)
+        elif kind == "parquet":
+            rows.to_parquet(path)
+        elif kind.startswith("jsonl"):
+            rows.to_json(path, compression="gzip" if kind.endswith("gz") else None)
+        else:
+            for number, text in enumerate(rows["text"]):
+                data = text.encode()
+                inner = path.with_name(f"{shard}{number}.{kind}")
+                inner.write_bytes(lzma.compress(data) if kind.endswith("xz") else data)
+    return folder
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "python_docs": {"dataset": "python_docs", "block_size": 2048},
+    **{kind: {"dataset": "files", "files": f"{{}}/{kind}"} for kind in KINDS},
+    **{
+        f"{kind}, streamed": {"dataset": "files", "files": f"{{}}/{kind}", "streaming": True}
+        for kind in ("jsonl.gz", "parquet", "txt")
+    },
+    **{
+        f"huggingface {kind}{', streamed' * streaming}": {
+            "dataset": "huggingface",
+            "hf_name": kind,
+            "files": f"{{}}/{kind}/*",
+            "streaming": streaming,
+        }
+        for kind in ("csv", "parquet")
+        for streaming in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_source_of_text_resumes_in_an_epoch(
+    sources: Path, tmp_path: Path, place: Callable, name: str, workers: int, replicas: int
+):
+    settings = {"block_size": 16, "batch_size": 2, "shuffle_buffer": 4, "val_fraction": 0.2, **RESUMED[name]}
+    if "files" in settings:
+        settings["files"] = settings["files"].format(sources)
+
+    def loader(rank: int) -> Any:
+        place(rank, replicas)
+        data = TextDataModule(**settings, num_workers=workers, cache_dir=str(sources / "cache"))
+        return data.train_dataloader()
+
+    for rank in range(replicas):
+        whole, found, states = loader(rank), [], []
+        for batch in itertools.islice(whole, 7):
+            found.append(rows(batch))
+            states.append(whole.state_dict())
+        assert len(found) == 7 and len(set(itertools.chain.from_iterable(found))) == 14
+        for done in (1, 4):
+            state = states[done - 1]
+            if "ranks" in state:  # each process saves the places of all, which this one does not know of the other
+                state = {**state, "ranks": state["ranks"] * replicas}
+            torch.save(state, tmp_path / "state")
+            resumed = loader(rank)
+            resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+            assert [rows(batch) for batch in itertools.islice(resumed, 7 - done)] == found[done:]
 
 
 def test_shards_come_in_another_order_each_epoch():
