@@ -307,7 +307,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RESUMED)
 def test_every_source_of_text_resumes_in_an_epoch(
     sources: Path, tmp_path: Path, place: Callable, name: str, workers: int, replicas: int

@@ -271,6 +271,71 @@ def test_own_validation_files_are_not_trained_on(tmp_path: Path):
     assert rows(data.val_dataloader()) == plain_blocks(plain_stream(DOCUMENTS[30:]), 16)
 
 
+@pytest.mark.parametrize("end", ["\n", " ", "-"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_one_document_is_split_by_position(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, end: str):
+    whole = "".join(f"{number:03d} words{end}" for number in range(100))
+    path = tmp_path / f"a.{kind}"
+    path.write_text(whole) if kind == "txt" else write_lines(path, ["", whole])
+    for _ in range(2):  # the second reads the cache
+        data = text(path, val_fraction=0.1, test_fraction=0.05, tokenizer="bpe:270")
+        with caplog.at_level("INFO"):
+            counts = data.corpus.tokens.counts
+        parts = {
+            name: data.tokenizer.decode(file.read(1, len(file) - 1)) for name, file in data.corpus.tokens.files.items()
+        }
+        assert parts["train"] + parts["test"] + parts["val"] == whole
+        sizes = (844, 106, 50) if end == "-" else (850, 100, 50)  # after a space, after a line
+        assert tuple(len(parts[name]) for name in ("train", "val", "test")) == sizes
+        assert all(count.documents == 1 for count in counts.values())
+        assert "split by position (bytes: train {}, val {}, test {})".format(*sizes) in caplog.text
+        caplog.clear()
+    assert data.tokenizer.to_json() == Tokenizer.train_bpe([whole[: sizes[0]]], 270).to_json()
+
+
+def test_cut_of_a_document_is_at_a_line_or_a_space():
+    split = HashSplit(0.25, 0.0)
+    for content, last in (
+        ("a" * 70 + "\n" + "b" * 29, "b" * 29),
+        ("a" * 70 + " " + "b" * 29, "b" * 29),
+        ("a\n" + "b" * 98, "b" * 25),  # too far away
+        ("word " * 10 + "\n" + "word " * 10, "word " * 5),
+        ("ab", None),
+    ):
+        found = split.cut(content)
+        assert "".join(part for _, part in found) == content
+        assert found[-1] == (("val", last) if last else ("train", "ab")), content
+
+
+def test_fit_without_validation(corpus: Path):
+    for make in (text, hub):
+        model = Recorder()
+        data = make(corpus, val_fraction=0, **({"streaming": True} if make is hub else {}))
+        fit(data, model, max_epochs=2, val_check_interval=3, num_sanity_val_steps=2)
+        assert len(model.seen) > 40 and data.val_dataloader() == []
+        with refused("data.val_fraction: 0 leaves no validation data; use a fraction, or data.val_files"):
+            data.setup("validate")
+    saver = ModelCheckpoint(monitor="val/loss")
+    told = "data.val_fraction: 0 leaves no validation data for ModelCheckpoint .monitor='val/loss'.; monitor train/loss"
+    with refused(told):
+        fit(text(corpus, val_fraction=0), Recorder(), callbacks=[saver], enable_checkpointing=True)
+    with refused("data.val_fraction: expected above 0 with several tasks, got 0"):
+        part = text(corpus, val_fraction=0)
+        part.trainer = Trainer(**QUIET)
+        part.trainer.datamodule = None
+        part.setup("fit")
+
+
+def test_pattern_follows_links_once(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.txt", "b/c.txt", "b/d.csv", "b/.e.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("loop", "again", "more"):
+        (tmp_path / "b" / name).symlink_to("..")
+    assert list(text(tmp_path / "**/*.txt").corpus.splits.train) == ["a.txt", "b/c.txt"]
+    assert list(text(tmp_path / "[a]*.txt").corpus.splits.train) == ["a.txt"]
+
+
 def test_column_can_be_named_and_null_is_no_document(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", ["one", "two"], column="content")
     path.write_text(path.read_text() + '\n{"content": null}\n{"content": ""}\n')
@@ -542,11 +607,15 @@ def test_yaml_and_command_line_set_it_up(corpus: Path, tmp_path: Path):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TextDataModule, "data")
-    (tmp_path / "text.yaml").write_text(f"data: {{dataset: files, files: ['{corpus}'], tokenizer: 'bpe:300'}}")
-    config = parser.parse_args(["--config", str(tmp_path / "text.yaml"), "--data.block_size", "32"])
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
-    data = instantiate(config).data
-    assert data.context_length == 32 and data.vocab_size == 300
+    for files in (f"['{corpus}']", f"'{corpus}'"):
+        (tmp_path / "text.yaml").write_text(f"data: {{dataset: files, files: {files}, tokenizer: 'bpe:300'}}")
+        for args in ([], ["--data.val_files", str(corpus)], ["--data.val_files", f"[{corpus}]"]):
+            config = parser.parse_args(["--config", str(tmp_path / "text.yaml"), "--data.block_size", "32", *args])
+            data = instantiate(config).data
+            assert data.context_length == 32 and data.vocab_size == 300
+            assert data.corpus.settings.files == (str(corpus),)
+            assert data.corpus.settings.val_files == ((str(corpus),) if args else ())
     assert "Context length T in tokens" in parser.format_help()
 
 
@@ -936,6 +1005,46 @@ def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
     assert len(told) == 1 and "row 31 read from the stream: expected text in 'text', got int" in told[0]
 
 
+def streamed(*files: Path, **settings: object) -> TextDataModule:
+    return text(*files, **{"streaming": True, "num_workers": 0, "shuffle_buffer": 6, **settings})
+
+
+def test_streamed_files_are_split_and_measured_like_a_corpus(corpus: Path):
+    data, same = streamed(corpus, tokenizer="bpe:300"), text(corpus, tokenizer="bpe:300")
+    data.prepare_data(), data.setup("fit")
+    assert data.tokenizer.to_json() == same.tokenizer.to_json() and data.corpus_summary() == "files: streaming"
+    assert rows(data.val_dataloader()) == rows(same.val_dataloader())
+    assert data.bytes_per_token("val") == same.bytes_per_token("val")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_reader_cannot_parse_is_left_out_of_a_stream(tmp_path: Path, workers: int):
+    """A line, a row of another length, a file that ends early."""
+    good = json.dumps({"text": "a good document " * 9}) + "\n"
+    (tmp_path / "a.jsonl").write_text(good * 9 + '{"text": "bad\n' + good * 9)
+    (tmp_path / "b.csv").write_text("text,n\n" + f"{'a good document ' * 9},1\n" * 9 + "bad\n")
+    (tmp_path / "c.txt.gz").write_bytes(b"bad")
+    data = streamed(tmp_path, val_fraction=0, num_workers=workers, batch_size=1)
+    tokens = 27 * (16 * 9 + 1)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert len(rows(data.train_dataloader())) == tokens // 16
+    told = [str(one.message) for one in warned if "skipped" in str(one.message)]
+    if workers == 0:
+        reasons = ("a.jsonl:10 is not JSON", "b.csv:11 has 1 fields", "cannot read .*c.txt.gz")
+        for message, reason in zip(told, reasons, strict=True):
+            assert re.search(f"unreadable row skipped: data.files: .*{reason}", message)
+    with refused("data.max_corrupt_share: 1 of 10 rows of the stream .*; the first: data.files: .*a.jsonl:10 is not"):
+        list(streamed(tmp_path, val_fraction=0, max_corrupt_share=0, num_workers=workers).train_dataloader())
+
+
+def test_stream_of_a_library_that_cannot_go_on_is_refused(tmp_path: Path):
+    path = write_lines(tmp_path / "a.jsonl", DOCUMENTS * 9)
+    path.write_text(path.read_text() + '{"text": "bad\n')
+    with refused("data.(files|hf_name): cannot (read the stream after .* rows|load 'json'): "):
+        list(hub(path, streaming=True, val_fraction=0).train_dataloader())
+
+
 def test_too_many_bad_rows_of_a_stream_are_refused(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", ["words " * 9] * 20 + [5] * 9)
     for share, told in ((0.001, "4 of 24 rows"), (0.0, "1 of 21 rows")):
@@ -944,6 +1053,16 @@ def test_too_many_bad_rows_of_a_stream_are_refused(tmp_path: Path):
             list(data.train_dataloader())
     with refused("data.max_corrupt_share: expected a share from 0 to 1, got 2"):
         hub(path, streaming=True, max_corrupt_share=2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chat_of_a_hugging_face_data_set(tmp_path: Path, streaming: bool):
+    chats = [[{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(30)]
+    data = hub(
+        write_lines(tmp_path / "a.jsonl", chats, column="chat"), streaming=streaming, text_column="chat", val_fraction=0
+    )
+    expected = [f"<|im_start|>user\nIs it {i}?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n" for i in range(30)]
+    assert list(data.corpus.splits.train) == expected
 
 
 def test_damaged_hugging_face_files_are_refused(tmp_path: Path):
