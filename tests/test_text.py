@@ -109,6 +109,7 @@ def test_standard_library_has_no_tests_in_it():
     source = TextDataModule("python_stdlib").corpus.splits.train
     names = {path.name for path in source.paths}
     assert len(source.paths) > 300 and {"argparse.py", "ast.py"} <= names
+    assert sum(map(len, source)) > 5_000_000
     assert not any(
         {"test", "tests", "idle_test", "encodings", "site-packages"} & set(path.parts) for path in source.paths
     )

@@ -245,7 +245,7 @@ def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
         path: A text file is one document; each row of another file is one.
         form: Form of the texts.
     """
-    reader, number = _READERS[kind_of(path)], 0
+    reader, number = _READERS.get(kind_of(path), _whole), 0
     try:
         name = _COMPRESSIONS.get(path.suffix.lower())
         if name not in fsspec.compression.compr:

@@ -232,10 +232,15 @@ def _build(
             yield from ((split, part, False) for part in parts)
             yield split, last, True
 
+    plain = tokenizer.fingerprint == Tokenizer.bytes(tokenizer.separator).fingerprint  # 15 times faster without it
+
     def encode(batch: list[tuple[Split, str, bool]]) -> list[tuple[Split, np.ndarray]]:
-        ids = tokenizer.encode_batch([piece for _, piece, _ in batch])
-        after = {True: [tokenizer.separator_id], False: []}
-        return [(split, np.array(one + after[ends], dtype)) for one, (split, _, ends) in zip(ids, batch, strict=True)]
+        texts = [text for _, text, _ in batch]
+        ids: list[Any] = (
+            [np.frombuffer(text.encode(), np.uint8) for text in texts] if plain else tokenizer.encode_batch(texts)
+        )
+        parts = [np.append(one, separator) if ends else one for one, (_, _, ends) in zip(ids, batch, strict=True)]
+        return [(split, np.asarray(part, dtype)) for part, (split, _, _) in zip(parts, batch, strict=True)]
 
     with disk_errors(cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
