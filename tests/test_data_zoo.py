@@ -164,6 +164,7 @@ TEXT_ZOO: dict[str, tuple[Make, dict[str, Any], list[str] | str]] = {
         "text_column: .*a.csv:2 has no 'text'; it has a;text",
     ),
     "CSV without rows": (put("a.csv", "text\n"), {}, []),
+    "CSV that begins with blank lines": (put("a.csv", "\n\ntext\none\n"), {}, ["one"]),
     "CSV without a header": (put("a.csv", ""), {}, []),
     "Parquet": (table("a.parquet", text=["one", None, "", "two"], n=[1, 2, 3, 4]), {}, ["one", "two"]),
     "Parquet of large strings": (table("a.parquet", text=typed(["one"], "large_string")), {}, ["one"]),
@@ -190,6 +191,11 @@ TEXT_ZOO: dict[str, tuple[Make, dict[str, Any], list[str] | str]] = {
             "chat_template": "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}; {% endfor %}",
         },
         ["u: Hi; a: Hello; "],
+    ),
+    "chat about templates": (
+        put("a.jsonl", '{"messages": [{"role": "a", "content": "{{ 7 * 7 }}"}]}'),
+        {"text_column": "messages"},
+        ["<|im_start|>a\n{{ 7 * 7 }}<|im_end|>\n"],
     ),
     "chat without content": (
         put("a.jsonl", '{"messages": [{"role": "user"}]}'),

@@ -446,7 +446,7 @@ def test_large_cache_is_checked_in_samples(corpus: Path, builds: list[Path], mon
     assert rows(text(corpus).train_dataloader()) == expected and len(builds) == 2
 
 
-@pytest.mark.parametrize("failing", ["_write", "atomic_write"])
+@pytest.mark.parametrize("failing", ["_write", "file_digest"])
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, corpus: Path, failing: str, monkeypatch: pytest.MonkeyPatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -908,6 +908,7 @@ def test_two_processes_of_a_trainer_share_and_resume(tmp_path: Path, streaming: 
             "data.val_fraction: expected less than 1 with data.test_fraction",
         ),
         ({"streaming": True}, "data.streaming: expected data.dataset: files or huggingface, got python_docs"),
+        ({"files": "a.txt"}, "data.files: expected data.dataset: files or huggingface, got python_docs"),
         ({"encoding": "utf8000"}, "data.encoding: expected a text encoding such as latin-1, got 'utf8000'"),
         ({"encoding": "rot13"}, "data.encoding: expected a text encoding"),
         ({"chat_template": "{% for"}, "data.chat_template: expected a Jinja template or its file (unexpected 'end of "),

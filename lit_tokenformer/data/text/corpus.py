@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_tokenformer.data.text.files import hash_of
 from lit_tokenformer.data.text.sources import Documents, HubStream, Split, TextSettings, TextSplits
 from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
@@ -95,7 +94,7 @@ class TextCorpus:
 
     @cached_property
     def by_position(self) -> bool:
-        """Whether the training documents are a single one, which is cut into the splits."""
+        """True if the training documents are a single one, which is cut into the splits."""
         train, cut = self.splits.train, self.hash_split != HashSplit(0.0, 0.0)
         return cut and not isinstance(train, HubStream) and len(list(islice(train, 2))) == 1
 
@@ -111,7 +110,7 @@ class TextCorpus:
 
     @property
     def has_val(self) -> bool:
-        """Whether there is a validation split."""
+        """True if there is a validation split."""
         return "val" in self.own_splits or self.settings.val_fraction > 0
 
     def split_of(self, stage: str) -> Split:
@@ -154,7 +153,7 @@ class TextCorpus:
         if size is None:
             return Tokenizer.load(self.tokenizer_name, self.separator)
         cache_dir = self.settings.cache_dir
-        path = cache_dir / "tokenizers" / f"{_hash([self._source_key, size, self.separator])}.json"
+        path = cache_dir / "tokenizers" / f"{hash_of(self._source_key, size, self.separator)}.json"
 
         def kept() -> Tokenizer | None:
             try:
@@ -180,7 +179,7 @@ class TextCorpus:
         """
         sizes = [documents.size for documents in (self.splits.train, *self.own_splits.values())]  # type: ignore[union-attr]
         size = sum(filter(None, sizes)) if None not in sizes else None
-        key = _hash([self._source_key, self.tokenizer.fingerprint])
+        key = hash_of(self._source_key, self.tokenizer.fingerprint)
         tokens = open_or_build(self.settings.cache_dir, key, self.documents, self.tokenizer, size)
         counts = tokens.counts
         total = sum(count.documents for count in counts.values())
@@ -218,10 +217,10 @@ class TextCorpus:
         splits, settings = self.splits, self.settings
         if isinstance(splits.train, HubStream):  # of its first documents: if others change, a vocabulary stays valid
             head = islice(splits.train, _PEEK)
-            parts = [settings.hf_name, settings.hf_config, settings.hf_train_split, *head]
+            parts = [settings.hf_name or "", settings.hf_config or "", settings.hf_train_split, *head]
         else:
             parts = [getattr(part, "fingerprint", "") for part in (splits.train, splits.val, splits.test)]
-        return _hash([*parts, self.hash_split.val_fraction, self.hash_split.test_fraction, FORMAT])
+        return hash_of(*parts, self.hash_split.val_fraction, self.hash_split.test_fraction, FORMAT)
 
     def _bpe_texts(self) -> Iterator[str]:
         left = _BPE_TRAINING_BYTES
@@ -232,7 +231,3 @@ class TextCorpus:
             if split == "train":
                 left -= len(text)
                 yield text
-
-
-def _hash(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

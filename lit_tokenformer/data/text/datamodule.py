@@ -184,6 +184,8 @@ class TextDataModule(ResumableDataModule):
             raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
+        if dataset.startswith("python_") and (settings.files or settings.val_files):
+            raise UserError(f"data.files: expected data.dataset: files or huggingface, got {dataset}")
         if streaming and dataset not in ("huggingface", "files"):
             raise UserError(f"data.streaming: expected data.dataset: files or huggingface, got {dataset}")
 

@@ -193,12 +193,14 @@ def _csv(file: Any, form: TextFormat) -> Records:
         except csv.Error as error:
             yield rows.line_num, _not("CSV", error)
             continue
+        if not row:  # a blank line
+            continue
         if names is None:
             names = row
             if (count := names.count(form.text_column)) > 1:
                 yield rows.line_num, ValueError(f"has {count} columns {form.text_column!r}")
                 return
-        elif row:  # not a blank line
+        else:
             bad = ValueError(f"has {len(row)} fields (expected {len(names)})")
             yield rows.line_num, dict(zip(names, row, strict=True)) if len(row) == len(names) else bad
 
@@ -270,7 +272,7 @@ def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
         if form.encoding_errors != "skip":
             yield form.not_decoded(str(path), error)
     except Exception as error:  # each library of a format or compression has its own
-        after = f" after {number}" if number else ""
+        after = f" after row {number}" if number else ""
         yield BadText(f"data.files: cannot read {path}{after}: {first_line(error)}")
 
 
@@ -318,13 +320,9 @@ class TextFiles:
             yield text
 
 
-def hash_of(*parts: str) -> str:
-    """Compute the SHA-256 of several texts and their boundaries."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def hash_of(*parts: Any) -> str:
+    """Compute the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

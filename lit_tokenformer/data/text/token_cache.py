@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
-from lit_tokenformer.atomic_io import atomic_write
+from lit_tokenformer.atomic_io import atomic_folder
 from lit_tokenformer.data.text.files import file_digest
 from lit_tokenformer.data.text.sources import Split
 from lit_tokenformer.data.text.tokenizer import Tokenizer, cut
@@ -162,11 +162,8 @@ def open_or_build(
         if (cache := open_cache(folder)) is not None:  # built by the process that held the lock
             return cache
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            _build(cache_dir, folder, documents(), tokenizer, size)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with atomic_folder(folder) as part:
+            _build(cache_dir, part, documents(), tokenizer, size)
         cache = open_cache(folder)
     if cache is None:
         raise UserError(f"data.cache_dir: the files written to {folder} cannot be read back")
@@ -242,8 +239,6 @@ def _build(
         parts = [np.append(one, separator) if ends else one for one, (_, _, ends) in zip(ids, batch, strict=True)]
         return [(split, np.asarray(part, dtype)) for part, (split, _, _) in zip(parts, batch, strict=True)]
 
-    with disk_errors(cache_dir):
-        folder.mkdir(parents=True, exist_ok=True)
     files = {}
     bar = tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=True, disable=off)
     with bar, ThreadPoolExecutor(_THREADS) as pool:
@@ -267,8 +262,7 @@ def _build(
             count.checksum = file_digest(folder / f"{split}.bin")
         splits = {split: asdict(count) for split, count in counts.items()}
         meta = {"format": FORMAT, "dtype": dtype.name, "sha256": digest.hexdigest(), "splits": splits}
-        with atomic_write(folder / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _batches(pieces: Iterable[tuple[Split, str, bool]]) -> Iterator[list[tuple[Split, str, bool]]]:
@@ -297,6 +291,7 @@ def _write(file: Any, ids: np.ndarray) -> None:
     file.write(ids.tobytes())
 
 
+@dataclass(eq=False)
 class TrainBlocks(Dataset):
     """Blocks of T + 1 tokens under keys ``(epoch, pass, index)``; the last token of a block is the first of the next.
 
@@ -309,11 +304,10 @@ class TrainBlocks(Dataset):
         seed: Seed of the run, >= 0.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int, seed: int) -> None:
-        self.tokens = tokens
-        self.block_size = block_size
-        self.seed = seed
-        self._shift: tuple[tuple[int, int], int] = ((0, -1), 0)
+    tokens: TokenFile
+    block_size: int
+    seed: int
+    _shift: tuple[tuple[int, int], int] = ((0, -1), 0)
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - self.block_size) // self.block_size)
@@ -332,6 +326,7 @@ class TrainBlocks(Dataset):
         return torch.from_numpy(self.tokens.read(start, start + self.block_size + 1))  # (T + 1,)
 
 
+@dataclass(eq=False)
 class EvalBlocks(Dataset):
     """Blocks of T + 1 tokens in order: every token but the very first is a target exactly once.
 
@@ -342,9 +337,8 @@ class EvalBlocks(Dataset):
         block_size: Block size T.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int) -> None:
-        self.tokens = tokens
-        self.block_size = block_size
+    tokens: TokenFile
+    block_size: int
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.block_size)
@@ -362,15 +356,7 @@ class EvalSampler(DistributedSampler):
     """Distributed evaluation sampler with every block exactly once, padded with indices beyond the last block.
 
     Lightning keeps a ``DistributedSampler``; its own would repeat blocks.
-
-    Args:
-        dataset: Dataset of blocks; it accepts indices beyond the last one.
-        num_replicas: Number of data-parallel processes.
-        rank: Rank of this process among them.
     """
-
-    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]
         return iter(range(self.rank, self.total_size, self.num_replicas))
