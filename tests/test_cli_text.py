@@ -157,7 +157,7 @@ def test_prediction_points_to_generate(fitted, tmp_path, capsys):
     ("args", "message"),
     [
         (["--data.dataset", "python_doc"], "did you mean 'python_docs'?"),
-        (["--data.val_fraction", "0"], "data.val_fraction: empty validation split"),
+        (["--data.val_fraction", "1e-9"], "data.val_fraction: empty validation split"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(args, message, tmp_path, capsys):

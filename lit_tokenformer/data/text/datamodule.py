@@ -56,7 +56,7 @@ class TextDataModule(ResumableDataModule):
             out by their hash; a single document is cut by position. Without ``files``, the model can be evaluated only.
         text_column: Name of the text in rows. Its value is text, or a list of chat messages.
         chat_template: Jinja template of chat messages, as text or file. Default: ChatML.
-        encoding: Encoding of files other than Parquet, such as latin-1 or utf-16.
+        encoding: Encoding of files other than Parquet (dataset: files), such as latin-1 or utf-16.
         encoding_errors: Handling of text in another encoding: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
             first 200 MB, or 20,000 documents of a stream); a tokenizer.json or its folder; else the name of a Hugging

@@ -41,7 +41,7 @@ class MaskedTextDataModule(TextDataModule):
         val_files: The same for validation. Default: documents are held out by their hash.
         text_column: Name of the text in rows. Its value is text, or a list of chat messages.
         chat_template: Jinja template of chat messages, as text or file. Default: ChatML.
-        encoding: Encoding of files other than Parquet, such as latin-1 or utf-16.
+        encoding: Encoding of files other than Parquet (dataset: files), such as latin-1 or utf-16.
         encoding_errors: Handling of text in another encoding: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, trained on the training documents; a tokenizer.json or its folder; else the name of a
             Hugging Face model. A mask token is appended to a vocabulary without [MASK] or <mask>.

@@ -87,8 +87,8 @@ class HubStream:
             except StopIteration:
                 return
             except Exception as error:  # of the library, which cannot continue after it
-                reason = f"cannot read the stream after {number - 1} rows: {first_line(error)}"
-                raise BadText(f"data.files: {reason}") from error
+                reason = f"cannot read after {number - 1} rows: {first_line(error)}"
+                raise BadText(f"data.streaming: {reason}") from error
             try:
                 if reason := row.get(""):
                     raise BadText(reason)
