@@ -118,7 +118,7 @@ TEXT_ZOO: dict[str, tuple[Make, dict[str, Any], list[str] | str]] = {
     "bad line": (
         put("a.jsonl", ROWS + '{"text": "thr\n'),
         {},
-        "files: .*a.jsonl:3 is not JSON: Invalid control .*column 15",
+        "files: .*a.jsonl:3 is not JSON: Invalid control .*column 14",
     ),
     "text in another encoding": (
         put("a.jsonl", ROWS.encode() + b'{"text": "caf\xe9"}\n'),

@@ -27,13 +27,13 @@ from lit_tokenformer.data.text.token_cache import open_or_build
 def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
     """Tokenize in turn, each time into a new folder."""
     datasets.disable_progress_bars()
-    lines = []
+    lines, numbers = [], count()
     with tempfile.TemporaryDirectory() as folder:
         for name in args.tokenizers:
             corpus = TextDataModule("python_stdlib", tokenizer=name, cache_dir=folder).corpus
             texts = list(corpus.splits.train) * args.copies
             size = sum(len(text.encode()) for text in texts) / 1e6
-            rows, numbers = datasets.Dataset.from_dict({"text": texts}), count()
+            rows = datasets.Dataset.from_dict({"text": texts})
             work = {
                 "ours": partial(ours, folder, numbers, texts, corpus.tokenizer),
                 "theirs": partial(theirs, folder, numbers, rows, corpus.tokenizer),
