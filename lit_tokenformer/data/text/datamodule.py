@@ -184,7 +184,7 @@ class TextDataModule(ResumableDataModule):
             raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
-        if dataset.startswith("python_") and (settings.files or settings.val_files):
+        if dataset in ("python_docs", "python_stdlib") and (settings.files or settings.val_files):
             raise UserError(f"data.files: expected data.dataset: files or huggingface, got {dataset}")
         if streaming and dataset not in ("huggingface", "files"):
             raise UserError(f"data.streaming: expected data.dataset: files or huggingface, got {dataset}")
@@ -262,6 +262,8 @@ class TextDataModule(ResumableDataModule):
 
     def prepare_data(self) -> None:
         """Train the vocabulary and tokenize the corpus, unless cached."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self._check_val(self.trainer.state.fn)
         self.tokenizer  # noqa: B018
         if not self.streaming:
             self.corpus.tokens  # noqa: B018
@@ -273,8 +275,7 @@ class TextDataModule(ResumableDataModule):
             stage: fit, validate or test.
         """
         self.tokenizer  # noqa: B018
-        if not self.corpus.has_val:
-            self._check_without_val(stage)
+        self._check_val(stage)
         if self.streaming:
             self.corpus.check_stream()
             return
@@ -346,8 +347,10 @@ class TextDataModule(ResumableDataModule):
     def _eval_blocks(self, split: Split) -> Dataset:
         return EvalBlocks(self.corpus.tokens.files[split], self.block_size)
 
-    def _check_without_val(self, stage: str) -> None:
-        """Reject whatever needs a validation split."""
+    def _check_val(self, stage: str) -> None:
+        """Reject whatever needs a validation split, if there is none."""
+        if self.corpus.has_val:
+            return
         if stage == "validate":
             raise UserError("data.val_fraction: 0 leaves no validation data; use a fraction, or data.val_files")
         trainer: Any = self.trainer
