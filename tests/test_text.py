@@ -993,6 +993,23 @@ def test_column_of_something_else_than_text_is_refused(tmp_path: Path):
             hub(tmp_path / "a.jsonl", streaming=streaming).setup("fit")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_a_hugging_face_data_set_are_checked_before_work(tmp_path: Path, streaming: bool):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    columns = {"text": ["one", None, "two"], "bytes": [b"one"] * 3, "list": [["one"]] * 3}
+    pq.write_table(pa.table(columns), path)
+    settings = {"hf_name": "parquet", "streaming": streaming}
+    assert list(hub(path, **settings).corpus.splits.train) == ["one", "two"]
+    with refused("data.text_column: expected text or chat messages in 'bytes' of parquet, got (large_)?binary"):
+        hub(path, text_column="bytes", **settings).setup("fit")
+    told = "data.text_column: row .*: expected text in 'list', got list"
+    with refused(told if not streaming else f"data.max_corrupt_share: .*; the first: {told}"):
+        list(hub(path, text_column="list", max_corrupt_share=0, **settings).corpus.splits.train)
+
+
 def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
     texts: list[Any] = [f"document {number} " * 9 for number in range(40)]
     found = []

@@ -276,17 +276,12 @@ def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
         yield BadText(f"data.files: cannot read {path}{after}: {first_line(error)}")
 
 
+@dataclass
 class TextFiles:
-    """Documents in files, in order.
+    """Documents in files, in order."""
 
-    Args:
-        paths: Files to read.
-        form: Form of the texts.
-    """
-
-    def __init__(self, paths: list[Path], form: TextFormat) -> None:
-        self.paths = paths
-        self.form = form
+    paths: list[Path]
+    form: TextFormat
 
     @property
     def fingerprint(self) -> str:
