@@ -926,6 +926,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path):
     for name, message in (
         ("no.txt", "no such file or folder: .*no.txt"),
         ("*.txt", r".*\*.txt matches no file"),
+        ("a**/**/*.txt", ".*: Invalid pattern"),
         ("*.doc", r".*\*.doc matches 1 files, but none with extension .txt, .md, .jsonl, .json, .csv, .parquet"),
         ("empty", ".*empty matches no file"),
         ("a.doc", "expected a file with extension .txt, .md, .jsonl, .json, .csv, .parquet, got .*a.doc"),

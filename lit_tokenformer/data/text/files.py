@@ -402,5 +402,8 @@ def _matching(setting: str, pattern: Path) -> Iterator[Path]:
     if "**" not in pattern.parts:  # does not read the folders below
         return (path for path in map(Path, glob.glob(str(pattern))) if path.is_file())
     root = Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
-    match = re.compile(glob_translate(str(pattern))).match  # glob itself loops through links
+    try:
+        match = re.compile(glob_translate(str(pattern))).match  # glob itself loops through links
+    except ValueError as error:
+        raise UserError(f"{setting}: {pattern}: {first_line(error)}") from None
     return (path for path in _walk(setting, root, Counter()) if match(str(path)))
