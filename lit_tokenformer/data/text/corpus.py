@@ -41,8 +41,8 @@ class HashSplit:
         >>> split = HashSplit(val_fraction=0.3, test_fraction=0.3)
         >>> [split(text) for text in ("Call me Ishmael.", "Mother died today.", "All children, except one, grow up.")]
         ['test', 'train', 'val']
-        >>> split.cut("All children, except one, grow up.")
-        [('train', 'All children, '), ('test', 'except '), ('val', 'one, grow up.')]
+        >>> HashSplit(val_fraction=0.3, test_fraction=0.0).cut("All children, except one, grow up.")
+        [('train', 'All children, except '), ('val', 'one, grow up.')]
     """
 
     val_fraction: float
