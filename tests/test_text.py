@@ -391,8 +391,8 @@ def test_wrong_parquet_is_named(tmp_path: Path):
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that are tokenised into."""
     made: list[Path] = []
-    build = token_cache._build
-    monkeypatch.setattr(token_cache, "_build", lambda *args: made.append(args[1]) or build(*args))
+    create = token_cache.atomic_folder
+    monkeypatch.setattr(token_cache, "atomic_folder", lambda folder: made.append(folder) or create(folder))
     return made
 
 
