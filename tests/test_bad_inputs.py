@@ -150,7 +150,7 @@ COMMAND_LINE = [
         "model.init_args.preset: Interpolation key 'nothing.here' not found",
     ),
     ("value_that_a_library_refuses", image("--trainer.callbacks+", "Timer", "--trainer.callbacks.interval", "x"), "x"),
-    ("type_of_list", text("--data.files", "a.txt"), "files: expected list.str. or null, got 'a.txt'"),
+    ("files_of_no_source", text("--data.files", "a.txt"), "data.files: expected data.dataset: files or huggingface"),
 ]
 
 NUMBERS = [

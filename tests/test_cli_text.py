@@ -122,6 +122,21 @@ def test_any_text_is_validated_on_but_not_with_another_tokenizer(fitted, tmp_pat
     assert told.startswith("error: data.tokenizer: does not match the checkpoint's tokenizer")
 
 
+def test_one_text_file_is_a_corpus(tmp_path, capsys, caplog):
+    (tmp_path / "one.txt").write_text("\n".join(f"Line {number} of a text file." for number in range(100)))
+    where = ["--trainer.default_root_dir", tmp_path, "--data.dataset", "files", "--data.files", tmp_path / "one.txt"]
+    with caplog.at_level(logging.INFO):
+        assert run("fit", "--config", config(tmp_path), *where) == 0
+    assert "Corpus of one document: split by position (bytes: train 2150, val 239)" in caplog.text
+    alone = [*where, "--data.val_fraction", 0]
+    assert run("fit", "--config", config(tmp_path), *alone) == 0  # without validation
+    for more, stage in ((["--trainer.callbacks.monitor", "val/loss"], "fit"), ([], "validate")):
+        capsys.readouterr()
+        assert run(stage, "--config", config(tmp_path), *alone, *more) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: data.val_fraction: 0 leaves no validation data"), message
+
+
 def test_a_tokenizer_of_another_size_is_told_as_such(fitted, tmp_path, capsys):
     args = ["--ckpt_path", last(fitted), "--data.tokenizer", "bpe:300"]
     assert run("validate", "--config", config(tmp_path), *args) == 2
@@ -208,7 +223,7 @@ def test_prediction_points_to_generate(fitted, tmp_path, capsys):
     ("args", "message"),
     [
         (["--data.dataset", "python_doc"], "did you mean 'python_docs'?"),
-        (["--data.val_fraction", "0"], "data.val_fraction: empty validation split"),
+        (["--data.val_fraction", "1e-9"], "data.val_fraction: empty validation split"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(args, message, tmp_path, capsys):

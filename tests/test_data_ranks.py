@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -208,11 +209,11 @@ RANDOM = Augmentation(crop="rrc", hflip=0.5, auto_augment="rand-m5-inc1", reprob
 
 
 @pytest.fixture(scope="module")
-def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of the corpus again, in tar files, WebDataset shards and Parquet files."""
     import datasets
 
-    folder = tmp_path_factory.mktemp("sources")
+    folder = tmp_path_factory.mktemp("image_sources")
     for name in ("tar", "shards", "parquet"):
         (folder / name).mkdir()
     files = sorted(corpus.glob("*/[ab]/*.png"))
@@ -240,12 +241,12 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
-    "digits": lambda corpus, sources: {"dataset": "digits", "batch_size": 200, "eval_batch_size": 180},
-    "folder": lambda corpus, sources: {"dataset": "imagefolder", "root": str(corpus)},
-    "tar": lambda corpus, sources: {"dataset": "imagefolder", "root": str(sources / "tar")},
-    "shards": lambda corpus, sources: {"dataset": "wds/x", "root": str(sources / "shards")},
-    "hub": lambda corpus, sources: {"dataset": "huggingface", "hf_name": str(sources / "parquet")},
-    "stream": lambda corpus, sources: {"dataset": f"hfids/{sources / 'parquet'}", "shuffle_buffer": 5},
+    "digits": lambda corpus, image_sources: {"dataset": "digits", "batch_size": 200, "eval_batch_size": 180},
+    "folder": lambda corpus, image_sources: {"dataset": "imagefolder", "root": str(corpus)},
+    "tar": lambda corpus, image_sources: {"dataset": "imagefolder", "root": str(image_sources / "tar")},
+    "shards": lambda corpus, image_sources: {"dataset": "wds/x", "root": str(image_sources / "shards")},
+    "hub": lambda corpus, image_sources: {"dataset": "huggingface", "hf_name": str(image_sources / "parquet")},
+    "stream": lambda corpus, image_sources: {"dataset": f"hfids/{image_sources / 'parquet'}", "shuffle_buffer": 5},
 }
 
 
@@ -253,11 +254,11 @@ SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_resumes_in_the_middle_of_an_epoch(
-    corpus: Path, sources: Path, place: Callable, source: str, workers: int, replicas: int
+    corpus: Path, image_sources: Path, place: Callable, source: str, workers: int, replicas: int
 ):
     """To the last bit, augmentation included; an epoch shows no image twice."""
     settings = {"image_size": 8, "batch_size": 3, "num_workers": workers, "augmentation": RANDOM}
-    settings |= SOURCES[source](corpus, sources)
+    settings |= SOURCES[source](corpus, image_sources)
     seen: list[str] = []
     for rank in range(replicas):
         place(rank, replicas)
@@ -278,11 +279,11 @@ def test_every_source_resumes_in_the_middle_of_an_epoch(
     assert len(seen) == len({*seen})
 
 
-def test_tar_files_give_the_batches_of_the_folder(corpus: Path, sources: Path):
+def test_tar_files_give_the_batches_of_the_folder(corpus: Path, image_sources: Path):
     for workers in (0, 2):
         folder, tar = (
             ImageDataModule(
-                **{"image_size": 8, "batch_size": 3, "num_workers": workers, **SOURCES[name](corpus, sources)}
+                **{"image_size": 8, "batch_size": 3, "num_workers": workers, **SOURCES[name](corpus, image_sources)}
             )
             for name in ("folder", "tar")
         )
@@ -306,7 +307,7 @@ def stream(sizes: tuple[int, ...]) -> HubStream:
 
     letters = iter(range(ord("0"), ord("0") + sum(sizes)))
     shards = [[next(letters) for _ in range(size)] for size in sizes]
-    return HubStream(datasets.IterableDataset.from_generator(documents, gen_kwargs={"shards": shards}), "text")
+    return HubStream(datasets.IterableDataset.from_generator(documents, gen_kwargs={"shards": shards}))
 
 
 def stream_loader(sizes: tuple[int, ...], **settings: Any) -> TextStreamLoader:
@@ -347,6 +348,85 @@ def test_each_process_goes_on_in_its_part_of_a_stream(workers: int):
             # each process saves the places of all, which this one does not know of the other
             resumed.load_state_dict({**states[done - 1], "ranks": states[done - 1]["ranks"] * 2})
             assert [batch.tolist() for batch in resumed] == found[done:]
+
+
+KINDS = ("jsonl", "csv", "parquet", "jsonl.gz", "txt", "md.xz")
+
+
+@pytest.fixture(scope="module")
+def text_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 24 documents in four files of each kind (text files: one document each)."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("text_sources")
+    texts = [hashlib.sha512(str(number).encode()).hexdigest() for number in range(24)]
+    for kind, shard in itertools.product(KINDS, range(4)):
+        rows = datasets.Dataset.from_dict({"text": texts[shard * 6 : shard * 6 + 6]})
+        path = folder / kind / f"{shard}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "csv":
+            rows.to_csv(path)
+        elif kind == "parquet":
+            rows.to_parquet(path)
+        elif kind.startswith("jsonl"):
+            rows.to_json(path, compression="gzip" if kind.endswith("gz") else None)
+        else:
+            for number, text in enumerate(rows["text"]):
+                data = text.encode()
+                inner = path.with_name(f"{shard}{number}.{kind}")
+                inner.write_bytes(lzma.compress(data) if kind.endswith("xz") else data)
+    return folder
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "python_docs": {"dataset": "python_docs", "block_size": 2048},
+    **{kind: {"dataset": "files", "files": f"{{}}/{kind}"} for kind in KINDS},
+    **{
+        f"{kind}, streamed": {"dataset": "files", "files": f"{{}}/{kind}", "streaming": True}
+        for kind in ("jsonl.gz", "parquet", "txt")
+    },
+    **{
+        f"huggingface {kind}{', streamed' * streaming}": {
+            "dataset": "huggingface",
+            "hf_name": kind,
+            "files": f"{{}}/{kind}/*",
+            "streaming": streaming,
+        }
+        for kind in ("csv", "parquet")
+        for streaming in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_source_of_text_resumes_in_an_epoch(
+    text_sources: Path, tmp_path: Path, place: Callable, name: str, workers: int, replicas: int
+):
+    settings = {"block_size": 16, "batch_size": 2, "shuffle_buffer": 4, "val_fraction": 0.2, **RESUMED[name]}
+    if "files" in settings:
+        settings["files"] = settings["files"].format(text_sources)
+
+    def loader(rank: int) -> Any:
+        place(rank, replicas)
+        data = TextDataModule(**settings, num_workers=workers, cache_dir=str(text_sources / "cache"))
+        return data.train_dataloader()
+
+    for rank in range(replicas):
+        whole, found, states = loader(rank), [], []
+        for batch in itertools.islice(whole, 7):
+            found.append(rows(batch))
+            states.append(whole.state_dict())
+        assert len(found) == 7 and len(set(itertools.chain.from_iterable(found))) == 14
+        for done in (1, 4):
+            state = states[done - 1]
+            if "ranks" in state:  # each process saves the places of all, which this one does not know of the other
+                state = {**state, "ranks": state["ranks"] * replicas}
+            torch.save(state, tmp_path / "state")
+            resumed = loader(rank)
+            resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+            assert [rows(batch) for batch in itertools.islice(resumed, 7 - done)] == found[done:]
 
 
 def test_shards_come_in_another_order_each_epoch():

@@ -26,9 +26,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_tokenformer.data import TextDataModule, Tokenizer, text_sources, token_cache
+from lit_tokenformer.data import TextDataModule, Tokenizer, token_cache
+from lit_tokenformer.data.text import files as text_files
 from lit_tokenformer.data.text.corpus import HashSplit
-from lit_tokenformer.data.text.sources import HubStream, TextFiles
+from lit_tokenformer.data.text.files import TextFiles, TextFormat
+from lit_tokenformer.data.text.sources import HubStream
 from lit_tokenformer.data.text.streaming import TextStreamLoader, eval_stream_loader, train_stream_loader
 from lit_tokenformer.data.text.token_cache import EvalSampler
 from lit_tokenformer.errors import UserError
@@ -107,6 +109,7 @@ def test_standard_library_has_no_tests_in_it():
     source = TextDataModule("python_stdlib").corpus.splits.train
     names = {path.name for path in source.paths}
     assert len(source.paths) > 300 and {"argparse.py", "ast.py"} <= names
+    assert sum(map(len, source)) > 5_000_000
     assert not any(
         {"test", "tests", "idle_test", "encodings", "site-packages"} & set(path.parts) for path in source.paths
     )
@@ -269,6 +272,71 @@ def test_own_validation_files_are_not_trained_on(tmp_path: Path):
     assert rows(data.val_dataloader()) == plain_blocks(plain_stream(DOCUMENTS[30:]), 16)
 
 
+@pytest.mark.parametrize("end", ["\n", " ", "-"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_one_document_is_split_by_position(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, end: str):
+    whole = "".join(f"{number:03d} words{end}" for number in range(100))
+    path = tmp_path / f"a.{kind}"
+    path.write_text(whole) if kind == "txt" else write_lines(path, ["", whole])
+    for _ in range(2):  # the second reads the cache
+        data = text(path, val_fraction=0.1, test_fraction=0.05, tokenizer="bpe:270")
+        with caplog.at_level("INFO"):
+            counts = data.corpus.tokens.counts
+        parts = {
+            name: data.tokenizer.decode(file.read(1, len(file) - 1)) for name, file in data.corpus.tokens.files.items()
+        }
+        assert parts["train"] + parts["test"] + parts["val"] == whole
+        sizes = (844, 106, 50) if end == "-" else (850, 100, 50)  # after a space, after a line
+        assert tuple(len(parts[name]) for name in ("train", "val", "test")) == sizes
+        assert all(count.documents == 1 for count in counts.values())
+        assert "split by position (bytes: train {}, val {}, test {})".format(*sizes) in caplog.text
+        caplog.clear()
+    assert data.tokenizer.to_json() == Tokenizer.train_bpe([whole[: sizes[0]]], 270).to_json()
+
+
+def test_cut_of_a_document_is_at_a_line_or_a_space():
+    split = HashSplit(0.25, 0.0)
+    for content, last in (
+        ("a" * 70 + "\n" + "b" * 29, "b" * 29),
+        ("a" * 70 + " " + "b" * 29, "b" * 29),
+        ("a\n" + "b" * 98, "b" * 25),  # too far away
+        ("word " * 10 + "\n" + "word " * 10, "word " * 5),
+        ("ab", None),
+    ):
+        found = split.cut(content)
+        assert "".join(part for _, part in found) == content
+        assert found[-1] == (("val", last) if last else ("train", "ab")), content
+
+
+def test_fit_without_validation(corpus: Path):
+    for make in (text, hub):
+        model = Recorder()
+        data = make(corpus, val_fraction=0, **({"streaming": True} if make is hub else {}))
+        fit(data, model, max_epochs=2, val_check_interval=3, num_sanity_val_steps=2)
+        assert len(model.seen) > 40 and data.val_dataloader() == []
+        with refused("data.val_fraction: 0 leaves no validation data; use a fraction, or data.val_files"):
+            data.setup("validate")
+    saver = ModelCheckpoint(monitor="val/loss")
+    told = "data.val_fraction: 0 leaves no validation data for ModelCheckpoint .monitor='val/loss'.; monitor train/loss"
+    with refused(told):
+        fit(text(corpus, val_fraction=0), Recorder(), callbacks=[saver], enable_checkpointing=True)
+    with refused("data.val_fraction: expected above 0 with several tasks, got 0"):
+        part = text(corpus, val_fraction=0)
+        part.trainer = Trainer(**QUIET)
+        part.trainer.datamodule = None
+        part.setup("fit")
+
+
+def test_pattern_follows_links_once(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.txt", "b/c.txt", "b/d.csv", "b/.e.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("loop", "again", "more"):
+        (tmp_path / "b" / name).symlink_to("..")
+    assert list(text(tmp_path / "**/*.txt").corpus.splits.train) == ["a.txt", "b/c.txt"]
+    assert list(text(tmp_path / "[a]*.txt").corpus.splits.train) == ["a.txt"]
+
+
 def test_column_can_be_named_and_null_is_no_document(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", ["one", "two"], column="content")
     path.write_text(path.read_text() + '\n{"content": null}\n{"content": ""}\n')
@@ -323,8 +391,8 @@ def test_wrong_parquet_is_named(tmp_path: Path):
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that are tokenised into."""
     made: list[Path] = []
-    build = token_cache._build
-    monkeypatch.setattr(token_cache, "_build", lambda *args: made.append(args[1]) or build(*args))
+    create = token_cache.atomic_folder
+    monkeypatch.setattr(token_cache, "atomic_folder", lambda folder: made.append(folder) or create(folder))
     return made
 
 
@@ -370,15 +438,15 @@ def test_broken_cache_is_made_again(corpus: Path, builds: list[Path], file: str,
 
 
 def test_large_cache_is_checked_in_samples(corpus: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_cache, "_FULL_CHECKSUM", 100)
-    monkeypatch.setattr(token_cache, "_SAMPLE", 50)
+    monkeypatch.setattr(text_files, "_FULL_DIGEST", 100)
+    monkeypatch.setattr(text_files, "_SAMPLE", 50)
     expected = rows(text(corpus).train_dataloader())
     assert rows(text(corpus).train_dataloader()) == expected and len(builds) == 1
     flip(builds[0] / "train.bin", -1)
     assert rows(text(corpus).train_dataloader()) == expected and len(builds) == 2
 
 
-@pytest.mark.parametrize("failing", ["_write", "atomic_write"])
+@pytest.mark.parametrize("failing", ["_write", "file_digest"])
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, corpus: Path, failing: str, monkeypatch: pytest.MonkeyPatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -427,18 +495,13 @@ def test_of_two_processes_one_tokenises(tmp_path: Path, corpus: Path):
     assert (tmp_path / "log").read_text() == "built\n"
 
 
-def test_hash_of_a_large_file_is_kept_until_it_changes(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    hashed = []
-    original = text_sources._file_digest
-    monkeypatch.setattr(text_sources, "_file_digest", lambda file: hashed.append(file.name) or original(file))
-    monkeypatch.setattr(text_sources, "_WORTH_REMEMBERING", 10)
+def test_edit_of_a_large_file_between_the_samples_is_noticed(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    """A large file is hashed in samples, which would overlook it."""
+    for name, size in (("_FULL_DIGEST", 1000), ("_SAMPLES", 2), ("_SAMPLE", 10)):
+        monkeypatch.setattr(text_files, name, size)
+    first, second = (text(corpus).corpus.splits.train.fingerprint for _ in range(2))
     os.utime(corpus, (1e9, 1e9))
-    first = [text(corpus).corpus.splits.train.fingerprint for _ in range(2)]
-    assert first[0] == first[1] and len(hashed) == 1
-    write_lines(corpus, DOCUMENTS[:-1])
-    assert text(corpus).corpus.splits.train.fingerprint != first[0]
-    text(corpus).corpus.splits.train.fingerprint  # noqa: B018
-    assert len(hashed) == 3  # changed just now: it may change again unseen
+    assert first == second != text(corpus).corpus.splits.train.fingerprint
 
 
 # --- Several processes -----------------------------------------------------------------------------------------------
@@ -545,11 +608,15 @@ def test_yaml_and_command_line_set_it_up(corpus: Path, tmp_path: Path):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TextDataModule, "data")
-    (tmp_path / "text.yaml").write_text(f"data: {{dataset: files, files: ['{corpus}'], tokenizer: 'bpe:300'}}")
-    config = parser.parse_args(["--config", str(tmp_path / "text.yaml"), "--data.block_size", "32"])
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
-    data = instantiate(config).data
-    assert data.context_length == 32 and data.vocab_size == 300
+    for files in (f"['{corpus}']", f"'{corpus}'"):
+        (tmp_path / "text.yaml").write_text(f"data: {{dataset: files, files: {files}, tokenizer: 'bpe:300'}}")
+        for args in ([], ["--data.val_files", str(corpus)], ["--data.val_files", f"[{corpus}]"]):
+            config = parser.parse_args(["--config", str(tmp_path / "text.yaml"), "--data.block_size", "32", *args])
+            data = instantiate(config).data
+            assert data.context_length == 32 and data.vocab_size == 300
+            assert data.corpus.settings.files == (str(corpus),)
+            assert data.corpus.settings.val_files == ((str(corpus),) if args else ())
     assert "Context length T in tokens" in parser.format_help()
 
 
@@ -572,7 +639,7 @@ def word_shards(path: Path, *sizes: int) -> HubStream:
     for shard, size in enumerate(sizes):
         write_lines(path / f"{shard}.jsonl", [f"w{next(numbers)}" for _ in range(size)])
     files = [str(path / f"{shard}.jsonl") for shard in range(len(sizes))]
-    return HubStream(datasets.load_dataset("json", data_files=files, split="train", streaming=True), "text")
+    return HubStream(datasets.load_dataset("json", data_files=files, split="train", streaming=True))
 
 
 def word_loader(stream: HubStream, count: int, **settings: object) -> TextStreamLoader:
@@ -632,8 +699,8 @@ def test_resumed_stream_reads_one_window_again(tmp_path: Path, monkeypatch: pyte
     for _, _ in zip(loader, range(10), strict=False):
         state = loader.state_dict()
     read = []
-    original = text_sources.row_text
-    monkeypatch.setattr(text_sources, "row_text", lambda *args: read.append(args[0]) or original(*args))
+    original = TextFormat.text
+    monkeypatch.setattr(TextFormat, "text", lambda *args: read.append(args[1]) or original(*args))
     resumed = word_loader(stream, 60)
     resumed.load_state_dict(state)
     batches = words_of(resumed)
@@ -701,7 +768,7 @@ def test_processes_end_a_stream_together_and_save_all_places(tmp_path: Path):
 def test_stream_evaluates_like_a_corpus(corpus: Path):
     import datasets
 
-    stream = HubStream(datasets.load_dataset("json", data_files=str(corpus), split="train", streaming=True), "text")
+    stream = HubStream(datasets.load_dataset("json", data_files=str(corpus), split="train", streaming=True))
     expected = plain_blocks(plain_stream(DOCUMENTS), 16)
     loader = eval_stream_loader(stream, Tokenizer.bytes(), 16, 4)
     assert rows(loader) == rows(loader) == expected
@@ -840,8 +907,12 @@ def test_two_processes_of_a_trainer_share_and_resume(tmp_path: Path, streaming: 
             {"val_fraction": 0.5, "test_fraction": 0.5},
             "data.val_fraction: expected less than 1 with data.test_fraction",
         ),
-        ({"streaming": True}, "data.streaming: expected data.dataset: huggingface, got python_docs"),
-        ({"files": "a.txt"}, "data.files: expected a list of files, got the text 'a.txt'"),
+        ({"streaming": True}, "data.streaming: expected data.dataset: files or huggingface, got python_docs"),
+        ({"files": "a.txt"}, "data.files: expected data.dataset: files or huggingface, got python_docs"),
+        ({"encoding": "utf8000"}, "data.encoding: expected a text encoding such as latin-1, got 'utf8000'"),
+        ({"encoding": "rot13"}, "data.encoding: expected a text encoding"),
+        ({"chat_template": "{% for"}, "data.chat_template: expected a Jinja template or its file (unexpected 'end of "),
+        ({"chat_template": "no.jinja"}, "data.chat_template: expected a Jinja template or its file ([Errno 2] No such"),
     ],
 )
 def test_wrong_setting_is_refused_when_created(settings: dict, message: str):
@@ -850,14 +921,15 @@ def test_wrong_setting_is_refused_when_created(settings: dict, message: str):
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path):
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.doc").touch()
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("no.txt", "no such file or folder: .*no.txt"),
         ("*.txt", r".*\*.txt matches no file"),
-        ("*.csv", r".*\*.csv matches 1 files, but none with extension .txt, .md, .jsonl, .parquet"),
+        ("a**/**/*.txt", ".*: Invalid pattern"),
+        ("*.doc", r".*\*.doc matches 1 files, but none with extension .txt, .md, .jsonl, .json, .csv, .parquet"),
         ("empty", ".*empty matches no file"),
-        ("a.csv", "expected a file with extension .txt, .md, .jsonl, .parquet, got .*a.csv"),
+        ("a.doc", "expected a file with extension .txt, .md, .jsonl, .json, .csv, .parquet, got .*a.doc"),
     ):
         with refused(f"data.files: {message}"):
             text(tmp_path / name).prepare_data()
@@ -873,8 +945,8 @@ def test_files_that_are_not_there_are_named(tmp_path: Path):
 def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
     for content, settings, message in (
         (["", ""], {}, "data.files: all documents are empty"),
-        (DOCUMENTS, {"val_fraction": 0}, r"data.val_fraction: empty validation split \(got none of 40 documents\)"),
-        (DOCUMENTS[:1], {"val_fraction": 0.99}, r"data.val_fraction: empty training split \(got none of 1 documents\)"),
+        (DOCUMENTS, {"val_fraction": 1e-6}, r"data.val_fraction: empty validation split \(got none of 40 documents\)"),
+        (DOCUMENTS[:2], {"val_fraction": 0.99}, r"data.val_fraction: empty training split \(got none of 2 documents\)"),
         (DOCUMENTS, {"test_fraction": 1e-6}, r"data.test_fraction: empty test split \(got none of 40 documents\)"),
     ):
         for make in (text, hub):
@@ -886,7 +958,7 @@ def test_splits_without_documents_are_refused(tmp_path: Path, corpus: Path):
     with refused("data.val_files: all documents are empty"):
         text(corpus, val_files=[str(tmp_path / "empty.txt")]).prepare_data()
     with refused(r"data.val_fraction: empty validation split \(got none of the stream\)"):
-        hub(corpus, streaming=True, val_fraction=0).setup("fit")
+        hub(corpus, streaming=True, val_fraction=1e-6).setup("fit")
 
 
 def test_splits_that_are_too_short_are_refused(corpus: Path, tmp_path: Path):
@@ -915,13 +987,28 @@ def test_place_in_a_stream_is_refused_under_other_settings(corpus: Path):
         data.train_dataloader()
 
 
-def test_stream_of_something_else_than_text_is_refused(tmp_path: Path):
+def test_column_of_something_else_than_text_is_refused(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", [7] * 4)
-    data = hub(tmp_path / "a.jsonl", streaming=True, num_workers=1, val_files=[str(tmp_path / "a.jsonl")])
-    for use in (lambda: data.setup("fit"), lambda: list(data.train_dataloader())):  # here, and in a worker
-        told = "data.text_column: row 1 read from the stream: expected text in 'text', got int"
-        with refused(f"data.max_corrupt_share: 4 of 4 rows of the stream cannot be read .*; the first: {told}"):
-            use()
+    for streaming in (False, True):
+        with refused("data.text_column: expected text or chat messages in 'text' of json, got int64"):
+            hub(tmp_path / "a.jsonl", streaming=streaming).setup("fit")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_a_hugging_face_data_set_are_checked_before_work(tmp_path: Path, streaming: bool):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    columns = {"text": ["one", None, "two"], "bytes": [b"one"] * 3, "list": [["one"]] * 3}
+    pq.write_table(pa.table(columns), path)
+    settings = {"hf_name": "parquet", "streaming": streaming}
+    assert list(hub(path, **settings).corpus.splits.train) == ["one", "two"]
+    with refused("data.text_column: expected text or chat messages in 'bytes' of parquet, got (large_)?binary"):
+        hub(path, text_column="bytes", **settings).setup("fit")
+    told = "data.text_column: row .*: expected text in 'list', got list"
+    with refused(told if not streaming else f"data.max_corrupt_share: .*; the first: {told}"):
+        list(hub(path, text_column="list", max_corrupt_share=0, **settings).corpus.splits.train)
 
 
 def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
@@ -938,6 +1025,46 @@ def test_bad_row_of_a_stream_is_left_out_and_named(tmp_path: Path):
     assert len(told) == 1 and "row 31 read from the stream: expected text in 'text', got int" in told[0]
 
 
+def streamed(*files: Path, **settings: object) -> TextDataModule:
+    return text(*files, **{"streaming": True, "num_workers": 0, "shuffle_buffer": 6, **settings})
+
+
+def test_streamed_files_are_split_and_measured_like_a_corpus(corpus: Path):
+    data, same = streamed(corpus, tokenizer="bpe:300"), text(corpus, tokenizer="bpe:300")
+    data.prepare_data(), data.setup("fit")
+    assert data.tokenizer.to_json() == same.tokenizer.to_json() and data.corpus_summary() == "files: streaming"
+    assert rows(data.val_dataloader()) == rows(same.val_dataloader())
+    assert data.bytes_per_token("val") == same.bytes_per_token("val")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_reader_cannot_parse_is_left_out_of_a_stream(tmp_path: Path, workers: int):
+    """A line, a row of another length, a file that ends early."""
+    good = json.dumps({"text": "a good document " * 9}) + "\n"
+    (tmp_path / "a.jsonl").write_text(good * 9 + '{"text": "bad\n' + good * 9)
+    (tmp_path / "b.csv").write_text("text,n\n" + f"{'a good document ' * 9},1\n" * 9 + "bad\n")
+    (tmp_path / "c.txt.gz").write_bytes(b"bad")
+    data = streamed(tmp_path, val_fraction=0, num_workers=workers, batch_size=1)
+    tokens = 27 * (16 * 9 + 1)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert len(rows(data.train_dataloader())) == tokens // 16
+    told = [str(one.message) for one in warned if "skipped" in str(one.message)]
+    if workers == 0:
+        reasons = ("a.jsonl:10 is not JSON", "b.csv:11 has 1 fields", "cannot read .*c.txt.gz")
+        for message, reason in zip(told, reasons, strict=True):
+            assert re.search(f"unreadable row skipped: data.files: .*{reason}", message)
+    with refused("data.max_corrupt_share: 1 of 10 rows of the stream .*; the first: data.files: .*a.jsonl:10 is not"):
+        list(streamed(tmp_path, val_fraction=0, max_corrupt_share=0, num_workers=workers).train_dataloader())
+
+
+def test_stream_of_a_library_that_cannot_go_on_is_refused(tmp_path: Path):
+    path = write_lines(tmp_path / "a.jsonl", DOCUMENTS * 9)
+    path.write_text(path.read_text() + '{"text": "bad\n')
+    with refused("data.(streaming: cannot read after .* rows|hf_name: cannot load 'json'): "):
+        list(hub(path, streaming=True, val_fraction=0).train_dataloader())
+
+
 def test_too_many_bad_rows_of_a_stream_are_refused(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", ["words " * 9] * 20 + [5] * 9)
     for share, told in ((0.001, "4 of 24 rows"), (0.0, "1 of 21 rows")):
@@ -946,6 +1073,16 @@ def test_too_many_bad_rows_of_a_stream_are_refused(tmp_path: Path):
             list(data.train_dataloader())
     with refused("data.max_corrupt_share: expected a share from 0 to 1, got 2"):
         hub(path, streaming=True, max_corrupt_share=2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chat_of_a_hugging_face_data_set(tmp_path: Path, streaming: bool):
+    chats = [[{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(30)]
+    data = hub(
+        write_lines(tmp_path / "a.jsonl", chats, column="chat"), streaming=streaming, text_column="chat", val_fraction=0
+    )
+    expected = [f"<|im_start|>user\nIs it {i}?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n" for i in range(30)]
+    assert list(data.corpus.splits.train) == expected
 
 
 def test_damaged_hugging_face_files_are_refused(tmp_path: Path):
@@ -981,7 +1118,7 @@ def test_files_to_validate_on_need_none_to_train_on(tmp_path: Path):
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfText")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Line"}\n')
-    files = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text", "strict", None)
+    files = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], TextFormat())
     assert list(files) == ["Text", "Line"]
 
 
@@ -989,4 +1126,4 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
 def test_lines_that_the_json_parser_gives_up_on_are_named(tmp_path: Path, line: str):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with refused("data.files: .*a.jsonl:2 is not JSON"):
-        list(TextFiles([tmp_path / "a.jsonl"], "text", "strict", None))
+        list(TextFiles([tmp_path / "a.jsonl"], TextFormat()))

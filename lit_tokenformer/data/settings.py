@@ -54,7 +54,7 @@ class HubSettings:
     val_split: str | None = None
     """Validation split. Default: validation, valid, val or dev, if present."""
     streaming: bool = False
-    """Whether to stream the data set instead of storing it."""
+    """Whether to stream the data set, or files of text, instead of storing it."""
     shuffle_buffer: int = 1000
     """Shuffle buffer size of a stream, in images or documents, per worker."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_tokenformer.data.text.files import hash_of
 from lit_tokenformer.data.text.sources import Documents, HubStream, Split, TextSettings, TextSplits
 from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
@@ -40,6 +41,8 @@ class HashSplit:
         >>> split = HashSplit(val_fraction=0.3, test_fraction=0.3)
         >>> [split(text) for text in ("Call me Ishmael.", "Mother died today.", "All children, except one, grow up.")]
         ['test', 'train', 'val']
+        >>> HashSplit(val_fraction=0.3, test_fraction=0.0).cut("All children, except one, grow up.")
+        [('train', 'All children, except '), ('val', 'one, grow up.')]
     """
 
     val_fraction: float
@@ -50,6 +53,17 @@ class HashSplit:
         if share < self.test_fraction:
             return "test"
         return "val" if share < self.test_fraction + self.val_fraction else "train"
+
+    def cut(self, text: str) -> list[tuple[Split, str]]:
+        """Cut a single document by position, after a line break or a space near it if there is one."""
+        parts: list[tuple[Split, str]] = []
+        shares: tuple[tuple[Split, float], ...] = (("val", self.val_fraction), ("test", self.test_fraction))
+        for split, size in [(split, round(share * len(text))) for split, share in shares]:
+            start = len(text) - size
+            places = (text.rfind(mark, start - size // 2, start) + 1 for mark in "\n ")
+            start = next(filter(None, places), start) if size else start
+            parts, text = [(split, text[start:]), *parts], text[:start]
+        return [(split, part) for split, part in (("train", text), *parts) if part]
 
 
 class TextCorpus:
@@ -79,6 +93,12 @@ class TextCorpus:
         return HashSplit(self.settings.val_fraction if self.splits.val is None else 0.0, self.settings.test_fraction)
 
     @cached_property
+    def by_position(self) -> bool:
+        """True if the training documents are a single one, which is cut into the splits."""
+        train, cut = self.splits.train, self.hash_split != HashSplit(0.0, 0.0)
+        return cut and not isinstance(train, HubStream) and len(list(islice(train, 2))) == 1
+
+    @cached_property
     def own_splits(self) -> dict[Split, Documents | HubStream]:
         """Validation and test splits provided by the source."""
         own: dict[Split, Documents | HubStream] = {}
@@ -88,6 +108,11 @@ class TextCorpus:
             own["test"] = self.splits.test
         return own
 
+    @property
+    def has_val(self) -> bool:
+        """True if there is a validation split."""
+        return "val" in self.own_splits or self.settings.val_fraction > 0
+
     def split_of(self, stage: str) -> Split:
         """Return the split that a stage (val or test) reads."""
         has_test = self.settings.test_fraction > 0 or "test" in self.own_splits
@@ -95,23 +120,25 @@ class TextCorpus:
 
     def documents(self) -> Iterator[tuple[Split, str]]:
         """Yield all documents of a stored corpus, each with its split."""
-        for text in self.splits.train:
-            yield self.hash_split(text), text
+        yield from self._train_documents()
         for name, documents in self.own_splits.items():
             for text in documents:
                 yield name, text
 
-    def stream(self, split: Split) -> tuple[HubStream, HashSplit | None]:
-        """Return the stream that contains a split's documents, and the filter for them (None: all documents)."""
+    def _train_documents(self) -> Iterator[tuple[Split, str]]:
+        for text in self.splits.train:
+            yield from self.hash_split.cut(text) if self.by_position else [(self.hash_split(text), text)]
+
+    def stream(self, split: Split) -> HubStream:
+        """Return the stream of a split's documents."""
         stream = self.own_splits.get(split, self.splits.train)
         assert isinstance(stream, HubStream)
-        whole = split in self.own_splits or (split == "train" and self.hash_split == HashSplit(0.0, 0.0))
-        return stream, None if whole else self.hash_split
+        whole = split in self.own_splits or self.hash_split == HashSplit(0.0, 0.0)
+        return stream if whole else replace(stream, keep=(self.hash_split, split))
 
     def head(self, split: Split, count: int = _PEEK) -> list[str]:
         """Return the first documents of a stream's split."""
-        stream, pick = self.stream(split)
-        return list(islice((text for text in stream if pick is None or pick(text) == split), count))
+        return list(islice(self.stream(split), count))
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +153,7 @@ class TextCorpus:
         if size is None:
             return Tokenizer.load(self.tokenizer_name, self.separator)
         cache_dir = self.settings.cache_dir
-        path = cache_dir / "tokenizers" / f"{_hash([self._source_key, size, self.separator])}.json"
+        path = cache_dir / "tokenizers" / f"{hash_of(self._source_key, size, self.separator)}.json"
 
         def kept() -> Tokenizer | None:
             try:
@@ -152,17 +179,17 @@ class TextCorpus:
         """
         sizes = [documents.size for documents in (self.splits.train, *self.own_splits.values())]  # type: ignore[union-attr]
         size = sum(filter(None, sizes)) if None not in sizes else None
-        key = _hash([self._source_key, self.tokenizer.fingerprint, FORMAT])
+        key = hash_of(self._source_key, self.tokenizer.fingerprint)
         tokens = open_or_build(self.settings.cache_dir, key, self.documents, self.tokenizer, size)
         counts = tokens.counts
         total = sum(count.documents for count in counts.values())
         if total == 0:
             raise UserError(f"data.{'files' if self.settings.files else 'dataset'}: all documents are empty")
-        for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
-            if stage == "train" and self.splits.train.size == 0:  # type: ignore[union-attr]
-                continue  # only files for validation are given
-            if counts["train" if stage == "train" else self.split_of(stage)].documents == 0:
-                raise self._empty(setting, stage, f"{total} documents")
+        if total <= len(counts) and self.by_position:
+            parts = ", ".join(f"{name} {count.bytes}" for name, count in counts.items() if count.bytes)
+            rank_zero_info(f"Corpus of one document: split by position (bytes: {parts})")
+        only_evaluated = self.splits.train.size == 0  # type: ignore[union-attr]
+        self._check_splits(lambda split: counts[split].documents, f"{total} documents", skip_train=only_evaluated)
         return tokens
 
     def check_stream(self) -> None:
@@ -171,17 +198,18 @@ class TextCorpus:
         Raises:
             ValueError: If a split is empty.
         """
+        self._check_splits(lambda split: len(self.head(split, 1)), "the stream")
+
+    def _check_splits(self, size: Callable[[Split], int], of: str, skip_train: bool = False) -> None:
         for stage, setting in (("train", "val_fraction"), ("val", "val_fraction"), ("test", "test_fraction")):
             split: Split = "train" if stage == "train" else self.split_of(stage)
-            if not self.head(split, 1):
-                raise self._empty(setting, stage, "the stream")
-
-    def _empty(self, setting: str, stage: str, of: str) -> UserError:
-        if stage == "val" and self.settings.val_files:
-            return UserError("data.val_files: all documents are empty")
-        name = {"train": "training", "val": "validation", "test": "test"}[stage]
-        cure = "another fraction, more documents or data.val_files"
-        return UserError(f"data.{setting}: empty {name} split (got none of {of}); documents are never cut: use {cure}")
+            if (split == "train" and skip_train) or (split == "val" and not self.has_val) or size(split):
+                continue
+            if split == "val" and self.settings.val_files:
+                raise UserError("data.val_files: all documents are empty")
+            name = {"train": "training", "val": "validation", "test": "test"}[split]
+            cure = "another fraction, more documents or data.val_files"
+            raise UserError(f"data.{setting}: empty {name} split (got none of {of}); use {cure}")
 
     @cached_property
     def _source_key(self) -> str:
@@ -189,21 +217,17 @@ class TextCorpus:
         splits, settings = self.splits, self.settings
         if isinstance(splits.train, HubStream):  # of its first documents: if others change, a vocabulary stays valid
             head = islice(splits.train, _PEEK)
-            parts = [settings.hf_name, settings.hf_config, settings.hf_train_split, *head]
+            parts = [settings.hf_name or "", settings.hf_config or "", settings.hf_train_split, *head]
         else:
             parts = [getattr(part, "fingerprint", "") for part in (splits.train, splits.val, splits.test)]
-        return _hash([*parts, self.hash_split.val_fraction, self.hash_split.test_fraction])
+        return hash_of(*parts, self.hash_split.val_fraction, self.hash_split.test_fraction, FORMAT)
 
     def _bpe_texts(self) -> Iterator[str]:
         left = _BPE_TRAINING_BYTES
-        most = _BPE_STREAM_DOCUMENTS if isinstance(self.splits.train, HubStream) else None
-        for text in islice(self.splits.train, most):
+        streamed = isinstance(self.splits.train, HubStream)
+        for split, text in islice(self._train_documents(), _BPE_STREAM_DOCUMENTS if streamed else None):
             if left <= 0:
                 return
-            if self.hash_split(text) == "train":
+            if split == "train":
                 left -= len(text)
                 yield text
-
-
-def _hash(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -27,10 +27,10 @@ from lit_tokenformer.data.settings import (
     flat_settings,
 )
 from lit_tokenformer.data.text.corpus import TextCorpus
-from lit_tokenformer.data.text.sources import EncodingErrors, HubStream, Split, TextSettings
+from lit_tokenformer.data.text.files import EncodingErrors, load_template
+from lit_tokenformer.data.text.sources import Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
     EvalStreamLoader,
-    Keep,
     TextStreamLoader,
     eval_stream_loader,
     train_stream_loader,
@@ -59,24 +59,28 @@ class TextDataModule(ResumableDataModule):
     Args:
         dataset: Source of the documents: python_docs (79 topics of Python's documentation, 466 kB, no files needed),
             python_stdlib (source of the standard library, 9.7 MB, no files needed), files or huggingface.
-        files: Files, folders or glob patterns (dataset: files). A .txt or .md file is one document, each line of a
-            .jsonl file and each row of a .parquet file is one. With huggingface: ``data_files`` of ``load_dataset``.
-        val_files: Files, folders or glob patterns for validation; files also matched by ``files`` are held out.
-            Default: documents are held out by their hash. Without ``files``, the model can be evaluated only.
-        text_column: Name of the text in .jsonl, .parquet and Hugging Face data sets.
-        encoding_errors: Handling of text that is not UTF-8: strict raises an error, replace inserts U+FFFD.
+        files: File, folder or glob pattern, or a list of them (dataset: files). A .txt or .md file is one document;
+            each row of a .jsonl, .json (list of objects), .csv or .parquet file is one. Compressed files (.gz, .bz2,
+            .xz, .zst) are read too. With huggingface: ``data_files`` of ``load_dataset``.
+        val_files: The same for validation; files also matched by ``files`` are held out. Default: documents are held
+            out by their hash; a single document is cut by position. Without ``files``, the model can be evaluated only.
+        text_column: Name of the text in rows. Its value is text, or a list of chat messages.
+        chat_template: Jinja template of chat messages, as text or file. Default: ChatML.
+        encoding: Encoding of files other than Parquet (dataset: files), such as latin-1 or utf-16.
+        encoding_errors: Handling of text in another encoding: strict raises an error, replace inserts U+FFFD.
         tokenizer: bytes; bpe:N, a byte-level BPE with a vocabulary of N trained on the training documents (at most the
             first 200 MB, or 20,000 documents of a stream); a tokenizer.json, vocab.json with merges.txt, vocab.txt or
             sentencepiece .model, or its folder; else the name of a Hugging Face model.
         separator: Special token that ends a document. Default: the eos_token of the folder's tokenizer_config.json,
             else the first one in the vocabulary of <|endoftext|>, </s>, <eos>, <|end_of_text|> and [SEP].
         block_size: Context length T in tokens.
-        val_fraction: Fraction of the documents held out for validation if the source has no validation split.
+        val_fraction: Fraction of the documents held out for validation if the source has no validation split; 0 trains
+            without validation. Of a single document, the last part.
         test_fraction: Fraction of the documents held out for the test; 0 uses the Hugging Face data set's test split,
             else the validation documents.
         seed: Seed of the block order, >= 0. Default: that of ``seed_everything``, else 0.
         cache_dir: Folder for tokens and trained vocabularies. Default: lit_tokenformer in $XDG_CACHE_HOME or ~/.cache.
-        max_corrupt_share: Tolerated share of stream rows without readable text, which are reported in a warning and
+        max_corrupt_share: Tolerated share of unreadable rows of a stream, which are reported in a warning and
             skipped. Three are always tolerated, unless the share is 0.
         loader: Batch sizes and worker processes. Each is also an argument of its own: ``batch_size=8``.
         hub: Hugging Face data set (dataset: huggingface), also as ``hf_name``, ``hf_config``, ``hf_train_split``,
@@ -108,9 +112,11 @@ class TextDataModule(ResumableDataModule):
     def __init__(
         self,
         dataset: str = "python_docs",
-        files: list[str] | None = None,
-        val_files: list[str] | None = None,
+        files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
         text_column: str = "text",
+        chat_template: str | None = None,
+        encoding: str = "utf-8",
         encoding_errors: EncodingErrors = "strict",
         tokenizer: str = "bytes",
         separator: str | None = None,
@@ -127,14 +133,20 @@ class TextDataModule(ResumableDataModule):
         TEXT_SOURCES[dataset]  # raises for an unknown name
         if encoding_errors not in ("strict", "replace"):
             raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))
+        try:
+            " ".encode(encoding)
+        except LookupError:
+            raise UserError(f"data.encoding: expected a text encoding such as latin-1, got {encoding!r}") from None
         check_name(tokenizer)
         self.block_size = block_size
         self.streaming = hub.streaming
         self.shuffle_buffer = hub.shuffle_buffer
         settings = TextSettings(
-            files=_names("files", files),
-            val_files=_names("val_files", val_files),
+            files=_names(files),
+            val_files=_names(val_files),
             text_column=text_column,
+            chat_template=load_template(chat_template),
+            encoding=encoding,
             encoding_errors=encoding_errors,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -152,8 +164,10 @@ class TextDataModule(ResumableDataModule):
             raise UserError(
                 f"data.val_fraction: expected less than 1 with data.test_fraction, got {val_fraction} + {test_fraction}"
             )
-        if hub.streaming and dataset != "huggingface":
-            raise UserError(f"data.streaming: expected data.dataset: huggingface, got {dataset}")
+        if dataset in ("python_docs", "python_stdlib") and (settings.files or settings.val_files):
+            raise UserError(f"data.files: expected data.dataset: files or huggingface, got {dataset}")
+        if hub.streaming and dataset not in ("huggingface", "files"):
+            raise UserError(f"data.streaming: expected data.dataset: files or huggingface, got {dataset}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_eval_streams": {}}
@@ -226,7 +240,7 @@ class TextDataModule(ResumableDataModule):
         """Summarize the corpus in one line: documents, bytes, tokens and a hash of the texts."""
         corpus = self.corpus
         if self.streaming:
-            return f"{corpus.settings.hf_name}: streaming"
+            return f"{corpus.settings.hf_name or corpus.dataset}: streaming"
         total = corpus.tokens.total
         note = f", {corpus.splits.note}" if corpus.splits.note else ""
         return (
@@ -238,6 +252,8 @@ class TextDataModule(ResumableDataModule):
 
     def prepare_data(self) -> None:
         """Train the vocabulary and tokenize the corpus, unless cached."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self._check_val(self.trainer.state.fn)
         self.tokenizer  # noqa: B018
         if not self.streaming:
             self.corpus.tokens  # noqa: B018
@@ -249,11 +265,14 @@ class TextDataModule(ResumableDataModule):
             stage: fit, validate or test.
         """
         self.tokenizer  # noqa: B018
+        self._check_val(stage)
         if self.streaming:
             self.corpus.check_stream()
             return
-        self._check_length("val")
-        self._check_length(self.corpus.split_of("test"))
+        if self.corpus.has_val:
+            self._check_length("val")
+        if self.corpus.split_of("test") == "test":
+            self._check_length("test")
         if stage == "fit":
             self._check_length("train", replicas=self._place[1])
             rank_zero_info(self.corpus_summary())
@@ -263,15 +282,13 @@ class TextDataModule(ResumableDataModule):
         rank, replicas = self._place
         loader: ResumableLoader | TextStreamLoader
         if self.streaming:
-            stream, keep = self._stream("train")
             loader = train_stream_loader(
-                stream,
+                self.corpus.stream("train"),
                 self.tokenizer,
                 self.block_size,
                 self.batch_size,
                 shuffle_buffer=self.shuffle_buffer,
                 seed=self._seed,
-                keep=keep,
                 num_workers=self._workers,
                 pin_memory=self.pin_memory,
                 rank=rank,
@@ -293,9 +310,9 @@ class TextDataModule(ResumableDataModule):
             )
         return self._resumed(loader)
 
-    def val_dataloader(self) -> DataLoader:
-        """Create the validation loader, in order."""
-        return self._eval_loader("val")
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Create the validation loader, in order; an empty list, which Lightning skips, without validation data."""
+        return self._eval_loader("val") if self.corpus.has_val else []
 
     def test_dataloader(self) -> DataLoader:
         """Create the test loader, in order.
@@ -320,6 +337,24 @@ class TextDataModule(ResumableDataModule):
     def _eval_blocks(self, split: Split) -> Dataset:
         return EvalBlocks(self.corpus.tokens.files[split], self.block_size)
 
+    def _check_val(self, stage: str) -> None:
+        """Reject whatever needs a validation split, if there is none."""
+        if self.corpus.has_val:
+            return
+        if stage == "validate":
+            raise UserError("data.val_fraction: 0 leaves no validation data; use a fraction, or data.val_files")
+        trainer: Any = self.trainer
+        if trainer is None or stage != "fit":
+            return
+        if trainer.datamodule is not self:
+            raise UserError("data.val_fraction: expected above 0 with several tasks, got 0")
+        for part in (*trainer.callbacks, getattr(trainer.lightning_module, "lr_scheduler_config", None)):
+            if (getattr(part, "monitor", None) or "").startswith("val/"):
+                raise UserError(
+                    f"data.val_fraction: 0 leaves no validation data for {type(part).__name__} "
+                    f"(monitor={part.monitor!r}); monitor train/loss, or set a fraction"
+                )
+
     def _check_length(self, split: Split, replicas: int = 1) -> None:
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
@@ -342,13 +377,11 @@ class TextDataModule(ResumableDataModule):
     def _eval_loader(self, stage: str) -> DataLoader:
         split, (rank, replicas) = self.corpus.split_of(stage), self._place
         if self.streaming:
-            stream, keep = self._stream(split)
             self._eval_streams[stage] = loader = eval_stream_loader(
-                stream,
+                self.corpus.stream(split),
                 self.tokenizer,
                 self.block_size,
                 self.eval_batch_size,
-                keep=keep,
                 num_workers=min(1, self._workers),
                 pin_memory=self.pin_memory,
                 rank=rank,
@@ -368,10 +401,6 @@ class TextDataModule(ResumableDataModule):
             generator=torch.Generator(),
         )
 
-    def _stream(self, split: Split) -> tuple[HubStream, Keep | None]:
-        stream, pick = self.corpus.stream(split)
-        return stream, (pick, split) if pick is not None else None
-
     @property
     def _workers(self) -> int:
         if self.num_workers is not None or not self.streaming:
@@ -383,7 +412,5 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit_tokenformer"
 
 
-def _names(setting: str, names: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise UserError(f"data.{setting}: expected a list of files, got the text {names!r}")
-    return tuple(names or ())
+def _names(names: Sequence[str] | str | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())

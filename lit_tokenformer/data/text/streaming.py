@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -22,14 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_tokenformer.data.resumable import ResumableStreamLoader
-from lit_tokenformer.data.text.corpus import HashSplit
-from lit_tokenformer.data.text.sources import HubStream, Split
+from lit_tokenformer.data.text.sources import HubStream
 from lit_tokenformer.data.text.token_cache import PADDING
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
-
-Keep = tuple[HashSplit, Split]
-"""Filter for the documents of one split."""
 
 
 @dataclass(frozen=True)
@@ -40,39 +36,22 @@ class Place:
     state: dict[str, Any]
 
 
+@dataclass(eq=False)
 class TrainStream(IterableDataset):
-    """Training blocks ``(tokens (T + 1,) int64, Place)`` of a stream, sharded over ranks and workers.
+    """Training blocks ``(tokens (T + 1,) int64, Place)`` of a stream, sharded over ranks and workers."""
 
-    Args:
-        stream: Documents of this process.
-        tokenizer: Tokenizer of the documents.
-        block_size: Block size T.
-        shuffle_buffer: Number of documents per window.
-        seed: Seed of the run, >= 0.
-        keep: Filter for training documents. None: all.
-        rank: Rank of this process among the data-parallel ones.
-    """
-
-    def __init__(
-        self,
-        stream: HubStream,
-        tokenizer: Tokenizer,
-        block_size: int,
-        shuffle_buffer: int,
-        seed: int,
-        keep: Keep | None = None,
-        rank: int = 0,
-    ) -> None:
-        self.stream = stream
-        self.tokenizer = tokenizer
-        self.block_size = block_size
-        self.shuffle_buffer = shuffle_buffer
-        self.seed = seed
-        self.keep = keep
-        self.rank = rank
-        self.epoch = 0
-        self.start: dict[int, dict[str, Any]] = {}
-        """State to resume from by worker; a missing one starts at the beginning of the epoch."""
+    stream: HubStream
+    """Documents of this process."""
+    tokenizer: Tokenizer
+    block_size: int
+    shuffle_buffer: int
+    """Number of documents per window."""
+    seed: int
+    rank: int = 0
+    """Rank of this process among the data-parallel ones."""
+    epoch: int = 0
+    start: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """State to resume from by worker; a missing one starts at the beginning of the epoch."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Place]]:
         info = get_worker_info()
@@ -87,7 +66,7 @@ class TrainStream(IterableDataset):
         rows.set_epoch(self.epoch)
         rows.load_state_dict(state["rows"])
         here, window, rest, done = (state[name] for name in ("rows", "window", "rest", "blocks"))
-        documents = kept(self.stream, self.keep)
+        documents = iter(self.stream)
         while texts := list(islice(documents, self.shuffle_buffer)):
             after = rows.state_dict()
             random = np.random.default_rng(np.random.SeedSequence((self.seed, self.epoch, self.rank, worker, window)))
@@ -109,36 +88,20 @@ class TrainStream(IterableDataset):
         return np.concatenate(parts, dtype=np.int64, casting="unsafe")
 
 
+@dataclass(eq=False)
 class EvalStream(IterableDataset):
     """Evaluation blocks of a stream in order, ``(tokens (T + 1,) int64, bytes, tokens)`` with cumulative counts.
 
     Every process reads the whole stream and yields every n-th block, so that all have the same number of blocks and
     none is repeated. An uneven number is padded with blocks that are all -100.
-
-    Args:
-        stream: Documents to read.
-        tokenizer: Tokenizer of the documents.
-        block_size: Block size T.
-        keep: Filter for the documents of the split. None: all.
-        rank: Rank of this process among the data-parallel ones.
-        replicas: Number of data-parallel processes.
     """
 
-    def __init__(
-        self,
-        stream: HubStream,
-        tokenizer: Tokenizer,
-        block_size: int,
-        keep: Keep | None = None,
-        rank: int = 0,
-        replicas: int = 1,
-    ) -> None:
-        self.stream = stream
-        self.tokenizer = tokenizer
-        self.block_size = block_size
-        self.keep = keep
-        self.rank = rank
-        self.replicas = replicas
+    stream: HubStream
+    tokenizer: Tokenizer
+    block_size: int
+    rank: int = 0
+    """Rank of this process among the ``replicas`` data-parallel ones."""
+    replicas: int = 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         number = 0
@@ -155,7 +118,7 @@ class EvalStream(IterableDataset):
         num_bytes, num_tokens = 0, 0
 
         def texts() -> Iterator[str]:
-            for text in kept(self.stream, self.keep):
+            for text in self.stream:
                 sizes.append(len(text.encode()))
                 yield text
 
@@ -174,19 +137,6 @@ class EvalStream(IterableDataset):
             block = torch.full((size + 1,), PADDING)
             block[: len(rest)] = torch.from_numpy(rest)
             yield block, num_bytes, num_tokens
-
-
-def kept(stream: HubStream, keep: Keep | None) -> Iterator[str]:
-    """Iterate over the documents of a stream in one split.
-
-    Args:
-        stream: Documents to filter.
-        keep: Hash split and the split to keep. None: all documents.
-    """
-    if keep is None:
-        return iter(stream)
-    split_of, split = keep
-    return (text for text in stream if split_of(text) == split)
 
 
 class TextStreamLoader(ResumableStreamLoader):
@@ -281,7 +231,6 @@ def train_stream_loader(
     batch_size: int,
     shuffle_buffer: int = 1000,
     seed: int = 0,
-    keep: Keep | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
@@ -289,28 +238,15 @@ def train_stream_loader(
 ) -> TextStreamLoader:
     """Create the resumable training loader of this process, with batches ``tokens (B, T + 1) int64``.
 
-    Args:
-        stream: Documents of all processes.
-        tokenizer: Tokenizer of the documents.
-        block_size: Block size T.
-        batch_size: Batch size B.
-        shuffle_buffer: Number of documents per shuffled window.
-        seed: Seed of the run, >= 0.
-        keep: Filter for training documents. None: all.
-        num_workers: Number of worker processes, limited to the number of shards.
-        pin_memory: Whether to copy batches into page-locked memory.
-        rank: Rank of this process among the data-parallel ones.
-        replicas: Number of data-parallel processes.
+    The arguments are those of ``TrainStream`` and of a DataLoader; ``num_workers`` is limited to the number of shards.
     """
     from datasets.distributed import split_dataset_by_node
 
     rows = copy.deepcopy(stream.rows)  # a copy has its own position
     if replicas > 1:
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas)
-    own = replace(stream, rows=rows)
-    blocks = TrainStream(own, tokenizer, block_size, shuffle_buffer, seed=seed, keep=keep, rank=rank)
     loader = TextStreamLoader(
-        blocks,
+        TrainStream(replace(stream, rows=rows), tokenizer, block_size, shuffle_buffer, seed, rank),
         batch_size=batch_size,
         drop_last=True,
         num_workers=min(num_workers, rows.num_shards),
@@ -334,28 +270,15 @@ def eval_stream_loader(
     tokenizer: Tokenizer,
     block_size: int,
     batch_size: int,
-    keep: Keep | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
     replicas: int = 1,
 ) -> EvalStreamLoader:
-    """Create the evaluation loader of this process over an ``EvalStream``.
-
-    Args:
-        stream: Documents to read.
-        tokenizer: Tokenizer of the documents.
-        block_size: Block size T.
-        batch_size: Batch size B.
-        keep: Filter for the documents of the split. None: all.
-        num_workers: Number of worker processes, 0 or 1.
-        pin_memory: Whether to copy batches into page-locked memory.
-        rank: Rank of this process among the data-parallel ones.
-        replicas: Number of data-parallel processes.
-    """
+    """Create the evaluation loader of this process, with the arguments of ``EvalStream`` and of a DataLoader."""
     own = replace(stream, rows=copy.deepcopy(stream.rows))
     return EvalStreamLoader(
-        EvalStream(own, tokenizer, block_size, keep, rank, replicas),
+        EvalStream(own, tokenizer, block_size, rank, replicas),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
