@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
@@ -15,7 +16,8 @@ from lit_tokenformer.interop.auto_models import (
     save_transformers,
     to_transformers,
 )
-from lit_tokenformer.models import create_backbone
+from lit_tokenformer.interop.transformers import read_transformers, write_transformers
+from lit_tokenformer.models import Tokenformer, create_backbone
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}
 TEXT = {"vocab_size": 50, "context_length": 64}
@@ -200,3 +202,29 @@ def test_trainer_trains_it(tmp_path):
     before = twin(x, labels=x).loss.item()
     trainer.train()
     assert twin.eval()(x, labels=x).loss.item() < before
+
+
+@pytest.mark.parametrize("preset", KINDS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_weights_of_our_class_come_back_without_its_code(preset, dtype, tmp_path):
+    made = model(preset)
+    grow(made, {"ffn": 40, "depth": 3})
+    write_transformers(tmp_path, made.config.at_size(made.size), made.state_dict(), dtype)
+    (tmp_path / "modeling_tokenformer.py").write_text("raise SystemExit")
+    found = read_transformers(tmp_path)
+    back = Tokenformer(found.config).eval()
+    back.load_state_dict(found.state)
+    x = inputs(made)
+    torch.testing.assert_close(back.float()(x), made(x), rtol=0, atol=1e-6 if dtype is None else 0.1)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.keys.weight"))
+    save_file({**weights, name: weights[name][:3].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^source: .*{name} has shape \(3, 32\), expected \(40, 32\)$"):
+        read_transformers(tmp_path)
+
+
+def test_what_no_class_expresses_is_refused_with_both_reasons(tmp_path):
+    made = model(score_norm="softmax")
+    with pytest.raises(ValueError, match="no architecture of transformers fits.*; as TokenFormer: score_norm: not in"):
+        write_transformers(tmp_path, made.config, made.state_dict())
+    assert not list(tmp_path.iterdir())

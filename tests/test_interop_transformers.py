@@ -665,8 +665,8 @@ def test_heads_that_the_target_cannot_express_are_rejected(name, growth, message
     assert "\n" not in str(error.value) and not list(tmp_path.glob("back*"))
 
 
-def test_parameter_tokens_are_rejected_with_the_reason(tmp_path):
-    task = LitCausalLM("tokenformer_lm_tiny", VOCAB, LENGTH)
+def test_what_no_architecture_expresses_is_rejected_with_the_reason(tmp_path):
+    task = LitCausalLM("tokenformer_lm_tiny", VOCAB, LENGTH, overrides={"score_norm": "softmax"})
     write_checkpoint(fresh_checkpoint(task, task.state_dict()), tmp_path / "one.ckpt")
     with pytest.raises(ValueError, match="no architecture of transformers fits.*projection 'pattention'"):
         export_weights(str(tmp_path / "one.ckpt"), str(tmp_path / "back"), format="transformers")

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
+from lit_tokenformer.interop.weight_format import cast
 from lit_tokenformer.models import Tokenformer, preset_config
 from lit_tokenformer.models import TokenformerConfig as Architecture
+from lit_tokenformer.tensor_files import TensorFiles
 
 try:
     import transformers
@@ -153,17 +156,22 @@ def from_transformers(model: Any) -> Tokenformer:
     return ours.eval()
 
 
-def save_transformers(model: Tokenformer, folder: str | os.PathLike[str]) -> None:
+def save_transformers(model: Tokenformer, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
     """Write a folder that the Auto classes of transformers load, with the code of the model next to the weights.
 
     Args:
         model: Model of any size.
         folder: Output folder.
+        dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` keeps that of ``model``. ``tau`` stays
+            in float32.
 
     Raises:
-        UserError: See :func:`to_transformers`.
+        UserError: See :func:`to_transformers`; for values that overflow ``dtype``.
     """
     twin = to_transformers(model)
+    for name, parameter in twin.named_parameters():
+        parameter.data = cast(parameter.data, name, dtype)
+    twin.config.dtype = next(twin.parameters()).dtype
     source = Path(inspect.getfile(modeling))
     auto = MODELS[model.config.head][2]
     module = source.stem
@@ -177,6 +185,41 @@ def save_transformers(model: Tokenformer, folder: str | os.PathLike[str]) -> Non
     Path(folder, source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
 
+def load_transformers(weights: Path, settings: Mapping[str, Any]) -> Tokenformer:
+    """Load a folder that :func:`save_transformers` or transformers wrote, without running its copy of the code.
+
+    Args:
+        weights: Weights file, or index of sharded weights.
+        settings: Content of its ``config.json``.
+
+    Raises:
+        UserError: For another class, or if a tensor is missing, unexpected or misshapen.
+    """
+    classes = {kind.__name__: (head, kind) for head, (_, kind, _) in MODELS.items()}
+    name = next(iter(settings.get("architectures") or [None]))
+    if name not in classes:
+        raise UserError(f"architectures: unsupported (got {name!r}, expected {' or '.join(classes)})")
+    head, kind = classes[name]
+    known = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
+    try:
+        architecture = _architecture(head, modeling.TokenformerConfig(**known))
+        files = TensorFiles(weights, "source")
+        ours = Tokenformer(architecture)
+        twin = to_transformers(ours)
+        expected = {one: tuple(tensor.shape) for one, tensor in twin.state_dict().items()}
+        for one in (kind._tied_weights_keys or {}).keys() - files.shapes.keys():
+            expected.pop(one, None)
+        for one in sorted(expected.keys() | files.shapes.keys()):
+            if expected.get(one) != files.shapes.get(one):
+                problem = f"{one} has shape {files.shapes.get(one)}, expected {expected.get(one)}"
+                raise UserError(f"source: {weights}: {problem}")
+        twin.load_state_dict({one: files[one] for one in files.shapes}, strict=False)
+        twin.tie_weights()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(str(error)) from None
+    return from_transformers(twin)
+
+
 def _current(model: Tokenformer) -> Architecture:
     """Return the architecture at its current size."""
     size = model.size
@@ -187,28 +230,36 @@ def _current(model: Tokenformer) -> Architecture:
     return dataclasses.replace(model.config, **changes)
 
 
+def _fields(stem: str) -> dict[str, str]:
+    return {ours: theirs for ours, theirs in FIELDS.items() if ours not in UNUSED_BY_STEM[stem]}
+
+
 def _config(architecture: Architecture) -> modeling.TokenformerConfig:
     tokens = architecture.tokens
+    if isinstance(architecture.image_size, tuple):
+        raise UserError(f"image_size: not in TokenFormer's class in transformers (got {architecture.image_size})")
     config = modeling.TokenformerConfig(
-        **{theirs: getattr(architecture, ours) for ours, theirs in FIELDS.items()},
+        **{theirs: getattr(architecture, ours) for ours, theirs in _fields(architecture.stem).items()},
         head_dim=architecture.head_width,
         qkv_tokens=tokens.qkv,
         proj_tokens=tokens.proj,
         ffn_tokens=tokens.ffn,
     )
     back = _architecture(architecture.head, config)
+    free = TRAINING | {"param_tokens", "head_dim"} | UNUSED_BY_STEM[architecture.stem]
     for field in dataclasses.fields(Architecture):
         ours, theirs = getattr(architecture, field.name), getattr(back, field.name)
-        if ours != theirs and field.name not in TRAINING | {"param_tokens", "head_dim"}:
+        if ours != theirs and field.name not in free:
             problem = "not in TokenFormer's class in transformers"
             raise UserError(f"{field.name}: {problem} (got {ours!r}, expected {theirs!r})")
     return config
 
 
 def _architecture(head: str, config: Any) -> Architecture:
+    preset = MODELS[head][0]
     return preset_config(
-        MODELS[head][0],
-        **{ours: getattr(config, theirs) for ours, theirs in FIELDS.items()},
+        preset,
+        **{ours: getattr(config, theirs) for ours, theirs in _fields(preset_config(preset).stem).items()},
         head_dim=config.head_dim,
         param_tokens={kind: getattr(config, f"{kind}_tokens") for kind in ("qkv", "proj", "ffn")},
     )

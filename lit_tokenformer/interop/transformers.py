@@ -25,7 +25,7 @@ from lit_tokenformer.interop.weight_format import (
     find_weights,
     read_json,
 )
-from lit_tokenformer.models import TokenformerConfig
+from lit_tokenformer.models import Tokenformer, TokenformerConfig
 from lit_tokenformer.registry import TRANSFORMERS_MODELS, WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import TensorFiles, write_tensors
 
@@ -44,6 +44,8 @@ def read_transformers(source: str | os.PathLike[str], config_json: str | os.Path
     weights = find_weights(source)
     path = Path(config_json) if config_json else weights.with_name(CONFIG_FILE)
     given = read_json(path)
+    if given.get("model_type") == OWN:
+        return read_own(weights, given)
     try:
         if "auto_map" in given:
             raise UserError("auto_map: needs code of the repository, which is never run")
@@ -74,7 +76,8 @@ def write_transformers(
         state: State dict of a :class:`~lit_tokenformer.models.Tokenformer` of this size.
         dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` keeps that of ``state``.
         format: ``safetensors``, or ``bin`` for a pickled state dict.
-        architecture: ``model_type``; ``None`` for the first that can express ``config``.
+        architecture: ``model_type``; ``None`` for the first that can express ``config``, else TokenFormer's own
+            class, whose code is written next to the weights (see ``auto_models``).
 
     Raises:
         UserError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, or a model that no
@@ -94,7 +97,14 @@ def write_transformers(
             problems[name] = str(error)
     else:
         nearest = min(problems, key=lambda name: TRANSFORMERS_MODELS[name].distance(config))
-        raise UserError(f"config: no architecture of transformers fits; the nearest, {nearest}, {problems[nearest]}")
+        try:
+            write_own(folder, config, state, dtype)
+        except ValueError as error:
+            raise UserError(
+                f"config: no architecture of transformers fits; the nearest, {nearest}, {problems[nearest]}; as "
+                f"TokenFormer: {error}"
+            ) from None
+        return
     converted = known.write_tensors(config, state, settings)
     first = next(iter(converted.values())).dtype  # sums of positions and segments are in float64
     converted = {name: one.to(first) if one.dtype == torch.float64 else one for name, one in converted.items()}
@@ -103,6 +113,37 @@ def write_transformers(
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
     _write_json(Path(folder) / CONFIG_FILE, settings)
+
+
+OWN = "tokenformer"
+"""``model_type`` of TokenFormer's own class."""
+
+
+def write_own(
+    folder: str | os.PathLike[str], config: TokenformerConfig, state: Mapping[str, Tensor], dtype: str | None
+) -> None:
+    """Write a model as TokenFormer's own class of transformers, with its code.
+
+    Raises:
+        UserError: If the class does not have its parts, or transformers is not installed.
+    """
+    from lit_tokenformer.interop.auto_models import save_transformers  # needs transformers
+
+    model = Tokenformer(config)
+    model.load_state_dict(dict(state))
+    save_transformers(model, folder, dtype)
+
+
+def read_own(weights: Path, given: Mapping[str, Any]) -> ReadModel:
+    """Load a folder of TokenFormer's own class; its copy of the code is not run.
+
+    Raises:
+        UserError: If the weights do not fit the config, or transformers is not installed.
+    """
+    from lit_tokenformer.interop.auto_models import load_transformers
+
+    model = load_transformers(weights, given)
+    return ReadModel(model.config, model.state_dict())
 
 
 SPECIAL_TOKENS = {
