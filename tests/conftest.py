@@ -35,6 +35,19 @@ def _read_once(component):
 AttributeDocstrings.get_attr_docs = lambda self, component: _read_once(component)
 
 
+UPSTREAM = (  # markers by which the suites of timm and transformers sort their tests, see tests/upstream
+    *("base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout", "generate", "order", "asyncio"),
+    *("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test"),
+    *("is_pipeline_test", "is_tensor_parallel_test", "is_training_test", "is_expert_parallel_test", "is_fsdp_test"),
+    *("is_agent_test", "is_staging_test", "torch_export_test"),
+)
+
+
+def pytest_configure(config):
+    for name in UPSTREAM:
+        config.addinivalue_line("markers", f"{name}: of an upstream suite")
+
+
 def pytest_runtest_setup(item):
     """Skip what needs a CUDA device where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

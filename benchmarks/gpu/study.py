@@ -70,7 +70,7 @@ def make_domain(corpus: Path, tiny: bool) -> Domain:
         "eval_batch_size": batch,
         "num_workers": 0 if tiny else 4,
     }
-    settings |= {"files": [str(corpus)], "cache_dir": str(corpus.parent / "cache")}
+    settings |= {"dataset": "files", "files": [str(corpus)], "cache_dir": str(corpus.parent / "cache")}
     settings |= {"tokenizer": "bytes", "val_fraction": 0.05}
     return replace(
         DOMAINS["text"],

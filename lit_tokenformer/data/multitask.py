@@ -37,7 +37,7 @@ class MultiTaskDataModule(LightningDataModule):
         >>> prose, digits = TextDataModule("python_docs"), ImageDataModule("digits")
         >>> data = MultiTaskDataModule(tasks={"digits": digits, "prose": prose})
         >>> data.sizes["digits"], data.batch_size
-        ({'num_classes': 10, 'image_size': 8}, 32)
+        ({'num_classes': 10, 'image_size': 8, 'in_chans': 3}, 32)
     """
 
     def __init__(

@@ -270,24 +270,30 @@ class ResumableStreamLoader(CountingLoader):
         return self._group
 
 
+_LOADER = LoaderSettings(batch_size=32)
+
+
 class ResumableDataModule(LightningDataModule):
     """Data module with its training position in the checkpoint.
 
     Args:
         seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
+        num_workers: Number of worker processes per training process, if ``loader`` has none.
         loader: Batch sizes and worker processes.
     """
 
-    loader_defaults = LoaderSettings(batch_size=32)
+    loader_defaults = _LOADER
     """Default of ``loader``, whose batch size is used if another ``loader`` has none."""
 
-    def __init__(self, seed: int | None, loader: LoaderSettings) -> None:
+    def __init__(
+        self, seed: int | None = None, num_workers: int | None = None, loader: LoaderSettings = _LOADER
+    ) -> None:
         super().__init__()
         check_whole(seed=(seed, 0))
         self.seed = seed
         self.batch_size = loader.batch_size or self.loader_defaults.batch_size or 1
         self.eval_batch_size = loader.eval_batch_size or self.batch_size
-        self.num_workers = loader.num_workers
+        self.num_workers = num_workers if loader.num_workers is None else loader.num_workers
         self.pin_memory = torch.cuda.is_available() if loader.pin_memory is None else loader.pin_memory
         self._train_loader: ResumableLoader | ResumableStreamLoader | None = None
         self._resume_from: dict[str, Any] = {}

@@ -156,7 +156,7 @@ class ImageDataModule(ResumableDataModule):
         loader: LoaderSettings = ResumableDataModule.loader_defaults,
         hub: HubImageSettings = _HUB,
     ) -> None:
-        super().__init__(seed, loader)
+        super().__init__(seed, loader=loader)
         self.dataset = dataset
         self.source, name = find_source(dataset)
         self.settings = SourceSettings(

@@ -129,7 +129,7 @@ class TextDataModule(ResumableDataModule):
         loader: LoaderSettings = _LOADER,
         hub: HubSettings = _HUB,
     ) -> None:
-        super().__init__(seed, loader)
+        super().__init__(seed, loader=loader)
         TEXT_SOURCES[dataset]  # raises for an unknown name
         if encoding_errors not in ("strict", "replace"):
             raise unknown_name("data.encoding_errors", encoding_errors, ("strict", "replace"))

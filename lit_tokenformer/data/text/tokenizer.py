@@ -108,6 +108,8 @@ class Tokenizer:
         self.special = dict(special or {})
         if isinstance(separator, int):
             separator = backend.id_to_token(separator)
+        if not isinstance(separator, (str, type(None))):
+            raise UserError(f"data.separator: expected a token, got {separator!r}")
         names = (self.special.get("eos"), *USUAL_SEPARATORS) if separator is None else (separator,)
         found = next((name for name in names if name in vocabulary), None)
         if found is None and separator is not None:
