@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.parts import Findings
 from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
@@ -87,7 +88,7 @@ def write_corpus(file: Path, size: int) -> str:
     """Write the source as JSON lines, a document each, up to ``size`` bytes; return a description."""
     digest, total = hashlib.sha256(), 0
     with file.open("w", encoding="utf-8") as lines:
-        for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        for path in sorted(Path(torch.__file__).parents[1].rglob("*.py")):
             text = path.read_text(encoding="utf-8", errors="ignore") if path.is_file() else ""
             if total + len(text) > size:
                 break
