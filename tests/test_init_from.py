@@ -274,6 +274,23 @@ def test_positions_are_resampled_and_the_head_is_fresh(tmp_path):
     assert task(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 
 
+@pytest.mark.parametrize("classes", [["b", "c", "a"], ["c", "d"], ["d", "b", "e", "a"], ["d", "e", "f"]])
+def test_classes_of_an_image_head_are_matched_by_name(classes, tmp_path, logged):
+    task = classifier(num_classes=3)
+    path = saved(task, tmp_path / "one.ckpt", image_data={"class_names": ["a", "b", "c"]})
+    new = classifier(num_classes=len(classes))
+    fresh = copy.deepcopy(new.backbone.head.fc)
+    initialize_from(new, path, SimpleNamespace(image_data={"class_names": classes}))
+    for number, name in enumerate(classes):
+        row = "abc".find(name)
+        for part in ("weight", "bias"):
+            source = getattr(fresh, part)[number] if row < 0 else getattr(task.backbone.head.fc, part)[row]
+            assert torch.equal(getattr(new.backbone.head.fc, part)[number], source)
+    known = sum(name in "abc" for name in classes)
+    by_name = f"backbone.head.fc.weight: {known} of {len(classes)} classes by name"
+    assert (by_name if known else "newly initialized: backbone.head.fc.weight, backbone.head.fc.bias") in logged()
+
+
 def test_the_same_architecture_computes_the_same(tmp_path):
     old, task = classifier().eval(), classifier(param_tokens=4, depth=1).eval()
     grow(old, 16)

@@ -35,9 +35,9 @@ def initialize_from(
 ) -> None:
     """Load the weights of a checkpoint into a module, in place, as the start of a new experiment.
 
-    The module adopts the checkpoint's parameter tokens and depth. An image head for a different number of classes keeps
-    its fresh weights. Position embeddings are resampled to the module's image size. One log line lists newly
-    initialized tensors.
+    The module adopts the checkpoint's parameter tokens and depth. Classes of an image head are matched by name, where
+    both names are known; other classes, and a head for a different number of classes, keep their fresh weights.
+    Position embeddings are resampled to the module's image size. One log line lists newly initialized tensors.
 
     Args:
         module: A task, or any module that contains backbones.
@@ -80,6 +80,11 @@ def initialize_from(
         for prefix, model in backbones
         for vocabularies in [_vocabularies(*_of_task(prefix, checkpoint, datamodule), path)]
         for note in _map_vocabulary(prefix, model, own, weights, vocabularies, resize_vocab, path)
+    ]
+    notes += [
+        note
+        for prefix, model in backbones
+        for note in _map_classes(f"{prefix}head.fc.", own, weights, *_of_task(prefix, checkpoint, datamodule))
     ]
 
     def is_open(name: str) -> bool:  # part of a head, or outside the backbones
@@ -214,6 +219,25 @@ def _resample_positions(
         common = range(min(before, now))
         weights[name] = _moved_rows(own[name], weights[name], dict(zip(common, common, strict=True)))
         yield f"{name} {before} -> {now}" + (f", {now - before} newly initialized" if now > before else "")
+
+
+def _map_classes(
+    prefix: str, own: Mapping[str, Tensor], weights: dict[str, Tensor], checkpoint: Mapping[str, Any], datamodule: Any
+) -> Iterator[str]:
+    """Fit the classes of an image head to those of the data, in place, and yield the changes."""
+    both = checkpoint.get("image_data"), getattr(datamodule, "image_data", None)
+    saved, present = ((one or {}).get("class_names") for one in both)
+    if not saved or not present or saved == present or len({*saved}) < len(saved):
+        return
+    places = {number: saved.index(name) for number, name in enumerate(present) if name in saved}
+    for name in (f"{prefix}weight", f"{prefix}bias"):
+        if name not in own or len(own[name]) != len(present) or len(weights.get(name, ())) != len(saved):
+            continue
+        if places:
+            weights[name] = _moved_rows(own[name], weights[name], places)
+            yield f"{name}: {len(places)} of {len(present)} classes by name"
+        else:
+            del weights[name]
 
 
 def _map_vocabulary(
