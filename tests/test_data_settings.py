@@ -70,3 +70,12 @@ def test_a_run_has_the_identity_of_earlier_versions():
         **{"data": "a.B", "data.batch_size": 6, "data.hf_name": "x", "data.streaming": False},
         **{"data.loader": True, "data.hub": True},
     }
+
+
+@pytest.mark.parametrize(
+    "option", ["hub.name", "hf_name", "loader.num_workers", "num_workers", "augmentation.auto_augment"]
+)
+def test_null_on_the_command_line_is_no_text(option, capsys):
+    found = parsed(capsys, "vit_small", f"--data.{option}", "null")
+    group, _, name = FLAT_NAMES.get(option, option).partition(".")
+    assert found[group][name] is None

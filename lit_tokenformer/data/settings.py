@@ -131,6 +131,8 @@ class FlatNameParser(ArgumentParser):
         """Parse arguments; those of a data module include the flat names of its nested settings."""
         if isinstance(args, list):
             args = [re.sub(r"^--(\w+)(?==)", lambda name: f"--{self._nested(name[1])}", arg) for arg in args]
+            if getattr(self, "_inner_parser", False):  # jsonargparse writes a null that it has parsed as None
+                args = [re.sub("=None$", "=null", arg) for arg in args]
         return super().parse_args(args, *others, **settings)
 
     def parse_object(self, cfg_obj: Any, *others: Any, **settings: Any) -> Any:
