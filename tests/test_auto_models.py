@@ -82,7 +82,7 @@ def test_the_written_code_needs_nothing_of_this_project(tmp_path):
 import sys, torch
 sys.modules["lit_tokenformer"] = None
 from transformers import AutoModelForCausalLM
-x, logits = torch.load({str(tmp_path / "expected.pt")!r})
+x, logits = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "folder")!r}, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules")
 torch.testing.assert_close(model(x).logits, logits, rtol=0, atol=1e-6)
@@ -227,4 +227,9 @@ def test_what_no_class_expresses_is_refused_with_both_reasons(tmp_path):
     made = model(score_norm="softmax")
     with pytest.raises(ValueError, match="no architecture of transformers fits.*; as TokenFormer: score_norm: not in"):
         write_transformers(tmp_path, made.config, made.state_dict())
+    made = model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="as TokenFormer: format: only 'safetensors' .got 'bin'.$"):
+        write_transformers(tmp_path, made.config, made.state_dict(), format="bin")
     assert not list(tmp_path.iterdir())
+    write_transformers(tmp_path, made.config, made.state_dict())  # in its own precision
+    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16

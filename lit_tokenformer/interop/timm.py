@@ -19,15 +19,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.architectures import Architecture, check_lossless, fused, row
 from lit_tokenformer.interop.weight_format import (
     CONFIG_FILE,
-    DTYPES,
     WEIGHTS,
     ReadModel,
     WeightFormat,
     cast,
+    check_export,
     find_weights,
     read_json,
 )
@@ -235,10 +235,7 @@ def write_timm(
         UserError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, or a model that timm cannot
             express. Nothing is written then.
     """
-    if format not in WEIGHTS:
-        raise unknown_name("format", format, WEIGHTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    check_export(format, dtype)
     try:
         if config.stem != "patch":
             raise UserError(f"stem {config.stem!r} (only 'patch')")

@@ -1,8 +1,9 @@
 """Tokenformer vision transformers in timm's model registry.
 
-After ``import lit_tokenformer.interop.timm``, ``timm.create_model("tokenformer_vit_small_patch16_224")`` creates a
-model with timm's interface for vision transformers (``timm.models.vision_transformer``): feature extraction, layer-wise
-learning-rate decay, hub folders. It grows like any :class:`~lit_tokenformer.models.Tokenformer`. timm's scripts run by
+After ``import lit_tokenformer.interop.timm_models``, ``timm.create_model("tokenformer_vit_small_patch16_224")`` creates
+a model with timm's interface for vision transformers (``timm.models.vision_transformer``): feature extraction,
+layer-wise learning-rate decay, hub folders. It grows like any :class:`~lit_tokenformer.models.Tokenformer`. Scripts of
+timm run with the models registered by
 
     python -m lit_tokenformer.interop.timm_models train.py --model tokenformer_vit_small_patch16_224 ...
 """

@@ -25,10 +25,10 @@ from torch import Tensor
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.weight_format import (
     CONFIG_FILE,
-    DTYPES,
     WEIGHTS,
     WeightFormat,
     cast,
+    check_export,
     find_weights,
     read_json,
 )
@@ -193,10 +193,7 @@ def write_published(
         ValueError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, an architecture that is not
             representable in the format, or a tau other than sqrt(N). Nothing is written then.
     """
-    if format not in WEIGHTS:
-        raise unknown_name("format", format, WEIGHTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    check_export(format, dtype)
     settings = _settings(config, state)
     taus = {name: tensor for name, tensor in state.items() if name.endswith(".tau")}
     for name, tau in taus.items():

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.data.text.vocabulary import ROLES, USUAL_SEPARATORS, from_text
-from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop import transformers_models  # noqa: F401  (registers the architectures)
 from lit_tokenformer.interop.architectures import Architecture
 from lit_tokenformer.interop.weight_format import (
     CONFIG_FILE,
-    DTYPES,
     WEIGHTS,
     ReadModel,
     WeightFormat,
     cast,
+    check_export,
     find_weights,
     read_json,
 )
@@ -83,10 +83,7 @@ def write_transformers(
         UserError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, or a model that no
             architecture can express. Nothing is written then.
     """
-    if format not in WEIGHTS:
-        raise unknown_name("format", format, WEIGHTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    check_export(format, dtype)
     problems: dict[str, str] = {}
     for name in [architecture] if architecture is not None else TRANSFORMERS_MODELS.names():
         known: Architecture = TRANSFORMERS_MODELS[name]
@@ -98,6 +95,8 @@ def write_transformers(
     else:
         nearest = min(problems, key=lambda name: TRANSFORMERS_MODELS[name].distance(config))
         try:
+            if format != "safetensors":
+                raise UserError(f"format: only 'safetensors' (got {format!r})")
             write_own(folder, config, state, dtype)
         except ValueError as error:
             raise UserError(
@@ -129,7 +128,7 @@ def write_own(
     """
     from lit_tokenformer.interop.auto_models import save_transformers  # needs transformers
 
-    model = Tokenformer(config)
+    model = Tokenformer(config).to(state["norm.weight"].dtype)
     model.load_state_dict(dict(state))
     save_transformers(model, folder, dtype)
 

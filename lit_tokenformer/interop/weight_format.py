@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import TokenformerConfig
 from lit_tokenformer.registry import WEIGHT_FORMATS, Registry
 
@@ -134,6 +134,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"config_json: {path} is not an object (got {type(given).__name__}, expected keys and values)")
     return given
+
+
+def check_export(format: str, dtype: str | None) -> None:
+    """Raise a ``UserError`` for an unknown file format or precision of an export."""
+    if format not in WEIGHTS:
+        raise unknown_name("format", format, WEIGHTS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
 
 
 def cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:
