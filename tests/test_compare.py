@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -298,7 +299,9 @@ def test_presets_are_trained_resumed_and_written(config, tmp_path, capfd):
 def test_wall_budget_measures_speed_first(config, tmp_path):
     assert run(config, tmp_path, "[transformer_tiny]", "--budget=wall=0.3", "--evaluations=1") == 0
     (one,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["arms"]
-    assert one["steps"] > 2 and "measured over 12 steps" in one["notes"][0]
+    steps, seconds = re.match(r"(\d+) steps of ([\d.]+) s measured over 12 steps", one["notes"][0]).groups()
+    assert one["steps"] == int(steps) and (one["steps"] + 1) * (float(seconds) + 0.0005) > 0.3  # rounded in the note
+    assert one["steps"] == 2 or one["steps"] * (float(seconds) - 0.0005) <= 0.3
 
 
 def test_every_fit_that_fails_is_an_error(config, tmp_path, capsys):
