@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
-from lit_tokenformer.interop.auto_models import (
+from lit_tokenformer.interop.transformers import (
     MODELS,
     from_transformers,
     save_transformers,
     to_transformers,
 )
-from lit_tokenformer.interop.transformers import read_transformers, write_transformers
+from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
 from lit_tokenformer.models import Tokenformer, create_backbone
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.axes import Axis, AxisTensor
-from lit_tokenformer.models.pattention import SCORE_NORMS, Activation, Pattention
+from lit_tokenformer.models.pattention import SCORE_NORMS, Pattention
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,10 +58,10 @@ class LinearHalves:
         """Parameters that scale the output: the values' weight."""
         return [self.values.weight]
 
-    def attend(self, x: Tensor, activation: Activation) -> Tensor:
-        """(..., D_in) -> (..., D_out)."""
+    def attend(self, x: Tensor) -> Tensor:
+        """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
         norm = SCORE_NORMS[self.score_norm]  # type: ignore[attr-defined]
-        return self.values(norm.function(self.keys(x), self.tau, activation))  # type: ignore[attr-defined]
+        return self.values(norm.function(self.keys(x), self.tau, self.activation))  # type: ignore[attr-defined]
 
 
 def _linear_tensor(tensor: AxisTensor) -> AxisTensor:

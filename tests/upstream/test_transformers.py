@@ -22,7 +22,7 @@ from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tens
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 from lit_tokenformer.interop import modeling_tokenformer as modeling  # noqa: E402
-from lit_tokenformer.interop.auto_models import to_transformers  # noqa: E402, F401  # registers the classes
+from lit_tokenformer.interop.transformers import to_transformers  # noqa: E402, F401  # registers the classes
 
 for _task, _class in {
     **{"": "Model", "_FOR_CAUSAL_LM": "ForCausalLM", "_FOR_MASKED_LM": "ForMaskedLM"},
