@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -22,6 +23,7 @@ from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -128,6 +130,22 @@ def current_architecture(model: Tokenformer) -> TokenformerConfig:
     return grown
 
 
+class GrowingBlock(GradientCheckpointingLayer, Block):
+    """Our block, with the activation checkpointing of transformers."""
+
+
+class GrowingBackbone(Tokenformer):
+    """Our model, without a head."""
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__(config)
+        self.head = nn.Identity()
+
+    def new_block(self, number: int) -> Block:
+        """Create a freshly initialized block for index ``number`` of the stack."""
+        return GrowingBlock(self.config, number)
+
+
 class AttentionInterface(nn.Module):
     """Attention function of transformers, chosen by ``config._attn_implementation``."""
 
@@ -177,9 +195,9 @@ class GrowingTokenformerPreTrainedModel(modeling.TokenformerPreTrainedModel):
 
     config_class = GrowingTokenformerConfig
     config: GrowingTokenformerConfig
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["GrowingBlock"]
     _can_record_outputs = {
-        "hidden_states": Block,
+        "hidden_states": GrowingBlock,
         "attentions": OutputRecorder(AttentionInterface, index=1),
     }
 
@@ -187,7 +205,7 @@ class GrowingTokenformerPreTrainedModel(modeling.TokenformerPreTrainedModel):
         """Initialize what a checkpoint lacks; the backbone as in a new model."""
         backbone = self.base_model.backbone
         if not getattr(backbone, "_is_hf_initialized", False):
-            fresh = self.base_model.new_backbone(backbone.config)
+            fresh = GrowingBackbone(backbone.config)
             values = (*fresh.parameters(), *fresh.buffers())
             for tensor, value in zip((*backbone.parameters(), *backbone.buffers()), values, strict=True):
                 init.copy_(tensor, value)
@@ -222,7 +240,7 @@ class GrowingTokenformerModel(GrowingTokenformerPreTrainedModel):
     def __init__(self, config: GrowingTokenformerConfig) -> None:
         super().__init__(config)
         architecture = config.architecture()
-        self.backbone = self.new_backbone(architecture)
+        self.backbone = GrowingBackbone(architecture)
         self.attend = AttentionInterface(config, architecture)
         recurrent = not self.backbone.keeps_documents_apart
         self.uses_interface = not recurrent and POSITIONS[architecture.positions].bias is None
@@ -237,20 +255,12 @@ class GrowingTokenformerModel(GrowingTokenformerPreTrainedModel):
         for module in self.backbone.modules():
             module._is_hf_initialized = True
 
-    @staticmethod
-    def new_backbone(architecture: TokenformerConfig) -> Tokenformer:
-        """Create a backbone without a head."""
-        backbone = Tokenformer(architecture)
-        backbone.head = nn.Identity()
-        return backbone
-
     def _features(self, x: dict[str, Any], mask: Any, cache: Cache | None = None, **kwargs: Any) -> Tensor:
         """Run the backbone, by the attention of transformers where its parts allow it."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Tensor:
             return self.attend(query, key, value, mask, dropout, **kwargs)[0]
 
-        self.backbone.set_grad_checkpointing(self.gradient_checkpointing)
         state: Any = None if cache is None else _CachedState(cache, len(self.backbone.blocks))
         return self.backbone.forward_features(
             **x, attention_mask=mask, state=state, attend=attend if self.uses_interface else None
@@ -312,7 +322,9 @@ class GrowingTokenformerVisionModel(GrowingTokenformerModel):
         return BaseModelOutput(last_hidden_state=self._features({"x": pixel_values}, None, **kwargs))
 
 
-class GrowingTokenformerForCausalLM(GrowingTokenformerPreTrainedModel, modeling.TokenformerForCausalLM):
+class GrowingTokenformerForCausalLM(
+    GrowingTokenformerPreTrainedModel, modeling.TokenformerForCausalLM, GenerationMixin
+):
     """Our backbone for causal language modeling."""
 
     _tied_weights_keys = {"lm_head.weight": "model.backbone.stem.embedding.weight"}
@@ -364,3 +376,6 @@ class GrowingTokenformerForTokenClassification(GenericForTokenClassification, Gr
 
 class GrowingTokenformerForQuestionAnswering(GenericForQuestionAnswering, GrowingTokenformerPreTrainedModel):
     """Our backbone for extractive question answering."""
+
+    get_input_embeddings = GrowingTokenformerPreTrainedModel.get_input_embeddings
+    set_input_embeddings = GrowingTokenformerPreTrainedModel.set_input_embeddings
