@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
+from lit_tokenformer.interop.model_card import CARD_FILE, write_card
 from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
 from lit_tokenformer.interop.weight_format import cast
 from lit_tokenformer.models import Tokenformer, preset_config
@@ -185,6 +186,8 @@ def from_transformers(model: Any) -> Tokenformer:
 def save_transformers(model: Tokenformer, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
     """Write a folder that the Auto classes of transformers load, with the code of the model next to the weights.
 
+    A model card is written unless there is one.
+
     Args:
         model: Model of any size.
         folder: Output folder.
@@ -209,6 +212,8 @@ def save_transformers(model: Tokenformer, folder: str | os.PathLike[str], dtype:
     }
     twin.save_pretrained(folder)
     Path(folder, source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    if not Path(folder, CARD_FILE).exists():
+        write_card(Path(folder), model, {})
 
 
 def load_transformers(weights: Path, settings: Mapping[str, Any]) -> Tokenformer:

@@ -15,6 +15,7 @@ from lit_tokenformer.data.text.vocabulary import ROLES, USUAL_SEPARATORS, from_t
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop import transformers_models  # noqa: F401  (registers the architectures)
 from lit_tokenformer.interop.architectures import Architecture
+from lit_tokenformer.interop.model_card import write_card
 from lit_tokenformer.interop.weight_format import (
     CONFIG_FILE,
     WEIGHTS,
@@ -185,5 +186,6 @@ WEIGHT_FORMATS.register("transformers")(
         recognizes=lambda config: "model_type" in config,
         write_tokenizer=write_tokenizer,
         architectures=TRANSFORMERS_MODELS,
+        write_card=write_card,
     )
 )
