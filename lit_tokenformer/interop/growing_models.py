@@ -205,10 +205,11 @@ class GrowingTokenformerPreTrainedModel(modeling.TokenformerPreTrainedModel):
         """Initialize what a checkpoint lacks; the backbone as in a new model."""
         backbone = self.base_model.backbone
         if not getattr(backbone, "_is_hf_initialized", False):
-            fresh = GrowingBackbone(backbone.config)
-            values = (*fresh.parameters(), *fresh.buffers())
-            for tensor, value in zip((*backbone.parameters(), *backbone.buffers()), values, strict=True):
-                init.copy_(tensor, value)
+            tensors = (*backbone.parameters(), *backbone.buffers())
+            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                fresh = GrowingBackbone(backbone.config)
+                for tensor, value in zip(tensors, (*fresh.parameters(), *fresh.buffers()), strict=True):
+                    init.copy_(tensor, value)
             self.base_model.mark_initialized()
         super().initialize_weights()
 
@@ -217,10 +218,9 @@ class GrowingTokenformerPreTrainedModel(modeling.TokenformerPreTrainedModel):
         return stem.embedding if self.main_input_name == "input_ids" else stem.patch_embed.proj
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.backbone.stem.embedding = value
-        self.base_model.backbone.config = dataclasses.replace(
-            self.base_model.backbone.config, vocab_size=value.num_embeddings
-        )
+        backbone = self.base_model.backbone
+        backbone.stem.embedding = value
+        backbone.config = dataclasses.replace(backbone.config, vocab_size=value.num_embeddings)
 
     def update_config(self) -> None:
         """Write the current size of the backbone to the config; ``generate`` and ``save_pretrained`` call it."""

@@ -141,7 +141,7 @@ def to_transformers(model: Tokenformer, growing: bool = False) -> Any:
     if architecture.head not in MODELS:
         raise UserError(f"head: no model of transformers (got {architecture.head!r}, expected {', '.join(MODELS)})")
     config = GrowingTokenformerConfig.of(architecture) if growing else _config(architecture)
-    twin: Any = _class(architecture.head, growing)(config)
+    twin: Any = _class_of(architecture.head, growing)(config)
     twin.to(next(model.parameters()).dtype)
     state = {theirs: tensor for _, theirs, tensor in _renamed(architecture, model.state_dict(), growing)}
     with torch.no_grad():
@@ -227,11 +227,11 @@ def load_transformers(weights: Path, settings: Mapping[str, Any]) -> Tokenformer
         UserError: For another class, or if a tensor is missing, unexpected or misshapen.
     """
     growing = settings.get("model_type") == GrowingTokenformerConfig.model_type
-    classes = {_class(head, growing).__name__: head for head in MODELS}
+    classes = {_class_of(head, growing).__name__: head for head in MODELS}
     name = next(iter(settings.get("architectures") or [None]))
     if name not in classes:
         raise UserError(f"architectures: unsupported (got {name!r}, expected {' or '.join(classes)})")
-    head, kind = classes[name], _class(classes[name], growing)
+    head, kind = classes[name], _class_of(classes[name], growing)
     known = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
     try:
         architecture = _architecture(head, kind.config_class(**known))
@@ -252,7 +252,7 @@ def load_transformers(weights: Path, settings: Mapping[str, Any]) -> Tokenformer
     return from_transformers(twin)
 
 
-def _class(head: str, growing: bool) -> Any:
+def _class_of(head: str, growing: bool) -> Any:
     name = MODELS[head][1].__name__
     return getattr(growing_models, f"Growing{name}") if growing else MODELS[head][1]
 

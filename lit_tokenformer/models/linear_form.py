@@ -109,8 +109,9 @@ def as_linear(model: Model) -> Model:
         for part in ("key_tokens", "value_tokens"):
             _check_plain("as_linear", f"{name}.{part}".lstrip("."), layer._parameters.get(part))
     for _, layer in layers:
-        keys, values = layer._parameters.pop("key_tokens"), layer._parameters.pop("value_tokens")
-        layer.__class__ = _linear_class(type(layer))
+        parameters: dict[str, Any] = layer._parameters
+        keys, values = parameters.pop("key_tokens"), parameters.pop("value_tokens")
+        layer.__class__ = _linear_class(type(layer))  # type: ignore[arg-type]
         layer.keys = _linear(keys)
         layer.values = _linear(nn.Parameter(values.data.T, values.requires_grad))
     return model
