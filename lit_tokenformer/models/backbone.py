@@ -19,64 +19,18 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.models.axes import axis_sizes, find_axes
+from lit_tokenformer.models.axes import axis_sizes
 from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.decoding import DecodingState
 from lit_tokenformer.models.heads import ImageHead, make_head
-from lit_tokenformer.models.mixers import Context, Packing
+from lit_tokenformer.models.masks import check_mask, columns, make_mask, restricted
+from lit_tokenformer.models.mixers import Attend, Context, Packing
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
 from lit_tokenformer.models.positions import token_positions
 from lit_tokenformer.models.stems import make_stem
 from lit_tokenformer.registry import POSITIONS
-
-
-class DecodingState:
-    """Decoding state for incremental generation (KV caches or recurrent states).
-
-    Args:
-        blocks: State of each block.
-        length: Capacity in data tokens.
-        padding: Left padding of each sequence in data tokens, (B,) int64; ``None`` without padding.
-        model: Model that the state belongs to.
-
-    Attributes:
-        start: Data tokens read so far, including padding.
-    """
-
-    def __init__(self, blocks: list[State], length: int, padding: Tensor | None, model: Tokenformer) -> None:
-        self.blocks = blocks
-        self.length = length
-        self.padding = padding
-        self.start = 0
-        self._axes = [(axis.tensors[0], part) for _, part, axis in find_axes(model)]
-        self._sizes = self._axis_lengths()
-        self._model_blocks = model.blocks
-        learned = POSITIONS[model.config.positions].learned
-        most = 0 if padding is None else int(padding.max())
-        self._positions = model.config.context_length + most if learned else None
-
-    def _axis_lengths(self) -> list[int]:
-        return [tensor.of(part).shape[tensor.dim] for tensor, part in self._axes]
-
-    def check(self, more: int) -> None:
-        """Check that the model has not grown and that ``more`` data tokens fit.
-
-        Raises:
-            UserError: If it has grown, or if they do not fit.
-        """
-        grown = len(self._model_blocks) != len(self.blocks)
-        if grown or self._axis_lengths() != self._sizes:
-            raise UserError("state: created before a growth of the model; create a new one")
-        if self.start + more > self.length:
-            raise UserError(
-                f"state: capacity exceeded (got {self.start + more} data tokens, expected at most {self.length})"
-            )
-        if self._positions is not None and self.start + more > self._positions:
-            raise UserError(
-                f"context_length: more data tokens than learned positions (got {self.start + more}, "
-                f"expected at most {self._positions})"
-            )
 
 
 class Tokenformer(nn.Module):
@@ -262,10 +216,14 @@ class Tokenformer(nn.Module):
 
     def forward_features(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         documents: Tensor | None = None,
         state: DecodingState | None = None,
         lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Compute the normalized features (B, T, D) of the input.
 
@@ -275,16 +233,28 @@ class Tokenformer(nn.Module):
             state: Decoding state, updated in place.
             lengths: Length of each sequence in data tokens, (B,) int64, at least 1; the rest is padding, whose outputs
                 are undefined.
+            attention_mask: As in transformers: (B, S), nonzero for data tokens and 0 for padding on any side, with S
+                data tokens including those in the state; or (B | 1, H | 1, T, S), bool (true to attend) or additive,
+                in place of the causal mask. Recurrent mixers support left padding only.
+            position_ids: Position of each data token, (B, T) or (1, T) int64. Default: its index in the sequence,
+                including padding. ALiBi and recurrent mixers have none.
+            inputs_embeds: Token embeddings in place of ``x``, (B, T, D), before positions and dropout.
+            attend: Attention function in place of torch's; it receives ``attention_mask`` unchanged.
 
         Raises:
-            UserError: If the state is full or was created before a growth; for ``documents``, if the model cannot mask
-                document boundaries.
+            UserError: If the state is full or was created before a growth; for an argument that the model's parts do
+                not support, or one of another shape.
         """
         start, padding = (0, None) if state is None else (state.start, state.padding)
+        more = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        more = {name: value for name, value in more.items() if value is not None}
+        if more or x is None:
+            self._check_embeddings(x, inputs_embeds, position_ids)
         if state is not None:
-            state.check(more=x.shape[1])
-        x = self.patch_drop(self.stem(x, start, padding))
-        context = self._context(x, documents, state, lengths)
+            length = x.shape[1] if x is not None else inputs_embeds.shape[1]  # type: ignore[union-attr]
+            state.check(length, positions=position_ids is None)
+        x = self.patch_drop(self.stem(x, start, padding, **more))
+        context = self._context(x, documents, state, lengths, attention_mask, position_ids, attend)
         if context.packing is not None:
             x = context.packing.pack(x)  # (1, n, D)
         for number, block in enumerate(self.blocks):
@@ -307,12 +277,15 @@ class Tokenformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         documents: Tensor | None = None,
         state: DecodingState | None = None,
         pre_logits: bool = False,
         lengths: Tensor | None = None,
         places: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Images (B, C, height, width) -> logits (B, C), or token ids (B, T) -> logits (B, T, V).
 
@@ -324,8 +297,11 @@ class Tokenformer(nn.Module):
             lengths: See :meth:`forward_features`.
             places: Flat indices of the data tokens to apply the head to, (M,) int64; the output then has M in place of
                 (B, T).
+            attention_mask: See :meth:`forward_features`.
+            position_ids: See :meth:`forward_features`.
+            inputs_embeds: See :meth:`forward_features`.
         """
-        features = self.forward_features(x, documents, state, lengths)
+        features = self.forward_features(x, documents, state, lengths, attention_mask, position_ids, inputs_embeds)
         if places is not None:
             features = features.flatten(0, 1).index_select(0, places)
         return self.forward_head(features, pre_logits)
@@ -391,6 +367,9 @@ class Tokenformer(nn.Module):
         documents: Tensor | None = None,
         state: DecodingState | None = None,
         lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Context:
         """Build the context that the blocks share, for data tokens (B, T, D)."""
         config, length, device = self.config, x.shape[1], x.device
@@ -399,17 +378,25 @@ class Tokenformer(nn.Module):
             raise UserError("documents: unsupported by a model with a token shift, which crosses document boundaries")
         rotary = None
         if self._positions.rotary is not None:
-            rotary = self._positions.rotary(config, token_positions(start, length, padding, device), x.dtype)
+            places = token_positions(start, length, padding, device) if position_ids is None else position_ids
+            rotary = self._positions.rotary(config, places, x.dtype)
         packing = self._packing(lengths, length) if config.unpad and lengths is not None else None
         alone = packing is not None and packing.lengths is not None  # without padding
+        present = None if padding is None else columns(start, length, device)[:, None] >= padding[:, None, None]
+        if attend is None and attention_mask is not None:
+            present = check_mask(attention_mask, x, state, recurrent=not self.keeps_documents_apart)
+        mask = attention_mask
+        if attend is None:
+            mask = self._mask(x, documents, start, padding, None if alone else lengths, attention_mask)
         return Context(
             rotary,
-            self._mask(x, documents, start, padding, None if alone else lengths),
+            mask,
             config.causal and length > 1,
             start,
-            None if padding is None else self._columns(start, length, device)[:, None] >= padding[:, None, None],
+            present,
             packing,
             {} if self.training and self.loss_names else None,
+            attend,
         )
 
     @property
@@ -417,38 +404,45 @@ class Tokenformer(nn.Module):
         """True if ``documents`` is supported: data tokens interact only where the mask allows it."""
         return all(block.keeps_documents_apart for block in self.blocks)
 
+    def _check_embeddings(self, x: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None) -> None:
+        """Check that the stem and the positions support the arguments."""
+        if (x is None) == (inputs_embeds is None):
+            raise UserError("inputs_embeds: expected either token ids or embeddings")
+        if not getattr(self.stem, "takes_embeddings", False):
+            name = "inputs_embeds" if position_ids is None else "position_ids"
+            raise UserError(f"{name}: unsupported by stem {self.config.stem!r}")
+        if position_ids is None:
+            return
+        if not self._positions.learned and self._positions.rotary is None:
+            raise UserError(f"position_ids: unsupported by positions {self.config.positions!r}")
+        batch, length = (x if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        if position_ids.shape not in ((batch, length), (1, length)):
+            raise UserError(
+                f"position_ids: unexpected shape (got {tuple(position_ids.shape)}, expected {batch, length})"
+            )
+
     def _mask(
-        self, x: Tensor, documents: Tensor | None, start: int, padding: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        documents: Tensor | None,
+        start: int,
+        padding: Tensor | None,
+        lengths: Tensor | None,
+        given: Tensor | None,
     ) -> Tensor | None:
         """Attention mask, bool or additive; ``None`` for full or plain causal attention."""
-        config, length, device = self.config, x.shape[1], x.device
         if not self._uses_mask:
             return None
-        columns, rows = self._columns(0, start + length, device), self._columns(start, length, device)[:, None]
-        bias = self._positions.bias
-        mask = None
-        if documents is not None:
-            mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
-        if lengths is not None:
-            given = (columns < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
-            mask = given if mask is None else mask & (given | (columns == rows))
-        if padding is not None:  # padding attends to itself: a softmax over an empty set is NaN
-            mask = (columns >= padding[:, None, None, None]) | (columns == rows)  # (B, 1, T, S)
-        if config.causal and length > 1 and (mask is not None or start or bias is not None):
-            before = (columns <= rows)[None, None]  # (1, 1, T, S)
-            mask = before if mask is None else mask & before
+        config, bias = self.config, self._positions.bias
+        mask = make_mask(x, config.causal, start, padding, documents, lengths, given, always=bias is not None)
         if bias is None:
             return mask
         mixers: Any = [block.attn for block in self.blocks]
         heads = next((mixer.slope_of_head for mixer in mixers if hasattr(mixer, "slope_of_head")), None)
-        scores = bias(config.num_heads, start, length, x, heads)  # (1, H, T, S)
-        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        autocast = torch.is_autocast_enabled(device.type)
-        return scores.to(torch.get_autocast_dtype(device.type) if autocast else x.dtype)
-
-    @staticmethod
-    def _columns(start: int, length: int, device: torch.device) -> Tensor:
-        return torch.arange(start, start + length, device=device)
+        scores = bias(config.num_heads, start, x.shape[1], x, heads)  # (1, H, T, S)
+        scores = scores if mask is None else restricted(scores, mask)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return scores.to(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
 
     @staticmethod
     def _packing(lengths: Tensor, length: int) -> Packing:

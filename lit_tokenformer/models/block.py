@@ -111,7 +111,7 @@ class Block(nn.Module):
                 raise UserError(
                     f"depth: {type(part).__name__} declares no output_layer, so no identity block can be inserted"
                 )
-            yield from [layer.value_tokens] if isinstance(layer, Pattention) else layer.parameters()
+            yield from layer.outputs() if isinstance(layer, Pattention) else layer.parameters()
 
     def mix(self, x: Tensor, context: Context, state: State) -> Tensor:
         """Residual branch of the mixer, with the augmented shortcut."""

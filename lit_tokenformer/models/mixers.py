@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,14 @@ class Packing(NamedTuple):
         return padded.unflatten(0, (self.batch, self.length))
 
 
+class Attend(Protocol):
+    """Attention function: queries (B, H, T, d), keys and values (B, H', S, d) -> (B, T, H, d)."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, queries_per_key: int
+    ) -> Tensor: ...
+
+
 class Context(NamedTuple):
     """Per-batch context shared by all blocks.
 
@@ -57,6 +65,7 @@ class Context(NamedTuple):
         present: Mask of the data tokens that are not padding, (B, T, 1) bool; ``None`` for all.
         packing: Layout of a packed batch; ``None`` for a batch (B, T).
         aux_losses: Auxiliary losses by name, () each, accumulated by the parts; ``None`` disables their collection.
+        attend: Attention function that applies ``mask``; ``None`` for torch's.
     """
 
     rotary: Rotary | None = None
@@ -66,6 +75,7 @@ class Context(NamedTuple):
     present: Tensor | None = None
     packing: Packing | None = None
     aux_losses: dict[str, Tensor] | None = None
+    attend: Attend | None = None
 
     def add_loss(self, name: str, loss: Tensor) -> None:
         """Add an auxiliary loss to the training loss; losses of the same name are summed over the blocks.
@@ -108,6 +118,14 @@ class KeyValueCache:
         self.key[:, :, start:end] = key
         self.value[:, :, start:end] = value
         return self.key[:, :, :end], self.value[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Select sequences by index (B',), in place."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
+
+    def crop(self, length: int) -> None:
+        """Keep the first data tokens; later ones are overwritten by :meth:`append`."""
 
 
 class Mixer(nn.Module):
@@ -219,6 +237,9 @@ class Attention(Mixer):
             query, key = turn(query, context.rotary), turn(key, context.rotary)
         if state is not None:
             key, value = state.append(key, value, context.start)  # (B, H', S, d)
+        if context.attend is not None:
+            rate = self.attn_dropout if self.training else 0.0
+            return context.attend(query, key, value, context.mask, rate, self._queries).flatten(2)  # (B, T, H d)
         causal = context.causal and context.mask is None
         rate = self.attn_dropout if self.training else 0.0
         mask = (
@@ -239,6 +260,19 @@ class RecurrentState:
 
     last: Tensor | None = None
     sums: WKVState | None = None
+
+    def select(self, rows: Tensor) -> None:
+        """Select sequences by index (B',), in place."""
+        self.last = None if self.last is None else self.last.index_select(0, rows)
+        self.sums = None if self.sums is None else type(self.sums)(*(one.index_select(0, rows) for one in self.sums))
+
+    def crop(self, length: int) -> None:
+        """Raise an error: earlier inputs are not kept.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"state: a recurrent state cannot be cropped (to {length} data tokens)")
 
 
 def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None) -> Tensor:

@@ -237,6 +237,10 @@ class Pattention(nn.Module):
         """Declare the tensor indexed by input: the columns of the keys."""
         return [AxisTensor(f"{name}.key_tokens", 1, OUT, self.key_std)]
 
+    def outputs(self) -> list[nn.Parameter]:
+        """Parameters that scale the output; with all of them zero, the output is zero."""
+        return [self.value_tokens]
+
     def cost(self, length: int) -> Cost:
         """Cost per data token; activation checkpointing recomputes the last product of the fused form."""
         total, (dim_in, dim_out) = self.num_tokens, (self.key_tokens.shape[1], self.value_tokens.shape[1])
@@ -265,6 +269,10 @@ class Pattention(nn.Module):
         activation: Activation = F.gelu
         if self.scale_tokens is not None and self.shift_tokens is not None:
             activation = partial(series_activation, scale=self.scale_tokens, shift=self.shift_tokens)
+        return self.attend(x, activation)
+
+    def attend(self, x: Tensor, activation: Activation) -> Tensor:
+        """Attend to the parameter tokens, (..., D_in) -> (..., D_out)."""
         return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm, activation)
 
     def extra_repr(self) -> str:

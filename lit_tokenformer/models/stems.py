@@ -100,8 +100,10 @@ class TokenStem(nn.Module):
 
     Attributes:
         positions: Learned positions, (T, D); ``None`` without them.
+        takes_embeddings: Whether ``forward`` takes ``position_ids`` and ``inputs_embeds``.
     """
 
+    takes_embeddings = True
     positions: nn.Parameter | None
 
     def __init__(self, config: TokenformerConfig) -> None:
@@ -134,7 +136,14 @@ class TokenStem(nn.Module):
         """Parameter names without weight decay: none, as published."""
         return set()
 
-    def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        start: int = 0,
+        padding: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         """Token ids (B, T) int64 -> (B, T, D).
 
         Args:
@@ -142,19 +151,25 @@ class TokenStem(nn.Module):
             start: Data tokens of the sequence already in the decoding state.
             padding: Left padding of each sequence in data tokens, (B,) int64. Positions past the last learned one are
                 clamped: a finished sequence may be longer than the ones still decoding, and its output is unused.
+            position_ids: Positions, (B, T) or (1, T) int64, in place of those that follow from ``start``.
+            inputs_embeds: Embeddings (B, T, D) in place of ``tokens``.
 
         Raises:
             UserError: If there are more data tokens than learned positions; with padding, the decoding state checks it.
         """
-        x = self.embedding(tokens)
+        x = self.embedding(tokens) if inputs_embeds is None else inputs_embeds
         if self.positions is not None:
-            length = tokens.shape[1]
-            if padding is None and start + length > len(self.positions):
+            most = start + x.shape[1]
+            if position_ids is not None:
+                most = int(position_ids.max()) + 1
+            if padding is None and most > len(self.positions):
                 raise UserError(
-                    f"context_length: more data tokens than learned positions (got {start + length}, "
+                    f"context_length: more data tokens than learned positions (got {most}, "
                     f"expected at most {len(self.positions)})"
                 )
-            places = token_positions(start, length, padding, tokens.device)
+            places = position_ids
+            if places is None:
+                places = token_positions(start, x.shape[1], padding, x.device)
             x = x + self.positions[places.clamp_max(len(self.positions) - 1)]
         return self.dropout(self.norm(x))
 
