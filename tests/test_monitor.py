@@ -120,7 +120,9 @@ def test_hparams_tab_has_hyperparameters_and_metrics(tmp_path: Path) -> None:
     build_trainer(tmp_path, TrainingMonitor(), save, enable_checkpointing=True).fit(build_task(), datamodule=Images())
     content = events(tmp_path).SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
     experiment = parse_experiment_plugin_data(content)
-    assert {"preset", "num_classes", "overrides/dim", "trainer/max_epochs"} <= {info.name for info in experiment.hparam_infos}
+    assert {"preset", "num_classes", "overrides/dim", "trainer/max_epochs"} <= {
+        info.name for info in experiment.hparam_infos
+    }
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"val/acc1", "val/loss", "best/val/acc1", "size/parameters", "compute/training_flops"} <= metrics
 
