@@ -102,8 +102,7 @@ class TextGenerator:
             ckpt_path: Checkpoint to load.
             device: Device of the model; ``auto`` selects the accelerator, if available.
             dtype: Dtype of the weights, or its name; ``None`` keeps that of the checkpoint.
-            quantize: Quantization of the weights, see :func:`~lit_tokenformer.inference.quantization.quantize`; ``None``
-                for none.
+            quantize: Scheme of :func:`~lit_tokenformer.inference.quantization.quantize`; ``None`` for none.
 
         Raises:
             ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device,
