@@ -91,10 +91,12 @@ def test_a_model_goes_to_a_repository_and_back(tmp_path, monkeypatch):
             return repo_id
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+
+    def download(repo_id, filename, **_):
+        return str(tmp_path / repo_id / filename)
+
     for module in (huggingface_hub.hub_mixin, lit_tokenformer.models.hub):
-        monkeypatch.setattr(
-            module, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / repo_id / filename)
-        )
+        monkeypatch.setattr(module, "hf_hub_download", download)
     made = model()
     made.push_to_hub("me/small")
     card = (tmp_path / "me" / "small" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Models as folders and repositories of the Hugging Face hub: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``."""
+"""Models as folders and repositories of the Hugging Face hub."""
 
 from __future__ import annotations
 
