@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 
 
-class GrowingEMA(EMAWeightAveraging):
+class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
     """Exponential moving average of weights and buffers, used for validation and copied to the model after the fit.
 
     When :class:`~callbacks.ParameterGrowthCallback` grows the model, the average grows by the same new rows. A
@@ -53,6 +54,7 @@ class GrowingEMA(EMAWeightAveraging):
         update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None,
     ) -> None:
+        self.save_hyperparameters()
         if not 0 <= decay < 1:
             raise UserError(f"decay: expected at least 0 and less than 1, got {decay}")
         for setting, value in (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -35,7 +36,7 @@ from lit_tokenformer.models.config import KINDS, OTHER
 from lit_tokenformer.registry import TRIGGERS
 
 
-class ParameterGrowthCallback(Callback):
+class ParameterGrowthCallback(HyperparametersMixin, Callback):
     """Grow a model at scheduled epochs or optimizer steps of a running fit.
 
     Parameter tokens, hidden units of the feed-forward, attention heads and blocks can grow, and units of any part that
@@ -113,6 +114,8 @@ class ParameterGrowthCallback(Callback):
         threshold: float = 0.5,
         cooldown: int = 100,
     ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
         for setting, value, choices in (
             ("new_state", new_state, NEW_STATES),
             ("trigger", trigger, ("schedule", *TRIGGERS)),

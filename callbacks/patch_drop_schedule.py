@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.mixins import HyperparametersMixin
 
 from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
 
 
-class PatchDropSchedule(Callback):
+class PatchDropSchedule(HyperparametersMixin, Callback):
     """Schedule the share of image patches that training drops at random (arXiv 2212.00794, 2208.07220).
 
     The initial rate is ``patch_drop_rate`` of the architecture. The cost of a step decreases with the number of
@@ -37,6 +38,8 @@ class PatchDropSchedule(Callback):
     """
 
     def __init__(self, schedule: dict[Key, float], unit: str = "epoch") -> None:
+        super().__init__()
+        self.save_hyperparameters()
         self.schedule: dict[int, float] = checked_keys(schedule, unit)
         for key, rate in self.schedule.items():
             if not 0 <= rate < 1:

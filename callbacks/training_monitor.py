@@ -5,11 +5,9 @@ A growth changes the cost of an optimizer step. Compare runs over ``compute/trai
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from callbacks.growth_steps import latest_rows
-from lit_tokenformer.checkpoints.run_folder import run_folder, write_if_space
+from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text
+from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
@@ -55,9 +54,10 @@ class TrainingMonitor(Callback):
 
     One log line at the end of the fit reports the overall throughput.
 
-    A logger with ``add_image`` and ``add_text`` (TensorBoard) also receives a grid of validation images with their
-    predictions (``val/predictions``: green if correct, red if wrong) after each validation, and the run's
-    ``config.yaml``. TensorBoard's HPARAMS tab shows the current validation metrics, size and FLOPs.
+    Every logger also receives the settings of trainer, data and growth as hyper-parameters, and after each validation
+    a grid of validation images with their predictions (``val/predictions``: green if correct, red if wrong; a PNG file
+    in the run folder for loggers without pictures). TensorBoard, W&B, MLflow and Comet receive the run's
+    ``config.yaml`` as text. TensorBoard's HPARAMS tab shows the current validation metrics, size and FLOPs.
 
     Args:
         log_images: Number of images in the grid, evenly spaced over the validation set; 0 disables it.
@@ -96,6 +96,7 @@ class TrainingMonitor(Callback):
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
         self._hparams_logged = False
+        self._folder = ""
 
     def state_dict(self) -> dict[str, Any]:
         return {"training_flops": self.training_flops, "data_tokens": self.data_tokens, "growth": self._growth}
@@ -112,10 +113,13 @@ class TrainingMonitor(Callback):
                 logger._default_hp_metric = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        files = [*Path(run_folder(trainer)).glob("config*.yaml")]  # collective
-        files.sort(key=lambda path: path.stat().st_mtime)  # a folder may contain configs of several runs
-        for add_text, file in itertools.product(_writers(trainer, "add_text"), files[-1:]):
-            add_text("config", f"```yaml\n{file.read_text(encoding='utf-8')}\n```", 0)
+        self._folder = run_folder(trainer)  # collective
+        if not trainer.is_global_zero:
+            return
+        log_hyper_parameters(trainer, hyper_parameters(trainer))
+        files = sorted(Path(self._folder).glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
+        for file in files[-1:]:  # a folder may contain configs of several runs
+            log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measure(pl_module)
@@ -187,7 +191,7 @@ class TrainingMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # not in on_validation_end: averaged weights are swapped out before it
-        if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and _writers(trainer, "add_image"):
+        if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
             self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,8 +202,7 @@ class TrainingMonitor(Callback):
             return
         if self._examples and trainer.is_global_zero:
             picture = _picture(self._examples, getattr(trainer, "datamodule", None))
-            for add_image in _writers(trainer, "add_image"):
-                add_image("val/predictions", picture, _log_step(trainer))
+            log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
         self._examples = []
         self._log_hparams(trainer)
 
@@ -316,12 +319,6 @@ def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
         logger.log_metrics(metrics, step=_log_step(trainer))
 
 
-def _writers(trainer: Trainer, method: str) -> list[Callable[..., None]]:
-    """Collect a method from the experiment of each logger that has it."""
-    found = [(logger, getattr(logger, "experiment", None)) for logger in trainer.loggers]
-    return [partial(write_if_space, one, getattr(made, method)) for one, made in found if hasattr(made, method)]
-
-
 def num_samples(batch: Any) -> int:
     """Return the length of the first tensor in a batch."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
@@ -345,6 +342,8 @@ def _predict(
 
     ``count`` samples are evenly spaced over the validation set, whose images may be sorted by class.
     """
+    if type(pl_module).forward is LightningModule.forward:
+        return []  # not defined
     if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(one, Tensor) for one in batch[:2]):
         return []
     image, label = batch[:2]

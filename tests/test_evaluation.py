@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ import yaml
 pytest.importorskip("lm_eval")
 
 from lightning.pytorch import Trainer
+from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.instance import Instance
 
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.inference.lm_eval import HarnessModel, evaluate
 from lit_tokenformer.inference.text import TextGenerator
+from lit_tokenformer.interop.auto_models import save_transformers
 from lit_tokenformer.models import create_backbone
+from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tasks import LitCausalLM
 
 QUESTIONS = [
@@ -45,16 +49,31 @@ def include_path(tmp_path_factory):
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    (folder / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
+    text = {key: task[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "target_delimiter")}
+    text |= {"doc_to_text": "{{question}}", "doc_to_target": "{{choices[label]}}"}
+    written = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    scores = [{"metric": name} for name in ("word_perplexity", "bits_per_byte")]
+    for own in (
+        task,
+        {**text, "task": "tiny_text", "output_type": "generate_until", "generation_kwargs": written},
+        {
+            **{**text, "doc_to_text": "", "doc_to_target": "{{question}} {{choices[0]}}, said the cat to the other."},
+            **{"task": "tiny_rolling", "output_type": "loglikelihood_rolling", "metric_list": scores},
+        },
+    ):
+        (folder / f"{own['task']}.yaml").write_text(yaml.safe_dump(own))
     return str(folder)
 
 
 @pytest.fixture
 def generator():
+    return make_generator(320)
+
+
+def make_generator(vocab_size):
     torch.manual_seed(1)
-    backbone = create_backbone(
-        "tokenformer_lm_tiny", vocab_size=320, context_length=32, dim=32, depth=2, num_heads=2, rotary_fraction=0.5
-    )
+    sizes = {"vocab_size": vocab_size, "context_length": 32, "dim": 32, "depth": 2, "num_heads": 2}
+    backbone = create_backbone("tokenformer_lm_tiny", **sizes, rotary_fraction=0.5)
     with torch.no_grad():
         for weight in backbone.parameters():
             weight.mul_(8 if weight.ndim > 1 else 1)  # so that the logits differ
@@ -202,6 +221,33 @@ def test_the_command_tells_scores_of_tasks_that_are_here_and_knows_the_published
     ):
         assert main(["evaluate", *args, "--tasks", "tiny_choice", *option]) == 2
         assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.slow
+def test_the_harness_scores_the_exported_folder_as_evaluate_scores_the_checkpoint(include_path, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", minversion="5")
+    generator = make_generator(Tokenizer.bytes().size)  # transformers also decodes the padding of a vocabulary
+    save_transformers(generator.backbone, tmp_path / "model")
+    WEIGHT_FORMATS["transformers"].write_tokenizer(tmp_path / "model", generator.tokenizer.to_json())
+    tasks = "tiny_choice,tiny_text,tiny_rolling"
+    where = ["--include_path", include_path, "--output_path", str(tmp_path / "out"), "--log_samples"]
+    options = ["--tasks", tasks, "--batch_size", "2", "--device", "cpu", *where]
+    folder = f"pretrained={tmp_path / 'model'},trust_remote_code=True"
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "hf", "--model_args", folder, *options])
+    HarnessCLI().execute(HarnessCLI().parse_args())
+    ours = evaluate(generator, tasks.split(","), batch_size=2, include_path=include_path, log_samples=True)
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    for task, scores in ours["results"].items():
+        for name, score in scores.items():
+            expected = theirs[task][name]
+            assert score == (pytest.approx(expected, rel=1e-5) if isinstance(score, float) else expected), name
+    for task, samples in ours["samples"].items():
+        (file,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        rows = [json.loads(row) for row in file.read_text().splitlines()]
+        answers = [one["resps"] for one in sorted(rows, key=lambda one: one["doc_id"])]
+        if task == "tiny_text":
+            assert [one["resps"] for one in sorted(samples, key=lambda one: one["doc_id"])] == answers
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(generator):

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, parse_experiment_plugin_data
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks.growing_ema import GrowingEMA
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.training_monitor import TrainingMonitor, _picture
+from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.growth import Rows, grow
 from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import Pattention
@@ -118,7 +120,9 @@ def test_hparams_tab_has_hyperparameters_and_metrics(tmp_path: Path) -> None:
     build_trainer(tmp_path, TrainingMonitor(), save, enable_checkpointing=True).fit(build_task(), datamodule=Images())
     content = events(tmp_path).SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
     experiment = parse_experiment_plugin_data(content)
-    assert {"preset", "num_classes", "overrides/dim"} <= {info.name for info in experiment.hparam_infos}
+    assert {"preset", "num_classes", "overrides/dim", "trainer/max_epochs"} <= {
+        info.name for info in experiment.hparam_infos
+    }
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"val/acc1", "val/loss", "best/val/acc1", "size/parameters", "compute/training_flops"} <= metrics
 
@@ -316,6 +320,103 @@ def test_other_loggers_and_modules_without_cost(tmp_path: Path) -> None:
     assert {"size/parameters", "compute/samples_per_second"} <= set(header)
     assert "compute/training_flops" not in header
     build_trainer(tmp_path, TrainingMonitor(), logger=False).fit(Plain(), datamodule=Images())
+
+
+class CometExperiment:
+    """The part of ``comet_ml.Experiment`` that is used."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[str, int, Any]] = []
+        self.files: dict[str, str] = {}
+
+    def log_image(self, image_data: Any, name: str, step: int) -> None:
+        self.pictures.append((name, step, image_data.size))
+
+    def log_asset_data(self, data: str, name: str) -> None:
+        self.files[name] = data
+
+
+class Settings(Logger):
+    """Logger with no more than Lightning requires; Comet's, given its experiment."""
+
+    name = version = "run"
+    save_dir = None
+
+    def __init__(self, experiment: Any = None) -> None:
+        super().__init__()
+        self.experiment, self.settings = experiment, {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any) -> None:
+        self.settings |= params
+
+
+def fit_with(logger: Any, folder: Path, growth: Any = None) -> Trainer:
+    class Data(Images):
+        data_settings = {"batch_size": 8, "dataset": "random"}
+
+    growth = growth or ParameterGrowthCallback({1: 16}, ramp_steps=3)
+    trainer = build_trainer(folder, growth, TrainingMonitor(), logger=logger)
+    _ = getattr(logger, "experiment", None)  # its version is known from here on
+    run = Path(run_folder(trainer))
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text("seed_everything: 7\n")
+    trainer.fit(build_task(), datamodule=Data())
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["csv", "least", "comet"])
+def test_every_logger_receives_settings_and_pictures(kind: str, tmp_path: Path) -> None:
+    experiment = CometExperiment() if kind == "comet" else None
+    logger = CSVLogger(tmp_path, name="", version="run") if kind == "csv" else Settings(experiment)
+    trainer = fit_with(logger, tmp_path)
+    settings = yaml.unsafe_load((tmp_path / "run" / "hparams.yaml").read_text()) if kind == "csv" else logger.settings
+    assert settings["data"] == {"batch_size": 8, "dataset": "random"}
+    assert settings["trainer"]["max_epochs"] == 2 and settings["trainer"]["precision"] == "32-true"
+    assert settings["trainer"]["strategy"] == "SingleDeviceStrategy"
+    growth = settings["ParameterGrowthCallback"]
+    assert (growth["schedule"], growth["ramp_steps"], growth["method"]) == ({"1": 16}, 3, "split")
+    assert settings["preset"] == "tokenformer_vit_tiny_patch16_224"  # the model's, by Lightning
+    if experiment is not None:
+        assert [picture[:2] for picture in experiment.pictures] == [("val/predictions", 3), ("val/predictions", 7)]
+        assert experiment.files == {"config.yaml": "seed_everything: 7\n"}
+        return
+    files = sorted((Path(run_folder(trainer)) / "pictures").iterdir())
+    assert [file.name for file in files] == ["val_predictions-step=3.png", "val_predictions-step=7.png"]
+    assert Image.open(files[0]).width > 4 * 96
+
+
+def test_weights_and_biases_receives_settings_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = fit_with(WandbLogger(offline=True, save_dir=tmp_path, project="test"), tmp_path)
+    config, folder = dict(wandb.run.config), Path(wandb.run.dir)
+    wandb.finish()
+    assert config["data"]["batch_size"] == 8 and config["trainer"]["max_epochs"] == 2
+    assert config["ParameterGrowthCallback"]["schedule"] == {"1": 16}
+    assert len([*(folder / "media" / "images" / "val").iterdir()]) == 2
+    assert [*(folder / "media" / "table").rglob("config*.json")]
+    assert not (Path(run_folder(trainer)) / "pictures").exists()
+
+
+def test_mlflow_receives_settings_and_pictures_and_a_changed_setting_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    place = f"file:{tmp_path / 'mlruns'}"
+    logger = MLFlowLogger(tracking_uri=place)
+    fit_with(logger, tmp_path)
+    params = logger.experiment.get_run(logger.run_id).data.params
+    assert params["data/batch_size"] == "8" and params["trainer/max_epochs"] == "2"
+    assert params["ParameterGrowthCallback/schedule/1"] == "16"
+    artifacts = Path(logger.experiment.get_run(logger.run_id).info.artifact_uri.removeprefix("file://"))
+    assert len([*(artifacts / "images").glob("*.png")]) == 2
+    assert (artifacts / "config.yaml").read_text() == "seed_everything: 7\n"
+    with pytest.warns(UserWarning, match="MLFlowLogger: hyper-parameters not logged"):
+        again = MLFlowLogger(tracking_uri=place, run_id=logger.run_id)
+        fit_with(again, tmp_path, ParameterGrowthCallback({1: 16}, ramp_steps=4))
 
 
 def test_wrong_setting_is_named() -> None:

@@ -25,6 +25,7 @@ def evaluate_checkpoint(
     output_path: str | None = None,
     log_samples: bool = False,
     device: str = "auto",
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a language model on tasks of EleutherAI's lm-evaluation-harness.
 
@@ -41,6 +42,7 @@ def evaluate_checkpoint(
         log_samples: Also write the documents and the model's responses, as CHECKPOINT/samples_TASK_DATE.jsonl below
             output_path.
         device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
+        quantize: Weight-only quantization: "int8", by torchao.
 
     Returns:
         Results in the harness's format.
@@ -69,12 +71,12 @@ def evaluate_checkpoint(
     if tasks == ["list"]:
         print(task_list(include_path))
         return {}
-    generator = TextGenerator.load(ckpt_path, device)
+    generator = TextGenerator.load(ckpt_path, device, quantize=quantize)
     try:
         results = evaluate(generator, tasks, num_fewshot, limit, batch_size, include_path, log_samples)
     except OSError as error:  # a task that is not cached, and cannot be downloaded
         raise UserError(f"tasks: {error}") from None
-    results["config"]["model_args"] = {"ckpt_path": ckpt_path}
+    results["config"]["model_args"] = {"ckpt_path": ckpt_path} | ({"quantize": quantize} if quantize else {})
     print(as_table(results))
     samples = results.pop("samples", {})
     if output_path is not None:

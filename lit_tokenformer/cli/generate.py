@@ -31,6 +31,7 @@ def generate_text(
     prompts: str | None = None,
     output: str | None = None,
     batch_size: int = 8,
+    quantize: str | None = None,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -52,6 +53,7 @@ def generate_text(
             "-" for the standard input.
         output: New file for the output, written as it is generated; defaults to the standard output.
         batch_size: Rows of "prompts" decoded as one batch.
+        quantize: Weight-only quantization: "int8", by torchao.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -69,7 +71,7 @@ def generate_text(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
-    generator = TextGenerator.load(ckpt_path, device)
+    generator = TextGenerator.load(ckpt_path, device, quantize=quantize)
     if prompts not in (None, "-") and not Path(prompts).is_fifo():
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass

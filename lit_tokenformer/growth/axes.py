@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from lit_tokenformer.errors import UserError, unknown_name
@@ -232,6 +233,14 @@ def _replace(
         if one.axis.tau is not None:
             with torch.no_grad():  # tau may be a parameter
                 one.axis.tau.copy_(makes.tau(one.axis.tau, one.rows))
+
+
+def quantized_parameters(module: nn.Module) -> Iterator[str]:
+    """Yield the names of parameters with quantized values, which can neither be trained nor grown."""
+    for name, parameter in module.named_parameters():
+        plain = type(parameter.data) is Tensor or isinstance(parameter.data, DTensor)
+        if not plain or parameter.dtype in (torch.int8, torch.uint8):
+            yield name
 
 
 def _check_replaceable(one: PlannedGrowth) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, target_sizes
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, quantized_parameters, target_sizes
 from lit_tokenformer.growth.depth import deepen, insert_parameters
 from lit_tokenformer.growth.optimizer import grow_optimizer, watch_optimizers
 from lit_tokenformer.models import Tokens, model_size
@@ -46,8 +47,8 @@ def grow(
 
     Raises:
         UserError: If the totals do not fit the module or the memory, if the method cannot preserve the function of a
-            layer, if a parameter has hooks or parametrizations that would be lost, or if it is tied to a parameter that
-            grows differently. The module is unchanged then.
+            layer, if a parameter is quantized or has hooks or parametrizations that would be lost, or if it is tied to
+            a parameter that grows differently. The module is unchanged then.
 
     Example:
         >>> from lit_tokenformer.models import Pattention
@@ -81,6 +82,8 @@ def grow_with_optimizers(
     """
     optimizers = list(optimizers)
     targets = target_sizes(tokens, model_size(module))
+    for name in quantized_parameters(module):
+        raise UserError(f"tokens: {name} is quantized (expected growth before quantization)")
     depth = targets.pop("depth", None)
     grow_one_by_one(module, targets, method, generator, noise, seed)  # raises before anything changes
     if depth is not None and isinstance(tokens, Mapping) and "depth" in tokens:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_tokenformer.errors import UserError
 
 try:
+    import lm_eval.models  # noqa: F401  # the harness registers its own models only into an empty registry
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model

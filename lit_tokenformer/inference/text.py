@@ -24,6 +24,7 @@ from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.data.text.vocabulary import read_text
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.inference.quantization import quantize as quantize_weights
 from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
@@ -90,6 +91,7 @@ class TextGenerator:
         ckpt_path: str | os.PathLike[str],
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> TextGenerator:
         """Load a generator from a checkpoint of a fit, at its grown size.
 
@@ -100,10 +102,11 @@ class TextGenerator:
             ckpt_path: Checkpoint to load.
             device: Device of the model; ``auto`` selects the accelerator, if available.
             dtype: Dtype of the weights, or its name; ``None`` keeps that of the checkpoint.
+            quantize: Scheme of :func:`~lit_tokenformer.inference.quantization.quantize`; ``None`` for none.
 
         Raises:
-            ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device
-                or dtype is not available.
+            ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device,
+                dtype or quantization is not available.
         """
         where = find_device(device)
         if isinstance(dtype, str):
@@ -117,7 +120,8 @@ class TextGenerator:
         except ValueError as error:
             raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
         tokenizer = _tokenizer(Path(ckpt_path), checkpoint.get("tokenizer"), getattr(task, "separator_id", None))
-        return cls(task.backbone.eval().requires_grad_(False).to(where, dtype), tokenizer)
+        model = task.backbone.eval().requires_grad_(False).to(where, dtype)
+        return cls(model if quantize is None else quantize_weights(model, quantize), tokenizer)
 
     def generate(
         self,

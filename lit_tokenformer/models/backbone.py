@@ -24,6 +24,7 @@ from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.decoding import DecodingState
 from lit_tokenformer.models.heads import ImageHead, make_head
+from lit_tokenformer.models.hub import HubMixin
 from lit_tokenformer.models.masks import check_mask, columns, make_mask, restricted
 from lit_tokenformer.models.mixers import Attend, Context, Packing
 from lit_tokenformer.models.norms import make_norm
@@ -33,7 +34,7 @@ from lit_tokenformer.models.stems import make_stem
 from lit_tokenformer.registry import POSITIONS
 
 
-class Tokenformer(nn.Module):
+class Tokenformer(HubMixin, nn.Module):
     """Transformer for images or text with Pattention projections.
 
     Args:

@@ -19,6 +19,7 @@ from lit_tokenformer.distributed.checkpoint import check_has_optimizers
 from lit_tokenformer.distributed.sharding import clip_gradients, shard
 from lit_tokenformer.distributed.strategy import make_growing
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.axes import quantized_parameters
 from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
@@ -283,6 +284,9 @@ class LitTask(OptimizedTask):
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Build the optimizer over the current parameters; it rejects loaded state of a wrong shape."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            for name in quantized_parameters(self):
+                raise UserError(f"model: {name} is quantized, for inference only (expected training before it)")
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             rate = group["lr"] if self.learning_rate is None else self.learning_rate
