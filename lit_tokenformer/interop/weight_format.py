@@ -54,6 +54,10 @@ class WeightFormat(NamedTuple):
         recognizes: Whether a ``config.json`` is of this format.
         write_tokenizer: ``(folder, text of a tokenizer.json)``.
         architectures: Registry of the architectures of the format, if it has several.
+        write_image_data: ``(folder, image_data)``: class names and evaluation transform; ``None`` leaves them out.
+        read_image_data: ``(weights, config_json) -> image_data``, or ``None`` if it is unknown.
+        adopts_sizes: Whether ``write`` takes the initial architecture, because layers adopt the sizes of the weights;
+            otherwise it takes the architecture at the current size.
     """
 
     find: Callable[[str], Path]
@@ -64,6 +68,9 @@ class WeightFormat(NamedTuple):
         text, encoding="utf-8"
     )
     architectures: Registry[Any] | None = None
+    write_image_data: Callable[[Path, Mapping[str, Any]], Any] | None = None
+    read_image_data: Callable[[Path, str | None], dict[str, Any] | None] = lambda weights, config_json: None
+    adopts_sizes: bool = False
 
 
 def local_source(source: str) -> str:
