@@ -41,7 +41,7 @@ def checkpoint(folder, preset, data=None, tokenizer=False, **overrides):
     names = ("num_classes", "image_size") if config.head == "image" else ("vocab_size", "context_length")
     task = kind(preset, **{name: fields.pop(name) for name in names}, overrides=fields)
     for parameter in task.backbone.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
+        parameter.add_(0.3 * torch.randn_like(parameter))
     if tokenizer:
         task.tokenizer_json = Tokenizer.bytes().to_json()
     if data:
@@ -96,10 +96,11 @@ def load_package(folder):
 LOAD = {"onnx": load_onnx, "torch_export": load_program, "aoti": load_package}
 ONNX = pytest.param("onnx", marks=pytest.mark.slow)
 CACHED = [
-    *(("torch_export", preset) for preset in ("tokenformer_lm_tiny", "gpt2_tiny", "llama_tiny", "rwkv4_tiny")),
-    *(pytest.param("onnx", preset, marks=pytest.mark.slow) for preset in ("tokenformer_lm_tiny", "rwkv4_tiny")),
-    *(("torch_export", preset) for preset in ("hybrid_tiny",)),
-    pytest.param("aoti", "tokenformer_lm_tiny", marks=pytest.mark.slow),
+    ("torch_export", "tokenformer_lm_tiny"),
+    ("torch_export", "rwkv4_tiny"),
+    *(pytest.param("torch_export", f"{name}_tiny", marks=pytest.mark.slow) for name in ("gpt2", "llama", "hybrid")),
+    *(pytest.param("onnx", f"{name}_tiny", marks=pytest.mark.slow) for name in ("tokenformer_lm", "rwkv4")),
+    pytest.param("aoti", "rwkv4_tiny", marks=pytest.mark.slow),
 ]
 
 
@@ -116,7 +117,7 @@ def test_image_model_runs_at_any_batch_size(format, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("format", ["torch_export", ONNX])
+@pytest.mark.parametrize("format", ["torch_export"])
 def test_language_model_without_a_cache_runs_at_any_length(format, tmp_path):
     path, model = checkpoint(tmp_path, "gpt2_tiny", tokenizer=True, depth=1, vocab_size=257)
     run = Export(export_weights(str(path), str(tmp_path / "out"), format=format, cache=False))
@@ -127,7 +128,10 @@ def test_language_model_without_a_cache_runs_at_any_length(format, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("format", "preset"), [("torch_export", "mosaic_bert_tiny"), ("torch_export", "bert_tiny")])
+@pytest.mark.parametrize(
+    ("format", "preset"),
+    [("torch_export", "mosaic_bert_tiny"), pytest.param("onnx", "bert_tiny", marks=pytest.mark.slow)],
+)
 def test_masked_language_model_ignores_padding_on_the_right(format, preset, tmp_path):
     path, model = checkpoint(tmp_path, preset, depth=1)
     run = Export(export_weights(str(path), str(tmp_path / "out"), format=format))
@@ -143,7 +147,8 @@ def test_masked_language_model_ignores_padding_on_the_right(format, preset, tmp_
 @pytest.mark.parametrize(("format", "preset"), CACHED)
 def test_greedy_decoding_through_the_cached_graph_equals_generate(format, preset, tmp_path):
     more = {"num_kv_heads": 1} if preset == "llama_tiny" else {}
-    path, model = checkpoint(tmp_path, preset, **more, depth=preset_config(preset).pattern_length)
+    more |= {"tie_embeddings": False, "depth": preset_config(preset).pattern_length}  # tied, it repeats one token
+    path, model = checkpoint(tmp_path, preset, **more)
     run = Export(export_weights(str(path), str(tmp_path / "out"), format=format))
     recurrent = "attention_mask" not in run.names
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10] if recurrent else [11, 12], [13] * 5]
@@ -153,7 +158,7 @@ def test_greedy_decoding_through_the_cached_graph_equals_generate(format, preset
     mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     states, found = list(run.zeros(3)), []
     for chunk in tokens.split(1, dim=1) if recurrent else [tokens]:
-        logits, *states = run(chunk, *([] if recurrent else [mask]), *states)
+        logits, *states = run(chunk.contiguous(), *([] if recurrent else [mask]), *states)
     for _ in range(6):
         found.append(logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
@@ -214,6 +219,9 @@ def test_safetensors_is_the_published_format_where_it_can_express_the_model(tmp_
     one = export_weights(str(path), str(tmp_path / "one"), format="safetensors")
     assert "qkv_slot_num" in json.loads((one / "config.json").read_text())
     assert not any("tau" in name for name in load_file(one / "model.safetensors"))
+    half = export_weights(str(path), str(tmp_path / "half"), format="lit_tokenformer", dtype="bfloat16")
+    for name, tensor in load_file(half / "model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if name.endswith("tau") else torch.bfloat16), name
     (tmp_path / "other").mkdir()
     path, _ = checkpoint(tmp_path / "other", "gpt2_tiny")
     capsys.readouterr()

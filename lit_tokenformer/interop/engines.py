@@ -193,7 +193,7 @@ def _load_package(folder: Path, outputs: list[str]) -> Run:
     from torch._inductor import aoti_load_package
 
     package = aoti_load_package(str(folder / "model.pt2"))
-    return lambda *inputs: list(package(*inputs))
+    return lambda *inputs: list(package(*(one.contiguous() for one in inputs)))  # it reads the strides of the trace
 
 
 ENGINES.register("onnx")(Engine(_write_onnx, _load_onnx))
