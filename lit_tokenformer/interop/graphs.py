@@ -287,7 +287,7 @@ def _present(name: str) -> str:
 
 
 def _recurrent(model: Tokenformer) -> bool:
-    """Whether data tokens interact by other means than attention, step by step."""
+    """Return True if data tokens interact by other means than attention, such as a token shift."""
     return not model.keeps_documents_apart
 
 
