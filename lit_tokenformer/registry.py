@@ -126,6 +126,8 @@ TEXT_SOURCES: Registry[Callable[..., Any]] = Registry("data.dataset")
 """``(settings) -> TextSplits``; see :mod:`lit_tokenformer.data.text.sources`."""
 WEIGHT_FORMATS: Registry[Any] = Registry("project")
 """A :class:`~lit_tokenformer.interop.weight_format.WeightFormat`."""
+ENGINES: Registry[Any] = Registry("format")
+"""An :class:`~lit_tokenformer.interop.engines.Engine`."""
 TRANSFORMERS_MODELS: Registry[Any] = Registry("config_json: model_type")
 """An :class:`~lit_tokenformer.interop.architectures.Architecture` of transformers, by ``model_type``."""
 TASKS: Registry[type] = Registry("ckpt_path: task")

@@ -523,7 +523,7 @@ def test_every_option_is_documented(command, capsys):
     assert run(command, "--help") == 0
     options = [" ".join(block.split()) for block in re.split(r"\n  (?:ARG:   )?--", capsys.readouterr().out)[1:]]
     options = [option for option in options if "type: " in option]
-    assert len(options) == {"import": 5, "export": 6}[command]
+    assert len(options) == {"import": 5, "export": 7}[command]
     for option in options:
         told = re.split(r"\((?:required, )?type:", option)[0].split(" ", 1)[1]
         assert len(re.findall(r"[a-z]{2,}", told.replace("ENV: LIT_TOKENFORMER", ""))) > 1, option

@@ -15,11 +15,14 @@ from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.data.text.vocabulary import from_text
-from lit_tokenformer.errors import UserError
+from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
-from lit_tokenformer.interop.weight_format import WeightFormat, local_source, recognize
+from lit_tokenformer.interop.engines import export_engine
+from lit_tokenformer.interop.native import NATIVE, write_image_data
+from lit_tokenformer.interop.transformers import write_tokenizer
+from lit_tokenformer.interop.weight_format import WEIGHTS, WeightFormat, local_source, recognize
 from lit_tokenformer.models import TokenformerConfig, list_presets, preset_config
-from lit_tokenformer.registry import WEIGHT_FORMATS
+from lit_tokenformer.registry import ENGINES, WEIGHT_FORMATS
 from lit_tokenformer.tasks.language import TOKENIZER_FILE, LitLanguageTask
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -43,8 +46,8 @@ def import_weights(
         output: Path of the checkpoint; defaults to SOURCE with the suffix .ckpt.
         config_json: Path to the architecture's config.json; defaults to the one next to the weights.
         tokenizer: Path to the tokenizer.json; defaults to the one next to the weights, if any.
-        project: Weight format: "tokenformer", "transformers", "timm", or one registered by a plugin; determined from
-            the config.json by default.
+        project: Weight format: "tokenformer", "transformers", "timm", "lit_tokenformer", or one registered by a plugin;
+            determined from the config.json by default.
 
     Returns:
         Path of the checkpoint. Its tokenizer.json is written next to it, and with the suffix .yaml the model's
@@ -88,6 +91,8 @@ def import_weights(
     task.backbone.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})  # strict
     if isinstance(task, LitLanguageTask):
         task.tokenizer_json = text
+    if isinstance(task, tasks.LitImageClassifier):
+        task.image_data = known.read_image_data(weights, config_json)
     write_checkpoint(fresh_checkpoint(task, {f"backbone.{name}": tensor for name, tensor in state.items()}), target)
     if text is not None and not copy.exists():
         with atomic_write(copy) as file:
@@ -128,50 +133,106 @@ def _write_settings(path: Path, kind: type, preset: str, config: TokenformerConf
 def export_weights(
     ckpt_path: str,
     output: str,
-    format: str = "safetensors",
+    format: str | None = None,
     dtype: str | None = None,
-    project: str = "tokenformer",
+    project: str | None = None,
     architecture: str | None = None,
+    cache: bool | None = None,
 ) -> Path:
-    """Export a checkpoint to the published TokenFormer format, to transformers or to timm, at its grown size.
+    """Export a checkpoint at its grown size: as weights, or as a graph for an inference engine.
 
-    The weights are the moving average where the fit has one.
+    The weights are the moving average where the fit has one. A graph has a dynamic batch size and length; after the
+    export, its outputs are compared with the model's.
 
     Args:
         ckpt_path: Path to a checkpoint of a single task.
-        output: New folder for the weights, config.json and, if the checkpoint has a tokenizer, its files.
-        format: Weight format: "transformers" or "timm", as safetensors; or the file format of PROJECT: "safetensors"
-            (model.safetensors) or "bin" (pytorch_model.bin).
-        dtype: Data type of the weights: "float32", "float16" or "bfloat16"; defaults to that of the checkpoint.
-        project: Weight format: "tokenformer", "transformers", "timm", or one registered by a plugin.
+        output: New folder for the weights or the graph, config.json and, if the checkpoint has a tokenizer, its files.
+        format: Weights as safetensors: "transformers", "timm", or "lit_tokenformer" for any model; a graph: "onnx",
+            "torch_export" (model.pt2) or "aoti" (model.pt2, compiled by AOTInductor); or the file format of PROJECT:
+            "safetensors" (model.safetensors, the default) or "bin" (pytorch_model.bin).
+        dtype: Data type of the weights: "float32", "float16" or "bfloat16"; defaults to that of the checkpoint, for a
+            graph to "float32".
+        project: Weight format: "tokenformer", "transformers", "timm", "lit_tokenformer", or one registered by a plugin;
+            defaults to "tokenformer". With format "safetensors", a model that it cannot express is written as
+            "lit_tokenformer".
         architecture: Architecture of "transformers", such as "roberta"; defaults to the first that can express the
             model.
+        cache: Whether the graph of a language model takes and returns its KV caches or recurrent states, to generate
+            text; defaults to true.
 
     Returns:
         Path of the folder.
 
     Raises:
         UserError: If the checkpoint cannot be read, if the format cannot express the architecture or its size, if a tau
-            is not the square root of its number of tokens, or if the output already exists.
+            is not the square root of its number of tokens, if the outputs of a graph differ, or if the output already
+            exists.
     """
-    if format in WEIGHT_FORMATS:
-        project, format = format, "safetensors"
-    known: WeightFormat = WEIGHT_FORMATS[project]
-    chosen = {} if architecture is None else {"architecture": architecture}
-    if chosen and known.architectures is None:
-        raise UserError(f"architecture: the weight format {project!r} has only one (got {architecture!r})")
+    if format is not None and format not in (*WEIGHTS, *WEIGHT_FORMATS, *ENGINES):
+        raise unknown_name("format", format, (*WEIGHTS, *WEIGHT_FORMATS, *ENGINES))
+    given = {"project": project, "architecture": architecture, "cache": cache}
+    unused = ("project", "architecture") if format in ENGINES else ("cache",)
+    for name in unused:
+        if given[name] is not None:
+            raise UserError(f"{name}: unused with format {format or 'safetensors'!r} (got {given[name]!r})")
     with new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
-        task = rebuild_task(ckpt_path, checkpoint, device="meta")
-        weights = checkpoint["state_dict"]
-        state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
-        config = task.backbone.config.at_size(task.backbone.size)
-        known.write(folder, config, state, dtype, format, **chosen)
-        if checkpoint.get("tokenizer") is not None:
-            known.write_tokenizer(folder, checkpoint["tokenizer"])
-        if known.write_card is not None:
-            known.write_card(folder, task.backbone, checkpoint)
+        if format is not None and format in ENGINES:
+            _write_graph(folder, ckpt_path, checkpoint, format, dtype, cache)
+        else:
+            _write_weights(folder, ckpt_path, checkpoint, format, dtype, project, architecture)
     return Path(output)
+
+
+def _write_graph(
+    folder: Path, ckpt_path: str, checkpoint: dict[str, Any], format: str, dtype: str | None, cache: bool | None
+) -> None:
+    task: Any = rebuild_task(ckpt_path, checkpoint)
+    difference = export_engine(folder, task.backbone, format, dtype, cache)
+    if checkpoint.get("image_data") is not None:
+        write_image_data(folder, checkpoint["image_data"])
+    if checkpoint.get("tokenizer") is not None:
+        write_tokenizer(folder, checkpoint["tokenizer"])
+    print(f"{format}: outputs equal the model's to {difference:.1e} of the largest value")
+
+
+def _write_weights(
+    folder: Path,
+    ckpt_path: str,
+    checkpoint: dict[str, Any],
+    format: str | None,
+    dtype: str | None,
+    project: str | None,
+    architecture: str | None,
+) -> None:
+    if format in WEIGHT_FORMATS:
+        project, format = format, "safetensors"
+    projects = [project or "tokenformer"]
+    if project is None and format == "safetensors":
+        projects.append(NATIVE)
+    task: Any = rebuild_task(ckpt_path, checkpoint, device="meta")
+    weights = checkpoint["state_dict"]
+    state = {name.removeprefix("backbone."): weights[name] for name in weights if name.startswith("backbone.")}
+    initial = task.backbone.config
+    chosen = {} if architecture is None else {"architecture": architecture}
+    for name in projects:
+        known: WeightFormat = WEIGHT_FORMATS[name]
+        if chosen and known.architectures is None:
+            raise UserError(f"architecture: the weight format {name!r} has only one (got {architecture!r})")
+        config = initial if known.adopts_sizes else initial.at_size(task.backbone.size)
+        try:
+            known.write(folder, config, state, dtype, format or "safetensors", **chosen)
+            break
+        except UserError as error:
+            if name == projects[-1]:
+                raise
+            print(f"project: {projects[-1]} ({error})")
+    if checkpoint.get("tokenizer") is not None:
+        known.write_tokenizer(folder, checkpoint["tokenizer"])
+    if checkpoint.get("image_data") is not None and known.write_image_data is not None:
+        known.write_image_data(folder, checkpoint["image_data"])
+    if known.write_card is not None:
+        known.write_card(folder, task.backbone, checkpoint)
 
 
 @contextmanager
@@ -215,8 +276,8 @@ def _preset_of(config: TokenformerConfig, sizes: dict[str, Any]) -> tuple[str, d
     """Find the preset nearest to a config, and the fields that differ, apart from the sizes of the data."""
     found: dict[str, dict[str, Any]] = {}
     for name in list_presets():
-        base = preset_config(name, **sizes)
-        found[name] = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
+        base = {**vars(preset_config(name)), **sizes}  # together they may be invalid, as patch size and image size
+        found[name] = {key: value for key, value in vars(config).items() if value != base[key]}
     name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
     return name, found[name]
 

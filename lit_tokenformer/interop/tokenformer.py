@@ -202,7 +202,8 @@ def write_published(
             raise UserError(
                 f"state: tau of {name.removesuffix('.tau')} is {tau.item():.6g}, and the published format has only "
                 f"sqrt({count}) = {math.sqrt(count):.6g}; zero_keys growth keeps tau: grow by an integer factor with "
-                "method split, or anneal tau in a fit with tau_steps of ParameterGrowthCallback"
+                "method split, or anneal tau in a fit with tau_steps of ParameterGrowthCallback; or use format "
+                "'lit_tokenformer'"
             )
     rows = {row.ours: row for row in _rows(settings)}
     skipped = {*taus, "head.weight"} if config.tie_embeddings else set(taus)
@@ -315,7 +316,7 @@ def _settings(config: TokenformerConfig, state: Mapping[str, Tensor]) -> dict[st
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]
     if lost:
         listed = ", ".join(f"{name} {getattr(config, name)!r} (only {getattr(back, name)!r})" for name in lost)
-        raise UserError(f"config: the published format has no {listed}")
+        raise UserError(f"config: the published format has no {listed}; format 'lit_tokenformer' has")
     return settings
 
 

@@ -55,6 +55,10 @@ class WeightFormat(NamedTuple):
         write_tokenizer: ``(folder, text of a tokenizer.json)``.
         architectures: Registry of the architectures of the format, if it has several.
         write_card: ``(folder, model, checkpoint)``: model card; ``None`` without one.
+        write_image_data: ``(folder, image_data)``: class names and evaluation transform; ``None`` leaves them out.
+        read_image_data: ``(weights, config_json) -> image_data``, or ``None`` if it is unknown.
+        adopts_sizes: Whether ``write`` takes the initial architecture, because layers adopt the sizes of the weights;
+            otherwise it takes the architecture at the current size.
     """
 
     find: Callable[[str], Path]
@@ -66,6 +70,9 @@ class WeightFormat(NamedTuple):
     )
     architectures: Registry[Any] | None = None
     write_card: Callable[[Path, Any, Mapping[str, Any]], Any] | None = None
+    write_image_data: Callable[[Path, Mapping[str, Any]], Any] | None = None
+    read_image_data: Callable[[Path, str | None], dict[str, Any] | None] = lambda weights, config_json: None
+    adopts_sizes: bool = False
 
 
 def local_source(source: str) -> str:
