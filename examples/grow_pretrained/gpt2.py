@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch.nn import functional as F
 
+from examples.grow_pretrained.arms import Demonstration, Study, write
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.data import TextDataModule
 
-LENGTH, BATCH = 128, 8
-WIDTH, HEADS = 48, 3
+LENGTH, BATCH, WIDTH, HEADS, DEPTH = 128, 8, 32, 2, 2
+LR = 8e-3  # the better of 0.004, 0.008 and 0.016 for the base model
+CORPUS = "python_stdlib"
 
 
-def text(seed: int = 0) -> TextDataModule:
-    """Return the bytes of the standard library; the split into training and validation does not depend on the seed."""
+def text() -> TextDataModule:
+    """Return the bytes of the corpus; documents are held out by a hash, so the split is the same everywhere."""
     return TextDataModule(
-        "python_stdlib",
-        tokenizer="bytes",
-        block_size=LENGTH,
-        val_fraction=0.05,
-        seed=seed,
-        batch_size=BATCH,
-        eval_batch_size=64,
+        CORPUS, tokenizer="bytes", block_size=LENGTH, val_fraction=0.05, batch_size=BATCH, eval_batch_size=64
     )
 
 
-@cache
 def training_blocks() -> list[dict[str, torch.Tensor]]:
     """Return the training documents as a data set of Trainer: blocks of ``LENGTH`` bytes, with their labels."""
     data = text()
-    separator = data.separator_id
-    stream = [separator]
+    separator = torch.tensor([data.separator_id])
+    parts = [separator]
     for split, document in data.corpus.documents():
         if split == "train":
-            stream += [*document.encode(), separator]  # the token of a byte is its value
-    count = len(stream) // LENGTH
-    return [{"input_ids": block, "labels": block} for block in torch.tensor(stream[: count * LENGTH]).view(-1, LENGTH)]
+            parts += [torch.tensor(list(document.encode())), separator]  # the token of a byte is its value
+    stream = torch.cat(parts)
+    blocks = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+    return [{"input_ids": block, "labels": block} for block in blocks]
 
 
-def train_base(folder: Path, seed: int, lr: float, steps: int, depth: int) -> None:
+def train_base(folder: Path, seed: int, steps: int) -> None:
     """Train a GPT-2 with ``transformers.Trainer``, and save it as ``save_pretrained`` does."""
     transformers.set_seed(seed)
     data = text()
@@ -53,7 +51,7 @@ def train_base(folder: Path, seed: int, lr: float, steps: int, depth: int) -> No
             vocab_size=data.vocab_size,
             n_positions=LENGTH,
             n_embd=WIDTH,
-            n_layer=depth,
+            n_layer=DEPTH,
             n_head=HEADS,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -66,7 +64,7 @@ def train_base(folder: Path, seed: int, lr: float, steps: int, depth: int) -> No
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=lr,
+        learning_rate=LR,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         adam_beta2=0.95,
@@ -105,3 +103,53 @@ def score(folder: Path) -> dict[str, float]:
         "parameters": model.num_parameters(),
         "block_parameters": sum(parameter.numel() for parameter in model.transformer.h.parameters()),
     }
+
+
+def demonstration(smoke: bool) -> Demonstration:
+    """Set up the arms; a smoke test takes seconds and shows nothing."""
+    settings = yaml.safe_load(shipped_configs()["grow_pretrained"].read_text())
+    settings["data"]["init_args"] |= {"dataset": CORPUS, "block_size": LENGTH}
+    settings["data"]["init_args"]["loader"] = {"batch_size": BATCH}
+    return Demonstration(
+        train_base=train_base,
+        score=score,
+        format="transformers",
+        settings=settings,
+        preset="gpt2_tiny",
+        fields={"dim": WIDTH, "depth": DEPTH, "num_heads": HEADS},
+        of_data={"vocab_size": 257, "context_length": LENGTH},
+        final={"depth": 3, "mlp_ratio": 6.0},
+        batch=BATCH,
+        base_steps=20 if smoke else 2000,
+        share=0.4,
+        rates=(4e-3,) if smoke else (4e-3, 8e-3, 1.6e-2),
+        scratch_rates=(8e-3,) if smoke else (8e-3, 1.6e-2),
+        variants={}
+        if smoke
+        else {
+            "depth alone": {"final": {"depth": "2x"}},
+            "hidden units alone": {"final": {"hidden": "2.5x"}},
+            "at the first step": {"at": 0.0},
+            "old rows frozen for 100 steps": {"freeze_old_steps": 100},
+            "constant, then linear decay": {"schedule": {"name": "wsd", "decay": 0.6}},
+            "learning rate warms up again": {"rewarm_steps": 30},
+        },
+    )
+
+
+def command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="Folder of the fits; those found there are not repeated.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="A few steps on a smaller corpus.")
+    given = parser.parse_args()
+    if given.smoke:
+        global CORPUS
+        CORPUS = "python_docs"
+    results = Study(demonstration(given.smoke), given.output).run(given.seeds)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write(results, given.output / "gpt2", ("bits_per_byte", "loss"), versions)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,4 +1,4 @@
-"""Architecture of a checkpoint in place of ``model.preset: checkpoint``."""
+"""Architecture and tokenizer of a checkpoint in place of ``model.preset: checkpoint``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
 
+from lit_tokenformer.cli.preflight import use_saved_tokenizer
+from lit_tokenformer.data import TextDataModule
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks import LitTask
 
@@ -49,3 +52,15 @@ def adopt_architecture(settings: Namespace, checkpoint: Mapping[str, Any], path:
     for name, value in fields.items():
         if model["overrides"].get(name) is None:
             model["overrides"][name] = value
+
+
+def adopt_tokenizer(datamodule: LightningDataModule, checkpoint: Mapping[str, Any], asked: bool) -> None:
+    """Give text data the tokenizer of a checkpoint whose architecture is adopted; see :func:`use_saved_tokenizer`.
+
+    Raises:
+        UserError: If neither the checkpoint nor the settings have one.
+    """
+    unset = isinstance(datamodule, TextDataModule) and datamodule.corpus.tokenizer_name == "bytes" and not asked
+    if unset and not isinstance(checkpoint.get("tokenizer"), str):
+        raise UserError("data.tokenizer: expected the tokenizer of the model, which the checkpoint does not contain")
+    use_saved_tokenizer(datamodule, checkpoint, asked)

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
-from lit_tokenformer.cli.adopted import adopt_architecture, adopts
+from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
 from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
@@ -255,7 +255,7 @@ class TokenformerCLI(LightningCLI):
             planning.add_argument(
                 f"--{name}",
                 type=str | None,
-                help="Accepted so that the config.yaml of a run can be planned; only preset: checkpoint reads ckpt_path.",
+                help="Accepted so that the config.yaml of a run can be planned; preset: checkpoint reads ckpt_path.",
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
@@ -341,8 +341,11 @@ class TokenformerCLI(LightningCLI):
 
     def _with_tokenizer(self, kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
         path, data = self.config[self.subcommand]["ckpt_path"], kind(*args, **kwargs)
-        saved = self._adopted or (read_shapes(path) if path and is_sharded(path) else self._shapes)
-        use_saved_tokenizer(data, saved, self._asks_tokenizer)
+        if self._adopted:
+            adopt_tokenizer(data, self._adopted, self._asks_tokenizer)
+        else:
+            saved = read_shapes(path) if path and is_sharded(path) else self._shapes
+            use_saved_tokenizer(data, saved, self._asks_tokenizer)
         return data
 
     def after_instantiate_classes(self) -> None:
