@@ -500,7 +500,7 @@ def test_the_shipped_config_continues_an_imported_model(folders, tmp_path, text_
     for given, message in (
         ((), "model.preset: 'checkpoint' needs init_from or ckpt_path"),
         (("--init_from", tmp_path / "bare.ckpt"), "data.tokenizer: expected the tokenizer of the model, which the"),
-        (("--init_from", base, "--model.overrides.dim", 7), "init_from: "),
+        (("--init_from", base, "--model.overrides.dim", 12), "base.ckpt is of another architecture: dim 48 (this"),
     ):
         assert run(*fit, 2, *given) == 2
         assert message in capsys.readouterr().err

@@ -120,12 +120,13 @@ def test_a_multiple_is_one_of_the_size_at_which_the_fit_began(tmp_path):
     fit(task, growth, last)
     assert [(event["after"]["ffn"], event["after"]["depth"]) for event in growth.events] == [(48, 4), (96, 4)]
     resumed, growth = make_task(), ParameterGrowthCallback(schedule)
-    fit(resumed, growth, ckpt_path=tmp_path / "epoch=1.ckpt")
+    trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[growth])
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert [event["after"]["ffn"] for event in growth.events] == [48, 96]
     expected = task.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
-    with pytest.raises(ValueError, match="schedule: unknown value 'heads'"):
-        fit(make_task(), ParameterGrowthCallback({1: {"heads": "2x"}}))
+    with pytest.raises(ValueError, match="schedule: epoch 1: unknown value 'hidden'"):
+        fit(make_task(), ParameterGrowthCallback({1: {"hidden": "2x"}}))
 
 
 def test_random_growth_is_told_to_change_the_function():
