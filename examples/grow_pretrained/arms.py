@@ -39,7 +39,7 @@ class Demonstration:
         base_steps: Optimizer steps of the base model.
         share: FLOPs of the further training, relative to those of the base model.
         rates: Learning rates of the arms that start from the base model; tried with the first seed.
-        scratch_rates: Those of the arms from scratch.
+        scratch_rates: Those of the arms from scratch; tried on the FLOPs of the further training.
         variants: Other settings of the grown arm, tried with the first seed: of the growth callback, of the learning
             rate's ``schedule``, and ``at``, the share of the steps before the growth.
     """
@@ -184,6 +184,8 @@ class Study:
         best: dict[str, float] = {}
         for name, arm in ARMS.items():
             rates = self.of.rates if arm.from_base else self.of.scratch_rates
+            if arm.pays_base:  # too long for a search
+                rates = (best["scratch, same FLOPs"],)
             scores = {lr: self.fit(name, 0, lr) for lr in rates}
             best[name] = min(scores, key=lambda lr: scores[lr]["loss"])
             found[name] = [scores[best[name]]]
@@ -193,7 +195,7 @@ class Study:
             for name in ARMS:
                 found[name].append(self.fit(name, seed, best[name]))
         for variant in self.of.variants:
-            search[f"grown, {variant}"] = self.fit("grown", 0, best["grown"], variant)
+            search[f"grown, lr {best['grown']:g}, {variant}"] = self.fit("grown", 0, best["grown"], variant)
         return {"arms": found, "search": search}
 
 

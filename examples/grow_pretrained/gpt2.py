@@ -129,10 +129,8 @@ def demonstration(smoke: bool) -> Demonstration:
         else {
             "depth alone": {"final": {"depth": "2x"}},
             "hidden units alone": {"final": {"hidden": "2.5x"}},
-            "at the first step": {"at": 0.0},
             "old rows frozen for 100 steps": {"freeze_old_steps": 100},
             "constant, then linear decay": {"schedule": {"name": "wsd", "decay": 0.6}},
-            "learning rate warms up again": {"rewarm_steps": 30},
         },
     )
 

@@ -95,9 +95,9 @@ class Images:
             of_data={"image_size": 28, "in_chans": 1, "num_classes": 10},
             final={"depth": 3, "mlp_ratio": 6.0},
             batch=BATCH,
-            base_steps=20 if smoke else 1500,
+            base_steps=20 if smoke else 1000,
             share=0.4,
-            rates=(LR,) if smoke else (LR / 4, LR / 2, LR),
+            rates=(LR,) if smoke else (LR / 4, LR / 2),
             scratch_rates=(LR,) if smoke else (LR, 2 * LR),
         )
 

@@ -14,7 +14,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.tasks import LitTask
 
 PRESET = "checkpoint"
-"""Value of ``model.preset`` that stands for the architecture of ``init_from`` or ``ckpt_path``."""
+"""Value of ``model.preset``: the architecture of ``init_from`` or ``ckpt_path``."""
 
 _OF_THE_MODEL = ("vocab_size", "context_length")
 """Arguments of a task that belong to the weights; the sizes of images and classes are those of the data."""
