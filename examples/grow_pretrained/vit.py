@@ -102,7 +102,7 @@ class Images:
         )
 
 
-def command() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="Folder of the fits; those found there are not repeated.")
     parser.add_argument("--root", default="data", help="Folder with FashionMNIST/raw.")
@@ -115,4 +115,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    command()
+    main()
