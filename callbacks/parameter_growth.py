@@ -22,7 +22,7 @@ from callbacks.growth_check import OutputCheck
 from callbacks.growth_steps import StepSettings, add_step_hooks, row_map
 from callbacks.growth_strategies import growth_context
 from callbacks.growth_triggers import LossSignal
-from callbacks.schedules import Key, check_end, check_last_step, checked_keys, position
+from callbacks.schedules import Key, check_end, check_last_step, checked_keys, multiplied, position
 from lit_tokenformer.errors import UserError, nearest_name, unknown_name
 from lit_tokenformer.growth import Rows, grow_with_optimizers, growth_method, target_sizes
 from lit_tokenformer.growth.axes import UNITS, added_bytes, check_memory, describe_sizes, grown_sizes
@@ -51,7 +51,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
             tokens (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
             heads: H, depth: L}``. Omitted kinds keep their size. ``other`` applies to Pattention layers without a kind,
             as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total number of blocks;
-            new ones are inserted as identities under any ``method``.
+            new ones are inserted as identities under any ``method``. ``{hidden: 1.5x}`` is a multiple of the size at
+            which the fit began, rounded to a whole number.
         unit: Unit of the keys of ``schedule``: ``epoch``, or ``step`` (optimizer steps).
         method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact except
             for softmax) or ``random`` (as published; changes the function).
@@ -95,7 +96,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
 
     def __init__(
         self,
-        schedule: dict[Key, Tokens],
+        schedule: dict[Key, int | dict[str, int | str]],
         unit: str = "epoch",
         method: str = "split",
         noise: float = 1.0,
@@ -178,7 +179,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         current = dict(tokens)
         if not current:
             return []  # not growable
-        for key, wanted in self.schedule.items():
+        for key, wanted in multiplied(self.schedule, tokens).items():
             setting = f"schedule: {self.unit} {key}"
             if grown and not found and _is_reached(wanted, current, setting):
                 continue
@@ -195,6 +196,10 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         """Return the size at which the first fit of a model began."""
         before = self.events[0]["before"] if self.events else {}  # `lit-tokenformer grow` does not record depth
         return {**self.size(module), **before}
+
+    def _totals(self, module: nn.Module) -> dict[int, Tokens]:
+        """Return the schedule with totals in place of multiples."""
+        return multiplied(self.schedule, self._initial_size(module))
 
     def size(self, module: nn.Module) -> dict[str, int]:
         """Return the scheduled sizes of a model: parameter tokens, and the other kinds that the schedule names."""
@@ -257,7 +262,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         current = self.size(pl_module)
-        stages = list(self.schedule.items())
+        stages = list(self._totals(pl_module).items())
         self._next = 0 if current else len(stages)
         while self._next < len(stages) and _is_reached(stages[self._next][1], current):
             self._next += 1  # the resumed checkpoint already contains this growth
@@ -271,13 +276,14 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
             self._signal.begin_fit(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        stages = list(self.schedule.items())
-        while self._next < len(stages) and position(trainer, self.unit) >= stages[self._next][0]:
+        keys = list(self.schedule)
+        while self._next < len(keys) and position(trainer, self.unit) >= keys[self._next]:
             if self._signal is not None and not self._signal.fired:
                 return
             if batch_idx % trainer.accumulate_grad_batches:
                 return  # a gradient is pending
-            targets = target_sizes(stages[self._next][1], self.size(pl_module))
+            wanted = self._totals(pl_module)[keys[self._next]]
+            targets = target_sizes(wanted, self.size(pl_module))
             targets = trainer.strategy.broadcast(targets)  # all processes grow to the same size
             if targets != self.size(pl_module):
                 self._grow(trainer, pl_module, targets, batch)
@@ -303,7 +309,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         self._remove_step_hooks()
         if self._signal is None or trainer.fast_dev_run:
             return
-        current, rest = self.size(pl_module), list(self.schedule.values())[self._next :]
+        current, rest = self.size(pl_module), list(self._totals(pl_module).values())[self._next :]
         left = [str(tokens) for tokens in rest if not _is_reached(tokens, current)]
         if left:
             rank_zero_warn(
@@ -406,8 +412,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         self._step_hooks.clear()
 
 
-def _checked_schedule(schedule: Mapping[Key, Tokens], unit: str) -> dict[int, Tokens]:
-    """Validate that the keys of a schedule increase and no total shrinks.
+def _checked_schedule(schedule: Mapping[Key, Any], unit: str) -> dict[int, Any]:
+    """Validate that the keys of a schedule increase and no total shrinks; multiples are compared once sizes are known.
 
     Raises:
         ValueError: Otherwise.
@@ -416,7 +422,7 @@ def _checked_schedule(schedule: Mapping[Key, Tokens], unit: str) -> dict[int, To
     named = {str(kind) for size in checked.values() if isinstance(size, Mapping) for kind in size}
     misspelled = [kind for kind in sorted(named - UNITS.keys()) if nearest_name(kind, UNITS)]
     current = dict.fromkeys((*UNITS, *sorted(named.difference(misspelled))), 1)  # parts may declare their own kinds
-    for key, tokens in checked.items():
+    for key, tokens in multiplied(checked, None, f"schedule: {unit}").items():
         current = target_sizes(tokens, current, setting=f"schedule: {unit} {key}")
     return checked
 

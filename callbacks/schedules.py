@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,41 @@ def checked_keys(schedule: Any, unit: str) -> dict[int, Any]:
         checked[key] = value
         last = key
     return checked
+
+
+def multiplied(
+    schedule: Mapping[int, Any], initial: Mapping[str, int] | None, setting: str = "schedule"
+) -> dict[int, Any]:
+    """Replace multiples such as ``1.5x`` in a schedule by totals.
+
+    Args:
+        schedule: Sizes by key.
+        initial: Size at which the fit begins; ``None``, as long as it is unknown, drops the multiples.
+        setting: Name of the setting in errors.
+
+    Raises:
+        UserError: For text that is not a multiple of at least 1.
+
+    Example:
+        >>> multiplied({10: {"depth": "1.5x", "heads": 8}, 20: 64}, {"depth": 12, "heads": 4})
+        {10: {'depth': 18, 'heads': 8}, 20: 64}
+    """
+    found: dict[int, Any] = {}
+    for key, sizes in schedule.items():
+        found[key] = sizes
+        if not isinstance(sizes, Mapping):
+            continue
+        found[key] = dict(sizes)
+        for kind, size in sizes.items():
+            if not isinstance(size, str):
+                continue
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?x", size) or float(size[:-1]) < 1:
+                raise UserError(f"{setting} {key}: {kind}: expected a total or a multiple such as 2x, got {size!r}")
+            if initial is None:
+                del found[key][kind]
+            elif kind in initial:  # otherwise the kind is rejected
+                found[key][kind] = round(float(size[:-1]) * initial[kind])
+    return found
 
 
 def check_end(schedule: Mapping[int, Any], unit: str, trainer: Any) -> None:

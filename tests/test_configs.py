@@ -13,7 +13,11 @@ from datasets import ClassLabel, Dataset, Features, Image
 from lightning.pytorch import Callback
 from PIL import Image as PillowImage
 
+from lit_tokenformer.checkpoints.load import write_checkpoint
 from lit_tokenformer.cli.main import main, shipped_configs
+from lit_tokenformer.data import Tokenizer
+from lit_tokenformer.tasks import LitCausalLM
+from lit_tokenformer.tasks.rebuild import fresh_checkpoint
 
 CONFIGS = shipped_configs()
 
@@ -80,9 +84,17 @@ DATA = {
 
 
 def data_arguments(config, folder, cache):
-    data = yaml.safe_load(config.read_text())["data"]
+    settings = yaml.safe_load(config.read_text())
+    data = settings["data"]
     make = DATA.get((data["class_path"].split(".")[-1], data["init_args"].get("dataset")))
-    return make(folder, cache) if make is not None else []
+    more = make(folder, cache) if make is not None else []
+    if settings["model"]["init_args"]["preset"] == "checkpoint":
+        sizes = {"dim": 16, "depth": 2, "num_heads": 1}
+        task = LitCausalLM("gpt2_tiny", 257, data["init_args"]["block_size"], overrides=sizes)
+        task.tokenizer_json = Tokenizer.bytes().to_json()
+        write_checkpoint(fresh_checkpoint(task, task.state_dict()), folder / "base.ckpt")
+        more += ["--ckpt_path", str(folder / "base.ckpt")]
+    return more
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -91,7 +103,8 @@ def test_every_config_is_parsed_built_and_planned(name, text_cache, tmp_path, ca
     assert main(["plan", "--config", name, *args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"]) == 0
     stages = yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks"][0]["init_args"].get("schedule", {})
     shown = capsys.readouterr().out
-    assert all(f"qkv {tokens}," in shown for tokens in stages.values())
+    assert all(f"qkv {tokens}," in shown for tokens in stages.values() if isinstance(tokens, int))
+    assert name != "grow_pretrained" or "hidden 96, depth 3" in shown  # 1.5 times those of the checkpoint
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -22,6 +22,7 @@ from test_oracles import everywhere
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import_weights
 from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.data import Tokenizer
 from lit_tokenformer.interop import read_transformers
 from lit_tokenformer.models import Tokenformer
@@ -466,6 +467,45 @@ def test_a_fit_grows_an_imported_model_with_the_settings_that_import_wrote(folde
         assert load(fitted).size | growth == load(fitted).size
         card = (back / "README.md").read_text()
         assert "| optimizer steps | 2 |" in card and f" to {growth['hidden']}, " in card
+
+
+def test_the_shipped_config_continues_an_imported_model(folders, tmp_path, text_cache, capsys):
+    folder = own_copy(folders("gpt2"), tmp_path / "gpt2")
+    assert run("import", "--source", folder, "--output", tmp_path / "bare.ckpt") == 0
+    Tokenizer.bytes().save(folder / "tokenizer.json")
+    base = tmp_path / "base.ckpt"
+    assert run("import", "--source", folder, "--output", base) == 0
+    config = yaml.safe_load(shipped_configs()["grow_pretrained"].read_text())
+    growth, *_, saved = config["trainer"]["callbacks"]
+    (stage,) = growth["init_args"]["schedule"].values()
+    growth["init_args"]["schedule"] = {1: stage}
+    saved["init_args"] |= {"every_n_train_steps": 2, "dirpath": str(tmp_path)}
+    config["trainer"] |= {"callbacks": [growth, saved], "limit_val_batches": 1, "accelerator": "cpu", "logger": False}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    fit = (
+        *("fit", "--config", tmp_path / "fit.yaml", "--data.block_size", LENGTH, "--data.cache_dir", text_cache),
+        *("--trainer.default_root_dir", tmp_path, "--trainer.enable_progress_bar", "false", "--trainer.max_steps"),
+    )
+    assert run(*fit, 2, "--ckpt_path", base) == 0
+    last = tmp_path / "last.ckpt"
+    assert run(*fit, 4, "--ckpt_path", last) == 0  # resumes, with the multiples of the first fit
+    assert run("export", "--ckpt_path", last, "--format", "transformers", "--output", tmp_path / "back") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert (theirs.config.n_layer, theirs.config.n_inner, theirs.config.n_positions) == (
+        4,
+        288,
+        LENGTH,
+    )  # 1.5 times 3 and 192
+    mine, other = compared(theirs, load(last))
+    assert difference(mine, other) <= 1e-5
+    capsys.readouterr()
+    for given, message in (
+        ((), "model.preset: 'checkpoint' needs init_from or ckpt_path"),
+        (("--init_from", tmp_path / "bare.ckpt"), "data.tokenizer: expected the tokenizer of the model, which the"),
+        (("--init_from", base, "--model.overrides.dim", 12), "base.ckpt is of another architecture: dim 48 (this"),
+    ):
+        assert run(*fit, 2, *given) == 2
+        assert message in capsys.readouterr().err
 
 
 PEAK = """

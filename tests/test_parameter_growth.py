@@ -112,6 +112,23 @@ def test_each_growth_is_checked_and_remembered():
     assert second["parameters"] - first["parameters"] == 2 * 36 * 64  # 36 tokens of 32 + 32 numbers in 2 blocks
 
 
+def test_a_multiple_is_one_of_the_size_at_which_the_fit_began(tmp_path):
+    schedule = {1: {"ffn": "1.5x", "depth": "2x"}, 2: {"ffn": "3x"}}
+    task, growth = make_task(), ParameterGrowthCallback(schedule)
+    assert [size["ffn"] for _, size in growth.remaining_stages(task)] == [48, 96]
+    last = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(task, growth, last)
+    assert [(event["after"]["ffn"], event["after"]["depth"]) for event in growth.events] == [(48, 4), (96, 4)]
+    resumed, growth = make_task(), ParameterGrowthCallback(schedule)
+    trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[growth])
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [event["after"]["ffn"] for event in growth.events] == [48, 96]
+    expected = task.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    with pytest.raises(ValueError, match="schedule: epoch 1: unknown value 'hidden'"):
+        fit(make_task(), ParameterGrowthCallback({1: {"hidden": "2x"}}))
+
+
 def test_random_growth_is_told_to_change_the_function():
     growth = ParameterGrowthCallback({1: 16}, method="random")
     fit(make_task(), growth)
@@ -342,6 +359,8 @@ def test_layers_without_a_kind_or_without_pattention():
         ({"schedule": {"1.5": 16}}, "schedule: expected a non-negative integer as epoch, got '1.5'"),
         ({"schedule": {-1: 16}}, "schedule: expected a non-negative integer as epoch, got -1"),
         ({"schedule": {1: "many"}}, "schedule: epoch 1: .*got 'many'"),
+        ({"schedule": {1: {"ffn": "0.5x"}}}, "schedule: epoch 1: ffn: expected a total or a multiple such as 2x, got"),
+        ({"schedule": {1: {"ffn": "twice"}}}, "schedule: epoch 1: ffn: expected a total or a multiple such as 2x, got"),
         ({"schedule": {1: 0}}, "schedule: epoch 1: .*at least 1, got 0"),
         ({"schedule": {1: 1.5}}, "schedule: epoch 1: .*got 1.5"),
         ({"schedule": {1: 16}, "unit": "epochs"}, "unit: unknown value 'epochs', did you mean 'epoch'"),

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
+from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
 from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
@@ -252,7 +253,9 @@ class TokenformerCLI(LightningCLI):
             )
         for name in ("ckpt_path", "run_name"):
             planning.add_argument(
-                f"--{name}", type=str | None, help="Ignored; accepted so that the config.yaml of a run can be planned."
+                f"--{name}",
+                type=str | None,
+                help="Accepted so that the config.yaml of a run can be planned; preset: checkpoint reads ckpt_path.",
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
@@ -310,11 +313,16 @@ class TokenformerCLI(LightningCLI):
         check_settings(self.config[name], resumes=name == "fit")
 
     def _parse_ckpt_path(self) -> None:
-        """Check that the checkpoint is intact and safe; hyper-parameters are those of the config."""
+        """Check that the checkpoint is intact and safe; hyper-parameters are those of the config, or it adopts them."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
         self._shapes: dict[str, Any] = {}
+        self._adopted: dict[str, Any] = {}
+        if adopts(config):
+            base = config.get("init_from") or (path if path not in ("best", "last", "hpc") else None)
+            self._adopted = read_shapes(base) if base else {}
+            adopt_architecture(config, self._adopted, base)
         if "ckpt_path" in config:
             self._identity = RunIdentity(defining_settings(config), config.get("run_name"), path)
         if path == "best":
@@ -328,13 +336,16 @@ class TokenformerCLI(LightningCLI):
         super()._add_instantiators()
         if self.subcommand == "plan":  # only shapes are needed
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
-        if self.subcommand in ("validate", "test"):
+        if self.subcommand in ("validate", "test") or self._adopted:
             self.parser.add_instantiator(self._with_tokenizer, LightningDataModule, subclasses=True, prepend=True)
 
     def _with_tokenizer(self, kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
         path, data = self.config[self.subcommand]["ckpt_path"], kind(*args, **kwargs)
-        saved = read_shapes(path) if path and is_sharded(path) else self._shapes
-        use_saved_tokenizer(data, saved, self._asks_tokenizer)
+        if self._adopted:
+            adopt_tokenizer(data, self._adopted, self._asks_tokenizer)
+        else:
+            saved = read_shapes(path) if path and is_sharded(path) else self._shapes
+            use_saved_tokenizer(data, saved, self._asks_tokenizer)
         return data
 
     def after_instantiate_classes(self) -> None:

@@ -48,7 +48,8 @@ class LitImageClassifier(LitTask):
     no data module, and labels of evaluation data with the same classes in another order are mapped by name.
 
     Args:
-        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
+        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``; in a config also ``checkpoint``:
+            the architecture of ``init_from`` or ``ckpt_path``.
         num_classes: Number of classes C; determined by the data set on the command line.
         image_size: Image size in pixels; determined by the data set on the command line.
         overrides: Fields of the architecture that replace the preset's.

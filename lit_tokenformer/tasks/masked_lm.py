@@ -39,7 +39,8 @@ class LitMaskedLM(LitLanguageTask):
     batch and process.
 
     Args:
-        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``.
+        preset: Architecture, a name from ``lit_tokenformer.models.list_presets()``; in a config also ``checkpoint``:
+            the architecture of ``init_from`` or ``ckpt_path``, with the tokenizer of that checkpoint.
         vocab_size: Vocabulary size V; determined by the data on the command line, unless ``overrides`` sets it.
         context_length: Maximum sequence length T in tokens; determined by the data's block size on the command line.
         overrides: Fields of the architecture that replace the preset's.

@@ -1,0 +1,1 @@
+"""Grow models that transformers and timm trained, and give them back."""
