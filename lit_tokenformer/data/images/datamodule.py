@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from timm.data.mixup import Mixup, mixup_target
@@ -265,42 +264,21 @@ class ImageDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader:
         """Create the resumable training loader of this process."""
         samples, seed, (rank, replicas) = self.splits.train, self._seed, self._place
-        loader: ResumableLoader | ResumableStreamLoader
         if isinstance(samples, HubStream):
             stream = self._stream(samples, self.batch_size, seed)
-            loader = ResumableStreamLoader(
-                stream,
-                batch_size=self.batch_size,
-                drop_last=True,
-                num_workers=min(self._workers, stream.stream.num_shards),
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
+            workers = min(self._workers, stream.stream.num_shards)
+            loader = self._loader(
+                ResumableStreamLoader, stream, drop_last=True, num_workers=workers, persistent_workers=False
             )
-            loader.rank, loader.replicas = rank, replicas
-            loader.made_with = {
-                "data.num_workers": loader.num_workers,
-                "trainer.devices (processes in all)": replicas,
-                "data.batch_size": self.batch_size,
-                "data.shuffle_buffer": self.hub.shuffle_buffer,
-                "data.seed": seed,
-            }
-        else:
-            images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
-            sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
-            if len(sampler) < self.batch_size:
-                most = f"expected at most {len(sampler)} (the training images of a process)"
-                raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
-            loader = ResumableLoader(
-                images,
-                sampler=sampler,
-                batch_size=self.batch_size,
-                drop_last=True,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),
-            )
-        return self._resumed(loader)
+            buffer = self.hub.shuffle_buffer
+            loader.set_place(rank, replicas, batch_size=self.batch_size, shuffle_buffer=buffer, seed=seed)
+            return self._resumed(loader)
+        images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
+        sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
+        if len(sampler) < self.batch_size:
+            most = f"expected at most {len(sampler)} (the training images of a process)"
+            raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
+        return self._resumed(self._loader(ResumableLoader, images, sampler=sampler, drop_last=True))
 
     def val_dataloader(self) -> DataLoader:
         """Create the validation loader, in order."""
@@ -378,10 +356,8 @@ class ImageDataModule(ResumableDataModule):
         return self.splits.test if self.predict_root is None else find_images(self.predict_root, "data.predict_root")
 
     @property
-    def _workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        return 0 if self.source.tiny else self._spare_workers
+    def _needs_workers(self) -> bool:  # type: ignore[override]
+        return not self.source.tiny
 
     def _stream(self, split: HubStream, batch_size: int, seed: int | None, labeled: bool = True) -> StreamImages:
         from datasets.distributed import split_dataset_by_node
@@ -390,17 +366,8 @@ class ImageDataModule(ResumableDataModule):
         rows = split.rows if seed is None else split.rows.shuffle(seed=seed, buffer_size=self.hub.shuffle_buffer)
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas) if replicas > 1 else rows
         transform = self._eval_transform if seed is None else self._train_transform
-        return StreamImages(
-            rows,
-            split.columns,
-            partial(decode_hub_image, folders=split.folders),
-            transform,
-            self.max_corrupt_share,
-            batch_size,
-            seed,
-            rank,
-            labeled,
-        )
+        decode, share = partial(decode_hub_image, folders=split.folders), self.max_corrupt_share
+        return StreamImages(rows, split.columns, decode, transform, share, batch_size, seed, rank, labeled)
 
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
         workers, (rank, replicas) = self._workers, self._place
@@ -424,13 +391,5 @@ class ImageDataModule(ResumableDataModule):
             if replicas > 1 and not keep_places:
                 sampler = EvalImageSampler(images, batch_size, num_replicas=replicas, rank=rank)
                 batch_size = sampler.batch_size
-        return DataLoader(
-            images,
-            sampler=sampler,
-            batch_size=batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.pin_memory,
-            collate_fn=collate_readable,
-            generator=torch.Generator(),
-        )
+        shape = {"sampler": sampler, "batch_size": batch_size, "num_workers": workers}
+        return self._loader(DataLoader, images, collate_fn=collate_readable, **shape)

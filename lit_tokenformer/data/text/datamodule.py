@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,8 +29,9 @@ from lit_tokenformer.data.text.corpus import TextCorpus
 from lit_tokenformer.data.text.files import EncodingErrors, load_template
 from lit_tokenformer.data.text.sources import Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
+    EvalStream,
     EvalStreamLoader,
-    TextStreamLoader,
+    TrainStream,
     eval_stream_loader,
     train_stream_loader,
 )
@@ -280,35 +280,16 @@ class TextDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader:
         """Create the resumable training loader of this process."""
         rank, replicas = self._place
-        loader: ResumableLoader | TextStreamLoader
         if self.streaming:
-            loader = train_stream_loader(
-                self.corpus.stream("train"),
-                self.tokenizer,
-                self.block_size,
-                self.batch_size,
-                shuffle_buffer=self.shuffle_buffer,
-                seed=self._seed,
-                num_workers=self._workers,
-                pin_memory=self.pin_memory,
-                rank=rank,
-                replicas=replicas,
-            )
-        else:
-            self._check_length("train", replicas)
-            blocks = self._train_blocks
-            loader = ResumableLoader(
-                blocks,
-                sampler=EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank),
-                batch_size=self.batch_size,
-                drop_last=True,
-                collate_fn=self._collate,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
-            )
-        return self._resumed(loader)
+            numbers = self.block_size, self.shuffle_buffer, self._seed, rank
+            stream = TrainStream(self.corpus.stream("train"), self.tokenizer, *numbers)
+            loader = {"batch_size": self.batch_size, "num_workers": self._workers, "pin_memory": self.pin_memory}
+            return self._resumed(train_stream_loader(stream, replicas, **loader))
+        self._check_length("train", replicas)
+        blocks = self._train_blocks
+        sampler = EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank)
+        settings = {"sampler": sampler, "collate_fn": self._collate, "drop_last": True}
+        return self._resumed(self._loader(ResumableLoader, blocks, **settings))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Create the validation loader, in order; an empty list, which Lightning skips, without validation data."""
@@ -376,36 +357,20 @@ class TextDataModule(ResumableDataModule):
 
     def _eval_loader(self, stage: str) -> DataLoader:
         split, (rank, replicas) = self.corpus.split_of(stage), self._place
+        settings: dict[str, Any] = {"batch_size": self.eval_batch_size}
         if self.streaming:
-            self._eval_streams[stage] = loader = eval_stream_loader(
-                self.corpus.stream(split),
-                self.tokenizer,
-                self.block_size,
-                self.eval_batch_size,
-                num_workers=min(1, self._workers),
-                pin_memory=self.pin_memory,
-                rank=rank,
-                replicas=replicas,
-            )
+            stream = EvalStream(self.corpus.stream(split), self.tokenizer, self.block_size, rank, replicas)
+            settings |= {"num_workers": min(1, self._workers), "pin_memory": self.pin_memory}
+            self._eval_streams[stage] = loader = eval_stream_loader(stream, **settings)
             return loader
         self._check_length(split)
         blocks = self._eval_blocks(split)
-        return DataLoader(
-            blocks,
-            sampler=EvalSampler(blocks, num_replicas=replicas, rank=rank),
-            batch_size=self.eval_batch_size,
-            collate_fn=self._collate,
-            num_workers=self._workers,
-            persistent_workers=self._workers > 0,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),
-        )
+        sampler = EvalSampler(blocks, num_replicas=replicas, rank=rank)
+        return self._loader(DataLoader, blocks, sampler=sampler, collate_fn=self._collate, **settings)
 
     @property
-    def _workers(self) -> int:
-        if self.num_workers is not None or not self.streaming:
-            return self.num_workers or 0
-        return self._spare_workers
+    def _needs_workers(self) -> bool:  # type: ignore[override]
+        return self.streaming
 
 
 def _default_cache_dir() -> Path:
