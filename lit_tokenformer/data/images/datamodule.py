@@ -61,13 +61,8 @@ _DATA_SET_DEFAULTS, _HUB = Augmentation(), HubImageSettings()
 class EvalImageSampler(DistributedSampler):
     """Distributed evaluation sampler with every image exactly once and the same number of batches per process.
 
-    Uneven batches are padded with the index N. Lightning keeps a ``DistributedSampler``; its own would repeat images.
-
-    Args:
-        dataset: Dataset of N images, at least one per process; it accepts the index N.
-        batch_size: Images per batch. With 1, processes with one image more have batches of two.
-        num_replicas: Number of data-parallel processes.
-        rank: Rank of this process among them.
+    Uneven batches are padded with the index N, the number of images. With a batch size of 1, processes with one image
+    more have batches of two. Lightning keeps a ``DistributedSampler``; its own would repeat images.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int) -> None:
@@ -158,13 +153,14 @@ class ImageDataModule(ResumableDataModule):
         super().__init__(seed, loader=loader)
         self.dataset = dataset
         self.source, name = find_source(dataset)
+        self._needs_workers = not self.source.tiny
         self.settings = SourceSettings(
             name=name,
             root=root,
             follow_links=follow_links,
             download=download,
             val_fraction=val_fraction,
-            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
+            **flat_settings(hub),
         )
         height, width = pair(self.source.image_size if image_size is None else image_size)
         self.image_size: ImageSize = height if height == width else (height, width)
@@ -186,13 +182,8 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        own = {
-            "dataset": self.dataset,
-            "image_size": self.image_size,
-            "in_chans": self.in_chans,
-            **asdict(self.settings),
-        }
-        return {**super().data_settings, **own}
+        own = {"dataset": self.dataset, "image_size": self.image_size, "in_chans": self.in_chans}
+        return {**super().data_settings, **own, **asdict(self.settings)}
 
     @cached_property
     def splits(self) -> Splits:
@@ -241,11 +232,7 @@ class ImageDataModule(ResumableDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Open the data, so that missing files fail fast, and log the transforms.
-
-        Args:
-            stage: fit, validate, test or predict.
-        """
+        """Open the data, so that missing files fail fast, and log the transforms."""
         self.splits  # noqa: B018
         setting = self.augmentation
         low, high, shown = setting.areas
@@ -285,11 +272,7 @@ class ImageDataModule(ResumableDataModule):
         return self._eval_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Create the test loader, in order.
-
-        Raises:
-            UserError: If the data set has no test split.
-        """
+        """Create the test loader, in order; raise a ``UserError`` without a labeled test split."""
         if self.splits.test is self.splits.val:
             raise no_test_split()
         if is_unlabeled(self.splits.test):
@@ -301,14 +284,7 @@ class ImageDataModule(ResumableDataModule):
         return self._eval_loader(self._predict_samples, keep_places=True)
 
     def predict_name(self, index: int) -> str:
-        """Return the name of an image in the prediction order.
-
-        Args:
-            index: Zero-based index in the order of ``predict_dataloader`` (over all processes).
-
-        Returns:
-            Path of the file, or the index as text without a file.
-        """
+        """Return the path of an image, or its index without a file, by its index in the prediction order."""
         samples = self._predict_samples
         return str(index) if isinstance(samples, HubStream) else samples.name(index)
 
@@ -322,12 +298,7 @@ class ImageDataModule(ResumableDataModule):
         return self.mix(batch, epoch=place["epoch"], batch_idx=place["batches"])
 
     def mix(self, batch: tuple[Tensor, Tensor], epoch: int, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Apply mixup, CutMix and label smoothing to a training batch, seeded by its position in the run.
-
-        Args:
-            batch: ``(image (B, 3, H, W), label (B,))``.
-            epoch: Zero-based epoch.
-            batch_idx: Zero-based batch index of the epoch.
+        """Apply mixup, CutMix and label smoothing to a training batch, seeded by its zero-based position in the run.
 
         Returns:
             ``(image (B, 3, H, W), label (B, C) float32)``, or the unchanged batch if all three are disabled.
@@ -344,20 +315,12 @@ class ImageDataModule(ResumableDataModule):
     @cached_property
     def _mixup(self) -> Mixup:
         setting = self.augmentation
-        return Mixup(
-            mixup_alpha=setting.mixup,
-            cutmix_alpha=setting.cutmix,
-            label_smoothing=setting.label_smoothing,
-            num_classes=self.num_classes,
-        )
+        alphas = {"mixup_alpha": setting.mixup, "cutmix_alpha": setting.cutmix}
+        return Mixup(**alphas, label_smoothing=setting.label_smoothing, num_classes=self.num_classes)
 
     @cached_property
     def _predict_samples(self) -> Samples | HubStream:
         return self.splits.test if self.predict_root is None else find_images(self.predict_root, "data.predict_root")
-
-    @property
-    def _needs_workers(self) -> bool:  # type: ignore[override]
-        return not self.source.tiny
 
     def _stream(self, split: HubStream, batch_size: int, seed: int | None, labeled: bool = True) -> StreamImages:
         from datasets.distributed import split_dataset_by_node

@@ -139,7 +139,7 @@ class TextDataModule(ResumableDataModule):
             raise UserError(f"data.encoding: expected a text encoding such as latin-1, got {encoding!r}") from None
         check_name(tokenizer)
         self.block_size = block_size
-        self.streaming = hub.streaming
+        self._needs_workers = self.streaming = hub.streaming
         self.shuffle_buffer = hub.shuffle_buffer
         settings = TextSettings(
             files=_names(files),
@@ -152,7 +152,7 @@ class TextDataModule(ResumableDataModule):
             test_fraction=test_fraction,
             max_corrupt_share=max_corrupt_share,
             cache_dir=Path(cache_dir).expanduser() if cache_dir else _default_cache_dir(),
-            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
+            **flat_settings(hub),
         )
         self.corpus = TextCorpus(dataset, settings, tokenizer, separator)
         self._eval_streams: dict[str, EvalStreamLoader] = {}
@@ -191,12 +191,7 @@ class TextDataModule(ResumableDataModule):
         return self._saved_vocab_size or self.corpus.vocab_size
 
     def use_tokenizer(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
-        """Replace the tokenizer by that of a checkpoint, before it is first used.
-
-        Args:
-            tokenizer: Tokenizer of the checkpoint.
-            vocab_size: Vocabulary size of its model. Default: that of the tokenizer.
-        """
+        """Replace the tokenizer by that of a checkpoint, before it is first used, with its model's vocabulary size."""
         self.corpus.tokenizer = tokenizer
         self._saved_vocab_size = vocab_size or tokenizer.size
 
@@ -216,10 +211,7 @@ class TextDataModule(ResumableDataModule):
         return None if self.streaming else len(self._train_blocks)
 
     def bytes_per_token(self, stage: str) -> float:
-        """Compute the UTF-8 bytes per predicted token; ``loss / ln 2 / bytes_per_token`` is bits per byte.
-
-        Args:
-            stage: val or test.
+        """Compute the UTF-8 bytes per target of val or test; ``loss / ln 2 / bytes_per_token`` is bits per byte.
 
         Returns:
             Bytes of all documents divided by the number of targets; for a stream, of the documents read so far.
@@ -259,11 +251,7 @@ class TextDataModule(ResumableDataModule):
             self.corpus.tokens  # noqa: B018
 
     def setup(self, stage: str) -> None:
-        """Open the tokens, so that missing data fail fast.
-
-        Args:
-            stage: fit, validate or test.
-        """
+        """Open the tokens, so that missing data fail fast."""
         self.tokenizer  # noqa: B018
         self._check_val(stage)
         if self.streaming:
@@ -296,11 +284,7 @@ class TextDataModule(ResumableDataModule):
         return self._eval_loader("val") if self.corpus.has_val else []
 
     def test_dataloader(self) -> DataLoader:
-        """Create the test loader, in order.
-
-        Raises:
-            UserError: If the corpus has no test split.
-        """
+        """Create the test loader, in order; raise a ``UserError`` without a test split."""
         if self.corpus.split_of("test") != "test":
             raise no_test_split()
         return self._eval_loader("test")
@@ -367,10 +351,6 @@ class TextDataModule(ResumableDataModule):
         blocks = self._eval_blocks(split)
         sampler = EvalSampler(blocks, num_replicas=replicas, rank=rank)
         return self._loader(DataLoader, blocks, sampler=sampler, collate_fn=self._collate, **settings)
-
-    @property
-    def _needs_workers(self) -> bool:  # type: ignore[override]
-        return self.streaming
 
 
 def _default_cache_dir() -> Path:
