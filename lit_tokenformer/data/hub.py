@@ -50,6 +50,26 @@ def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
     return tuple(sorted(place for place in found if os.path.isdir(place)))
 
 
+def named_splits(loaded: Mapping[str, Any], settings: Any, usual: Sequence[str]) -> dict[Any, str]:
+    """Find the names of train and, if present, val and test in a loaded data set.
+
+    Args:
+        loaded: Splits by name.
+        settings: Settings with ``hf_name``, ``hf_train_split`` and ``hf_val_split``.
+        usual: Names of a validation split that is not set.
+
+    Raises:
+        UserError: If a split that is set is missing.
+    """
+    val = settings.hf_val_split or next((name for name in usual if name in loaded), None)
+    names = {"train": settings.hf_train_split, "val": val, "test": "test" if "test" in loaded else None}
+    for split, name in names.items():
+        if name is not None and name not in loaded:
+            has = f"no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}"
+            raise UserError(f"data.hf_{split}_split: {has}")
+    return {split: name for split, name in names.items() if name is not None}
+
+
 def is_within(path: str, folders: tuple[str, ...]) -> bool:
     """Return whether a path is inside one of the resolved folders after following all links."""
     return any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders)

@@ -29,11 +29,7 @@ from lit_tokenformer.errors import UserError
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seed the global CPU generators of Python, NumPy and torch, and restore them on exit.
-
-    Args:
-        entropy: Seed, as integers >= 0.
-    """
+    """Seed the global CPU generators of Python, NumPy and torch by integers >= 0, and restore them on exit."""
     states = None
     if get_worker_info() is None:  # a loader's worker has no other consumer, and this costs 0.2 ms
         states = random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state()
@@ -56,12 +52,6 @@ class EpochSampler(DistributedSampler):
     Lightning keeps a ``DistributedSampler`` and sets its epoch. Samples that do not fill all processes are dropped,
     different ones in each epoch. ``pass`` counts the iterations within an epoch: a ``CombinedLoader`` restarts a short
     loader before the epoch ends, with another order in each pass.
-
-    Args:
-        dataset: Dataset to sample from.
-        seed: Seed of the run, >= 0.
-        num_replicas: Number of data-parallel processes.
-        rank: Rank of this process among them.
     """
 
     def __init__(self, dataset: Dataset, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -143,7 +133,7 @@ class ResumableLoader(CountingLoader):
         return super().state_dict() | {"length": len(self), "global_batch_size": self._global_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
+        """Resume from a state.
 
         The number of processes may differ if the global batch size is the same. Between two epochs the batch size may
         differ too.
@@ -232,11 +222,7 @@ class ResumableStreamLoader(CountingLoader):
         return state | {"finished": finished, "made_with": self.made_with}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
-
-        Raises:
-            ValueError: If the state is in the middle of an epoch and was saved with other settings.
-        """
+        """Resume from a state; raise a ``ValueError`` for one in the middle of an epoch with other settings."""
         if state_dict["batches"] and not state_dict["finished"]:
             made_with = state_dict.get("made_with", {})
             for name, value in self.made_with.items():
@@ -324,11 +310,7 @@ class ResumableDataModule(LightningDataModule):
         return loader
 
     def train_samples(self, batch: int) -> list[int] | None:
-        """Return the sample indices of the n-th training batch of the current epoch; None for a stream.
-
-        Args:
-            batch: Zero-based batch index in the epoch.
-        """
+        """Return the sample indices of the n-th training batch (from 0) of the current epoch; None for a stream."""
         loader = self._train_loader
         return loader.samples(batch) if isinstance(loader, ResumableLoader) else None
 

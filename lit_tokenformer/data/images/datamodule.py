@@ -18,13 +18,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_tokenformer.data.images.datasets import (
-    EvalImages,
-    ImageReader,
-    StreamImages,
-    TrainImages,
-    collate_readable,
-)
+from lit_tokenformer.data.images.datasets import EvalImages, ImageReader, StreamImages, TrainImages, collate_readable
 from lit_tokenformer.data.images.folders import find_images
 from lit_tokenformer.data.images.hub import HubStream
 from lit_tokenformer.data.images.samples import Samples, decode_hub_image

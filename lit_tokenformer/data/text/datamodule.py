@@ -27,7 +27,7 @@ from lit_tokenformer.data.settings import (
 )
 from lit_tokenformer.data.text.corpus import TextCorpus
 from lit_tokenformer.data.text.files import EncodingErrors, load_template
-from lit_tokenformer.data.text.sources import Split, TextSettings
+from lit_tokenformer.data.text.sources import SPLIT_NAMES, Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
     EvalStream,
     EvalStreamLoader,
@@ -321,22 +321,26 @@ class TextDataModule(ResumableDataModule):
                 )
 
     def _check_length(self, split: Split, replicas: int = 1) -> None:
-        name = {"train": "training", "val": "validation", "test": "test"}[split]
+        name = SPLIT_NAMES[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
         if tokens == 0:
             raise UserError(f"data.files: no {name} documents")
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
-            if 0 < blocks < self.batch_size:
-                raise UserError(
-                    f"data.batch_size: expected at most {blocks} (the training blocks of a process), "
-                    f"got {self.batch_size}; a smaller data.block_size gives more"
-                )
+            if blocks:
+                self._check_batch_size(blocks, "blocks")
             least = 2 * self.block_size * replicas
         if tokens < least:
             raise UserError(
                 f"data.block_size: too few tokens in the {name} split for blocks of {self.block_size} "
                 f"(got {tokens}, expected at least {least})"
+            )
+
+    def _check_batch_size(self, count: int, examples: str) -> None:
+        if count < self.batch_size:
+            raise UserError(
+                f"data.batch_size: expected at most {count} (the training {examples} of a process), "
+                f"got {self.batch_size}; a smaller data.block_size gives more"
             )
 
     def _eval_loader(self, stage: str) -> DataLoader:

@@ -27,6 +27,7 @@ import numpy as np
 from fsspec.utils import glob_translate
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_tokenformer.data.hub import first_line
 from lit_tokenformer.errors import UserError
 
 EncodingErrors = Literal["strict", "replace"]
@@ -56,11 +57,7 @@ class TextFormat:
         return "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
 
     def text(self, row: Any, where: str) -> str:
-        """Return the text of a row, with chat messages rendered; null is an empty text.
-
-        Args:
-            row: Mapping with the text.
-            where: Name of the row, for errors.
+        """Return the text of a row, named ``where`` in errors, with chat messages rendered; null is an empty text.
 
         Raises:
             BadText: If the row has no text.
@@ -74,7 +71,10 @@ class TextFormat:
         if text is None:
             return ""
         if isinstance(text, list) and all(isinstance(message, Mapping) for message in text):
-            text = self._chat(text, where)
+            try:
+                text = compile_template(self.chat_template).render(messages=text, add_generation_prompt=False)
+            except Exception as error:  # any exception of the template's own expressions
+                raise BadText(f"data.chat_template: {where}: {first_line(error)}") from error
         if not isinstance(text, str):
             raise BadText(f"data.text_column: {where}: expected text in {column!r}, got {type(text).__name__}")
         try:
@@ -90,12 +90,6 @@ class TextFormat:
         cure = "set data.encoding, such as latin-1, or replace, which inserts U+FFFD for such bytes"
         return BadText(f"data.encoding_errors: {where} is not {self.encoding.upper()} ({error}); {cure}")
 
-    def _chat(self, messages: list[Any], where: str) -> str:
-        try:
-            return compile_template(self.chat_template).render(messages=messages, add_generation_prompt=False)
-        except Exception as error:  # any exception of the template's own expressions
-            raise BadText(f"data.chat_template: {where}: {first_line(error)}") from error
-
 
 _CHATML = (
     "{% for message in messages %}{% if message.content is not string %}"
@@ -108,8 +102,7 @@ _CHATML = (
 def compile_template(source: str | None) -> Any:
     """Compile a chat template in a sandbox, with the environment of ``transformers``.
 
-    Args:
-        source: Text of the Jinja template. None: ChatML, which requires text in role and content.
+    None is ChatML, which requires text in role and content.
     """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -117,25 +110,19 @@ def compile_template(source: str | None) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    undefined = jinja2.StrictUndefined if source is None else jinja2.Undefined
-    loop_controls = ["jinja2.ext.loopcontrols"]
-    kind = ImmutableSandboxedEnvironment
-    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=loop_controls, undefined=undefined)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        undefined=jinja2.StrictUndefined if source is None else jinja2.Undefined,
+    )
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source or _CHATML)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, else its class name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_template(name: str | None) -> str | None:
     """Return the text of a template that is given as text or as the name of a file, after compiling it.
-
-    Args:
-        name: Setting ``data.chat_template``.
 
     Raises:
         UserError: If the file is missing, or the template is invalid.
@@ -243,9 +230,7 @@ def kind_of(path: Path) -> str:
 def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
     """Yield the documents of a file, and an error in place of each one that is unreadable; empty texts are skipped.
 
-    Args:
-        path: A text file is one document; each row of another file is one.
-        form: Form of the texts.
+    A text file is one document; each row of another file is one.
     """
     reader, number = _READERS.get(kind_of(path), _whole), 0
     try:
@@ -258,14 +243,12 @@ def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
                 file = io.TextIOWrapper(file, form.codec, errors, newline="\n")
             for number, row in reader(file, form):
                 where = f"{path}:{number}" if number else str(path)
-                if isinstance(row, Exception):
-                    yield BadText(f"data.files: {where} {row}")
-                    continue
                 try:
-                    text = row if isinstance(row, str) else form.text(row, where)
+                    if isinstance(row, Exception):
+                        raise BadText(f"data.files: {where} {row}")
+                    text: str | BadText = row if isinstance(row, str) else form.text(row, where)
                 except BadText as error:
-                    yield error
-                    continue
+                    text = error
                 if text:
                     yield text
     except UnicodeDecodeError as error:
@@ -340,10 +323,8 @@ def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
 
     Files of other formats, broken links, and hidden files and folders are skipped and reported in a log line.
 
-    Args:
-        setting: Setting name, for errors.
-        wanted: Files, folders (recursive, each one once if links lead to it again), or glob patterns such as
-            ``books/**/*.txt``.
+    Folders are read recursively, each one once if links lead to it again; a pattern is that of ``glob``, such as
+    ``books/**/*.txt``.
 
     Raises:
         UserError: If an argument matches no text file, or a folder cannot be read.

@@ -15,6 +15,7 @@ import huggingface_hub
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from lit_tokenformer.data.hub import first_line
 from lit_tokenformer.errors import UserError
 
 USUAL_SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -50,7 +51,7 @@ def download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of the hub, the connection or the disk
         where = "not bytes, bpe:N, a file or a folder, and not loaded from Hugging Face"
-        raise UserError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {name!r} is {where}: {first_line(error)}") from error
 
 
 def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
@@ -101,11 +102,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
 
 
 def from_text(text: str, source: object) -> hf.Tokenizer:
-    """Build a tokenizer from the text of a ``tokenizer.json``.
-
-    Args:
-        text: Content of the file.
-        source: Its name, for errors.
+    """Build a tokenizer from the text of a ``tokenizer.json``, with the name of its source in errors.
 
     Raises:
         ValueError: If it is damaged.
@@ -137,15 +134,11 @@ def _damage(source: object) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # a Rust panic is not an Exception
-        raise UserError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {source} is damaged: {first_line(error)}") from error
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_text(path: Path) -> str:
@@ -157,7 +150,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot read {path}: {first_line(error)}") from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -232,5 +225,5 @@ def _converted(file: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             backend = _checked(found.backend_tokenizer)
         except Exception as error:
-            raise UserError(f"data.tokenizer: transformers cannot read {file}: {_first_line(error)}") from error
+            raise UserError(f"data.tokenizer: transformers cannot read {file}: {first_line(error)}") from error
     return backend, {role.removesuffix("_token"): str(token) for role, token in found.special_tokens_map.items()}
