@@ -51,12 +51,7 @@ def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
 
 
 def named_splits(loaded: Mapping[str, Any], settings: Any, usual: Sequence[str]) -> dict[Any, str]:
-    """Find the names of train and, if present, val and test in a loaded data set.
-
-    Args:
-        loaded: Splits by name.
-        settings: Settings with ``hf_name``, ``hf_train_split`` and ``hf_val_split``.
-        usual: Names of a validation split that is not set.
+    """Find the names of train and, if present, val (by default one of ``usual``) and test in a loaded data set.
 
     Raises:
         UserError: If a split that is set is missing.

@@ -293,7 +293,7 @@ class ResumableDataModule(LightningDataModule):
         if self._train_loader is not None and self.trainer is not None:
             self.trainer.fit_loop._combined_loader = None  # a strategy that restores late requests the loader again
 
-    def _loader(self, kind: type[LoaderT], dataset: Dataset, **settings: Any) -> LoaderT:
+    def _create_loader(self, kind: type[LoaderT], dataset: Dataset, **settings: Any) -> LoaderT:
         """Create a loader; by default with the training batch size and persistent worker processes."""
         settings = {"batch_size": self.batch_size, "num_workers": self._workers} | settings
         settings = {"persistent_workers": settings["num_workers"] > 0} | settings

@@ -248,7 +248,7 @@ class ImageDataModule(ResumableDataModule):
         if isinstance(samples, HubStream):
             stream = self._stream(samples, self.batch_size, seed)
             workers = min(self._workers, stream.stream.num_shards)
-            loader = self._loader(
+            loader = self._create_loader(
                 ResumableStreamLoader, stream, drop_last=True, num_workers=workers, persistent_workers=False
             )
             buffer = self.hub.shuffle_buffer
@@ -259,7 +259,7 @@ class ImageDataModule(ResumableDataModule):
         if len(sampler) < self.batch_size:
             most = f"expected at most {len(sampler)} (the training images of a process)"
             raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
-        return self._resumed(self._loader(ResumableLoader, images, sampler=sampler, drop_last=True))
+        return self._resumed(self._create_loader(ResumableLoader, images, sampler=sampler, drop_last=True))
 
     def val_dataloader(self) -> DataLoader:
         """Create the validation loader, in order."""
@@ -349,4 +349,4 @@ class ImageDataModule(ResumableDataModule):
                 sampler = EvalImageSampler(images, batch_size, num_replicas=replicas, rank=rank)
                 batch_size = sampler.batch_size
         shape = {"sampler": sampler, "batch_size": batch_size, "num_workers": workers}
-        return self._loader(DataLoader, images, collate_fn=collate_readable, **shape)
+        return self._create_loader(DataLoader, images, collate_fn=collate_readable, **shape)

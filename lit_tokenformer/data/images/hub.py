@@ -53,7 +53,10 @@ def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
     class_names = getattr(train.features[columns[1]], "names", None)
     if class_names is None and settings.streaming:
         raise UserError(f"data.hf_label_column: a stream needs class names, column {columns[1]!r} has none")
-    values: list[Any] = list(range(len(class_names))) if class_names is not None else _values(train, columns[1])
+    if class_names is not None:
+        values: list[Any] = list(range(len(class_names)))
+    else:
+        values = sorted({value for value in train[columns[1]] if value not in _NO_LABEL})
     folders = own_folders(settings.hf_name, settings.root)
     found: dict[str, Any] = {}
     for split, name in names.items():
@@ -69,11 +72,6 @@ def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
         found[split] = HubSamples(images, _labels(rows, columns[1], values, split, name), folders)
     info = (train.info.splits or {}).get(names["train"]) if settings.streaming else None
     return [str(name) for name in class_names or values], found, info.num_examples if info else None
-
-
-def _values(rows: Any, column: str) -> list[Any]:
-    """Return the distinct values of a column in order, without those of unlabeled rows."""
-    return sorted({value for value in rows[column] if value not in _NO_LABEL})
 
 
 def _labels(rows: Any, column: str, values: list[Any], split: str, name: str) -> np.ndarray:

@@ -277,7 +277,7 @@ class TextDataModule(ResumableDataModule):
         blocks = self._train_blocks
         sampler = EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank)
         settings = {"sampler": sampler, "collate_fn": self._collate, "drop_last": True}
-        return self._resumed(self._loader(ResumableLoader, blocks, **settings))
+        return self._resumed(self._create_loader(ResumableLoader, blocks, **settings))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Create the validation loader, in order; an empty list, which Lightning skips, without validation data."""
@@ -354,7 +354,7 @@ class TextDataModule(ResumableDataModule):
         self._check_length(split)
         blocks = self._eval_blocks(split)
         sampler = EvalSampler(blocks, num_replicas=replicas, rank=rank)
-        return self._loader(DataLoader, blocks, sampler=sampler, collate_fn=self._collate, **settings)
+        return self._create_loader(DataLoader, blocks, sampler=sampler, collate_fn=self._collate, **settings)
 
 
 def _default_cache_dir() -> Path:

@@ -171,23 +171,21 @@ def _json(file: Any, form: TextFormat) -> Records:
 def _csv(file: Any, form: TextFormat) -> Records:
     csv.field_size_limit((1 << 31) - 1)
     rows = csv.reader(file, strict=True)
-    names: list[str] | None = None
+    names: list[str] = []
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
             yield rows.line_num, _not("CSV", error)
             continue
-        if not row:  # a blank line
-            continue
-        if names is None:
+        if row is None:
+            return
+        if not names:
             names = row
             if (count := names.count(form.text_column)) > 1:
                 yield rows.line_num, ValueError(f"has {count} columns {form.text_column!r}")
                 return
-        else:
+        elif row:  # no blank line
             bad = ValueError(f"has {len(row)} fields (expected {len(names)})")
             yield rows.line_num, dict(zip(names, row, strict=True)) if len(row) == len(names) else bad
 
@@ -195,19 +193,17 @@ def _csv(file: Any, form: TextFormat) -> Records:
 def _parquet(file: BinaryIO, form: TextFormat) -> Records:
     import pyarrow.parquet as pq
 
-    number, column = 0, form.text_column
+    column = form.text_column
     with pq.ParquetFile(file) as table:
         if column not in table.schema_arrow.names:
             yield 0, dict.fromkeys(table.schema_arrow.names)
             return
-        for batch in table.iter_batches(batch_size=1000, columns=[column]):
-            for value in batch.column(0):
-                number += 1
-                try:
-                    row: Any = {column: value.as_py()}
-                except UnicodeDecodeError as error:
-                    row = _not("UTF-8", error)
-                yield number, row
+        values = (value for batch in table.iter_batches(batch_size=1000, columns=[column]) for value in batch.column(0))
+        for number, value in enumerate(values, start=1):
+            try:
+                yield number, {column: value.as_py()}
+            except UnicodeDecodeError as error:
+                yield number, _not("UTF-8", error)
 
 
 def _not(kind: str, error: Exception) -> ValueError:
@@ -215,9 +211,8 @@ def _not(kind: str, error: Exception) -> ValueError:
     return ValueError(f"is not {kind}: {getattr(error, 'msg', error)}{column}")
 
 
-_READERS: dict[str, Callable[[Any, TextFormat], Records]] = {
-    **{".txt": _whole, ".md": _whole, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-}
+_READERS: dict[str, Callable[[Any, TextFormat], Records]] = {".txt": _whole, ".md": _whole, ".jsonl": _json_lines}
+_READERS |= {".json": _json, ".csv": _csv, ".parquet": _parquet}
 ENDINGS = ", ".join(_READERS)
 
 

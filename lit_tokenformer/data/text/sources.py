@@ -25,6 +25,7 @@ from lit_tokenformer.registry import TEXT_SOURCES
 Split = Literal["train", "val", "test"]
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
+_PYTHON = f"Python {platform.python_version()}"
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
@@ -84,12 +85,12 @@ class HubStream:
         rows = iter(self.rows)
         for number in count(1):
             try:
-                row = next(rows)
-            except StopIteration:
-                return
+                row = next(rows, None)
             except Exception as error:  # of the library, which cannot continue after it
                 reason = f"cannot read after {number - 1} rows: {first_line(error)}"
                 raise BadText(f"data.streaming: {reason}") from error
+            if row is None:
+                return
             try:
                 if reason := row.get(""):
                     raise BadText(reason)
@@ -148,15 +149,11 @@ class HubTexts:
         return filter(None, (self.form.text(row, f"row {number}") for number, row in enumerate(self.rows)))
 
 
-def _python_version() -> str:
-    return f"Python {platform.python_version()}"
-
-
 @TEXT_SOURCES.register("python_docs")
 def _open_python_docs(settings: TextSettings) -> TextSplits:
     from pydoc_data.topics import topics
 
-    return TextSplits(TextList(topics[name] for name in sorted(topics)), note=_python_version())
+    return TextSplits(TextList(topics[name] for name in sorted(topics)), note=_PYTHON)
 
 
 @TEXT_SOURCES.register("python_stdlib")
@@ -167,7 +164,7 @@ def _open_python_stdlib(settings: TextSettings) -> TextSplits:
         folders[:] = sorted(set(folders) - _NOT_SOURCE)
         paths += [Path(folder, name) for name in files if name.endswith(".py")]
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    return TextSplits(TextFiles(paths, TextFormat(encoding_errors="skip")), note=_python_version())
+    return TextSplits(TextFiles(paths, TextFormat(encoding_errors="skip")), note=_PYTHON)
 
 
 @TEXT_SOURCES.register("files")
@@ -228,4 +225,5 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
         return HubTexts(rows, settings.form)
 
     names = named_splits(loaded, settings, ("validation", "valid", "val", "dev"))
-    return TextSplits(**{split: documents(part) for split, part in names.items()})
+    found = {split: documents(part) for split, part in names.items()}
+    return TextSplits(found["train"], found.get("val"), found.get("test"))

@@ -57,7 +57,7 @@ class TrainStream(IterableDataset):
         info = get_worker_info()
         worker = info.id if info is not None else 0
         rows, size = self.stream.rows, self.block_size
-        fresh = {"rows": None, "window": 0, "rest": [self.tokenizer.separator_id], "blocks": 0}
+        fresh: dict[str, Any] = {"rows": None, "window": 0, "rest": [self.tokenizer.separator_id], "blocks": 0}
         state = self.start.get(worker) or fresh
         rows.set_epoch(self.epoch)
         rows.load_state_dict(state["rows"])

@@ -145,8 +145,10 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         pieces = (piece for text in documents for whole in cut(text) for piece in _without_long_words(whole))
         alphabet = [_BYTE_CHARS[byte] for byte in range(256)]
-        settings = {"vocab_size": vocab_size, "special_tokens": [name], "initial_alphabet": alphabet}
-        backend.train_from_iterator(pieces, trainers.BpeTrainer(**settings, show_progress=False))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[name], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(pieces, trainer)
         return cls(backend, name)
 
     @classmethod
