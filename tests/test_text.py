@@ -225,7 +225,7 @@ def test_special_token_in_a_document_is_text(tmp_path: Path):
     for tokenizer in ("bytes", "bpe:300"):
         data = text(files, tokenizer=tokenizer)
         counts = data.corpus.tokens.counts["val"]
-        tokens = data.corpus.tokens.files["val"].read(0, counts.tokens).tolist()
+        tokens = data.corpus.tokens.files["val"][: counts.tokens].tolist()
         assert tokens.count(data.separator_id) == counts.documents + 1
 
 
@@ -289,7 +289,7 @@ def test_one_document_is_split_by_position(tmp_path: Path, caplog: pytest.LogCap
         with caplog.at_level("INFO"):
             counts = data.corpus.tokens.counts
         parts = {
-            name: data.tokenizer.decode(file.read(1, len(file) - 1)) for name, file in data.corpus.tokens.files.items()
+            name: data.tokenizer.decode(file[1:-1]) for name, file in data.corpus.tokens.files.items()
         }
         assert parts["train"] + parts["test"] + parts["val"] == whole
         sizes = (844, 106, 50) if end == "-" else (850, 100, 50)  # after a space, after a line

@@ -51,11 +51,7 @@ def own_folders(name: str, data_dir: str | None) -> tuple[str, ...]:
 
 
 def named_splits(loaded: Mapping[str, Any], settings: Any, usual: Sequence[str]) -> dict[Any, str]:
-    """Find the names of train and, if present, val (by default one of ``usual``) and test in a loaded data set.
-
-    Raises:
-        UserError: If a split that is set is missing.
-    """
+    """Find the names of train and, if present, val (by default one of ``usual``) and test; reject a missing one."""
     val = settings.hf_val_split or next((name for name in usual if name in loaded), None)
     names = {"train": settings.hf_train_split, "val": val, "test": "test" if "test" in loaded else None}
     for split, name in names.items():

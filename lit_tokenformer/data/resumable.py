@@ -254,10 +254,8 @@ LoaderT = TypeVar("LoaderT", bound=DataLoader)
 class ResumableDataModule(LightningDataModule):
     """Data module with its training position in the checkpoint.
 
-    Args:
-        seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
-        num_workers: Number of worker processes per training process, if ``loader`` has none.
-        loader: Batch sizes and worker processes.
+    ``seed`` is that of the sample order and augmentation, by default that of ``seed_everything``, else 0;
+    ``num_workers`` is used if ``loader`` has none.
     """
 
     loader_defaults = _LOADER
@@ -313,6 +311,11 @@ class ResumableDataModule(LightningDataModule):
         """Return the sample indices of the n-th training batch (from 0) of the current epoch; None for a stream."""
         loader = self._train_loader
         return loader.samples(batch) if isinstance(loader, ResumableLoader) else None
+
+    def _check_batch_size(self, count: int, examples: str, cure: str = "") -> None:
+        if count < self.batch_size:
+            most = f"expected at most {count} (the training {examples} of a process)"
+            raise UserError(f"data.batch_size: {most}, got {self.batch_size}{cure}")
 
     @property
     def data_settings(self) -> dict[str, Any]:

@@ -256,9 +256,7 @@ class ImageDataModule(ResumableDataModule):
             return self._resumed(loader)
         images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
         sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
-        if len(sampler) < self.batch_size:
-            most = f"expected at most {len(sampler)} (the training images of a process)"
-            raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
+        self._check_batch_size(len(sampler), "images")
         return self._resumed(self._create_loader(ResumableLoader, images, sampler=sampler, drop_last=True))
 
     def val_dataloader(self) -> DataLoader:

@@ -43,11 +43,7 @@ class ImageReader:
         return len(self._corrupt)
 
     def read(self, index: int) -> Image.Image | None:
-        """Read an image; None if it is unreadable.
-
-        Raises:
-            ValueError: If too many images are unreadable.
-        """
+        """Read an image; None if it is unreadable, and a ``ValueError`` if too many are."""
         if self._corrupt[index]:
             return None
         try:
@@ -116,11 +112,7 @@ class EvalImages(Dataset):
 
 
 def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collate the samples that are not None to a batch ``(image (B, 3, H, W), label (B,))``.
-
-    Raises:
-        ValueError: If all samples are None.
-    """
+    """Collate the samples that are not None, at least one, to a batch ``(image (B, 3, H, W), label (B,))``."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         raise TooManyCorruptSamples(
@@ -133,13 +125,7 @@ def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[to
 def prediction_loader(
     paths: Any, image_data: Mapping[str, Any], batch_size: int = 32, num_workers: int = 0
 ) -> tuple[DataLoader, Samples]:
-    """Create a loader of unlabeled image files, in order, with the transform of a checkpoint.
-
-    Args:
-        paths: Path of an image, folder or tar file, or several of them.
-        image_data: ``ImageDataModule.image_data``, as in a checkpoint.
-        batch_size: Images per batch.
-        num_workers: Number of worker processes.
+    """Create a loader of images, folders or tar files, in order, with the transform of ``ImageDataModule.image_data``.
 
     Returns:
         Loader, whose labels are -100 for unreadable images, and the images with their names.

@@ -155,10 +155,8 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def open_folder(root: str, follow_links: bool = False) -> tuple[list[str], dict[str, FileSamples]]:
     """Find the splits and classes of a folder or tar file.
 
-    Args:
-        root: Path of ``SPLIT/CLASS/IMAGE`` or ``CLASS/IMAGE`` (a training split), where a tar file may replace any
-            folder, or of WebDataset shards (tar files with ``KEY.cls``) that contain the name of their split.
-        follow_links: Whether links may lead out of the root.
+    The root contains ``SPLIT/CLASS/IMAGE`` or ``CLASS/IMAGE`` (a training split), where a tar file may replace any
+    folder, or WebDataset shards (tar files with ``KEY.cls``) that contain the name of their split.
 
     Returns:
         Class names, and the samples of train and, if present, val and test. Images of a test split without classes

@@ -29,17 +29,11 @@ class HubStream:
 
 
 def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
-    """Load the splits of a Hugging Face data set.
-
-    Args:
-        settings: A ``SourceSettings``.
+    """Load the splits of a Hugging Face data set, for a ``SourceSettings``.
 
     Returns:
         Class names; the samples or streams of train and, if present, val and test; and the number of training images,
         None for a stream of unknown length.
-
-    Raises:
-        ValueError: If the data set or a column is missing, or a training or validation image has no class.
     """
     import datasets  # takes a second
 

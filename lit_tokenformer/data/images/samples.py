@@ -191,12 +191,7 @@ def _to_8_bits(pixels: np.ndarray, format: str | None) -> np.ndarray:
 def decode_hub_image(value: dict[str, Any] | None, folders: tuple[str, ...] = ()) -> Image.Image:
     """Decode a value of a Hugging Face image column, ``{"bytes", "path"}``, to RGB.
 
-    Args:
-        value: Undecoded value; without bytes its path is opened.
-        folders: Allowed folders of the resolved path; an untrusted data set could reference any file.
-
-    Raises:
-        ValueError: If the value is missing, or the path is outside of the folders.
+    Without bytes its path is opened if it is within one of the folders; an untrusted data set could reference any file.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UserError("no image")

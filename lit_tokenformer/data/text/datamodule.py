@@ -40,6 +40,7 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer, check_name
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.registry import TEXT_SOURCES
 
+SMALLER_BLOCKS = "; a smaller data.block_size gives more"
 _LOADER, _HUB = LoaderSettings(batch_size=16), HubSettings()
 
 
@@ -328,19 +329,12 @@ class TextDataModule(ResumableDataModule):
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
             if blocks:
-                self._check_batch_size(blocks, "blocks")
+                self._check_batch_size(blocks, "blocks", SMALLER_BLOCKS)
             least = 2 * self.block_size * replicas
         if tokens < least:
             raise UserError(
                 f"data.block_size: too few tokens in the {name} split for blocks of {self.block_size} "
                 f"(got {tokens}, expected at least {least})"
-            )
-
-    def _check_batch_size(self, count: int, examples: str) -> None:
-        if count < self.batch_size:
-            raise UserError(
-                f"data.batch_size: expected at most {count} (the training {examples} of a process), "
-                f"got {self.batch_size}; a smaller data.block_size gives more"
             )
 
     def _eval_loader(self, stage: str) -> DataLoader:

@@ -57,11 +57,7 @@ class TextFormat:
         return "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
 
     def text(self, row: Any, where: str) -> str:
-        """Return the text of a row, named ``where`` in errors, with chat messages rendered; null is an empty text.
-
-        Raises:
-            BadText: If the row has no text.
-        """
+        """Return the text of a row, named ``where`` in errors, with chat messages rendered; null is an empty text."""
         column = self.text_column
         if not isinstance(row, Mapping) or column not in row:
             has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else "it is not an object"
@@ -100,10 +96,7 @@ _CHATML = (
 
 @lru_cache
 def compile_template(source: str | None) -> Any:
-    """Compile a chat template in a sandbox, with the environment of ``transformers``.
-
-    None is ChatML, which requires text in role and content.
-    """
+    """Compile a chat template, by default ChatML, in a sandbox with the environment of ``transformers``."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -122,11 +115,7 @@ def compile_template(source: str | None) -> Any:
 
 
 def load_template(name: str | None) -> str | None:
-    """Return the text of a template that is given as text or as the name of a file, after compiling it.
-
-    Raises:
-        UserError: If the file is missing, or the template is invalid.
-    """
+    """Return the text of a template that is given as text or as the name of a file, if it compiles."""
     try:
         text = name if name is None or "{" in name else Path(name).expanduser().read_text(encoding="utf-8")
         compile_template(text)
@@ -223,10 +212,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
-    """Yield the documents of a file, and an error in place of each one that is unreadable; empty texts are skipped.
-
-    A text file is one document; each row of another file is one.
-    """
+    """Yield the documents of a file, and an error in place of each one that is unreadable; empty texts are skipped."""
     reader, number = _READERS.get(kind_of(path), _whole), 0
     try:
         name = _COMPRESSIONS.get(path.suffix.lower())

@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_tokenformer.data.resumable import ResumableDataModule
 from lit_tokenformer.data.settings import LoaderSettings, accept_flat_names, check_whole
-from lit_tokenformer.data.text.datamodule import TextDataModule
+from lit_tokenformer.data.text.datamodule import SMALLER_BLOCKS, TextDataModule
 from lit_tokenformer.data.text.masking import BlockSpans, MaskedBatch, MaskedExamples, MaskIds, SentenceSpans
 from lit_tokenformer.data.text.sources import SPLIT_NAMES, Split
 from lit_tokenformer.data.text.tokenizer import Tokenizer, bpe_size
@@ -195,4 +195,4 @@ class MaskedTextDataModule(TextDataModule):
         if count == 0:
             raise UserError(f"data.files: no {SPLIT_NAMES[split]} documents")
         if split == "train":
-            self._check_batch_size(count // replicas, "examples")
+            self._check_batch_size(count // replicas, "examples", SMALLER_BLOCKS)

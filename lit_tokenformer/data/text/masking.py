@@ -36,11 +36,7 @@ _PIECE = 1 << 22  # tokens per chunk of sentence splitting; a longer document is
 
 
 class MaskIds:
-    """Token ids and tables for masking, of a tokenizer with a mask token.
-
-    Raises:
-        ValueError: If the token that ends a document is the mask.
-    """
+    """Token ids and tables for masking, of a tokenizer with a mask token, which ends no document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         mask, pad, end = (tokenizer.special_id(role) for role in ("mask", "pad", "sep"))
@@ -121,7 +117,7 @@ class SentenceSpans:
         found = [np.zeros((2, 0), dtype=np.int64)]
         start = 0
         while start < len(tokens):
-            ids = tokens.read(start, start + _PIECE)
+            ids = tokens[start : start + _PIECE]
             if start + len(ids) < len(tokens) and (ids == self._separator).any():
                 ids = ids[: np.flatnonzero(ids == self._separator)[-1] + 1]
             found.append(start + self._examples(ids))
@@ -198,7 +194,7 @@ class MaskedExamples(Dataset):
         lengths = counts + ids.wraps if self.wrapped else counts  # (B,)
         column = np.arange(self.width or lengths.max())
         places = starts[:, None] - lead + column  # (B, T)
-        tokens = self.tokens.take(places.clip(0, len(self.tokens) - 1))
+        tokens = self.tokens[places.clip(0, len(self.tokens) - 1)]
         if self.wrapped:
             tokens[column >= lengths[:, None]] = ids.pad
             tokens[np.arange(len(index)), lengths - 1] = ids.end
@@ -217,10 +213,7 @@ class MaskedExamples(Dataset):
 def uniform(entropy: Sequence[int], index: np.ndarray, width: int) -> np.ndarray:
     """Draw two uniform numbers in [0, 1) per token of each example, independent of the other examples and the width.
 
-    Args:
-        entropy: Integers >= 0 that determine the generator's key.
-        index: Example indices, (B,) int64: a word of the generator's counter.
-        width: Number of tokens T.
+    The generator's key is a hash of ``entropy``, and a word of its counter is the example index (B,) int64.
 
     Returns:
         Draws, (B, T, 2) float64.

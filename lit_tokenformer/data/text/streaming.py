@@ -214,11 +214,7 @@ def train_stream_loader(
 ) -> TextStreamLoader:
     """Create the resumable training loader of this process, with batches ``tokens (B, T + 1) int64``.
 
-    Args:
-        stream: Blocks of the documents of all processes.
-        replicas: Number of data-parallel processes.
-        num_workers: Number of worker processes; at most the number of shards.
-        loader: Further arguments of a DataLoader.
+    Each of ``replicas`` data-parallel processes has its own shards, and at most one worker per shard.
     """
     from datasets.distributed import split_dataset_by_node
 

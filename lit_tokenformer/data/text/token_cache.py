@@ -61,12 +61,8 @@ class TokenFile:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}  # a pickled map would copy all tokens
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens ``[start, stop)``, (n,) int64; fewer at the end of the file."""
-        return self._tokens[start:stop].astype(np.int64)
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Gather tokens by index, int64 in the shape of ``places``."""
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        """Return the tokens at ``places``, int64; fewer for a slice beyond the end of the file."""
         return self._tokens[places].astype(np.int64)
 
     @property
@@ -142,12 +138,8 @@ def open_or_build(
 ) -> TokenCache:
     """Open the cache of a corpus, and build it first if it is missing or invalid. Only one process builds it.
 
-    Args:
-        cache_dir: Setting ``data.cache_dir``.
-        key: Hash of everything that determines the tokens.
-        documents: Function that returns the documents, each with its split.
-        tokenizer: Tokenizer of the documents.
-        size: Approximate size of the documents in bytes, for the progress bar.
+    ``key`` is a hash of everything that determines the tokens, ``size`` the approximate size of the documents in bytes,
+    for the progress bar.
 
     Raises:
         ValueError: If the disk is full or the folder cannot be written.
@@ -168,11 +160,7 @@ def open_or_build(
 
 
 def built_once(cache_dir: Path, target: Path, read: Callable[[], Built | None], build: Callable[[], Built]) -> Built:
-    """Read a file or folder under ``cache_dir``, and build it if it reads as None. Only one process builds it.
-
-    Raises:
-        ValueError: If the folder cannot be written.
-    """
+    """Read a file or folder under ``cache_dir``, and build it if it reads as None. Only one process builds it."""
     if (found := read()) is not None:
         return found
     with disk_errors(cache_dir):
@@ -297,7 +285,7 @@ class TrainBlocks(Dataset):
         # A bare index comes from Lightning's own sampler (overfit_batches).
         epoch, repeat, index = key if isinstance(key, tuple) else (0, 0, key)
         start = self.shift(epoch, repeat) + index * self.block_size
-        return torch.from_numpy(self.tokens.read(start, start + self.block_size + 1))  # (T + 1,)
+        return torch.from_numpy(self.tokens[start : start + self.block_size + 1])  # (T + 1,)
 
 
 @dataclass(eq=False)
@@ -317,7 +305,7 @@ class EvalBlocks(Dataset):
         start = index * self.block_size
         block = torch.full((self.block_size + 1,), PADDING)
         if index < len(self):
-            ids = self.tokens.read(start, start + self.block_size + 1)
+            ids = self.tokens[start : start + self.block_size + 1]
             block[: len(ids)] = torch.from_numpy(ids)
         return block  # (T + 1,)
 

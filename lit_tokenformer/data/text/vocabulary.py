@@ -41,11 +41,7 @@ _WORD_PIECE = ("", "bert", "distilbert", "electra")
 
 
 def download(name: str) -> Path:
-    """Download the vocabulary files of a Hugging Face model, or find them in the cache, and return their folder.
-
-    Raises:
-        ValueError: If they cannot be loaded.
-    """
+    """Download the vocabulary files of a Hugging Face model, or find them in the cache, and return their folder."""
     files = [*_VOCABULARIES[:-1], "merges.txt", *_CONFIGS, "tokenizer.model", "spiece.model", "*.bpe.model"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
@@ -102,11 +98,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
 
 
 def from_text(text: str, source: object) -> hf.Tokenizer:
-    """Build a tokenizer from the text of a ``tokenizer.json``, with the name of its source in errors.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Build a tokenizer from the text of a ``tokenizer.json``; raise a ``UserError`` with its source if damaged."""
     with _damage(source):
         return _checked(hf.Tokenizer.from_str(text))
 
@@ -142,11 +134,7 @@ def _damage(source: object) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without a byte-order mark.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Read a UTF-8 file, without a byte-order mark; raise a ``UserError`` if it is unreadable."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
