@@ -22,7 +22,7 @@ UNREADABLE = -100
 """Label of an unreadable image that is kept in its batch (prediction only)."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ImageReader:
     """Image reader that counts unreadable images over all worker processes of this process.
 
@@ -66,7 +66,7 @@ class ImageReader:
         return self._corrupt.nonzero().flatten().tolist()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainImages(Dataset):
     """Training images under keys ``(epoch, pass, index)``, with augmentation seeded by run seed and key only.
 
@@ -91,7 +91,7 @@ class TrainImages(Dataset):
             return self.transform(image), int(self.reader.samples.labels[index])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EvalImages(Dataset):
     """Evaluation images. An unreadable image is None and dropped by ``collate_readable``; so is the index N."""
 
@@ -142,7 +142,7 @@ def prediction_loader(
     return DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate_readable), samples
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StreamImages(IterableDataset):
     """Images of a Hugging Face stream, sharded over ranks and workers.
 

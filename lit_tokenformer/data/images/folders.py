@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """Position in a tar file, see :class:`FileSamples`."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Files:
     """Files below a root; counts what it leaves out."""
 

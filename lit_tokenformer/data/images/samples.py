@@ -75,7 +75,7 @@ class FileSamples:
         return os.fsdecode(self.paths[index])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HubSamples:
     """Column of undecoded images of a Hugging Face data set."""
 

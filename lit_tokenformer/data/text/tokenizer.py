@@ -269,7 +269,6 @@ class Tokenizer:
         Yields:
             ``(ids (n,) uint32, ends)``: the ids of a piece, and whether it is the last one of its document.
         """
-
         for batch in batches(("", text) for text in documents):
             ids = self.encode_batch([piece for _, piece, _ in batch])
             yield from ((np.array(one, dtype=np.uint32), ends) for one, (_, _, ends) in zip(ids, batch, strict=True))
