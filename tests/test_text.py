@@ -288,9 +288,7 @@ def test_one_document_is_split_by_position(tmp_path: Path, caplog: pytest.LogCap
         data = text(path, val_fraction=0.1, test_fraction=0.05, tokenizer="bpe:270")
         with caplog.at_level("INFO"):
             counts = data.corpus.tokens.counts
-        parts = {
-            name: data.tokenizer.decode(file[1:-1]) for name, file in data.corpus.tokens.files.items()
-        }
+        parts = {name: data.tokenizer.decode(file[1:-1]) for name, file in data.corpus.tokens.files.items()}
         assert parts["train"] + parts["test"] + parts["val"] == whole
         sizes = (844, 106, 50) if end == "-" else (850, 100, 50)  # after a space, after a line
         assert tuple(len(parts[name]) for name in ("train", "val", "test")) == sizes
