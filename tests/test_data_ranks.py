@@ -31,7 +31,7 @@ from lit_tokenformer.data import (
 )
 from lit_tokenformer.data.resumable import ResumableDataModule
 from lit_tokenformer.data.text.sources import HubStream
-from lit_tokenformer.data.text.streaming import TextStreamLoader, train_stream_loader
+from lit_tokenformer.data.text.streaming import TextStreamLoader, TrainStream, train_stream_loader
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 
 PLAIN = Augmentation(crop="center", hflip=0.0)
@@ -311,8 +311,9 @@ def stream(sizes: tuple[int, ...]) -> HubStream:
 
 
 def stream_loader(sizes: tuple[int, ...], **settings: Any) -> TextStreamLoader:
-    settings = {"batch_size": 1, "shuffle_buffer": 4, **settings}
-    return train_stream_loader(stream(sizes), Tokenizer.bytes(), 2, **settings)
+    own = {name: settings.pop(name, default) for name, default in (("shuffle_buffer", 4), ("seed", 0), ("rank", 0))}
+    blocks = TrainStream(stream(sizes), Tokenizer.bytes(), 2, **own)
+    return train_stream_loader(blocks, **{"batch_size": 1, **settings})
 
 
 def letters(loader: Any) -> list[int]:

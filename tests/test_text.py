@@ -31,7 +31,13 @@ from lit_tokenformer.data.text import files as text_files
 from lit_tokenformer.data.text.corpus import HashSplit
 from lit_tokenformer.data.text.files import TextFiles, TextFormat
 from lit_tokenformer.data.text.sources import HubStream
-from lit_tokenformer.data.text.streaming import TextStreamLoader, eval_stream_loader, train_stream_loader
+from lit_tokenformer.data.text.streaming import (
+    EvalStream,
+    TextStreamLoader,
+    TrainStream,
+    eval_stream_loader,
+    train_stream_loader,
+)
 from lit_tokenformer.data.text.token_cache import EvalSampler
 from lit_tokenformer.errors import UserError
 
@@ -219,7 +225,7 @@ def test_special_token_in_a_document_is_text(tmp_path: Path):
     for tokenizer in ("bytes", "bpe:300"):
         data = text(files, tokenizer=tokenizer)
         counts = data.corpus.tokens.counts["val"]
-        tokens = data.corpus.tokens.files["val"].read(0, counts.tokens).tolist()
+        tokens = data.corpus.tokens.files["val"][: counts.tokens].tolist()
         assert tokens.count(data.separator_id) == counts.documents + 1
 
 
@@ -282,9 +288,7 @@ def test_one_document_is_split_by_position(tmp_path: Path, caplog: pytest.LogCap
         data = text(path, val_fraction=0.1, test_fraction=0.05, tokenizer="bpe:270")
         with caplog.at_level("INFO"):
             counts = data.corpus.tokens.counts
-        parts = {
-            name: data.tokenizer.decode(file.read(1, len(file) - 1)) for name, file in data.corpus.tokens.files.items()
-        }
+        parts = {name: data.tokenizer.decode(file[1:-1]) for name, file in data.corpus.tokens.files.items()}
         assert parts["train"] + parts["test"] + parts["val"] == whole
         sizes = (844, 106, 50) if end == "-" else (850, 100, 50)  # after a space, after a line
         assert tuple(len(parts[name]) for name in ("train", "val", "test")) == sizes
@@ -642,9 +646,11 @@ def word_shards(path: Path, *sizes: int) -> HubStream:
     return HubStream(datasets.load_dataset("json", data_files=files, split="train", streaming=True))
 
 
-def word_loader(stream: HubStream, count: int, **settings: object) -> TextStreamLoader:
-    defaults = {"block_size": 2, "batch_size": 3, "shuffle_buffer": 7}
-    return train_stream_loader(stream, word_tokenizer(count), **{**defaults, **settings})
+def word_loader(
+    stream: HubStream, count: int, block_size: int = 2, shuffle_buffer: int = 7, rank: int = 0, **settings: object
+) -> TextStreamLoader:
+    blocks = TrainStream(stream, word_tokenizer(count), block_size, shuffle_buffer, seed=0, rank=rank)
+    return train_stream_loader(blocks, **{"batch_size": 3, **settings})
 
 
 def words_of(batches) -> list[list[int]]:
@@ -770,13 +776,13 @@ def test_stream_evaluates_like_a_corpus(corpus: Path):
 
     stream = HubStream(datasets.load_dataset("json", data_files=str(corpus), split="train", streaming=True))
     expected = plain_blocks(plain_stream(DOCUMENTS), 16)
-    loader = eval_stream_loader(stream, Tokenizer.bytes(), 16, 4)
+    loader = eval_stream_loader(EvalStream(stream, Tokenizer.bytes(), 16), batch_size=4)
     assert rows(loader) == rows(loader) == expected
     num_bytes = sum(len(document.encode()) for document in DOCUMENTS)
     assert (loader.bytes_read, loader.tokens_read) == (num_bytes, num_bytes + len(DOCUMENTS))
     for replicas in (2, 3, 7):
         parts = [
-            rows(eval_stream_loader(stream, Tokenizer.bytes(), 16, 4, rank=r, replicas=replicas))
+            rows(eval_stream_loader(EvalStream(stream, Tokenizer.bytes(), 16, r, replicas), batch_size=4))
             for r in range(replicas)
         ]
         assert len({len(part) for part in parts}) == 1

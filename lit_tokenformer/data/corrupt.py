@@ -13,17 +13,9 @@ class TooManyCorruptSamples(UserError):
 
 
 def check_share(corrupt: int, size: int, max_share: float, names: list[str], unit: str = "images") -> None:
-    """Raise an error if too many samples are unreadable.
+    """Raise an error if more than ``max_share`` of the samples and more than ``ALLOWED_CORRUPT`` are unreadable.
 
-    Args:
-        corrupt: Number of unreadable samples.
-        size: Total number of samples.
-        max_share: Setting ``data.max_corrupt_share``.
-        names: Names of the first unreadable samples.
-        unit: Noun for the samples, for the error.
-
-    Raises:
-        TooManyCorruptSamples: If more than that share and more than ``ALLOWED_CORRUPT`` samples are unreadable.
+    The error names the setting ``data.max_corrupt_share`` and the given ``names`` of the first unreadable samples.
     """
     allowed = max(ALLOWED_CORRUPT, max_share * size) if max_share > 0 else 0
     if corrupt > allowed:

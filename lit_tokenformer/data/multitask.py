@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -127,11 +128,7 @@ class MultiTaskDataModule(LightningDataModule):
             part.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Locate the data of all tasks, so that missing data fail before training.
-
-        Args:
-            stage: fit, validate or test.
-        """
+        """Locate the data of all tasks, so that missing data fail before training."""
         model: Any = None if self.trainer is None else self.trainer.lightning_module
         wanted = self.parts if model is None else getattr(model, "tasks", {})
         if not wanted:
@@ -186,17 +183,13 @@ class MultiTaskDataModule(LightningDataModule):
             part.load_state_dict(state_dict[name])
 
 
+@dataclass(eq=False)
 class Cycle:
-    """Training loader that repeats until another loader ends the epoch.
+    """Training loader, which tracks its own pass and position, that repeats until another loader ends the epoch."""
 
-    Args:
-        loader: The loader, which tracks its own pass and position, also for a resumed run.
-        last: The loader that ends the epoch.
-    """
-
-    def __init__(self, loader: Any, last: DataLoader) -> None:
-        self.loader = loader
-        self.last = last
+    loader: Any
+    last: DataLoader
+    """The loader that ends the epoch."""
 
     @property
     def sampler(self) -> Any:

@@ -14,12 +14,13 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from lit_tokenformer.data.settings import LoaderSettings, check_whole
@@ -28,11 +29,7 @@ from lit_tokenformer.errors import UserError
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seed the global CPU generators of Python, NumPy and torch, and restore them on exit.
-
-    Args:
-        entropy: Seed, as integers >= 0.
-    """
+    """Seed the global CPU generators of Python, NumPy and torch by integers >= 0, and restore them on exit."""
     states = None
     if get_worker_info() is None:  # a loader's worker has no other consumer, and this costs 0.2 ms
         states = random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state()
@@ -55,12 +52,6 @@ class EpochSampler(DistributedSampler):
     Lightning keeps a ``DistributedSampler`` and sets its epoch. Samples that do not fill all processes are dropped,
     different ones in each epoch. ``pass`` counts the iterations within an epoch: a ``CombinedLoader`` restarts a short
     loader before the epoch ends, with another order in each pass.
-
-    Args:
-        dataset: Dataset to sample from.
-        seed: Seed of the run, >= 0.
-        num_replicas: Number of data-parallel processes.
-        rank: Rank of this process among them.
     """
 
     def __init__(self, dataset: Dataset, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -80,49 +71,34 @@ class EpochSampler(DistributedSampler):
             yield self.epoch, self.repeat, index
 
 
-class FitProgress:
-    """Progress of Lightning's fit loop; the only access to its counters in this file.
-
-    Args:
-        trainer: Trainer whose fit loop consumes the batches.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._loop: Any = trainer.fit_loop
-
-    @property
-    def epoch(self) -> int:
-        """Zero-based epoch, as Lightning passes it to samplers."""
-        return self._loop.epoch_progress.current.processed
-
-    @property
-    def batches_trained(self) -> int:
-        """Number of batches trained on, over all epochs."""
-        return self._loop.epoch_loop.batch_progress.total.processed
-
-
 class CountingLoader(DataLoader):
     """DataLoader that counts the yielded batches that were trained on.
 
     Its constructor is the DataLoader's, so that Lightning can rebuild it with another sampler (overfit_batches).
     """
 
-    progress: FitProgress | None = None
-    """Progress of the fit; None counts every yielded batch as trained on."""
+    fit_loop: Any = None
+    """Lightning's loop that consumes the batches; None counts every yielded batch as trained on."""
 
     _epoch: int | None = None
     _batches = 0  # yielded in this epoch
     _restored = False  # by load_state_dict, and not yet resumed from
-    _origin = 0  # _batches - progress.batches_trained when no batch was prefetched
+    _origin = 0  # _batches - _total_trained when no batch was prefetched
+    _loaded: dict[str, Any] = {}
 
     def _enter(self, epoch: int, batches: int) -> None:
         self._epoch, self._batches, self._restored = epoch, batches, False
-        self._origin = batches - self.progress.batches_trained if self.progress is not None else 0
+        self._origin = batches - self._total_trained
+
+    @property
+    def _total_trained(self) -> int:
+        """Number of batches trained on in all epochs of the fit."""
+        return self.fit_loop.epoch_loop.batch_progress.total.processed if self.fit_loop is not None else 0
 
     def _batches_trained(self) -> int:
-        if self.progress is None or self._restored:
+        if self.fit_loop is None or self._restored:
             return self._batches
-        return min(self._batches, self._origin + self.progress.batches_trained)
+        return min(self._batches, self._origin + self._total_trained)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and its number of batches trained on."""
@@ -130,6 +106,7 @@ class CountingLoader(DataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a state at the next iteration, if that iteration is of the state's epoch."""
+        self._loaded = state_dict
         self._epoch, self._batches, self._restored = state_dict["epoch"], state_dict["batches"], True
 
 
@@ -156,7 +133,7 @@ class ResumableLoader(CountingLoader):
         return super().state_dict() | {"length": len(self), "global_batch_size": self._global_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
+        """Resume from a state.
 
         The number of processes may differ if the global batch size is the same. Between two epochs the batch size may
         differ too.
@@ -189,22 +166,27 @@ class ResumableStreamLoader(CountingLoader):
     """Resumable loader over ``StreamImages``.
 
     Skipped samples are read, but neither decoded nor augmented. An exact resume requires the same number of workers
-    and processes, which determine the assignment of shards. Without ``progress`` every iteration is the next epoch.
+    and processes, which determine the assignment of shards. Without ``fit_loop`` every iteration is the next epoch.
     """
 
-    rank = 0
-    """Rank of this process among the data-parallel ones."""
-    replicas = 1
-    """Number of data-parallel processes."""
+    rank, replicas = 0, 1
     made_with: dict[str, Any] = {}
     """Settings that the position depends on, by name."""
 
     _finished = False
-    _group: Any = None
+
+    def set_place(self, rank: int, replicas: int, **settings: Any) -> None:
+        """Set the data-parallel rank and world size, and the data settings that the position depends on."""
+        self.rank, self.replicas = rank, replicas
+        self.made_with = {
+            "data.num_workers": self.num_workers,
+            "trainer.devices (processes in all)": replicas,
+            **{f"data.{name}": value for name, value in settings.items()},
+        }
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self.progress is not None:
-            epoch = self.progress.epoch
+        if self.fit_loop is not None:
+            epoch = self.fit_loop.epoch_progress.current.processed  # as Lightning passes it to samplers
         elif self._epoch is None or (self._restored and not self._finished):
             epoch = self._epoch or 0
         else:
@@ -240,11 +222,7 @@ class ResumableStreamLoader(CountingLoader):
         return state | {"finished": finished, "made_with": self.made_with}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
-
-        Raises:
-            ValueError: If the state is in the middle of an epoch and was saved with other settings.
-        """
+        """Resume from a state; raise a ``ValueError`` for one in the middle of an epoch with other settings."""
         if state_dict["batches"] and not state_dict["finished"]:
             made_with = state_dict.get("made_with", {})
             for name, value in self.made_with.items():
@@ -260,26 +238,24 @@ class ResumableStreamLoader(CountingLoader):
         if self.replicas == 1 or not dist.is_initialized():
             return here
         flag = torch.tensor([int(here)])
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._processes())
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._processes)
         return bool(flag)
 
+    @cached_property
     def _processes(self) -> Any:
-        """Return a gloo group of all processes, so that no step waits for the accelerator."""
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        return self._group
+        """Gloo group of all processes, so that no step waits for the accelerator."""
+        return dist.new_group(backend="gloo")
 
 
 _LOADER = LoaderSettings(batch_size=32)
+LoaderT = TypeVar("LoaderT", bound=DataLoader)
 
 
 class ResumableDataModule(LightningDataModule):
     """Data module with its training position in the checkpoint.
 
-    Args:
-        seed: Seed of the sample order and augmentation, >= 0. Default: that of ``seed_everything``, else 0.
-        num_workers: Number of worker processes per training process, if ``loader`` has none.
-        loader: Batch sizes and worker processes.
+    ``seed`` is that of the sample order and augmentation, by default that of ``seed_everything``, else 0;
+    ``num_workers`` is used if ``loader`` has none.
     """
 
     loader_defaults = _LOADER
@@ -315,9 +291,16 @@ class ResumableDataModule(LightningDataModule):
         if self._train_loader is not None and self.trainer is not None:
             self.trainer.fit_loop._combined_loader = None  # a strategy that restores late requests the loader again
 
-    def _resumed(self, loader: ResumableLoader | ResumableStreamLoader) -> ResumableLoader | ResumableStreamLoader:
+    def _create_loader(self, kind: type[LoaderT], dataset: Dataset, **settings: Any) -> LoaderT:
+        """Create a loader; by default with the training batch size and persistent worker processes."""
+        settings = {"batch_size": self.batch_size, "num_workers": self._workers} | settings
+        settings = {"persistent_workers": settings["num_workers"] > 0} | settings
+        # with its own generator: a loader draws a seed for its workers
+        return kind(dataset, pin_memory=self.pin_memory, generator=torch.Generator(), **settings)
+
+    def _resumed(self, loader: ResumableLoader | ResumableStreamLoader) -> DataLoader:
         """Restore the checkpoint's position in the training loader and register it."""
-        loader.progress = FitProgress(self.trainer) if self.trainer is not None else None
+        loader.fit_loop = self.trainer.fit_loop if self.trainer is not None else None
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
             self._resume_from = {}
@@ -325,13 +308,14 @@ class ResumableDataModule(LightningDataModule):
         return loader
 
     def train_samples(self, batch: int) -> list[int] | None:
-        """Return the sample indices of the n-th training batch of the current epoch; None for a stream.
-
-        Args:
-            batch: Zero-based batch index in the epoch.
-        """
+        """Return the sample indices of the n-th training batch (from 0) of the current epoch; None for a stream."""
         loader = self._train_loader
         return loader.samples(batch) if isinstance(loader, ResumableLoader) else None
+
+    def _check_batch_size(self, count: int, examples: str, cure: str = "") -> None:
+        if count < self.batch_size:
+            most = f"expected at most {count} (the training {examples} of a process)"
+            raise UserError(f"data.batch_size: {most}, got {self.batch_size}{cure}")
 
     @property
     def data_settings(self) -> dict[str, Any]:
@@ -348,9 +332,13 @@ class ResumableDataModule(LightningDataModule):
         place = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (place["rank"], place["num_replicas"]) if place else (0, 1)
 
+    _needs_workers = True
+
     @property
-    def _spare_workers(self) -> int:
-        """Default number of workers: available cores per training process, at most 8, and 0 for a single core."""
+    def _workers(self) -> int:
+        """Setting, else the available cores per training process, at most 8, and 0 for a single core."""
+        if self.num_workers is not None or not self._needs_workers:
+            return self.num_workers or 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // (self.trainer.num_devices if self.trainer is not None else 1)
         return 0 if share < 2 else min(share, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -72,40 +72,24 @@ class HubImageSettings(HubSettings):
     """Label column: class labels, integers or text. Default: the first column of class labels."""
 
 
-_GROUPS = {LoaderSettings: "loader", HubSettings: "hub", HubImageSettings: "hub"}
-
-
 def check_whole(**settings: tuple[int | None, int]) -> None:
-    """Raise a ``UserError`` for a number that is too small.
-
-    Args:
-        settings: Value (None is valid) and lowest valid value, by the flat name of the setting.
-    """
+    """Raise a ``UserError`` for a number that is too small; each setting is a value (None is valid) and its minimum."""
     for name, (value, low) in settings.items():
         if value is not None and value < low:
             raise UserError(f"data.{name}: expected a whole number of {low} or more, got {value}")
 
 
 def check_share(below_one: bool = True, **settings: float) -> None:
-    """Raise a ``UserError`` for a share out of range.
-
-    Args:
-        below_one: Reject 1 as well.
-        settings: Values by the name of the setting.
-    """
+    """Raise a ``UserError`` for a value that is not from 0 to 1, or that is 1 with ``below_one``."""
     for name, value in settings.items():
         if not 0 <= value <= 1 or (below_one and value == 1):
             raise UserError(f"data.{name}: expected a share from 0 to {'below ' * below_one}1, got {value}")
 
 
-def flat_settings(*groups: LoaderSettings | HubSettings) -> dict[str, Any]:
-    """Return the values of nested settings by their flat names."""
-    values = {
-        f"{_GROUPS[type(group)]}.{field.name}": getattr(group, field.name)
-        for group in groups
-        for field in fields(group)
-    }
-    return {flat: values[name] for flat, name in FLAT_NAMES.items() if name in values}
+def flat_settings(hub: HubSettings) -> dict[str, Any]:
+    """Return the location and splits of a data set by the flat names of the settings."""
+    names = {flat: name.removeprefix("hub.") for flat, name in FLAT_NAMES.items() if flat != "shuffle_buffer"}
+    return {flat: getattr(hub, name) for flat, name in names.items() if hasattr(hub, name)}
 
 
 def accept_flat_names(init: Callable[..., None]) -> Callable[..., None]:

@@ -12,20 +12,13 @@ from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_tokenformer.data.images.datasets import (
-    EvalImages,
-    ImageReader,
-    StreamImages,
-    TrainImages,
-    collate_readable,
-)
+from lit_tokenformer.data.images.datasets import EvalImages, ImageReader, StreamImages, TrainImages, collate_readable
 from lit_tokenformer.data.images.folders import find_images
 from lit_tokenformer.data.images.hub import HubStream
 from lit_tokenformer.data.images.samples import Samples, decode_hub_image
@@ -62,13 +55,8 @@ _DATA_SET_DEFAULTS, _HUB = Augmentation(), HubImageSettings()
 class EvalImageSampler(DistributedSampler):
     """Distributed evaluation sampler with every image exactly once and the same number of batches per process.
 
-    Uneven batches are padded with the index N. Lightning keeps a ``DistributedSampler``; its own would repeat images.
-
-    Args:
-        dataset: Dataset of N images, at least one per process; it accepts the index N.
-        batch_size: Images per batch. With 1, processes with one image more have batches of two.
-        num_replicas: Number of data-parallel processes.
-        rank: Rank of this process among them.
+    Uneven batches are padded with the index N, the number of images. With a batch size of 1, processes with one image
+    more have batches of two. Lightning keeps a ``DistributedSampler``; its own would repeat images.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int) -> None:
@@ -159,13 +147,14 @@ class ImageDataModule(ResumableDataModule):
         super().__init__(seed, loader=loader)
         self.dataset = dataset
         self.source, name = find_source(dataset)
+        self._needs_workers = not self.source.tiny
         self.settings = SourceSettings(
             name=name,
             root=root,
             follow_links=follow_links,
             download=download,
             val_fraction=val_fraction,
-            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
+            **flat_settings(hub),
         )
         height, width = pair(self.source.image_size if image_size is None else image_size)
         self.image_size: ImageSize = height if height == width else (height, width)
@@ -187,13 +176,8 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        own = {
-            "dataset": self.dataset,
-            "image_size": self.image_size,
-            "in_chans": self.in_chans,
-            **asdict(self.settings),
-        }
-        return {**super().data_settings, **own}
+        own = {"dataset": self.dataset, "image_size": self.image_size, "in_chans": self.in_chans}
+        return {**super().data_settings, **own, **asdict(self.settings)}
 
     @cached_property
     def splits(self) -> Splits:
@@ -242,11 +226,7 @@ class ImageDataModule(ResumableDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Open the data, so that missing files fail fast, and log the transforms.
-
-        Args:
-            stage: fit, validate, test or predict.
-        """
+        """Open the data, so that missing files fail fast, and log the transforms."""
         self.splits  # noqa: B018
         setting = self.augmentation
         low, high, shown = setting.areas
@@ -265,53 +245,26 @@ class ImageDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader:
         """Create the resumable training loader of this process."""
         samples, seed, (rank, replicas) = self.splits.train, self._seed, self._place
-        loader: ResumableLoader | ResumableStreamLoader
         if isinstance(samples, HubStream):
             stream = self._stream(samples, self.batch_size, seed)
-            loader = ResumableStreamLoader(
-                stream,
-                batch_size=self.batch_size,
-                drop_last=True,
-                num_workers=min(self._workers, stream.stream.num_shards),
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
+            workers = min(self._workers, stream.stream.num_shards)
+            loader = self._create_loader(
+                ResumableStreamLoader, stream, drop_last=True, num_workers=workers, persistent_workers=False
             )
-            loader.rank, loader.replicas = rank, replicas
-            loader.made_with = {
-                "data.num_workers": loader.num_workers,
-                "trainer.devices (processes in all)": replicas,
-                "data.batch_size": self.batch_size,
-                "data.shuffle_buffer": self.hub.shuffle_buffer,
-                "data.seed": seed,
-            }
-        else:
-            images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
-            sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
-            if len(sampler) < self.batch_size:
-                most = f"expected at most {len(sampler)} (the training images of a process)"
-                raise UserError(f"data.batch_size: {most}, got {self.batch_size}")
-            loader = ResumableLoader(
-                images,
-                sampler=sampler,
-                batch_size=self.batch_size,
-                drop_last=True,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),
-            )
-        return self._resumed(loader)
+            buffer = self.hub.shuffle_buffer
+            loader.set_place(rank, replicas, batch_size=self.batch_size, shuffle_buffer=buffer, seed=seed)
+            return self._resumed(loader)
+        images = TrainImages(ImageReader(samples, self.max_corrupt_share), self._train_transform, seed)
+        sampler = EpochSampler(images, seed, num_replicas=replicas, rank=rank)
+        self._check_batch_size(len(sampler), "images")
+        return self._resumed(self._create_loader(ResumableLoader, images, sampler=sampler, drop_last=True))
 
     def val_dataloader(self) -> DataLoader:
         """Create the validation loader, in order."""
         return self._eval_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Create the test loader, in order.
-
-        Raises:
-            UserError: If the data set has no test split.
-        """
+        """Create the test loader, in order; raise a ``UserError`` without a labeled test split."""
         if self.splits.test is self.splits.val:
             raise no_test_split()
         if is_unlabeled(self.splits.test):
@@ -323,14 +276,7 @@ class ImageDataModule(ResumableDataModule):
         return self._eval_loader(self._predict_samples, keep_places=True)
 
     def predict_name(self, index: int) -> str:
-        """Return the name of an image in the prediction order.
-
-        Args:
-            index: Zero-based index in the order of ``predict_dataloader`` (over all processes).
-
-        Returns:
-            Path of the file, or the index as text without a file.
-        """
+        """Return the path of an image, or its index without a file, by its index in the prediction order."""
         samples = self._predict_samples
         return str(index) if isinstance(samples, HubStream) else samples.name(index)
 
@@ -344,12 +290,7 @@ class ImageDataModule(ResumableDataModule):
         return self.mix(batch, epoch=place["epoch"], batch_idx=place["batches"])
 
     def mix(self, batch: tuple[Tensor, Tensor], epoch: int, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Apply mixup, CutMix and label smoothing to a training batch, seeded by its position in the run.
-
-        Args:
-            batch: ``(image (B, 3, H, W), label (B,))``.
-            epoch: Zero-based epoch.
-            batch_idx: Zero-based batch index of the epoch.
+        """Apply mixup, CutMix and label smoothing to a training batch, seeded by its zero-based position in the run.
 
         Returns:
             ``(image (B, 3, H, W), label (B, C) float32)``, or the unchanged batch if all three are disabled.
@@ -366,22 +307,12 @@ class ImageDataModule(ResumableDataModule):
     @cached_property
     def _mixup(self) -> Mixup:
         setting = self.augmentation
-        return Mixup(
-            mixup_alpha=setting.mixup,
-            cutmix_alpha=setting.cutmix,
-            label_smoothing=setting.label_smoothing,
-            num_classes=self.num_classes,
-        )
+        alphas = {"mixup_alpha": setting.mixup, "cutmix_alpha": setting.cutmix}
+        return Mixup(**alphas, label_smoothing=setting.label_smoothing, num_classes=self.num_classes)
 
     @cached_property
     def _predict_samples(self) -> Samples | HubStream:
         return self.splits.test if self.predict_root is None else find_images(self.predict_root, "data.predict_root")
-
-    @property
-    def _workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        return 0 if self.source.tiny else self._spare_workers
 
     def _stream(self, split: HubStream, batch_size: int, seed: int | None, labeled: bool = True) -> StreamImages:
         from datasets.distributed import split_dataset_by_node
@@ -390,17 +321,8 @@ class ImageDataModule(ResumableDataModule):
         rows = split.rows if seed is None else split.rows.shuffle(seed=seed, buffer_size=self.hub.shuffle_buffer)
         rows = split_dataset_by_node(rows, rank=rank, world_size=replicas) if replicas > 1 else rows
         transform = self._eval_transform if seed is None else self._train_transform
-        return StreamImages(
-            rows,
-            split.columns,
-            partial(decode_hub_image, folders=split.folders),
-            transform,
-            self.max_corrupt_share,
-            batch_size,
-            seed,
-            rank,
-            labeled,
-        )
+        decode, share = partial(decode_hub_image, folders=split.folders), self.max_corrupt_share
+        return StreamImages(rows, split.columns, decode, transform, share, batch_size, seed, rank, labeled)
 
     def _eval_loader(self, samples: Samples | HubStream, keep_places: bool = False) -> DataLoader:
         workers, (rank, replicas) = self._workers, self._place
@@ -424,13 +346,5 @@ class ImageDataModule(ResumableDataModule):
             if replicas > 1 and not keep_places:
                 sampler = EvalImageSampler(images, batch_size, num_replicas=replicas, rank=rank)
                 batch_size = sampler.batch_size
-        return DataLoader(
-            images,
-            sampler=sampler,
-            batch_size=batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.pin_memory,
-            collate_fn=collate_readable,
-            generator=torch.Generator(),
-        )
+        shape = {"sampler": sampler, "batch_size": batch_size, "num_workers": workers}
+        return self._create_loader(DataLoader, images, collate_fn=collate_readable, **shape)

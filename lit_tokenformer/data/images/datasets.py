@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ UNREADABLE = -100
 """Label of an unreadable image that is kept in its batch (prediction only)."""
 
 
+@dataclass(eq=False, repr=False)
 class ImageReader:
     """Image reader that counts unreadable images over all worker processes of this process.
 
@@ -28,26 +30,20 @@ class ImageReader:
     ``max_corrupt_share`` times the number of images and ``ALLOWED_CORRUPT``; with a share of 0 it stops at the first.
     The share is of all images of the data set, not of those read so far. A few bad files in the first batches thus do
     not end a run, and a fully unreadable data set still ends it within seconds.
-
-    Args:
-        samples: Images to read.
-        max_corrupt_share: Tolerated share of unreadable images, from 0 to 1.
     """
 
-    def __init__(self, samples: Samples, max_corrupt_share: float) -> None:
-        self.samples = samples
-        self.max_corrupt_share = max_corrupt_share
-        self._corrupt = torch.zeros(len(samples.labels), dtype=torch.bool).share_memory_()  # shared by all workers
+    samples: Samples
+    max_corrupt_share: float
+    """Tolerated share of unreadable images, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        self._corrupt = torch.zeros(len(self.samples.labels), dtype=torch.bool).share_memory_()  # shared by all workers
 
     def __len__(self) -> int:
         return len(self._corrupt)
 
     def read(self, index: int) -> Image.Image | None:
-        """Read an image; None if it is unreadable.
-
-        Raises:
-            ValueError: If too many images are unreadable.
-        """
+        """Read an image; None if it is unreadable, and a ``ValueError`` if too many are."""
         if self._corrupt[index]:
             return None
         try:
@@ -70,21 +66,17 @@ class ImageReader:
         return self._corrupt.nonzero().flatten().tolist()
 
 
+@dataclass(eq=False, repr=False)
 class TrainImages(Dataset):
     """Training images under keys ``(epoch, pass, index)``, with augmentation seeded by run seed and key only.
 
     An unreadable image is replaced by the next readable one, so that batches keep their size.
-
-    Args:
-        reader: Image reader.
-        transform: Transform from an RGB image to a tensor (3, H, W); may be random.
-        seed: Seed of the run, >= 0.
     """
 
-    def __init__(self, reader: ImageReader, transform: ImageTransform, seed: int) -> None:
-        self.reader = reader
-        self.transform = transform
-        self.seed = seed
+    reader: ImageReader
+    transform: ImageTransform
+    seed: int
+    """Seed of the run, >= 0."""
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -99,20 +91,15 @@ class TrainImages(Dataset):
             return self.transform(image), int(self.reader.samples.labels[index])
 
 
+@dataclass(eq=False, repr=False)
 class EvalImages(Dataset):
-    """Evaluation images. An unreadable image is None and dropped by ``collate_readable``; so is the index N.
+    """Evaluation images. An unreadable image is None and dropped by ``collate_readable``; so is the index N."""
 
-    Args:
-        reader: Image reader over N images.
-        transform: Deterministic transform from an RGB image to a tensor (3, H, W).
-        keep_places: Replace an unreadable image by a black one with label -100 instead (prediction, where the n-th
-            output belongs to the n-th file).
-    """
-
-    def __init__(self, reader: ImageReader, transform: ImageTransform, keep_places: bool = False) -> None:
-        self.reader = reader
-        self.transform = transform
-        self.keep_places = keep_places
+    reader: ImageReader
+    transform: ImageTransform
+    keep_places: bool = False
+    """Replace an unreadable image by a black one with label -100 instead (prediction, where the n-th output belongs to
+    the n-th file)."""
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -125,11 +112,7 @@ class EvalImages(Dataset):
 
 
 def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collate the samples that are not None to a batch ``(image (B, 3, H, W), label (B,))``.
-
-    Raises:
-        ValueError: If all samples are None.
-    """
+    """Collate the samples that are not None, at least one, to a batch ``(image (B, 3, H, W), label (B,))``."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         raise TooManyCorruptSamples(
@@ -142,13 +125,7 @@ def collate_readable(samples: list[tuple[torch.Tensor, int] | None]) -> tuple[to
 def prediction_loader(
     paths: Any, image_data: Mapping[str, Any], batch_size: int = 32, num_workers: int = 0
 ) -> tuple[DataLoader, Samples]:
-    """Create a loader of unlabeled image files, in order, with the transform of a checkpoint.
-
-    Args:
-        paths: Path of an image, folder or tar file, or several of them.
-        image_data: ``ImageDataModule.image_data``, as in a checkpoint.
-        batch_size: Images per batch.
-        num_workers: Number of worker processes.
+    """Create a loader of images, folders or tar files, in order, with the transform of ``ImageDataModule.image_data``.
 
     Returns:
         Loader, whose labels are -100 for unreadable images, and the images with their names.
@@ -165,49 +142,32 @@ def prediction_loader(
     return DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate_readable), samples
 
 
+@dataclass(eq=False, repr=False)
 class StreamImages(IterableDataset):
     """Images of a Hugging Face stream, sharded over ranks and workers.
 
     An unreadable training image is replaced by the next readable one; an unreadable evaluation image is skipped. The
     share of unreadable images is counted per worker, over the images it has read.
-
-    Args:
-        stream: ``datasets.IterableDataset`` with an undecoded image column (``{"bytes", "path"}``), or any iterable of
-            such rows.
-        columns: Names of the image and label columns.
-        decode: Decoder from a value of the image column to an RGB image.
-        transform: Transform from an RGB image to a tensor (3, H, W).
-        max_corrupt_share: Tolerated share of unreadable images, from 0 to 1.
-        batch_size: Batch size, used to skip whole batches.
-        seed: Seed of the run, or None for evaluation (no augmentation, no replacement).
-        rank: Rank of this process among the data-parallel ones.
-        labeled: Whether a sample without a label counts as unreadable.
     """
 
-    def __init__(
-        self,
-        stream: Any,
-        columns: tuple[str, str],
-        decode: Callable[[Any], Image.Image],
-        transform: ImageTransform,
-        max_corrupt_share: float,
-        batch_size: int,
-        seed: int | None = None,
-        rank: int = 0,
-        labeled: bool = True,
-    ) -> None:
-        self.stream = stream
-        self.columns = columns
-        self.decode = decode
-        self.transform = transform
-        self.max_corrupt_share = max_corrupt_share
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.labeled = labeled
-        self.epoch = 0
-        self.skip_batches = 0
-        """Number of batches per worker that are yielded empty, without decoding, since the loader discards them."""
+    stream: Any
+    """``datasets.IterableDataset`` with an undecoded image column (``{"bytes", "path"}``), or any iterable of rows."""
+    columns: tuple[str, str]
+    """Names of the image and label columns."""
+    decode: Callable[[Any], Image.Image]
+    """Decoder from a value of the image column to an RGB image."""
+    transform: ImageTransform
+    max_corrupt_share: float
+    batch_size: int
+    seed: int | None = None
+    """Seed of the run, or None for evaluation (no augmentation, no replacement)."""
+    rank: int = 0
+    """Rank of this process among the data-parallel ones."""
+    labeled: bool = True
+    """Whether a sample without a label counts as unreadable."""
+    epoch: int = 0
+    skip_batches: int = 0
+    """Number of batches per worker that are yielded empty, without decoding, since the loader discards them."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()

@@ -15,6 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,43 +34,34 @@ SPLITS = {
 
 
 class Entry(NamedTuple):
-    """File in a folder, or member of a tar file.
-
-    Attributes:
-        name: Path within the split, with ``/``; a tar file counts as a folder of its stem.
-        path: Path of the file, or of the tar file and the member.
-        span: Position in a tar file, see :class:`FileSamples`.
-    """
+    """File in a folder, or member of a tar file."""
 
     name: str
+    """Path within the split, with ``/``; a tar file counts as a folder of its stem."""
     path: str
+    """Path of the file, or of the tar file and the member."""
     span: tuple[int, int, int] = (0, 0, 0)
+    """Position in a tar file, see :class:`FileSamples`."""
 
 
+@dataclass(eq=False, repr=False)
 class Files:
-    """Files below a root; counts what it leaves out.
+    """Files below a root; counts what it leaves out."""
 
-    Args:
-        root: Folder that links must not leave.
-        follow_links: Whether links may leave it.
-        setting: Name of the setting, for errors.
-    """
+    root: str
+    """Folder that links must not leave, unless ``follow_links``."""
+    follow_links: bool = False
+    setting: str = "data.root"
+    """Name of the setting, for errors."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    folders: set[str] = field(default_factory=set)
+    """Names of the top folders that were walked."""
 
-    def __init__(self, root: str, follow_links: bool = False, setting: str = "data.root") -> None:
-        self.root = os.path.realpath(root)
-        self.follow_links = follow_links
-        self.setting = setting
-        self.left_out: Counter[str] = Counter()
-        self.folders: set[str] = set()
-        """Names of the top folders that were walked."""
+    def __post_init__(self) -> None:
+        self.root = os.path.realpath(self.root)
 
     def listed(self, folder: str, above: tuple[str, ...] = ()) -> list[os.DirEntry[str]]:
-        """List a folder in order.
-
-        Args:
-            folder: Path of the folder.
-            above: Resolved paths of the folder and those that led to it.
-        """
+        """List a folder in order, with the resolved paths of the folder and of those that led to it."""
         found = sorted(os.scandir(folder), key=lambda one: one.name)
         reasons = [self._reason(one, above) for one in found]
         self.left_out.update(filter(None, reasons))
@@ -140,10 +132,6 @@ def is_hidden(name: str) -> bool:
 def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], setting: str) -> FileSamples:
     """Find all images in folders, nested or flat, or in tar files, sorted by path within each, with the label -1.
 
-    Args:
-        paths: Path of a folder, a tar file or an image; or several.
-        setting: Name of the setting, for errors.
-
     Raises:
         ValueError: If a path does not exist or contains no image.
     """
@@ -167,10 +155,8 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def open_folder(root: str, follow_links: bool = False) -> tuple[list[str], dict[str, FileSamples]]:
     """Find the splits and classes of a folder or tar file.
 
-    Args:
-        root: Path of ``SPLIT/CLASS/IMAGE`` or ``CLASS/IMAGE`` (a training split), where a tar file may replace any
-            folder, or of WebDataset shards (tar files with ``KEY.cls``) that contain the name of their split.
-        follow_links: Whether links may lead out of the root.
+    The root contains ``SPLIT/CLASS/IMAGE`` or ``CLASS/IMAGE`` (a training split), where a tar file may replace any
+    folder, or WebDataset shards (tar files with ``KEY.cls``) that contain the name of their split.
 
     Returns:
         Class names, and the samples of train and, if present, val and test. Images of a test split without classes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_tokenformer.data.hub import load_hub_data, own_folders
+from lit_tokenformer.data.hub import first_line, load_hub_data, named_splits, own_folders
 from lit_tokenformer.data.images.folders import SPLITS
 from lit_tokenformer.data.images.samples import UNLABELED, HubSamples
 from lit_tokenformer.errors import UserError
@@ -29,47 +29,31 @@ class HubStream:
 
 
 def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
-    """Load the splits of a Hugging Face data set.
-
-    Args:
-        settings: A ``SourceSettings``.
+    """Load the splits of a Hugging Face data set, for a ``SourceSettings``.
 
     Returns:
         Class names; the samples or streams of train and, if present, val and test; and the number of training images,
         None for a stream of unknown length.
-
-    Raises:
-        ValueError: If the data set or a column is missing, or a training or validation image has no class.
     """
     import datasets  # takes a second
 
     try:
         loaded = load_hub_data(settings.hf_name, settings.hf_config, settings.root, streaming=settings.streaming)
     except (OSError, ValueError, RuntimeError) as error:  # not found, offline, wrong config: its first line is specific
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {reason}") from error
-    names = {
-        "train": settings.hf_train_split,
-        "val": settings.hf_val_split,
-        "test": "test" if "test" in loaded else None,
-    }
-    names["val"] = names["val"] or next((name for name in SPLITS["val"] if name in loaded), None)
-    for split, name in names.items():
-        if name is not None and name not in loaded:
-            raise UserError(
-                f"data.hf_{split}_split: no split {name!r} in {settings.hf_name}; it has {', '.join(loaded)}"
-            )
+        raise UserError(f"data.hf_name: cannot load {settings.hf_name!r}: {first_line(error)}") from error
+    names = named_splits(loaded, settings, SPLITS["val"])
     train = loaded[names["train"]]
     columns = _image_column(settings.hf_image_column, train), _label_column(settings.hf_label_column, train)
     class_names = getattr(train.features[columns[1]], "names", None)
     if class_names is None and settings.streaming:
         raise UserError(f"data.hf_label_column: a stream needs class names, column {columns[1]!r} has none")
-    values: list[Any] = list(range(len(class_names))) if class_names is not None else _values(train, columns[1])
+    if class_names is not None:
+        values: list[Any] = list(range(len(class_names)))
+    else:
+        values = sorted({value for value in train[columns[1]] if value not in _NO_LABEL})
     folders = own_folders(settings.hf_name, settings.root)
     found: dict[str, Any] = {}
     for split, name in names.items():
-        if name is None:
-            continue
         rows = loaded[name]
         if settings.streaming:
             found[split] = HubStream(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, folders)
@@ -82,11 +66,6 @@ def open_hub(settings: Any) -> tuple[list[str], dict[str, Any], int | None]:
         found[split] = HubSamples(images, _labels(rows, columns[1], values, split, name), folders)
     info = (train.info.splits or {}).get(names["train"]) if settings.streaming else None
     return [str(name) for name in class_names or values], found, info.num_examples if info else None
-
-
-def _values(rows: Any, column: str) -> list[Any]:
-    """Return the distinct values of a column in order, without those of unlabeled rows."""
-    return sorted({value for value in rows[column] if value not in _NO_LABEL})
 
 
 def _labels(rows: Any, column: str, values: list[Any], split: str, name: str) -> np.ndarray:

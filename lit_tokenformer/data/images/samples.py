@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -26,12 +27,14 @@ class Samples(Protocol):
 
     def read(self, index: int) -> Image.Image:
         """Decode an image to RGB; errors of the decoder are raised unchanged."""
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
         """Return the file's path if there is one, else the index as text."""
+        return str(index)
 
 
-class ArraySamples:
+class ArraySamples(Samples):
     """Images (N, H, W) or (N, H, W, 3) uint8 in memory."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
@@ -40,9 +43,6 @@ class ArraySamples:
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index]).convert("RGB")
-
-    def name(self, index: int) -> str:
-        return str(index)
 
 
 class FileSamples:
@@ -75,13 +75,13 @@ class FileSamples:
         return os.fsdecode(self.paths[index])
 
 
+@dataclass(eq=False, repr=False)
 class HubSamples:
     """Column of undecoded images of a Hugging Face data set."""
 
-    def __init__(self, images: Any, labels: np.ndarray, folders: tuple[str, ...] = ()) -> None:
-        self.images = images
-        self.labels = labels
-        self.folders = folders
+    images: Any
+    labels: np.ndarray
+    folders: tuple[str, ...] = ()
 
     def read(self, index: int) -> Image.Image:
         return decode_hub_image(self._value(index), self.folders)
@@ -94,12 +94,8 @@ class HubSamples:
         return value
 
 
-class TfdsSamples:
-    """Split of a TensorFlow data set with random access (array_record). Labels are read with the images.
-
-    Args:
-        rows: Data source with undecoded images.
-    """
+class TfdsSamples(Samples):
+    """Split of a TensorFlow data set of undecoded images (array_record). Labels are read with the images."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -107,9 +103,6 @@ class TfdsSamples:
 
     def read(self, index: int) -> Image.Image:
         return decode_image(io.BytesIO(self.rows[int(index)]["image"]))
-
-    def name(self, index: int) -> str:
-        return str(index)
 
 
 class _TfdsLabels:
@@ -198,12 +191,7 @@ def _to_8_bits(pixels: np.ndarray, format: str | None) -> np.ndarray:
 def decode_hub_image(value: dict[str, Any] | None, folders: tuple[str, ...] = ()) -> Image.Image:
     """Decode a value of a Hugging Face image column, ``{"bytes", "path"}``, to RGB.
 
-    Args:
-        value: Undecoded value; without bytes its path is opened.
-        folders: Allowed folders of the resolved path; an untrusted data set could reference any file.
-
-    Raises:
-        ValueError: If the value is missing, or the path is outside of the folders.
+    Without bytes its path is opened if it is within one of the folders; an untrusted data set could reference any file.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UserError("no image")

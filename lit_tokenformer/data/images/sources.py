@@ -27,21 +27,12 @@ from lit_tokenformer.data.images.samples import (
     TfdsSamples,
     decode_hub_image,
     decode_image,
-    raster_formats,
 )
 from lit_tokenformer.data.images.transforms import Augmentation
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import IMAGE_SOURCES
 
-__all__ = [
-    "ArraySamples",
-    "ImageSource",
-    "Splits",
-    "SubsetSamples",
-    "decode_hub_image",
-    "decode_image",
-    "raster_formats",
-]
+__all__ = ["ArraySamples", "ImageSource", "Splits", "SubsetSamples", "decode_hub_image", "decode_image"]
 
 _SPLIT_SEED = 0  # the same validation images for every seed of a run
 
@@ -93,11 +84,7 @@ class ImageSource:
 
 
 def find_source(dataset: str) -> tuple[ImageSource, str]:
-    """Return the entry of a data set, and the rest of its name after the entry's.
-
-    Args:
-        dataset: Name in the registry, or ``ENTRY/REST`` as timm's ``create_dataset`` takes it.
-    """
+    """Return the entry of a data set, NAME or ``ENTRY/REST`` as in timm's ``create_dataset``, and the rest."""
     if dataset in IMAGE_SOURCES:
         return IMAGE_SOURCES[dataset], ""
     entry, _, rest = dataset.partition("/")
@@ -117,12 +104,12 @@ def _with_validation(
 ) -> Splits:
     """Hold out a validation split of the training split if the source has none; test falls back to validation."""
     if val is None and settings.val_fraction == 0:
-        val = None if test is None or is_unlabeled(test) else test
-        if val is None:
+        if test is None or is_unlabeled(test):
             raise UserError(
                 "data.val_fraction: expected more than 0, since the data set has neither a validation nor a test split "
                 "with labels"
             )
+        val = test
     if val is None:
         size = len(train.labels)
         held_out = round(size * settings.val_fraction)

@@ -85,8 +85,6 @@ class Augmentation:
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= high:
                 bound = "" if high == float("inf") else f" <= {high:g}"
                 raise UserError(f"data.augmentation.{name}: expected 0 < smallest <= largest{bound}, got {low_high}")
-        if self.crop_pct == 0:
-            raise UserError("data.augmentation.crop_pct: expected a share above 0, got 0")
 
     @property
     def mixes(self) -> bool:
@@ -115,7 +113,7 @@ _RANGES = (
     ("hflip", 0, 1, "a probability from 0 to 1"),
     ("color_jitter", 0, 1, "a share from 0 to 1"),
     ("reprob", 0, 1, "a probability from 0 to 1"),
-    ("crop_pct", 0, 1, "a share above 0 and up to 1"),
+    ("crop_pct", 1e-9, 1, "a share above 0 and up to 1"),
     ("mixup", 0, float("inf"), "an alpha of 0 or more"),
     ("cutmix", 0, float("inf"), "an alpha of 0 or more"),
     ("label_smoothing", 0, 0.999, "a share from 0 to below 1"),
@@ -170,9 +168,8 @@ def train_transform(
         height, width = pair(image_size)
         shift = (augmentation.shift or 0.0) if augmentation.crop == "shift" else 0.0
         shifted = transforms.RandomCrop((height, width), padding=(round(shift * width), round(shift * height)))
-        crop = transforms.Compose(
-            [*whole.transforms[:2], shifted, transforms.RandomHorizontalFlip(augmentation.hflip or 0.0)]
-        )
+        flip = transforms.RandomHorizontalFlip(augmentation.hflip or 0.0)
+        crop = transforms.Compose([*whole.transforms[:2], shifted, flip])
     for step in color.transforms:
         for operation in getattr(step, "ops", None) or [one for two in getattr(step, "policy", ()) for one in two]:
             if operation.aug_fn is posterize:
@@ -209,14 +206,8 @@ def eval_transform(
 ) -> ImageTransform:
     """Create the deterministic evaluation transform: resize the shorter side, center-crop, normalize.
 
-    Args:
-        augmentation: Complete augmentation; only ``interpolation`` and ``crop_pct`` are used.
-        image_size: Output image size.
-        mean: Mean of each of C channels, in units of the full range (0 to 1); C is 3, or 1 for gray images.
-        std: Standard deviation of each channel, in the same units.
-
-    Returns:
-        Function from an RGB image to a normalized float32 tensor (C, H, W).
+    Arguments and result are those of ``train_transform``; of the augmentation only ``interpolation`` and ``crop_pct``
+    are used.
     """
     fixed = "bilinear" if augmentation.interpolation in (None, "random") else str(augmentation.interpolation)
     found = create_transform(image_size, interpolation=fixed, crop_pct=augmentation.crop_pct, mean=mean, std=std)

@@ -11,8 +11,8 @@ from itertools import islice
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_tokenformer.data.text.files import hash_of
-from lit_tokenformer.data.text.sources import Documents, HubStream, Split, TextSettings, TextSplits
-from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, disk_errors, locked, open_or_build
+from lit_tokenformer.data.text.sources import SPLIT_NAMES, Documents, HubStream, Split, TextSettings, TextSplits
+from lit_tokenformer.data.text.token_cache import FORMAT, TokenCache, built_once, disk_errors, open_or_build
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import TEXT_SOURCES
@@ -32,10 +32,6 @@ class HashSplit:
     """Assignment of documents to splits by a hash of their text.
 
     Splits are stable when the corpus changes, equal documents share a split, and no seed changes the assignment.
-
-    Args:
-        val_fraction: Fraction of the documents for validation.
-        test_fraction: Fraction of the documents for the test.
 
     Example:
         >>> split = HashSplit(val_fraction=0.3, test_fraction=0.3)
@@ -66,21 +62,14 @@ class HashSplit:
         return [(split, part) for split, part in (("train", text), *parts) if part]
 
 
+@dataclass(eq=False, repr=False)
 class TextCorpus:
-    """Documents of a source with their splits, tokenizer and tokens, all created at first use.
+    """Documents of a source with their splits, tokenizer and tokens, all created at first use."""
 
-    Args:
-        dataset: Name in :data:`~lit_tokenformer.registry.TEXT_SOURCES`.
-        settings: Location and splits of the text.
-        tokenizer: Setting ``data.tokenizer``.
-        separator: Setting ``data.separator``.
-    """
-
-    def __init__(self, dataset: str, settings: TextSettings, tokenizer: str, separator: str | None) -> None:
-        self.dataset = dataset
-        self.settings = settings
-        self.tokenizer_name = tokenizer
-        self.separator = separator
+    dataset: str
+    settings: TextSettings
+    tokenizer_name: str
+    separator: str | None
 
     @cached_property
     def splits(self) -> TextSplits:
@@ -161,22 +150,17 @@ class TextCorpus:
             except (OSError, ValueError):
                 return None
 
-        if (tokenizer := kept()) is not None:
+        def build() -> Tokenizer:
+            tokenizer = Tokenizer.train_bpe(self._bpe_texts(), size, self.separator)
+            with disk_errors(cache_dir):
+                tokenizer.save(path)
             return tokenizer
-        with locked(cache_dir, path):
-            if (tokenizer := kept()) is None:  # else trained by the process that held the lock
-                tokenizer = Tokenizer.train_bpe(self._bpe_texts(), size, self.separator)
-                with disk_errors(cache_dir):
-                    tokenizer.save(path)
-        return tokenizer
+
+        return built_once(cache_dir, path, kept, build)
 
     @cached_property
     def tokens(self) -> TokenCache:
-        """Tokens of a stored corpus.
-
-        Raises:
-            ValueError: If a split is empty.
-        """
+        """Tokens of a stored corpus; raises a ``ValueError`` for an empty split."""
         sizes = [documents.size for documents in (self.splits.train, *self.own_splits.values())]  # type: ignore[union-attr]
         size = sum(filter(None, sizes)) if None not in sizes else None
         key = hash_of(self._source_key, self.tokenizer.fingerprint)
@@ -193,11 +177,7 @@ class TextCorpus:
         return tokens
 
     def check_stream(self) -> None:
-        """Check that each split of a stream has a document.
-
-        Raises:
-            ValueError: If a split is empty.
-        """
+        """Raise a ``ValueError`` for an empty split of a stream."""
         self._check_splits(lambda split: len(self.head(split, 1)), "the stream")
 
     def _check_splits(self, size: Callable[[Split], int], of: str, skip_train: bool = False) -> None:
@@ -207,7 +187,7 @@ class TextCorpus:
                 continue
             if split == "val" and self.settings.val_files:
                 raise UserError("data.val_files: all documents are empty")
-            name = {"train": "training", "val": "validation", "test": "test"}[split]
+            name = SPLIT_NAMES[split]
             cure = "another fraction, more documents or data.val_files"
             raise UserError(f"data.{setting}: empty {name} split (got none of {of}); use {cure}")
 

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,10 +27,11 @@ from lit_tokenformer.data.settings import (
 )
 from lit_tokenformer.data.text.corpus import TextCorpus
 from lit_tokenformer.data.text.files import EncodingErrors, load_template
-from lit_tokenformer.data.text.sources import Split, TextSettings
+from lit_tokenformer.data.text.sources import SPLIT_NAMES, Split, TextSettings
 from lit_tokenformer.data.text.streaming import (
+    EvalStream,
     EvalStreamLoader,
-    TextStreamLoader,
+    TrainStream,
     eval_stream_loader,
     train_stream_loader,
 )
@@ -40,6 +40,7 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer, check_name
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.registry import TEXT_SOURCES
 
+SMALLER_BLOCKS = "; a smaller data.block_size gives more"
 _LOADER, _HUB = LoaderSettings(batch_size=16), HubSettings()
 
 
@@ -139,7 +140,7 @@ class TextDataModule(ResumableDataModule):
             raise UserError(f"data.encoding: expected a text encoding such as latin-1, got {encoding!r}") from None
         check_name(tokenizer)
         self.block_size = block_size
-        self.streaming = hub.streaming
+        self._needs_workers = self.streaming = hub.streaming
         self.shuffle_buffer = hub.shuffle_buffer
         settings = TextSettings(
             files=_names(files),
@@ -152,7 +153,7 @@ class TextDataModule(ResumableDataModule):
             test_fraction=test_fraction,
             max_corrupt_share=max_corrupt_share,
             cache_dir=Path(cache_dir).expanduser() if cache_dir else _default_cache_dir(),
-            **{name: value for name, value in flat_settings(hub).items() if name != "shuffle_buffer"},
+            **flat_settings(hub),
         )
         self.corpus = TextCorpus(dataset, settings, tokenizer, separator)
         self._eval_streams: dict[str, EvalStreamLoader] = {}
@@ -191,12 +192,7 @@ class TextDataModule(ResumableDataModule):
         return self._saved_vocab_size or self.corpus.vocab_size
 
     def use_tokenizer(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
-        """Replace the tokenizer by that of a checkpoint, before it is first used.
-
-        Args:
-            tokenizer: Tokenizer of the checkpoint.
-            vocab_size: Vocabulary size of its model. Default: that of the tokenizer.
-        """
+        """Replace the tokenizer by that of a checkpoint, before it is first used, with its model's vocabulary size."""
         self.corpus.tokenizer = tokenizer
         self._saved_vocab_size = vocab_size or tokenizer.size
 
@@ -216,10 +212,7 @@ class TextDataModule(ResumableDataModule):
         return None if self.streaming else len(self._train_blocks)
 
     def bytes_per_token(self, stage: str) -> float:
-        """Compute the UTF-8 bytes per predicted token; ``loss / ln 2 / bytes_per_token`` is bits per byte.
-
-        Args:
-            stage: val or test.
+        """Compute the UTF-8 bytes per target of val or test; ``loss / ln 2 / bytes_per_token`` is bits per byte.
 
         Returns:
             Bytes of all documents divided by the number of targets; for a stream, of the documents read so far.
@@ -259,11 +252,7 @@ class TextDataModule(ResumableDataModule):
             self.corpus.tokens  # noqa: B018
 
     def setup(self, stage: str) -> None:
-        """Open the tokens, so that missing data fail fast.
-
-        Args:
-            stage: fit, validate or test.
-        """
+        """Open the tokens, so that missing data fail fast."""
         self.tokenizer  # noqa: B018
         self._check_val(stage)
         if self.streaming:
@@ -280,46 +269,23 @@ class TextDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader:
         """Create the resumable training loader of this process."""
         rank, replicas = self._place
-        loader: ResumableLoader | TextStreamLoader
         if self.streaming:
-            loader = train_stream_loader(
-                self.corpus.stream("train"),
-                self.tokenizer,
-                self.block_size,
-                self.batch_size,
-                shuffle_buffer=self.shuffle_buffer,
-                seed=self._seed,
-                num_workers=self._workers,
-                pin_memory=self.pin_memory,
-                rank=rank,
-                replicas=replicas,
-            )
-        else:
-            self._check_length("train", replicas)
-            blocks = self._train_blocks
-            loader = ResumableLoader(
-                blocks,
-                sampler=EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank),
-                batch_size=self.batch_size,
-                drop_last=True,
-                collate_fn=self._collate,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
-            )
-        return self._resumed(loader)
+            numbers = self.block_size, self.shuffle_buffer, self._seed, rank
+            stream = TrainStream(self.corpus.stream("train"), self.tokenizer, *numbers)
+            loader = {"batch_size": self.batch_size, "num_workers": self._workers, "pin_memory": self.pin_memory}
+            return self._resumed(train_stream_loader(stream, replicas, **loader))
+        self._check_length("train", replicas)
+        blocks = self._train_blocks
+        sampler = EpochSampler(blocks, self._seed, num_replicas=replicas, rank=rank)
+        settings = {"sampler": sampler, "collate_fn": self._collate, "drop_last": True}
+        return self._resumed(self._create_loader(ResumableLoader, blocks, **settings))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Create the validation loader, in order; an empty list, which Lightning skips, without validation data."""
         return self._eval_loader("val") if self.corpus.has_val else []
 
     def test_dataloader(self) -> DataLoader:
-        """Create the test loader, in order.
-
-        Raises:
-            UserError: If the corpus has no test split.
-        """
+        """Create the test loader, in order; raise a ``UserError`` without a test split."""
         if self.corpus.split_of("test") != "test":
             raise no_test_split()
         return self._eval_loader("test")
@@ -356,17 +322,14 @@ class TextDataModule(ResumableDataModule):
                 )
 
     def _check_length(self, split: Split, replicas: int = 1) -> None:
-        name = {"train": "training", "val": "validation", "test": "test"}[split]
+        name = SPLIT_NAMES[split]
         tokens, least = len(self.corpus.tokens.files[split]), self.block_size + 1
         if tokens == 0:
             raise UserError(f"data.files: no {name} documents")
         if split == "train":  # an epoch's grid of blocks is shifted by up to T - 1 tokens
             blocks = len(self._train_blocks) // replicas
-            if 0 < blocks < self.batch_size:
-                raise UserError(
-                    f"data.batch_size: expected at most {blocks} (the training blocks of a process), "
-                    f"got {self.batch_size}; a smaller data.block_size gives more"
-                )
+            if blocks:
+                self._check_batch_size(blocks, "blocks", SMALLER_BLOCKS)
             least = 2 * self.block_size * replicas
         if tokens < least:
             raise UserError(
@@ -376,36 +339,16 @@ class TextDataModule(ResumableDataModule):
 
     def _eval_loader(self, stage: str) -> DataLoader:
         split, (rank, replicas) = self.corpus.split_of(stage), self._place
+        settings: dict[str, Any] = {"batch_size": self.eval_batch_size}
         if self.streaming:
-            self._eval_streams[stage] = loader = eval_stream_loader(
-                self.corpus.stream(split),
-                self.tokenizer,
-                self.block_size,
-                self.eval_batch_size,
-                num_workers=min(1, self._workers),
-                pin_memory=self.pin_memory,
-                rank=rank,
-                replicas=replicas,
-            )
+            stream = EvalStream(self.corpus.stream(split), self.tokenizer, self.block_size, rank, replicas)
+            settings |= {"num_workers": min(1, self._workers), "pin_memory": self.pin_memory}
+            self._eval_streams[stage] = loader = eval_stream_loader(stream, **settings)
             return loader
         self._check_length(split)
         blocks = self._eval_blocks(split)
-        return DataLoader(
-            blocks,
-            sampler=EvalSampler(blocks, num_replicas=replicas, rank=rank),
-            batch_size=self.eval_batch_size,
-            collate_fn=self._collate,
-            num_workers=self._workers,
-            persistent_workers=self._workers > 0,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),
-        )
-
-    @property
-    def _workers(self) -> int:
-        if self.num_workers is not None or not self.streaming:
-            return self.num_workers or 0
-        return self._spare_workers
+        sampler = EvalSampler(blocks, num_replicas=replicas, rank=rank)
+        return self._create_loader(DataLoader, blocks, sampler=sampler, collate_fn=self._collate, **settings)
 
 
 def _default_cache_dir() -> Path:

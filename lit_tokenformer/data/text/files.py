@@ -27,6 +27,7 @@ import numpy as np
 from fsspec.utils import glob_translate
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_tokenformer.data.hub import first_line
 from lit_tokenformer.errors import UserError
 
 EncodingErrors = Literal["strict", "replace"]
@@ -56,15 +57,7 @@ class TextFormat:
         return "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
 
     def text(self, row: Any, where: str) -> str:
-        """Return the text of a row, with chat messages rendered; null is an empty text.
-
-        Args:
-            row: Mapping with the text.
-            where: Name of the row, for errors.
-
-        Raises:
-            BadText: If the row has no text.
-        """
+        """Return the text of a row, named ``where`` in errors, with chat messages rendered; null is an empty text."""
         column = self.text_column
         if not isinstance(row, Mapping) or column not in row:
             has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else "it is not an object"
@@ -74,7 +67,10 @@ class TextFormat:
         if text is None:
             return ""
         if isinstance(text, list) and all(isinstance(message, Mapping) for message in text):
-            text = self._chat(text, where)
+            try:
+                text = compile_template(self.chat_template).render(messages=text, add_generation_prompt=False)
+            except Exception as error:  # any exception of the template's own expressions
+                raise BadText(f"data.chat_template: {where}: {first_line(error)}") from error
         if not isinstance(text, str):
             raise BadText(f"data.text_column: {where}: expected text in {column!r}, got {type(text).__name__}")
         try:
@@ -90,12 +86,6 @@ class TextFormat:
         cure = "set data.encoding, such as latin-1, or replace, which inserts U+FFFD for such bytes"
         return BadText(f"data.encoding_errors: {where} is not {self.encoding.upper()} ({error}); {cure}")
 
-    def _chat(self, messages: list[Any], where: str) -> str:
-        try:
-            return compile_template(self.chat_template).render(messages=messages, add_generation_prompt=False)
-        except Exception as error:  # any exception of the template's own expressions
-            raise BadText(f"data.chat_template: {where}: {first_line(error)}") from error
-
 
 _CHATML = (
     "{% for message in messages %}{% if message.content is not string %}"
@@ -106,40 +96,26 @@ _CHATML = (
 
 @lru_cache
 def compile_template(source: str | None) -> Any:
-    """Compile a chat template in a sandbox, with the environment of ``transformers``.
-
-    Args:
-        source: Text of the Jinja template. None: ChatML, which requires text in role and content.
-    """
+    """Compile a chat template, by default ChatML, in a sandbox with the environment of ``transformers``."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    undefined = jinja2.StrictUndefined if source is None else jinja2.Undefined
-    loop_controls = ["jinja2.ext.loopcontrols"]
-    kind = ImmutableSandboxedEnvironment
-    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=loop_controls, undefined=undefined)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        undefined=jinja2.StrictUndefined if source is None else jinja2.Undefined,
+    )
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source or _CHATML)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, else its class name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_template(name: str | None) -> str | None:
-    """Return the text of a template that is given as text or as the name of a file, after compiling it.
-
-    Args:
-        name: Setting ``data.chat_template``.
-
-    Raises:
-        UserError: If the file is missing, or the template is invalid.
-    """
+    """Return the text of a template that is given as text or as the name of a file, if it compiles."""
     try:
         text = name if name is None or "{" in name else Path(name).expanduser().read_text(encoding="utf-8")
         compile_template(text)
@@ -184,23 +160,21 @@ def _json(file: Any, form: TextFormat) -> Records:
 def _csv(file: Any, form: TextFormat) -> Records:
     csv.field_size_limit((1 << 31) - 1)
     rows = csv.reader(file, strict=True)
-    names: list[str] | None = None
+    names: list[str] = []
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
             yield rows.line_num, _not("CSV", error)
             continue
-        if not row:  # a blank line
-            continue
-        if names is None:
+        if row is None:
+            return
+        if not names:
             names = row
             if (count := names.count(form.text_column)) > 1:
                 yield rows.line_num, ValueError(f"has {count} columns {form.text_column!r}")
                 return
-        else:
+        elif row:  # no blank line
             bad = ValueError(f"has {len(row)} fields (expected {len(names)})")
             yield rows.line_num, dict(zip(names, row, strict=True)) if len(row) == len(names) else bad
 
@@ -208,19 +182,17 @@ def _csv(file: Any, form: TextFormat) -> Records:
 def _parquet(file: BinaryIO, form: TextFormat) -> Records:
     import pyarrow.parquet as pq
 
-    number, column = 0, form.text_column
+    column = form.text_column
     with pq.ParquetFile(file) as table:
         if column not in table.schema_arrow.names:
             yield 0, dict.fromkeys(table.schema_arrow.names)
             return
-        for batch in table.iter_batches(batch_size=1000, columns=[column]):
-            for value in batch.column(0):
-                number += 1
-                try:
-                    row: Any = {column: value.as_py()}
-                except UnicodeDecodeError as error:
-                    row = _not("UTF-8", error)
-                yield number, row
+        values = (value for batch in table.iter_batches(batch_size=1000, columns=[column]) for value in batch.column(0))
+        for number, value in enumerate(values, start=1):
+            try:
+                yield number, {column: value.as_py()}
+            except UnicodeDecodeError as error:
+                yield number, _not("UTF-8", error)
 
 
 def _not(kind: str, error: Exception) -> ValueError:
@@ -228,9 +200,8 @@ def _not(kind: str, error: Exception) -> ValueError:
     return ValueError(f"is not {kind}: {getattr(error, 'msg', error)}{column}")
 
 
-_READERS: dict[str, Callable[[Any, TextFormat], Records]] = {
-    **{".txt": _whole, ".md": _whole, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-}
+_READERS: dict[str, Callable[[Any, TextFormat], Records]] = {".txt": _whole, ".md": _whole, ".jsonl": _json_lines}
+_READERS |= {".json": _json, ".csv": _csv, ".parquet": _parquet}
 ENDINGS = ", ".join(_READERS)
 
 
@@ -241,12 +212,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
-    """Yield the documents of a file, and an error in place of each one that is unreadable; empty texts are skipped.
-
-    Args:
-        path: A text file is one document; each row of another file is one.
-        form: Form of the texts.
-    """
+    """Yield the documents of a file, and an error in place of each one that is unreadable; empty texts are skipped."""
     reader, number = _READERS.get(kind_of(path), _whole), 0
     try:
         name = _COMPRESSIONS.get(path.suffix.lower())
@@ -258,14 +224,12 @@ def read_documents(path: Path, form: TextFormat) -> Iterator[str | BadText]:
                 file = io.TextIOWrapper(file, form.codec, errors, newline="\n")
             for number, row in reader(file, form):
                 where = f"{path}:{number}" if number else str(path)
-                if isinstance(row, Exception):
-                    yield BadText(f"data.files: {where} {row}")
-                    continue
                 try:
-                    text = row if isinstance(row, str) else form.text(row, where)
+                    if isinstance(row, Exception):
+                        raise BadText(f"data.files: {where} {row}")
+                    text: str | BadText = row if isinstance(row, str) else form.text(row, where)
                 except BadText as error:
-                    yield error
-                    continue
+                    text = error
                 if text:
                     yield text
     except UnicodeDecodeError as error:
@@ -340,10 +304,8 @@ def find_files(setting: str, wanted: Iterable[str]) -> list[Path]:
 
     Files of other formats, broken links, and hidden files and folders are skipped and reported in a log line.
 
-    Args:
-        setting: Setting name, for errors.
-        wanted: Files, folders (recursive, each one once if links lead to it again), or glob patterns such as
-            ``books/**/*.txt``.
+    Folders are read recursively, each one once if links lead to it again; a pattern is that of ``glob``, such as
+    ``books/**/*.txt``.
 
     Raises:
         UserError: If an argument matches no text file, or a folder cannot be read.

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_tokenformer.data.resumable import ResumableDataModule
-from lit_tokenformer.data.settings import LoaderSettings, accept_flat_names
-from lit_tokenformer.data.text.datamodule import TextDataModule
+from lit_tokenformer.data.settings import LoaderSettings, accept_flat_names, check_whole
+from lit_tokenformer.data.text.datamodule import SMALLER_BLOCKS, TextDataModule
 from lit_tokenformer.data.text.masking import BlockSpans, MaskedBatch, MaskedExamples, MaskIds, SentenceSpans
-from lit_tokenformer.data.text.sources import Split
+from lit_tokenformer.data.text.sources import SPLIT_NAMES, Split
 from lit_tokenformer.data.text.tokenizer import Tokenizer, bpe_size
 from lit_tokenformer.errors import UserError, unknown_name
 
@@ -93,8 +93,7 @@ class MaskedTextDataModule(TextDataModule):
         for name, share in (("mask_fraction", mask_fraction), ("eval_mask_fraction", eval_mask_fraction)):
             if not 0 < share <= 1:
                 raise UserError(f"data.{name}: expected a share above 0 and at most 1, got {share}")
-        if pad_vocab_to < 1:
-            raise UserError(f"data.pad_vocab_to: expected a whole number of 1 or more, got {pad_vocab_to}")
+        check_whole(pad_vocab_to=(pad_vocab_to, 1))
         self.pad_vocab_to = pad_vocab_to
         self.examples = examples
         self.pad_to = pad_to
@@ -118,10 +117,7 @@ class MaskedTextDataModule(TextDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size V, rounded up to a multiple of ``pad_vocab_to``.
-
-        It is the largest id + 1; for ``bpe:N`` it is N + 1, without training it.
-        """
+        """Largest id + 1, for ``bpe:N`` N + 1 without training it, rounded up to a multiple of ``pad_vocab_to``."""
         if self._saved_vocab_size is not None:
             return self._saved_vocab_size
         name = self.corpus.tokenizer_name
@@ -190,7 +186,6 @@ class MaskedTextDataModule(TextDataModule):
     def _check_length(self, split: Split, replicas: int = 1) -> None:
         if self.examples == "blocks":
             return super()._check_length(split, replicas)
-        name = {"train": "training", "val": "validation", "test": "test"}[split]
         if self.block_size <= self._ids.wraps:
             raise UserError(
                 f"data.block_size: expected {self._ids.wraps + 1} or more for sentences with special tokens, "
@@ -198,9 +193,6 @@ class MaskedTextDataModule(TextDataModule):
             )
         count = len(self._masked(split))
         if count == 0:
-            raise UserError(f"data.files: no {name} documents")
-        if split == "train" and count // replicas < self.batch_size:
-            raise UserError(
-                f"data.batch_size: expected at most {count // replicas} (the training examples of a process), "
-                f"got {self.batch_size}; a smaller data.block_size gives more"
-            )
+            raise UserError(f"data.files: no {SPLIT_NAMES[split]} documents")
+        if split == "train":
+            self._check_batch_size(count // replicas, "examples", SMALLER_BLOCKS)

@@ -36,14 +36,7 @@ _PIECE = 1 << 22  # tokens per chunk of sentence splitting; a longer document is
 
 
 class MaskIds:
-    """Token ids and tables of a vocabulary for masking.
-
-    Args:
-        tokenizer: Tokenizer with a mask token.
-
-    Raises:
-        ValueError: If the token that ends a document is the mask.
-    """
+    """Token ids and tables for masking, of a tokenizer with a mask token, which ends no document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         mask, pad, end = (tokenizer.special_id(role) for role in ("mask", "pad", "sep"))
@@ -83,14 +76,8 @@ def _is_edge(char: str) -> bool:
 class BlockSpans:
     """Examples that are adjacent blocks of T tokens.
 
-    In training an incomplete last block is dropped; in evaluation the last block ends at the end of the stream.
-
-    Args:
-        tokens: Token stream of at least T tokens.
-        block_size: Block size T.
-        seed: Seed of the run, >= 0.
-        training: Whether the blocks are for training.
-        shifted: Whether boundaries differ between epochs, as in ``TrainBlocks``.
+    In training an incomplete last block is dropped; in evaluation the last block ends at the end of the stream, which
+    has at least T tokens. ``shifted`` boundaries differ between epochs, as in ``TrainBlocks``.
     """
 
     def __init__(self, tokens: TokenFile, block_size: int, seed: int, training: bool, shifted: bool) -> None:
@@ -102,12 +89,7 @@ class BlockSpans:
         """Number of tokens of each example, (N,) int64."""
 
     def __call__(self, index: np.ndarray, epoch: int, repeat: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the spans of some examples; the index N is an example without predictions.
-
-        Args:
-            index: Example indices, (B,) int64.
-            epoch: Zero-based epoch.
-            repeat: Pass within the epoch.
+        """Return the spans of the examples at ``index`` (B,) int64; the index N is an example without predictions.
 
         Returns:
             ``(starts, lengths, first)``, (B,) each: position of the first token, number of tokens, and number of
@@ -122,11 +104,6 @@ class SentenceSpans:
     """Examples of consecutive sentences of one document, packed up to a maximum length; see ``MaskedTextDataModule``.
 
     Sentence boundaries are computed once per process, in 0.02 s per million tokens on one core.
-
-    Args:
-        tokens: Token stream.
-        tokenizer: Tokenizer of the stream.
-        size: Maximum number of tokens of an example.
     """
 
     def __init__(self, tokens: TokenFile, tokenizer: Tokenizer, size: int) -> None:
@@ -140,7 +117,7 @@ class SentenceSpans:
         found = [np.zeros((2, 0), dtype=np.int64)]
         start = 0
         while start < len(tokens):
-            ids = tokens.read(start, start + _PIECE)
+            ids = tokens[start : start + _PIECE]
             if start + len(ids) < len(tokens) and (ids == self._separator).any():
                 ids = ids[: np.flatnonzero(ids == self._separator)[-1] + 1]
             found.append(start + self._examples(ids))
@@ -179,29 +156,21 @@ class SentenceSpans:
 
 @dataclass(eq=False, repr=False)
 class MaskedExamples(Dataset):
-    """Masked examples under keys ``(epoch, pass, index)`` or ``index``, batched in ``__getitems__``.
-
-    Args:
-        tokens: Token stream of a split.
-        spans: Spans of the examples.
-        ids: Token ids and tables of the vocabulary.
-        fraction: Fraction of tokens to mask.
-        whole_words: Whether to mask all tokens of a word together.
-        wrapped: Whether to begin an example with ``ids.start``, if defined, and to end it with ``ids.end``.
-        width: Row length T with padding. None: that of the longest example in the batch.
-        seed: Seed of the run, >= 0.
-        dynamic: Whether masks differ between epochs.
-    """
+    """Masked examples under keys ``(epoch, pass, index)`` or ``index``, batched in ``__getitems__``."""
 
     tokens: TokenFile
     spans: BlockSpans | SentenceSpans
     ids: MaskIds
     fraction: float
+    """Fraction of tokens to mask."""
     whole_words: bool
     wrapped: bool
+    """Whether to begin an example with ``ids.start``, if defined, and to end it with ``ids.end``."""
     width: int | None
+    """Row length T with padding. None: that of the longest example in the batch."""
     seed: int
     dynamic: bool
+    """Whether masks differ between epochs."""
 
     def __len__(self) -> int:
         return len(self.spans.lengths)
@@ -225,7 +194,7 @@ class MaskedExamples(Dataset):
         lengths = counts + ids.wraps if self.wrapped else counts  # (B,)
         column = np.arange(self.width or lengths.max())
         places = starts[:, None] - lead + column  # (B, T)
-        tokens = self.tokens.take(places.clip(0, len(self.tokens) - 1))
+        tokens = self.tokens[places.clip(0, len(self.tokens) - 1)]
         if self.wrapped:
             tokens[column >= lengths[:, None]] = ids.pad
             tokens[np.arange(len(index)), lengths - 1] = ids.end
@@ -244,10 +213,7 @@ class MaskedExamples(Dataset):
 def uniform(entropy: Sequence[int], index: np.ndarray, width: int) -> np.ndarray:
     """Draw two uniform numbers in [0, 1) per token of each example, independent of the other examples and the width.
 
-    Args:
-        entropy: Integers >= 0 that determine the generator's key.
-        index: Example indices, (B,) int64: a word of the generator's counter.
-        width: Number of tokens T.
+    The generator's key is a hash of ``entropy``, and a word of its counter is the example index (B,) int64.
 
     Returns:
         Draws, (B, T, 2) float64.

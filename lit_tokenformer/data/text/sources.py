@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lit_tokenformer.data.corrupt import check_share
-from lit_tokenformer.data.hub import load_hub_data
-from lit_tokenformer.data.text.files import BadText, TextFiles, TextFormat, find_files, first_line, hash_of
+from lit_tokenformer.data.hub import first_line, load_hub_data, named_splits
+from lit_tokenformer.data.text.files import BadText, TextFiles, TextFormat, find_files, hash_of
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import TEXT_SOURCES
 
 Split = Literal["train", "val", "test"]
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
+_PYTHON = f"Python {platform.python_version()}"
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
@@ -83,12 +85,12 @@ class HubStream:
         rows = iter(self.rows)
         for number in count(1):
             try:
-                row = next(rows)
-            except StopIteration:
-                return
+                row = next(rows, None)
             except Exception as error:  # of the library, which cannot continue after it
                 reason = f"cannot read after {number - 1} rows: {first_line(error)}"
                 raise BadText(f"data.streaming: {reason}") from error
+            if row is None:
+                return
             try:
                 if reason := row.get(""):
                     raise BadText(reason)
@@ -147,15 +149,11 @@ class HubTexts:
         return filter(None, (self.form.text(row, f"row {number}") for number, row in enumerate(self.rows)))
 
 
-def _python_version() -> str:
-    return f"Python {platform.python_version()}"
-
-
 @TEXT_SOURCES.register("python_docs")
 def _open_python_docs(settings: TextSettings) -> TextSplits:
     from pydoc_data.topics import topics
 
-    return TextSplits(TextList(topics[name] for name in sorted(topics)), note=_python_version())
+    return TextSplits(TextList(topics[name] for name in sorted(topics)), note=_PYTHON)
 
 
 @TEXT_SOURCES.register("python_stdlib")
@@ -166,7 +164,7 @@ def _open_python_stdlib(settings: TextSettings) -> TextSplits:
         folders[:] = sorted(set(folders) - _NOT_SOURCE)
         paths += [Path(folder, name) for name in files if name.endswith(".py")]
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    return TextSplits(TextFiles(paths, TextFormat(encoding_errors="skip")), note=_python_version())
+    return TextSplits(TextFiles(paths, TextFormat(encoding_errors="skip")), note=_PYTHON)
 
 
 @TEXT_SOURCES.register("files")
@@ -214,11 +212,7 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
         # Not found, offline, wrong config, damaged file: the first line is specific.
         raise UserError(f"data.hf_name: cannot load {name!r}: {first_line(error)}") from error
 
-    def split(setting: str, part: str | None) -> Documents | HubStream | None:
-        if part is None:
-            return None
-        if part not in loaded:
-            raise UserError(f"data.{setting}: no split {part!r} in {name}; it has {', '.join(loaded)}")
+    def documents(part: str) -> Documents | HubStream:
         rows, kinds = loaded[part], columns[part]
         if column not in kinds:
             raise UserError(f"data.text_column: no column {column!r}; {name} has {', '.join(kinds)}")
@@ -230,8 +224,6 @@ def _open_hugging_face(settings: TextSettings) -> TextSplits:
             return HubStream(rows.select_columns([column]), settings.form, settings.max_corrupt_share)
         return HubTexts(rows, settings.form)
 
-    usual = next((part for part in ("validation", "valid", "val", "dev") if part in loaded), None)
-    train = split("hf_train_split", settings.hf_train_split)
-    assert train is not None
-    val = split("hf_val_split", settings.hf_val_split or usual)
-    return TextSplits(train, val, split("hf_train_split", "test" if "test" in loaded else None))
+    names = named_splits(loaded, settings, ("validation", "valid", "val", "dev"))
+    found = {split: documents(part) for split, part in names.items()}
+    return TextSplits(found["train"], found.get("val"), found.get("test"))

@@ -57,12 +57,8 @@ class TrainStream(IterableDataset):
         info = get_worker_info()
         worker = info.id if info is not None else 0
         rows, size = self.stream.rows, self.block_size
-        state = self.start.get(worker) or {
-            "rows": None,
-            "window": 0,
-            "rest": [self.tokenizer.separator_id],
-            "blocks": 0,
-        }
+        fresh: dict[str, Any] = {"rows": None, "window": 0, "rest": [self.tokenizer.separator_id], "blocks": 0}
+        state = self.start.get(worker) or fresh
         rows.set_epoch(self.epoch)
         rows.load_state_dict(state["rows"])
         here, window, rest, done = (state[name] for name in ("rows", "window", "rest", "blocks"))
@@ -149,8 +145,6 @@ class TextStreamLoader(ResumableStreamLoader):
     already trained on: these are produced again and discarded.
     """
 
-    _loaded: dict[str, Any] | None = None
-
     def _read(self, epoch: int, skip: int) -> Iterator[Tensor]:
         stream: Any = self.dataset
         own: dict[str, Any] = self._loaded["ranks"][self.rank] if skip and self._loaded else {"workers": [], "again": 0}
@@ -188,7 +182,7 @@ class TextStreamLoader(ResumableStreamLoader):
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, its number of batches trained on, and the positions of all processes and workers."""
         state = super().state_dict()
-        if self._restored and self._loaded is not None:
+        if self._restored:
             return state | {"ranks": self._loaded["ranks"]}
         own: dict[str, Any] = {"workers": [], "again": 0}
         if self._epoch is not None:
@@ -197,18 +191,9 @@ class TextStreamLoader(ResumableStreamLoader):
         ranks = [own]
         if self.replicas > 1 and dist.is_initialized():
             ranks = [{}] * dist.get_world_size()
-            dist.all_gather_object(ranks, own, group=self._processes())
+            dist.all_gather_object(ranks, own, group=self._processes)
             ranks = ranks[:: len(ranks) // self.replicas]
         return state | {"ranks": ranks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state at the next iteration, if that iteration is of the state's epoch.
-
-        Raises:
-            ValueError: If the state is in the middle of an epoch and was saved with other settings.
-        """
-        super().load_state_dict(state_dict)
-        self._loaded = state_dict
 
 
 class EvalStreamLoader(DataLoader):
@@ -225,66 +210,30 @@ class EvalStreamLoader(DataLoader):
 
 
 def train_stream_loader(
-    stream: HubStream,
-    tokenizer: Tokenizer,
-    block_size: int,
-    batch_size: int,
-    shuffle_buffer: int = 1000,
-    seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    replicas: int = 1,
+    stream: TrainStream, replicas: int = 1, num_workers: int = 0, **loader: Any
 ) -> TextStreamLoader:
     """Create the resumable training loader of this process, with batches ``tokens (B, T + 1) int64``.
 
-    The arguments are those of ``TrainStream`` and of a DataLoader; ``num_workers`` is limited to the number of shards.
+    Each of ``replicas`` data-parallel processes has its own shards, and at most one worker per shard.
     """
     from datasets.distributed import split_dataset_by_node
 
-    rows = copy.deepcopy(stream.rows)  # a copy has its own position
+    rows = copy.deepcopy(stream.stream.rows)  # a copy has its own position
     if replicas > 1:
-        rows = split_dataset_by_node(rows, rank=rank, world_size=replicas)
-    loader = TextStreamLoader(
-        TrainStream(replace(stream, rows=rows), tokenizer, block_size, shuffle_buffer, seed, rank),
-        batch_size=batch_size,
-        drop_last=True,
-        num_workers=min(num_workers, rows.num_shards),
-        pin_memory=pin_memory,
-        collate_fn=_stack_train,
-        generator=torch.Generator(),  # not the global one: a loader draws a seed for its workers
-    )
-    loader.rank, loader.replicas = rank, replicas
-    loader.made_with = {
-        "data.num_workers": loader.num_workers,
-        "trainer.devices (processes in all)": replicas,
-        "data.block_size": block_size,
-        "data.shuffle_buffer": shuffle_buffer,
-        "data.seed": seed,
-    }
-    return loader
+        rows = split_dataset_by_node(rows, rank=stream.rank, world_size=replicas)
+    own = replace(stream, stream=replace(stream.stream, rows=rows))
+    # with a generator: a loader draws a seed for its workers, else from the global one
+    loader |= {"num_workers": min(num_workers, rows.num_shards), "generator": torch.Generator()}
+    found = TextStreamLoader(own, drop_last=True, collate_fn=_stack_train, **loader)
+    sizes = {"block_size": stream.block_size, "shuffle_buffer": stream.shuffle_buffer}
+    found.set_place(stream.rank, replicas, **sizes, seed=stream.seed)
+    return found
 
 
-def eval_stream_loader(
-    stream: HubStream,
-    tokenizer: Tokenizer,
-    block_size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    replicas: int = 1,
-) -> EvalStreamLoader:
-    """Create the evaluation loader of this process, with the arguments of ``EvalStream`` and of a DataLoader."""
-    own = replace(stream, rows=copy.deepcopy(stream.rows))
-    return EvalStreamLoader(
-        EvalStream(own, tokenizer, block_size, rank, replicas),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_stack_eval,
-        generator=torch.Generator(),
-    )
+def eval_stream_loader(stream: EvalStream, **loader: Any) -> EvalStreamLoader:
+    """Create the evaluation loader of this process, with the arguments of a DataLoader."""
+    own = replace(stream, stream=replace(stream.stream, rows=copy.deepcopy(stream.stream.rows)))
+    return EvalStreamLoader(own, collate_fn=_stack_eval, generator=torch.Generator(), **loader)
 
 
 def _stack_train(blocks: list[tuple[Tensor, Place]]) -> tuple[Tensor, Place]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from lit_tokenformer.atomic_io import atomic_folder
 from lit_tokenformer.data.text.files import file_digest
 from lit_tokenformer.data.text.sources import Split
-from lit_tokenformer.data.text.tokenizer import Tokenizer, cut
+from lit_tokenformer.data.text.tokenizer import Tokenizer, batches
 from lit_tokenformer.errors import UserError
 
 FORMAT = 3
@@ -38,9 +39,9 @@ FORMAT = 3
 PADDING = -100
 """Padding token id, ignored as input and target."""
 
+Built = TypeVar("Built")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_BATCH = 1 << 20  # characters per call of the tokenizer: about 100 MB inside the library
 _THREADS = 2  # of calls: one uses all cores while the tokens of another are converted, which is serial
 
 
@@ -60,12 +61,8 @@ class TokenFile:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}  # a pickled map would copy all tokens
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens ``[start, stop)``, (n,) int64; fewer at the end of the file."""
-        return self._tokens[start:stop].astype(np.int64)
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Gather tokens by index, int64 in the shape of ``places``."""
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        """Return the tokens at ``places``, int64; fewer for a slice beyond the end of the file."""
         return self._tokens[places].astype(np.int64)
 
     @property
@@ -117,11 +114,7 @@ class TokenCache:
 
 
 def open_cache(folder: Path) -> TokenCache | None:
-    """Open the cache in a folder; None if it is missing or invalid.
-
-    Args:
-        folder: Folder of one corpus.
-    """
+    """Open the cache of one corpus; None if it is missing or invalid."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         counts = {split: SplitCount(**meta["splits"][split]) for split in SPLITS}
@@ -145,44 +138,31 @@ def open_or_build(
 ) -> TokenCache:
     """Open the cache of a corpus, and build it first if it is missing or invalid. Only one process builds it.
 
-    Args:
-        cache_dir: Setting ``data.cache_dir``.
-        key: Hash of everything that determines the tokens.
-        documents: Function that returns the documents, each with its split.
-        tokenizer: Tokenizer of the documents.
-        size: Approximate size of the documents in bytes, for the progress bar.
+    ``key`` is a hash of everything that determines the tokens, ``size`` the approximate size of the documents in bytes,
+    for the progress bar.
 
     Raises:
         ValueError: If the disk is full or the folder cannot be written.
     """
     folder = cache_dir / "tokens" / key
-    if (cache := open_cache(folder)) is not None:
-        return cache
-    with locked(cache_dir, folder):
-        if (cache := open_cache(folder)) is not None:  # built by the process that held the lock
-            return cache
+
+    def build() -> TokenCache:
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_folder(folder) as part:
             _build(cache_dir, part, documents(), tokenizer, size)
-        cache = open_cache(folder)
-    if cache is None:
-        raise UserError(f"data.cache_dir: the files written to {folder} cannot be read back")
-    total = cache.total
-    rank_zero_info(f"Tokenized {total.documents} documents: {total.bytes} bytes, {total.tokens} tokens, in {folder}")
-    return cache
+        if (cache := open_cache(folder)) is None:
+            raise UserError(f"data.cache_dir: the files written to {folder} cannot be read back")
+        total = f"{cache.total.bytes} bytes, {cache.total.tokens} tokens"
+        rank_zero_info(f"Tokenized {cache.total.documents} documents: {total}, in {folder}")
+        return cache
+
+    return built_once(cache_dir, folder, partial(open_cache, folder), build)
 
 
-@contextmanager
-def locked(cache_dir: Path, target: Path) -> Iterator[None]:
-    """Lock a file or folder while it is built.
-
-    Args:
-        cache_dir: Setting ``data.cache_dir``.
-        target: File or folder to lock.
-
-    Raises:
-        ValueError: If the folder cannot be written.
-    """
+def built_once(cache_dir: Path, target: Path, read: Callable[[], Built | None], build: Callable[[], Built]) -> Built:
+    """Read a file or folder under ``cache_dir``, and build it if it reads as None. Only one process builds it."""
+    if (found := read()) is not None:
+        return found
     with disk_errors(cache_dir):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{target}.lock")
@@ -192,7 +172,8 @@ def locked(cache_dir: Path, target: Path) -> Iterator[None]:
             rank_zero_warn(f"Waiting for another process that builds {target}")
             lock.acquire()
     try:
-        yield
+        found = read()  # of the process that held the lock
+        return build() if found is None else found
     finally:
         lock.release()
 
@@ -215,19 +196,16 @@ def _build(
     separator = np.array([tokenizer.separator_id], dtype)
     counts = {split: SplitCount() for split in SPLITS}
     digest = hashlib.sha256()
-    # No bar if the output is a file, and on rank zero only.
-    off = None if getattr(rank_zero_only, "rank", 0) == 0 else True
+    off = None if getattr(rank_zero_only, "rank", 0) == 0 else True  # None: no bar if the output is a file
 
-    def pieces() -> Iterator[tuple[Split, str, bool]]:
+    def counted() -> Iterator[tuple[Split, str]]:
         for split, text in documents:
             data = text.encode()
             digest.update(hashlib.sha256(data).digest())
             counts[split].documents += 1
             counts[split].bytes += len(data)
             bar.update(len(data))
-            *parts, last = cut(text)
-            yield from ((split, part, False) for part in parts)
-            yield split, last, True
+            yield split, text
 
     plain = tokenizer.fingerprint == Tokenizer.bytes(tokenizer.separator).fingerprint  # 15 times faster without it
 
@@ -246,7 +224,7 @@ def _build(
             for split in SPLITS:
                 with disk_errors(cache_dir):
                     files[split] = (folder / f"{split}.bin").open("wb", buffering=1 << 20)
-            for encoded in _ahead(pool, encode, _batches(pieces())):
+            for encoded in _ahead(pool, encode, batches(counted())):
                 with disk_errors(cache_dir):
                     for split, ids in encoded:
                         if counts[split].tokens == 0:
@@ -263,17 +241,6 @@ def _build(
         splits = {split: asdict(count) for split, count in counts.items()}
         meta = {"format": FORMAT, "dtype": dtype.name, "sha256": digest.hexdigest(), "splits": splits}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def _batches(pieces: Iterable[tuple[Split, str, bool]]) -> Iterator[list[tuple[Split, str, bool]]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -297,11 +264,6 @@ class TrainBlocks(Dataset):
 
     The grid of blocks is shifted by 0 to T - 1 tokens, sampled from (seed, epoch, pass), so that boundaries differ
     between epochs. The number of blocks is the same for every shift.
-
-    Args:
-        tokens: Token stream of the training split.
-        block_size: Block size T.
-        seed: Seed of the run, >= 0.
     """
 
     tokens: TokenFile
@@ -323,7 +285,7 @@ class TrainBlocks(Dataset):
         # A bare index comes from Lightning's own sampler (overfit_batches).
         epoch, repeat, index = key if isinstance(key, tuple) else (0, 0, key)
         start = self.shift(epoch, repeat) + index * self.block_size
-        return torch.from_numpy(self.tokens.read(start, start + self.block_size + 1))  # (T + 1,)
+        return torch.from_numpy(self.tokens[start : start + self.block_size + 1])  # (T + 1,)
 
 
 @dataclass(eq=False)
@@ -331,10 +293,6 @@ class EvalBlocks(Dataset):
     """Blocks of T + 1 tokens in order: every token but the very first is a target exactly once.
 
     The last block is padded with -100; the block at an index beyond it is all padding.
-
-    Args:
-        tokens: Token stream of a split.
-        block_size: Block size T.
     """
 
     tokens: TokenFile
@@ -347,7 +305,7 @@ class EvalBlocks(Dataset):
         start = index * self.block_size
         block = torch.full((self.block_size + 1,), PADDING)
         if index < len(self):
-            ids = self.tokens.read(start, start + self.block_size + 1)
+            ids = self.tokens[start : start + self.block_size + 1]
             block[: len(ids)] = torch.from_numpy(ids)
         return block  # (T + 1,)
 

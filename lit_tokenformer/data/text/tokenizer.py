@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers as hf
@@ -25,6 +25,8 @@ from lit_tokenformer.errors import UserError, unknown_name
 
 SEPARATOR = USUAL_SEPARATORS[0]
 """Special token that ends a document, in our own vocabularies."""
+
+Key = TypeVar("Key")
 
 BYTES_VOCAB_SIZE = 257  # the bytes and the separator
 _PIECE = 1 << 18  # characters that are tokenized at once; a longer document is cut
@@ -41,9 +43,6 @@ _CHAR_BYTES = {char: byte for byte, char in _BYTE_CHARS.items()}
 
 def bpe_size(name: str) -> int | None:
     """Parse the vocabulary size N of ``bpe:N``; None for every other name.
-
-    Args:
-        name: Setting ``data.tokenizer``.
 
     Raises:
         ValueError: If N is missing or below 257.
@@ -62,10 +61,7 @@ def bpe_size(name: str) -> int | None:
 
 
 def check_name(name: str) -> None:
-    """Validate the setting without opening a file.
-
-    Args:
-        name: Setting ``data.tokenizer``.
+    """Validate the setting ``data.tokenizer`` without opening a file.
 
     Raises:
         ValueError: If it is a misspelling of ``bytes`` or ``bpe:N``, or the file or folder does not exist.
@@ -128,11 +124,7 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls, separator: str | None = None) -> Tokenizer:
-        """Create the vocabulary of raw UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the separator.
-
-        Args:
-            separator: Name of the separator. None: ``<|endoftext|>``.
-        """
+        """Create the vocabulary of raw UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the separator."""
         backend = hf.Tokenizer(models.BPE(vocab={_BYTE_CHARS[byte]: byte for byte in range(256)}, merges=[]))
         # Without GPT-2's regular expression: without merges it has no effect and takes three quarters of the time.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -144,10 +136,7 @@ class Tokenizer:
     def train_bpe(cls, documents: Iterable[str], vocab_size: int, separator: str | None = None) -> Tokenizer:
         """Train a byte-level BPE, deterministic in the documents.
 
-        Args:
-            documents: Texts to train on.
-            vocab_size: Vocabulary size, 257 or more. Few texts may result in a smaller one.
-            separator: Name of the separator. None: ``<|endoftext|>``.
+        The vocabulary size is 257 or more; few texts may result in a smaller one.
         """
         _allow_parallelism()
         name = separator or SEPARATOR
@@ -166,10 +155,6 @@ class Tokenizer:
     def load(cls, name: str, separator: str | None = None) -> Tokenizer:
         """Load an existing tokenizer: ``bytes``, a vocabulary file or its folder, or a Hugging Face name.
 
-        Args:
-            name: Setting ``data.tokenizer``, other than ``bpe:N``.
-            separator: See the class.
-
         Raises:
             ValueError: If it is missing or damaged.
         """
@@ -181,12 +166,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, separator: str | int | None = None, source: str = "the tokenizer") -> Tokenizer:
-        """Build a tokenizer from the text of its ``tokenizer.json``.
-
-        Args:
-            text: Output of ``to_json``.
-            separator: See the class.
-            source: Name of the tokenizer, for errors.
+        """Build a tokenizer from the text of its ``tokenizer.json``, with the name of its source in errors.
 
         Raises:
             ValueError: If the text is damaged.
@@ -198,19 +178,14 @@ class Tokenizer:
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a ``tokenizer.json``.
-
-        Args:
-            path: File to write.
-        """
+        """Write a ``tokenizer.json``."""
         with atomic_write(path) as file:
             file.write(self.to_json().encode())
 
     def special_id(self, role: str) -> int | None:
         """Return the id of the special token with a role (see ``ROLES``), else None.
 
-        Args:
-            role: mask, pad, unk, cls or sep. An ordinary BPE token with the same text is not special.
+        An ordinary BPE token with the same text is not special.
         """
         names = (self.special.get(role, ""), *ROLES[role])
         return next((self._named[name] for name in names if name in self._named), None)
@@ -291,28 +266,12 @@ class Tokenizer:
     def encode_documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
         """Encode many documents to token ids, in order and in bounded memory; a long one is cut (see ``cut``).
 
-        Args:
-            documents: Texts to encode, read ahead by at most one batch.
-
         Yields:
             ``(ids (n,) uint32, ends)``: the ids of a piece, and whether it is the last one of its document.
         """
-
-        def encoded(batch: list[tuple[str, bool]]) -> Iterator[tuple[np.ndarray, bool]]:
-            for ids, (_, ends) in zip(self.encode_batch([text for text, _ in batch]), batch, strict=True):
-                yield np.array(ids, dtype=np.uint32), ends
-
-        batch: list[tuple[str, bool]] = []
-        size = 0
-        for document in documents:
-            *begin, last = cut(document)
-            for piece in (*((text, False) for text in begin), (last, True)):
-                batch.append(piece)
-                size += len(piece[0])
-                if size >= _BATCH:
-                    yield from encoded(batch)
-                    batch, size = [], 0
-        yield from encoded(batch)
+        for batch in batches(("", text) for text in documents):
+            ids = self.encode_batch([piece for _, piece, _ in batch])
+            yield from ((np.array(one, dtype=np.uint32), ends) for one, (_, _, ends) in zip(ids, batch, strict=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids to text, with special tokens by name and U+FFFD for bytes that are not UTF-8."""
@@ -338,11 +297,7 @@ class TextStreamer:
         self._held: list[int] = []
 
     def step(self, token: int) -> str:
-        """Decode the next token and return the completed text, often empty.
-
-        Args:
-            token: Token id.
-        """
+        """Decode the next token id and return the completed text, often empty."""
         text = self._stream.step(self._backend, int(token))
         self._held = [*self._held, int(token)] if text is None else []
         return text or ""
@@ -355,14 +310,10 @@ class TextStreamer:
 
 
 def cut(text: str, size: int = _PIECE) -> Iterator[str]:
-    """Cut a long text into pieces of at most ``size`` characters.
+    """Cut a long text into pieces of at most ``size`` characters (3 or more).
 
     A cut is after a single line break, else before a single space. Neither changes the tokens of bytes or a byte-level
     BPE; some other vocabularies (those that prepend a space to each text) see the start of a new text.
-
-    Args:
-        text: Text to cut.
-        size: Maximum number of characters per piece, 3 or more.
 
     Example:
         >>> list(cut("one two\\nthree four", size=9))
@@ -375,6 +326,21 @@ def cut(text: str, size: int = _PIECE) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def batches(documents: Iterable[tuple[Key, str]]) -> Iterator[list[tuple[Key, str, bool]]]:
+    """Cut documents (see ``cut``) into batches of about 1 MB: ``(key, piece, whether it is the document's last)``."""
+    batch: list[tuple[Key, str, bool]] = []
+    size = 0
+    for key, document in documents:
+        *begin, last = cut(document)
+        for piece, ends in (*((piece, False) for piece in begin), (last, True)):
+            batch.append((key, piece, ends))
+            size += len(piece)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    yield batch
 
 
 def _without_long_words(text: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ import huggingface_hub
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from lit_tokenformer.data.hub import first_line
 from lit_tokenformer.errors import UserError
 
 USUAL_SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -40,17 +41,13 @@ _WORD_PIECE = ("", "bert", "distilbert", "electra")
 
 
 def download(name: str) -> Path:
-    """Download the vocabulary files of a Hugging Face model, or find them in the cache, and return their folder.
-
-    Raises:
-        ValueError: If they cannot be loaded.
-    """
+    """Download the vocabulary files of a Hugging Face model, or find them in the cache, and return their folder."""
     files = [*_VOCABULARIES[:-1], "merges.txt", *_CONFIGS, "tokenizer.model", "spiece.model", "*.bpe.model"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of the hub, the connection or the disk
         where = "not bytes, bpe:N, a file or a folder, and not loaded from Hugging Face"
-        raise UserError(f"data.tokenizer: {name!r} is {where}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {name!r} is {where}: {first_line(error)}") from error
 
 
 def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
@@ -101,15 +98,7 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
 
 
 def from_text(text: str, source: object) -> hf.Tokenizer:
-    """Build a tokenizer from the text of a ``tokenizer.json``.
-
-    Args:
-        text: Content of the file.
-        source: Its name, for errors.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Build a tokenizer from the text of a ``tokenizer.json``; raise a ``UserError`` with its source if damaged."""
     with _damage(source):
         return _checked(hf.Tokenizer.from_str(text))
 
@@ -137,27 +126,19 @@ def _damage(source: object) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # a Rust panic is not an Exception
-        raise UserError(f"data.tokenizer: {source} is damaged: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: {source} is damaged: {first_line(error)}") from error
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without a byte-order mark.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Read a UTF-8 file, without a byte-order mark; raise a ``UserError`` if it is unreadable."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.tokenizer: cannot read {path}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot read {path}: {first_line(error)}") from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -232,5 +213,5 @@ def _converted(file: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             backend = _checked(found.backend_tokenizer)
         except Exception as error:
-            raise UserError(f"data.tokenizer: transformers cannot read {file}: {_first_line(error)}") from error
+            raise UserError(f"data.tokenizer: transformers cannot read {file}: {first_line(error)}") from error
     return backend, {role.removesuffix("_token"): str(token) for role, token in found.special_tokens_map.items()}
