@@ -83,7 +83,7 @@ def add_adapter(
         UserError: If the name is invalid or taken, if the model has no layer for the tokens, or no such part.
     """
     model = adapted_model(module)
-    _check_name(name, "name")
+    check_adapter_name(name)
     if name in list_adapters(model):
         raise UserError(f"name: the model has an adapter {name!r} already")
     if (tokens is None) == (lora is None):
@@ -237,7 +237,7 @@ def load_adapter(
     model = adapted_model(module)
     config = read_adapter_config(folder)
     name = config["name"] if name is None else name
-    _check_name(name, "adapter")
+    check_adapter_name(name, "adapter")
     if name in list_adapters(model):
         raise UserError(f"adapter: the model has an adapter {name!r} already")
     tensors = read_tensors(Path(folder) / WEIGHTS_FILE, "adapter")
@@ -336,7 +336,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {**config, **{key: text if isinstance(text, str) else None for key, text in texts.items()}}
 
 
-def _check_name(name: str, setting: str) -> None:
+def check_adapter_name(name: str, setting: str = "name") -> None:
+    """Raise a ``UserError`` for a name that is no folder's name, or reserved."""
     check_group_name(name, setting)
     if name in RESERVED:
         raise UserError(f"{setting}: {name!r} is reserved; choose another name")

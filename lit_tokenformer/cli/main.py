@@ -24,6 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
+from lit_tokenformer.checkpoints.load import ADAPTER
+from lit_tokenformer.cli.adapter_base import base_of, use_as_base
 from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
@@ -102,6 +104,8 @@ TEXTS = {
     "override).",
     "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
     "stop": "String that ends a completion (repeatable). The document separator ends it too.",
+    "adapter": "Adapter, NAME=FOLDER or FOLDER (repeatable): one for all prompts, or one per prompt in their order. "
+    "'none' is the model alone; 'auto' picks the adapter with the least loss on the prompt, or none.",
 }
 """Repeatable options whose values are plain text, such as ``[x]`` or ``a: b``, and not parsed as YAML."""
 
@@ -312,6 +316,8 @@ class TokenformerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint is intact and safe; hyper-parameters are those of the config."""
         config = self.config[self.config["subcommand"]]
+        if self.config["subcommand"] == "fit":
+            use_as_base(config)
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
         self._shapes: dict[str, Any] = {}
@@ -328,12 +334,13 @@ class TokenformerCLI(LightningCLI):
         super()._add_instantiators()
         if self.subcommand == "plan":  # only shapes are needed
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
-        if self.subcommand in ("validate", "test"):
+        if self.subcommand in ("validate", "test") or base_of(self.config[self.subcommand]):
             self.parser.add_instantiator(self._with_tokenizer, LightningDataModule, subclasses=True, prepend=True)
 
     def _with_tokenizer(self, kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
-        path, data = self.config[self.subcommand]["ckpt_path"], kind(*args, **kwargs)
-        saved = read_shapes(path) if path and is_sharded(path) else self._shapes
+        config, data = self.config[self.subcommand], kind(*args, **kwargs)
+        path = base_of(config) or config["ckpt_path"]
+        saved = read_shapes(path) if path and (is_sharded(path) or path != config["ckpt_path"]) else self._shapes
         use_saved_tokenizer(data, saved, self._asks_tokenizer)
         return data
 
@@ -350,7 +357,7 @@ class TokenformerCLI(LightningCLI):
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
-        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else checked once data and depth are known
+        if saved and not {"tokenizer", "grown_depth", ADAPTER} & saved.keys():  # else checked once data and depth are known
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)
