@@ -17,8 +17,8 @@ from callbacks.parameter_growth import ParameterGrowthCallback
 from lit_tokenformer.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    add_adapter,
     adapter_names,
+    add_adapter,
     base_hash,
     check_adapter_name,
     list_adapters,
@@ -101,7 +101,7 @@ class AdapterCallback(Callback):
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         kinds = ", ".join(f"{kind} {number}" for kind, number in list_adapters(pl_module)[self.name].items())
         rank_zero_info(
-            f"Adapter {self.name!r} ({kinds}) on {base or 'the given weights'}: {trained:,} of {total:,} parameters are "
+            f"Adapter {self.name!r} ({kinds}) on {base or 'the given weights'}: {trained:,} of {total:,} parameters "
             f"trained ({trained / total:.1%})"
         )
 

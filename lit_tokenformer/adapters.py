@@ -105,7 +105,7 @@ def add_adapter(
         parameter.requires_grad_(_is_of_adapter(tensor_name, name, also_train))
 
 
-def set_adapter(module: nn.Module, names: str | None | Sequence[str | None]) -> None:
+def set_adapter(module: nn.Module, names: str | Sequence[str | None] | None) -> None:
     """Select the adapter of the following batches.
 
     Args:
@@ -141,7 +141,9 @@ def set_adapter(module: nn.Module, names: str | None | Sequence[str | None]) -> 
 def list_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the adapters of a model by name, with their tokens by kind, or the rank ``r`` of a LoRA."""
     model = adapted_model(module)
-    gated = {name for _, layer in group_layers(model) if isinstance(layer.gate, NamedGate) for name in layer.groups or ()}
+    gated = {
+        name for _, layer in group_layers(model) if isinstance(layer.gate, NamedGate) for name in layer.groups or ()
+    }
     found = {name: sizes for name, sizes in group_sizes(model).items() if name in gated}
     return {**found, **peft_lora.names(model)}
 

@@ -128,7 +128,10 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
     config = config.at_size(tokens or {})
     groups = tuple((kind, total) for kind, total in (tokens or {}).items() if ":" in kind)
     dim, depth, length, full = config.dim, config.depth, config.num_data_tokens, config.num_positions
-    parts, whole = _parts(config, length, groups), _parts(config, full, groups)  # no patches are dropped outside training
+    parts, whole = (
+        _parts(config, length, groups),
+        _parts(config, full, groups),
+    )  # no patches are dropped outside training
     stem, norm, head = parts.stem, parts.norm, parts.head
     parameters, flops = _sum(parts.blocks, depth, "parameters"), _sum(parts.blocks, depth, "flops")
     kept, again = _sum(parts.blocks, depth, "kept"), 0

@@ -125,7 +125,7 @@ class TextGenerator:
             load_adapter(task.backbone, folder, name, tokenizer.to_json())
         return cls(task.backbone.eval().requires_grad_(False).to(where, dtype), tokenizer)
 
-    def set_adapter(self, names: str | None | Sequence[str | None]) -> None:
+    def set_adapter(self, names: str | Sequence[str | None] | None) -> None:
         """Select the adapter of the following prompts; see :func:`~lit_tokenformer.adapters.set_adapter`.
 
         Args:

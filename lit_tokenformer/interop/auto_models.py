@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
-from lit_tokenformer.interop.weight_format import cast
+from lit_tokenformer.interop.weight_format import cast, check_no_groups
 from lit_tokenformer.models import Tokenformer, preset_config
 from lit_tokenformer.models import TokenformerConfig as Architecture
 from lit_tokenformer.tensor_files import TensorFiles
@@ -110,8 +110,9 @@ def to_transformers(model: Tokenformer) -> Any:
         the weights, in evaluation mode.
 
     Raises:
-        UserError: If the architecture has parts that the class does not have.
+        UserError: If the architecture has parts that the class does not have, or adapters.
     """
+    check_no_groups(model.state_dict())
     architecture = _current(model)
     if architecture.head not in MODELS:
         raise UserError(f"head: no model of transformers (got {architecture.head!r}, expected {', '.join(MODELS)})")

@@ -107,7 +107,7 @@ class NamedGate:
         self.samples: dict[str, Tensor] = {}
         self.batch: int | None = None
 
-    def select(self, names: str | None | Sequence[str | None], device: torch.device) -> None:
+    def select(self, names: str | Sequence[str | None] | None, device: torch.device) -> None:
         """Select a group.
 
         Args:
