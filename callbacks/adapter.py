@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -40,8 +39,8 @@ class AdapterCallback(Callback):
     adapter is written to a folder, for ``generate --adapter`` and :func:`~lit_tokenformer.adapters.load_adapter`.
 
     Args:
-        base: Checkpoint of the base, whose moving average is used where it has one. ``None`` keeps the weights of the
-            module; on the command line, ``--ckpt_path`` sets it.
+        base: Checkpoint of the base, whose moving average is used where it has one; needed to resume too. ``None``
+            keeps the weights of the module. On the command line, ``--ckpt_path`` sets it.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
         tokens: Parameter tokens to append: n (qkv n, proj n, ffn 4n) or a number by kind, ``{qkv: n, proj: n,
             ffn: m}``; kinds that are missing get none.
@@ -81,19 +80,14 @@ class AdapterCallback(Callback):
         self._tokenizer: str | None = None  # of the base
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        fits, path = stage == "fit", trainer.ckpt_path
-        if self.name in list_adapters(pl_module):
-            return  # of an earlier stage
-        saved = self._saved(str(path)) if path is not None else None
-        if not fits and saved is None:
-            return  # the base alone is evaluated
-        if fits:
-            self._check_trainer(trainer, resumes=saved is not None)
-        base = self.base or (saved or {}).get("base")
-        if base is not None:
-            self._tokenizer = self._load_base(trainer, pl_module, base)
+        if self.name in list_adapters(pl_module) or (stage != "fit" and self.base is None):
+            return  # of an earlier stage, or a model without the adapter
+        if stage == "fit":
+            self._check_callbacks(trainer)
+        if self.base is not None:
+            self._tokenizer = self._load_base(trainer, pl_module, self.base)
         add_adapter(pl_module, self.name, self.tokens, self.also_train, self.lora)
-        self._facts = {"name": self.name, "base": base, "base_hash": base_hash(pl_module, self.also_train)}
+        self._facts = {"name": self.name, "base": self.base, "base_hash": base_hash(pl_module, self.also_train)}
         kept = adapter_names(pl_module, self.name)
         pl_module.register_state_dict_post_hook(partial(_keep, kept))  # type: ignore[no-untyped-call]
         pl_module.register_load_state_dict_post_hook(partial(_allow_missing, kept))
@@ -101,14 +95,21 @@ class AdapterCallback(Callback):
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         kinds = ", ".join(f"{kind} {number}" for kind, number in list_adapters(pl_module)[self.name].items())
         rank_zero_info(
-            f"Adapter {self.name!r} ({kinds}) on {base or 'the given weights'}: {trained:,} of {total:,} parameters "
+            f"Adapter {self.name!r} ({kinds}) on {self.base or 'the given weights'}: {trained:,} of {total:,} parameters "
             f"trained ({trained / total:.1%})"
         )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.output is not None and trainer.ckpt_path is None and (Path(self.output) / CONFIG_FILE).exists():
+            raise UserError(f"output: {self.output} exists already")
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(ADAPTER, {}).get("base_hash")
-        if trainer.state.fn == TrainerFn.FITTING and self._facts and saved != self._facts["base_hash"]:
-            raise UserError(f"base: {self._facts['base']} is not the base of the adapter in {trainer.ckpt_path}")
+        saved = checkpoint.get(ADAPTER, {})
+        if self._facts and saved.get("base_hash") != self._facts["base_hash"]:
+            raise UserError(
+                f"base: {self.base or 'the weights of the module'} is not the base of the adapter in "
+                f"{trainer.ckpt_path} (expected {saved.get('base')})"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[ADAPTER] = dict(self._facts)
@@ -121,26 +122,12 @@ class AdapterCallback(Callback):
         if stage == "fit" and _averages(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer, pl_module)  # the moving average, which the module has now
 
-    def _saved(self, path: str) -> dict[str, Any] | None:
-        """Return what a checkpoint knows of this adapter; ``None`` for a checkpoint of something else."""
-        saved = read_checkpoint(path, map_location="meta", optimizers=False).get(ADAPTER)
-        if saved is not None and saved.get("name") != self.name:
-            raise UserError(f"name: expected {saved.get('name')!r}, the adapter in {path}, got {self.name!r}")
-        return saved
-
-    def _check_trainer(self, trainer: Trainer, resumes: bool) -> None:
-        if trainer.ckpt_path is not None and not resumes:
-            raise UserError(
-                f"ckpt_path: {trainer.ckpt_path} is not a checkpoint of adapter {self.name!r} to resume from; "
-                "set base of AdapterCallback to train an adapter on it"
-            )
+    def _check_callbacks(self, trainer: Trainer) -> None:
         callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
         if any(isinstance(callback, ParameterGrowthCallback) for callback in callbacks):
             raise UserError("trainer.callbacks: ParameterGrowthCallback cannot grow the frozen base of an adapter")
         if any(isinstance(callback, WeightAveraging) for callback in callbacks[: callbacks.index(self)]):
             raise UserError("trainer.callbacks: expected AdapterCallback before the average of the weights")
-        if self.output is not None and not resumes and (Path(self.output) / CONFIG_FILE).exists():
-            raise UserError(f"output: {self.output} exists already")
 
     def _load_base(self, trainer: Trainer, pl_module: LightningModule, base: str) -> str | None:
         """Load the weights of the base, and return its tokenizer."""

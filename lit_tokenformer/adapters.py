@@ -1,8 +1,8 @@
 """Adapters: groups of parameter tokens that are trained on a frozen model, saved alone and switched per sample.
 
 An adapter adds a group of tokens (:mod:`~lit_tokenformer.models.token_groups`) to the layers of a model. The base is
-frozen, so an adapter can be removed without a trace, and several fit into one batch. Its files have the names of peft's:
-``adapter_model.safetensors`` and ``adapter_config.json``.
+frozen, so an adapter can be removed without a trace, and several fit into one batch. Its files have the names of
+peft's: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
 For models without parameter tokens, :mod:`lit_tokenformer.lora` offers peft's LoRA behind the same functions.
 
@@ -363,7 +363,7 @@ def _is_below(key: str, paths: Any) -> bool:
 
 
 def _adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Collect the tensors of an adapter by their names in its file; tau of all layers is one tensor, in module order."""
+    """Collect the tensors of an adapter by their names in its file; tau of all layers is one, in module order."""
     parts = _parts_of(model).get(name, {})
     found = {f"{path}.{key}": one for path, part in parts.items() for key, one in part.state_dict().items()}
     if name in peft_lora.names(model):
@@ -430,7 +430,9 @@ def _part(model: nn.Module, path: str, setting: str = "also_train") -> nn.Module
     except AttributeError:
         part = model
     if part is model or not path:
-        raise unknown_name(setting, path, (name for name, one in model.named_children() if any(one.parameters())))
+        raise unknown_name(
+            setting, path, (child for child, one in model.named_children() if any(True for _ in one.parameters()))
+        )
     if any(True for _ in group_layers(part)):
         raise UserError(f"{setting}: {path} has parameter tokens; extend them with tokens")
     inner = {*part.parameters()}

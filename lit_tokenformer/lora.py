@@ -68,7 +68,7 @@ def settings(model: nn.Module, name: str) -> dict[str, Any]:
 
 def tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the tensors of a LoRA by their names in peft's files."""
-    return _peft().get_peft_model_state_dict(model, adapter_name=name)
+    return _peft().get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def load(model: nn.Module, name: str, config: Mapping[str, Any], state: dict[str, Tensor], folder: Any) -> None:

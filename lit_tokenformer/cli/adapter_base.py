@@ -11,11 +11,12 @@ from lit_tokenformer.checkpoints.load import ADAPTER
 from lit_tokenformer.errors import UserError
 
 
-def use_as_base(config: Any) -> None:
-    """Make ``ckpt_path`` the base of an adapter, unless it is a checkpoint of the adapter, which the fit resumes.
+def use_as_base(config: Any, fits: bool) -> None:
+    """Make ``ckpt_path`` the base of an adapter, unless it is a checkpoint of the adapter, which knows its base.
 
     Args:
-        config: Settings of ``fit``; changed in place.
+        config: Settings of the command; changed in place.
+        fits: Whether the command is ``fit``; the others evaluate a checkpoint of the adapter, or a base alone.
 
     Raises:
         UserError: If an adapter has no base.
@@ -23,9 +24,14 @@ def use_as_base(config: Any) -> None:
     settings, path = _settings(config), config.get("ckpt_path")
     if settings is None or path in ("last", "hpc"):
         return
-    if path is not None and ADAPTER not in read_shapes(path):
+    saved = read_shapes(path).get(ADAPTER) if path is not None else None
+    if saved is not None:
+        settings["base"] = settings.get("base") or saved.get("base")
+    elif not fits:
+        settings["base"] = None
+    elif path is not None:
         settings["base"], config["ckpt_path"] = path, None
-    elif path is None and not (settings.get("base") or config.get("init_from") or config["trainer"]["fast_dev_run"]):
+    elif not (settings.get("base") or config.get("init_from") or config["trainer"]["fast_dev_run"]):
         raise UserError("base: expected the checkpoint of a trained model, such as --ckpt_path base.ckpt")
 
 
