@@ -95,8 +95,8 @@ class AdapterCallback(Callback):
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         kinds = ", ".join(f"{kind} {number}" for kind, number in list_adapters(pl_module)[self.name].items())
         rank_zero_info(
-            f"Adapter {self.name!r} ({kinds}) on {self.base or 'the given weights'}: {trained:,} of {total:,} parameters "
-            f"trained ({trained / total:.1%})"
+            f"Adapter {self.name!r} ({kinds}) on {self.base or 'the given weights'}: {trained:,} of {total:,} "
+            f"parameters trained ({trained / total:.1%})"
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

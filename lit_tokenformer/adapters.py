@@ -252,7 +252,8 @@ def load_adapter(
         raise UserError(
             f"adapter: {folder} is of another base (expected {config['base_model_name_or_path'] or 'its own base'})"
         )
-    if None not in (tokenizer, config["tokenizer_hash"]) and config["tokenizer_hash"] != tokenizer_hash(tokenizer):
+    hashed = None if tokenizer is None else tokenizer_hash(tokenizer)
+    if None not in (hashed, config["tokenizer_hash"]) and config["tokenizer_hash"] != hashed:
         raise UserError(f"adapter: {folder} was trained with another tokenizer")
     parts = {path: _with_tensors(_part(model, path), tensors, path, folder) for path in also_train}
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -298,7 +299,7 @@ def base_hash(module: nn.Module, without: Sequence[str] = ()) -> str:
         if not (is_of_group(key) or peft_lora.is_lora(key) or _is_below(key, without)):
             whole = gather(tensor).detach().cpu().contiguous()
             digest.update(f"{key.replace('.base_layer', '')} {whole.dtype} {tuple(whole.shape)}".encode())
-            digest.update(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     _put_parts(model, selected if isinstance(selected, str) else None)
     return digest.hexdigest()
 

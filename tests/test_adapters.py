@@ -473,7 +473,7 @@ def test_a_fit_rejects_what_contradicts_an_adapter(tmp_path):
         ("base: nowhere.ckpt is not a file", lambda: fit_adapter(tmp_path / "b", "nowhere.ckpt")),
         (
             "base: .* is of another architecture",
-            lambda: fit_adapter(tmp_path / "b", base, task=text_task(overrides={"dim": 8})),
+            lambda: fit_adapter(tmp_path / "b", base, task=text_task(overrides={"dim": 8, "num_heads": 1})),
         ),
         (
             "expected AdapterCallback before",

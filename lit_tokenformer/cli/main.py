@@ -316,7 +316,8 @@ class TokenformerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint is intact and safe; hyper-parameters are those of the config."""
         config = self.config[self.config["subcommand"]]
-        use_as_base(config, fits=self.config["subcommand"] == "fit")
+        if self.config["subcommand"] in self.subcommands():
+            use_as_base(config, fits=self.config["subcommand"] == "fit")
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
         self._shapes: dict[str, Any] = {}

@@ -221,6 +221,7 @@ def group_sizes(module: nn.Module) -> dict[str, dict[str, int]]:
         {'docs': {'ffn': 2}}
     """
     found: dict[str, dict[str, int]] = {}
+    group: Any
     for _, layer in group_layers(module):
         for name, group in (layer.groups or {}).items():
             sizes = found.setdefault(name, {})
