@@ -47,6 +47,7 @@ class AdapterCallback(Callback):
         also_train: Parts of the model that the adapter replaces by trained copies, such as ``head`` for other classes.
         lora: Settings of peft's ``LoraConfig``, such as ``{r: 8}``, in place of ``tokens``: for linear projections.
         output: Folder of the adapter; ``null`` for ``adapters/NAME`` in the folder of the run.
+        seed: Seed of the random keys.
 
     Raises:
         UserError: For an invalid name, or neither or both of ``tokens`` and ``lora``. When a fit starts, if the base is
@@ -66,6 +67,7 @@ class AdapterCallback(Callback):
         also_train: Sequence[str] = (),
         lora: dict[str, Any] | None = None,
         output: str | None = None,
+        seed: int = 0,
     ) -> None:
         check_adapter_name(name)
         if (tokens is None) == (lora is None):
@@ -76,6 +78,7 @@ class AdapterCallback(Callback):
         self.also_train = tuple(also_train)
         self.lora = lora
         self.output = output
+        self.seed = seed
         self._facts: dict[str, Any] = {}  # of the adapter and its base, for checkpoints
         self._tokenizer: str | None = None  # of the base
 
@@ -86,7 +89,7 @@ class AdapterCallback(Callback):
             self._check_callbacks(trainer)
         if self.base is not None:
             self._tokenizer = self._load_base(trainer, pl_module, self.base)
-        add_adapter(pl_module, self.name, self.tokens, self.also_train, self.lora)
+        add_adapter(pl_module, self.name, self.tokens, self.also_train, self.lora, self.seed)
         self._facts = {"name": self.name, "base": self.base, "base_hash": base_hash(pl_module, self.also_train)}
         kept = adapter_names(pl_module, self.name)
         pl_module.register_state_dict_post_hook(partial(_keep, kept))  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ RESERVED = ("none", "auto")
 """Names that select the base, or the adapter with the least loss, on the command line."""
 
 _STATE = "_adapters"
-"""Attribute of a model with the selected adapter, and the parts that adapters replace. It is no part of the module."""
+"""Attribute of a model with the selected adapter, and the parts that adapters replace. The module does not own them."""
 
 
 def add_adapter(
@@ -68,6 +68,7 @@ def add_adapter(
     tokens: Tokens | None = None,
     also_train: Sequence[str] = (),
     lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> None:
     """Add an adapter with zero output, select it, and freeze all other parameters of the module.
 
@@ -78,6 +79,7 @@ def add_adapter(
             that are missing get none.
         also_train: Parts of the model that the adapter replaces by trained copies, such as ``head``.
         lora: Settings of peft's ``LoraConfig``, such as ``{r: 8}``, in place of ``tokens``.
+        seed: Seed of the random keys, which together with the name determines them.
 
     Raises:
         UserError: If the name is invalid or taken, if the model has no layer for the tokens, or no such part.
@@ -90,15 +92,18 @@ def add_adapter(
         raise UserError("tokens: expected either tokens or lora")
     sizes = {} if tokens is None else _adapter_sizes(model, tokens)
     parts = {path: _part(model, path) for path in also_train}
+    layers = [(layer_name, layer) for layer_name, layer in group_layers(model) if layer.kind in sizes]
+    for layer_name, layer in layers:
+        if not isinstance(layer.gate, NamedGate | None):
+            raise UserError(f"tokens: {layer_name} has a {type(layer.gate).__name__}, which no adapter can extend")
+    gate, digest = NamedGate(), hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):  # the same tokens in all processes
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        if lora is not None:
+            peft_lora.add(model, name, lora)
+        for _, layer in layers:
+            add_group(layer, name, sizes[layer.kind], layer.gate or gate)  # type: ignore[arg-type]
     module.requires_grad_(False)
-    if lora is not None:
-        peft_lora.add(model, name, lora)
-    gate = NamedGate()
-    for layer_name, layer in group_layers(model):
-        if layer.kind in sizes:
-            if not isinstance(layer.gate, NamedGate | None):
-                raise UserError(f"tokens: {layer_name} has a {type(layer.gate).__name__}, which no adapter can extend")
-            add_group(layer, name, sizes[layer.kind], layer.gate or gate)
     _add_parts(model, name, parts)
     set_adapter(model, name)
     for tensor_name, parameter in model.named_parameters():
@@ -113,7 +118,7 @@ def set_adapter(module: nn.Module, names: str | Sequence[str | None] | None) -> 
         names: Name of an adapter, ``None`` for the base alone, or one of them for each sample of the batch.
 
     Raises:
-        UserError: If there is no such adapter, or if adapters with parts of their own, or LoRA, are mixed in a batch.
+        UserError: If the adapter does not exist, or if adapters with parts of their own, or LoRA, are mixed in a batch.
     """
     model = adapted_model(module)
     wanted = [names] if names is None or isinstance(names, str) else list(names)
@@ -152,7 +157,7 @@ def delete_adapter(module: nn.Module, name: str) -> None:
     """Remove an adapter; the model is as if it had never been added.
 
     Raises:
-        UserError: If there is no such adapter.
+        UserError: If the adapter does not exist.
     """
     model = adapted_model(module)
     set_adapter(model, name)  # raises if it is unknown
@@ -186,7 +191,7 @@ def save_adapter(
         write: Whether this process writes; the others only take part in gathering the tensors.
 
     Raises:
-        UserError: If there is no such adapter, or the files cannot be written.
+        UserError: If the adapter does not exist, or the files cannot be written.
     """
     model = adapted_model(module)
     known = list_adapters(model)
@@ -340,7 +345,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_adapter_name(name: str, setting: str = "name") -> None:
-    """Raise a ``UserError`` for a name that is no folder's name, or reserved."""
+    """Raise a ``UserError`` for a name that cannot name a folder, or is reserved."""
     check_group_name(name, setting)
     if name in RESERVED:
         raise UserError(f"{setting}: {name!r} is reserved; choose another name")

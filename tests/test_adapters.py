@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,8 @@ from lit_tokenformer.adapters import (
     save_adapter,
     set_adapter,
 )
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import create_backbone
@@ -119,8 +124,6 @@ def test_two_adapters_in_a_batch_equal_each_alone():
 
 
 def test_prompts_of_a_batch_are_continued_as_alone_each_with_its_adapter():
-    from lit_tokenformer.data.text.tokenizer import Tokenizer
-
     model = language_model(context_length=64).eval()
     for name in ("docs", "law"):
         adapted(name, model)
@@ -136,8 +139,6 @@ def test_prompts_of_a_batch_are_continued_as_alone_each_with_its_adapter():
 
 
 def test_the_adapter_with_the_least_loss_is_found():
-    from lit_tokenformer.data.text.tokenizer import Tokenizer
-
     model, generator = language_model(), None
     texts = {"ones": "1 1 1 1 1 1 1 1", "twos": "2,2,2,2,2,2,2,2"}
     for name, text in texts.items():
@@ -488,3 +489,115 @@ def test_a_fit_rejects_what_contradicts_an_adapter(tmp_path):
     with pytest.raises(UserError, match=r"base: .* is not the base of the adapter in"):
         fit_adapter(tmp_path / "c", other, ckpt_path=str(tmp_path / "step4.ckpt"))
     assert not os.path.exists(tmp_path / "c" / "adapter")
+
+
+# the command line
+
+
+def run(*args):
+    """Run a command in this process and return its exit status."""
+    try:
+        return main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
+
+
+def write_config(folder, name, *callbacks):
+    keep = {"filename": "last", "dirpath": str(folder / name), "every_n_train_steps": 2}
+    keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep}
+    given = {
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "limit_val_batches": 1,
+            "default_root_dir": str(folder),
+            "callbacks": [*callbacks, keep],
+        },
+        "model": {
+            "class_path": "LitCausalLM",
+            "init_args": {
+                "preset": "tokenformer_lm_tiny",
+                "overrides": SIZES,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
+                "schedule": {"name": "constant"},
+            },
+        },
+        "data": {"class_path": "TextDataModule", "init_args": {"block_size": 16, "batch_size": 4}},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text_cache")
+def test_fit_and_generate_with_an_adapter_from_the_command_line(tmp_path, capsys):
+    made = {"name": "docs", "tokens": TOKENS, "output": str(tmp_path / "adapters" / "docs")}
+    adapter = {"class_path": "callbacks.AdapterCallback", "init_args": made}
+    first, second = write_config(tmp_path, "base"), write_config(tmp_path, "adapted", adapter)
+    base, last = tmp_path / "base" / "last.ckpt", tmp_path / "adapted" / "last.ckpt"
+    bpe = ["--data.tokenizer", "bpe:280"]
+    assert run("fit", "--config", first, *bpe) == 0
+    assert run("fit", "--config", second) == 2
+    assert "base: expected the checkpoint of a trained model" in capsys.readouterr().err
+    # the tokenizer of the base, not one of another size trained on the documents of the adapter
+    assert run("fit", "--config", second, "--ckpt_path", base, "--data.tokenizer", "bpe:290") == 0
+    saved = torch.load(last, weights_only=True)
+    assert saved["adapter"]["base"] == str(base) and saved["global_step"] == 4
+    assert run("fit", "--config", second, "--ckpt_path", last, *bpe, "--trainer.max_steps", "6") == 0  # resumes
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    capsys.readouterr()
+    losses = []
+    for path in (last, base):
+        assert run("validate", "--config", second, "--ckpt_path", path) == 0
+        losses.append(capsys.readouterr().out)
+    assert "val/loss" in losses[0] and losses[0] != losses[1]
+
+    folder = tmp_path / "adapters" / "docs"
+    settings = ["--ckpt_path", base, "--max_new_tokens", "6", "--device", "cpu", "--format", "json"]
+
+    def completions(*args):
+        assert run("generate", *settings, *args) == 0
+        found = capsys.readouterr()
+        return [json.loads(line)["completion"] for line in found.out.splitlines()], found.err
+
+    plain, _ = completions("--prompt", "The import")
+    on, _ = completions("--prompt", "The import", "--adapter", f"docs={folder}")
+    both, _ = completions("--prompt", "The import", "--adapter", "none", "--prompt", "The import", "--adapter", folder)
+    assert both[0] == plain[0]
+    assert on != plain
+    _, note = completions("--prompt", "The import statement", "--adapter", folder, "--adapter", "auto")
+    assert "adapters picked: docs" in note or "adapters picked: none" in note
+    for args, problem in [
+        (["--adapter", "nowhere"], "adapter: cannot read nowhere"),
+        (["--adapter", f"a/b={folder}"], "adapter: expected letters, digits"),
+        (["--adapter", "auto"], "adapter: auto picks from adapters"),
+        (["--adapter", folder, "--adapter", "none"], "adapter: expected one, or one for each of 1 prompts, got 2"),
+        (["--ckpt_path", last], "is the checkpoint of an adapter, expected that of its base"),
+    ]:
+        assert run("generate", *settings, "--prompt", "x", *args) == 2
+        assert problem in capsys.readouterr().err
+
+
+# several processes
+
+
+@pytest.mark.slow
+def test_adapters_train_on_several_processes_as_on_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parent / "adapter_scenarios.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for arguments in (["prepare", "one"], ["ddp", "fsdp", "tensor_parallel", "resumed"]):
+        processes = launcher if "ddp" in arguments else []
+        command = [sys.executable, *processes, script, str(tmp_path), *arguments]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if "value" in name)
+    for name in ("ddp", "fsdp", "tensor_parallel", "resumed"):
+        found = load_file(tmp_path / name / "adapter_model.safetensors")
+        torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config == json.loads((tmp_path / "one" / "adapter_config.json").read_text())

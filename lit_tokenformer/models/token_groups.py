@@ -141,7 +141,7 @@ class NamedGate:
 
 
 def check_group_name(name: str, setting: str = "name") -> None:
-    """Reject a name that is no folder's name, or that a module container reserves.
+    """Reject a name that cannot name a folder, or that a module container reserves.
 
     Raises:
         UserError: If it is.
@@ -192,10 +192,10 @@ def add_group(layer: Pattention, name: str, num_tokens: int, gate: Gate) -> Patt
         raise UserError(f"name: the layer has a group {name!r} already")
     keys, values = layer.key_tokens, layer.value_tokens
     settings: dict[str, Any] = {key: getattr(layer, key) for key in ("score_norm", "key_std", "value_std", "series")}
-    with torch.device(keys.device):
+    with torch.device("meta" if keys.is_meta else "cpu"):  # the same draws on every device
         group = Pattention(keys.shape[1], values.shape[1], num_tokens, kind=f"{layer.kind}:{name}", **settings)
     nn.init.zeros_(group.value_tokens)  # zero keys would never train: their norm is 0
-    group.to(keys.dtype).train(layer.training)
+    group.to(keys.device, keys.dtype).train(layer.training)
     layer.groups = nn.ModuleDict() if layer.groups is None else layer.groups
     layer.groups[name] = group
     layer.gate = gate
