@@ -37,7 +37,9 @@ def fit(folder: Path, name: str) -> None:
     )
     words = torch.randint(31, (16, 13), generator=torch.Generator().manual_seed(1))
     sampler = DistributedSampler(words, num_replicas=data, rank=RANK % data, shuffle=False)
-    keep = ModelCheckpoint(folder / f"{name}_kept", "step{step}", save_top_k=-1, auto_insert_metric_name=False)
+    keep = ModelCheckpoint(
+        folder / f"{name}_kept", "step{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False
+    )
     adapter = AdapterCallback(
         str(folder / "prepare_kept" / "step4.ckpt"), "docs", {"qkv": 2, "ffn": 4}, output=str(folder / name)
     )
