@@ -1,5 +1,6 @@
 """Lightning callbacks for growth, monitoring, checkpoints and error handling."""
 
+from callbacks.adapter import AdapterCallback
 from callbacks.error_log import ErrorLog
 from callbacks.growing_ema import GrowingEMA
 from callbacks.loss_guard import LossGuard
@@ -11,6 +12,7 @@ from callbacks.run_summary import RunSummary
 from callbacks.training_monitor import TrainingMonitor
 
 __all__ = [
+    "AdapterCallback",
     "ErrorLog",
     "GrowingEMA",
     "LossGuard",

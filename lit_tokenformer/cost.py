@@ -18,8 +18,11 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.models.part_cost import Cost, part_cost
+from lit_tokenformer.models.token_groups import NamedGate, add_group, group_layers
 
 Totals = Mapping[str, int]
+Groups = tuple[tuple[str, int], ...]
+"""Kinds of groups of further tokens, such as ``ffn:docs``, with their sizes."""
 
 
 class _Parts(NamedTuple):
@@ -40,18 +43,22 @@ class _Parts(NamedTuple):
     kinds: list[dict[str, Cost]]
 
 
-def _parts(config: TokenformerConfig, length: int) -> _Parts:
-    """Compute the costs at the size of the config, for sequences of ``length``."""
+def _parts(config: TokenformerConfig, length: int, groups: Groups = ()) -> _Parts:
+    """Compute the costs at the size of the config, for sequences of ``length``, with groups of further tokens."""
     fields = asdict(replace(config, depth=config.pattern_length, patch_drop_rate=0.0, drop_path=0.0, param_tokens=1))
-    return _measured((*fields.items(), ("param_tokens", tuple(config.tokens.items()))), length)
+    return _measured((*fields.items(), ("param_tokens", tuple(config.tokens.items()))), length, groups)
 
 
 @lru_cache(maxsize=1024)
-def _measured(fields: tuple[tuple[str, Any], ...], length: int) -> _Parts:
+def _measured(fields: tuple[tuple[str, Any], ...], length: int, groups: Groups) -> _Parts:
     given = dict(fields)
     given["param_tokens"] = dict(given["param_tokens"])
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = Tokenformer(TokenformerConfig(**given))
+    for name, total in groups:
+        kind, _, group = name.partition(":")
+        for layer in [layer for _, layer in group_layers(model) if layer.kind == kind]:
+            add_group(layer, group, total, NamedGate())
     blocks = [part_cost(block, length) for block in model.blocks]
     kinds = [{kind: _projections(block, kind, length) for kind in KINDS} for block in model.blocks]
     stem, head = _for_sample(model.stem, length), _for_sample(model.head, length)
@@ -109,7 +116,8 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
 
     Args:
         config: Architecture.
-        tokens: Size, see :meth:`TokenformerConfig.at_size`; ``None`` for the initial size.
+        tokens: Size, see :meth:`TokenformerConfig.at_size`; ``None`` for the initial size. Groups of further tokens,
+            such as ``ffn:docs``, count as used by every data token.
         checkpointing: Whether activation checkpointing recomputes the blocks in the backward pass.
 
     Example:
@@ -118,8 +126,12 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         86447848
     """
     config = config.at_size(tokens or {})
+    groups = tuple((kind, total) for kind, total in (tokens or {}).items() if ":" in kind)
     dim, depth, length, full = config.dim, config.depth, config.num_data_tokens, config.num_positions
-    parts, whole = _parts(config, length), _parts(config, full)  # no patches are dropped outside training
+    parts, whole = (
+        _parts(config, length, groups),
+        _parts(config, full, groups),
+    )  # no patches are dropped outside training
     stem, norm, head = parts.stem, parts.norm, parts.head
     parameters, flops = _sum(parts.blocks, depth, "parameters"), _sum(parts.blocks, depth, "flops")
     kept, again = _sum(parts.blocks, depth, "kept"), 0

@@ -79,6 +79,7 @@ DATA = {
     ("ImageDataModule", "fashion_mnist"): fashion_mnist,
     ("ImageDataModule", "huggingface"): hugging_face,
     ("TextDataModule", "python_stdlib"): embedded_text,
+    ("TextDataModule", "python_docs"): embedded_text,
     ("TextDataModule", "huggingface"): hugging_face_text,
 }
 

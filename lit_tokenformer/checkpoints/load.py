@@ -25,11 +25,15 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Types of the entries that Lightning writes to a checkpoint."""
 
+ADAPTER = "adapter"
+"""Key in a checkpoint of an adapter, whose ``state_dict`` has the adapter's tensors only."""
+
 OWN_KINDS: dict[str, tuple[type, ...]] = {
     **{
         "tokenizer": (str, type(None)),
         "image_data": (dict, type(None)),
         "extras": (dict,),
+        ADAPTER: (dict,),
         "grown_depth": (int,),
         "rng_states": (list,),
     }

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lit_tokenformer.adapters import read_adapter_config
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
@@ -32,6 +33,7 @@ def generate_text(
     output: str | None = None,
     batch_size: int = 8,
     quantize: str | None = None,
+    adapter: str | list[str] | None = None,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -54,6 +56,8 @@ def generate_text(
         output: New file for the output, written as it is generated; defaults to the standard output.
         batch_size: Rows of "prompts" decoded as one batch.
         quantize: Weight-only quantization: "int8", by torchao.
+        adapter: Adapters, NAME=FOLDER or FOLDER: one for all prompts, or one per prompt in their order. "none" is the
+            model alone; "auto" picks that with the least loss on the prompt, or none, of those given with it.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -71,14 +75,19 @@ def generate_text(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
-    generator = TextGenerator.load(ckpt_path, device, quantize=quantize)
+    adapters = AdapterChoice(adapter)
+    if prompts is None:
+        adapters.check(prompt)
+    generator = TextGenerator.load(ckpt_path, device, quantize=quantize, adapters=adapters.folders)
     if prompts not in (None, "-") and not Path(prompts).is_fifo():
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass
     with _writer(output) as write:
         if prompts is not None:
-            _continue_rows(generator, prompts, batch_size, (max_new_tokens, sampling, stop), seed, write)
+            settings = max_new_tokens, sampling, stop
+            _continue_rows(generator, prompts, batch_size, settings, seed, write, adapters)
             return
+        adapters.select(generator, prompt if isinstance(prompt, list) and prompt else [str(prompt or "")])
         number, printed = 0, 0  # the current prompt, and its characters printed so far
         for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
             while number < len(completions):
@@ -95,6 +104,54 @@ def generate_text(
             print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
 
 
+class AdapterChoice:
+    """Adapters of the command line, and which prompt uses which.
+
+    Args:
+        given: Values of ``--adapter``.
+
+    Attributes:
+        folders: Folders by name.
+
+    Raises:
+        UserError: If an adapter cannot be read, or two have the same name.
+    """
+
+    def __init__(self, given: str | list[str] | None) -> None:
+        values = [given] if isinstance(given, str) else list(given or [])
+        self.folders: dict[str, str] = {}
+        self.names: list[str | None] = []
+        self.auto = "auto" in values
+        for value in [value for value in values if value != "auto"]:
+            name, separator, folder = value.partition("=")
+            if not separator and value != "none" and value not in self.folders:
+                name, folder = read_adapter_config(value)["name"], value
+            self.names.append(None if value == "none" else name)
+            if folder and self.folders.setdefault(name, folder) != folder:
+                raise UserError(f"adapter: two are named {name!r} ({self.folders[name]}, {folder}); use NAME=FOLDER")
+        if self.auto and not self.folders:
+            raise UserError("adapter: auto picks from adapters, expected at least one NAME=FOLDER with it")
+
+    def check(self, prompt: str | list[str]) -> None:
+        """Raise a ``UserError`` unless there is one adapter, or one per prompt."""
+        count = 1 if isinstance(prompt, str) else len(prompt or [""])
+        if not self.auto and len(self.names) not in (0, 1, count):
+            raise UserError(f"adapter: expected one, or one for each of {count} prompts, got {len(self.names)}")
+
+    def select(self, generator: TextGenerator, prompts: list[str]) -> None:
+        """Select the adapters of a batch of prompts, and report those picked by ``auto``."""
+        if self.auto:
+            names = generator.best_adapters(prompts)
+            print(f"note: adapters picked: {', '.join(name or 'none' for name in names)}", file=sys.stderr)
+        elif len(self.names) > 1:
+            self.check(prompts)
+            names = self.names
+        else:
+            names = (self.names or [None]) * len(prompts)
+        if self.folders:
+            generator.set_adapter(names)
+
+
 def _continue_rows(
     generator: TextGenerator,
     path: str,
@@ -102,11 +159,13 @@ def _continue_rows(
     settings: tuple[int, Sampling, str | list[str] | None],
     seed: int,
     write: Callable[[str], Any],
+    adapters: AdapterChoice,
 ) -> None:
     """Continue the prompts of a JSON-lines file in batches; each completion equals its prompt continued alone."""
     rows = _read_prompts(path, generator)
     while batch := list(islice(rows, batch_size)):
         seeds = [seed + i for i in range(len(batch))]
+        adapters.select(generator, [row["prompt"] for row in batch])
         *_, completions = generator.run([row["prompt"] for row in batch], *settings, seeds)
         for row, completion, own in zip(batch, completions, seeds, strict=True):
             write(json.dumps(row | _results(completion, own)) + "\n")

@@ -24,6 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
+from lit_tokenformer.checkpoints.load import ADAPTER
+from lit_tokenformer.cli.adapter_base import base_of, use_as_base
 from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
 from lit_tokenformer.cli.commands import (
     export_weights,
@@ -103,6 +105,8 @@ TEXTS = {
     "override).",
     "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
     "stop": "String that ends a completion (repeatable). The document separator ends it too.",
+    "adapter": "Adapter, NAME=FOLDER or FOLDER (repeatable): one for all prompts, or one per prompt in their order. "
+    "'none' is the model alone; 'auto' picks the adapter with the least loss on the prompt, or none.",
 }
 """Repeatable options whose values are plain text, such as ``[x]`` or ``a: b``, and not parsed as YAML."""
 
@@ -315,12 +319,14 @@ class TokenformerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint is intact and safe; hyper-parameters are those of the config, or it adopts them."""
         config = self.config[self.config["subcommand"]]
+        if self.config["subcommand"] in self.subcommands():
+            use_as_base(config, fits=self.config["subcommand"] == "fit")
         path = config.get("ckpt_path")
         self._identity: RunIdentity | None = None
         self._shapes: dict[str, Any] = {}
         self._adopted: dict[str, Any] = {}
         if adopts(config):
-            base = config.get("init_from") or (path if path not in ("best", "last", "hpc") else None)
+            base = config.get("init_from") or base_of(config) or (path if path not in ("best", "last", "hpc") else None)
             self._adopted = read_shapes(base) if base else {}
             adopt_architecture(config, self._adopted, base)
         if "ckpt_path" in config:
@@ -336,16 +342,17 @@ class TokenformerCLI(LightningCLI):
         super()._add_instantiators()
         if self.subcommand == "plan":  # only shapes are needed
             self.parser.add_instantiator(_without_weights, LightningModule, subclasses=True, prepend=True)
-        if self.subcommand in ("validate", "test") or self._adopted:
+        if self.subcommand in ("validate", "test") or self._adopted or base_of(self.config[self.subcommand]):
             self.parser.add_instantiator(self._with_tokenizer, LightningDataModule, subclasses=True, prepend=True)
 
     def _with_tokenizer(self, kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
-        path, data = self.config[self.subcommand]["ckpt_path"], kind(*args, **kwargs)
+        config, data = self.config[self.subcommand], kind(*args, **kwargs)
         if self._adopted:
             adopt_tokenizer(data, self._adopted, self._asks_tokenizer)
-        else:
-            saved = read_shapes(path) if path and is_sharded(path) else self._shapes
-            use_saved_tokenizer(data, saved, self._asks_tokenizer)
+            return data
+        path = base_of(config) or config["ckpt_path"]
+        saved = read_shapes(path) if path and (is_sharded(path) or path != config["ckpt_path"]) else self._shapes
+        use_saved_tokenizer(data, saved, self._asks_tokenizer)
         return data
 
     def after_instantiate_classes(self) -> None:
@@ -361,7 +368,9 @@ class TokenformerCLI(LightningCLI):
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
-        if saved and not {"tokenizer", "grown_depth"} & saved.keys():  # else checked once data and depth are known
+        if (
+            saved and not {"tokenizer", "grown_depth", ADAPTER} & saved.keys()
+        ):  # else checked once data and depth are known
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)

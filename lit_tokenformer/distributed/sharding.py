@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.shards import gather, shares
@@ -65,16 +65,6 @@ def _shard_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
             local = old.detach()[rows.start : rows.stop].clone()
             whole = DTensor.from_local(local, mesh, [Shard(0)], shape=old.shape, stride=old.stride())
             setattr(layer, part, nn.Parameter(whole, requires_grad=old.requires_grad))
-
-    def take(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:])
-
-    def give(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        assert isinstance(output, DTensor)
-        return output.redistribute(placements=[Replicate()]).to_local()
-
-    layer.register_forward_pre_hook(take)
-    layer.register_forward_hook(give)
 
 
 def reshard(root: nn.Module) -> None:

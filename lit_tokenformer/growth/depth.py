@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.axes import check_memory
 from lit_tokenformer.models import Tokenformer
+from lit_tokenformer.models.token_groups import group_layers
 
 
 class Inserted(NamedTuple):
@@ -98,7 +99,8 @@ def check_depth(model: Tokenformer, depth: int, setting: str = "depth") -> None:
 def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
     """Copy a block, with zero output layers."""
     new = copy.deepcopy(block)
-    last = set(new.outputs())  # type: ignore[operator]
+    layers = [layer for _, layer in group_layers(new)]
+    last = {*new.outputs(), *(group.value_tokens for layer in layers for group in (layer.groups or {}).values())}  # type: ignore[operator]
     for parameter, origin in zip(new.parameters(), block.parameters(), strict=True):
         parameter.grad = None
         if parameter in last:

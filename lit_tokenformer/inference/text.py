@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from lit_tokenformer.adapters import list_adapters, load_adapter, set_adapter
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.data.text.vocabulary import read_text
@@ -92,6 +94,7 @@ class TextGenerator:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> TextGenerator:
         """Load a generator from a checkpoint of a fit, at its grown size.
 
@@ -103,10 +106,11 @@ class TextGenerator:
             device: Device of the model; ``auto`` selects the accelerator, if available.
             dtype: Dtype of the weights, or its name; ``None`` keeps that of the checkpoint.
             quantize: Scheme of :func:`~lit_tokenformer.inference.quantization.quantize`; ``None`` for none.
+            adapters: Folders of adapters of this model by name; see :meth:`set_adapter`.
 
         Raises:
             ValueError: If the checkpoint cannot be read, is not of a language model or has no tokenizer, or the device,
-                dtype or quantization is not available.
+                dtype or quantization is not available; if an adapter is of another model or tokenizer.
         """
         where = find_device(device)
         if isinstance(dtype, str):
@@ -120,8 +124,40 @@ class TextGenerator:
         except ValueError as error:
             raise UserError(f"ckpt_path: {ckpt_path} is of a {type(task).__name__}: {error}") from None
         tokenizer = _tokenizer(Path(ckpt_path), checkpoint.get("tokenizer"), getattr(task, "separator_id", None))
+        for name, folder in (adapters or {}).items():
+            load_adapter(task.backbone, folder, name, tokenizer.to_json())
         model = task.backbone.eval().requires_grad_(False).to(where, dtype)
         return cls(model if quantize is None else quantize_weights(model, quantize), tokenizer)
+
+    def set_adapter(self, names: str | Sequence[str | None] | None) -> None:
+        """Select the adapter of the following prompts; see :func:`~lit_tokenformer.adapters.set_adapter`.
+
+        Args:
+            names: Name of an adapter, ``None`` for the model alone, or one of them per prompt.
+        """
+        set_adapter(self.backbone, names)
+
+    @torch.inference_mode()
+    def best_adapters(self, prompts: Sequence[str]) -> list[str | None]:
+        """Find the adapter with the least loss on each prompt; ``None`` for the model alone, also in a tie.
+
+        It costs a forward pass per prompt and adapter. A prompt of less than two tokens has no loss.
+
+        Args:
+            prompts: Prompts; those longer than the context are cut.
+        """
+        choices = [None, *list_adapters(self.backbone)]
+        found: list[str | None] = []
+        for prompt in prompts:
+            tokens = torch.tensor(self.tokenizer.encode(prompt), device=next(self.backbone.parameters()).device)
+            tokens = tokens[: self.backbone.config.length_limit]
+            losses = []
+            for name in choices if len(tokens) > 1 else ():
+                self.set_adapter(name)
+                logits = self.backbone.forward_head(self.backbone.forward_features(tokens[None, :-1]))
+                losses.append(F.cross_entropy(logits[0].float(), tokens[1:]).item())
+            found.append(choices[losses.index(min(losses))] if losses else None)
+        return found
 
     def generate(
         self,

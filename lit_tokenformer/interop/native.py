@@ -24,6 +24,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
+    check_no_groups,
     find_weights,
     read_json,
 )
@@ -114,6 +115,7 @@ def write_native(
         UserError: For another ``format``, an unknown ``dtype``, or values that overflow it. Nothing is written then.
     """
     check_export(format, dtype)
+    check_no_groups(state)
     if format != "safetensors":
         raise UserError(f"format: only 'safetensors' for project {NATIVE!r} (got {format!r})")
     with torch.device("meta"):

@@ -28,6 +28,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
+    check_no_groups,
     find_weights,
     read_json,
 )
@@ -236,6 +237,7 @@ def write_timm(
             express. Nothing is written then.
     """
     check_export(format, dtype)
+    check_no_groups(state)
     try:
         if config.stem != "patch":
             raise UserError(f"stem {config.stem!r} (only 'patch')")

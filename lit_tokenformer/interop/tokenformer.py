@@ -29,6 +29,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
+    check_no_groups,
     find_weights,
     read_json,
 )
@@ -194,6 +195,7 @@ def write_published(
             representable in the format, or a tau other than sqrt(N). Nothing is written then.
     """
     check_export(format, dtype)
+    check_no_groups(state)
     settings = _settings(config, state)
     taus = {name: tensor for name, tensor in state.items() if name.endswith(".tau")}
     for name, tau in taus.items():

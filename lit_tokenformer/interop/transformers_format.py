@@ -23,6 +23,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
+    check_no_groups,
     find_weights,
     read_json,
 )
@@ -85,6 +86,7 @@ def write_transformers(
             architecture can express. Nothing is written then.
     """
     check_export(format, dtype)
+    check_no_groups(state)
     problems: dict[str, str] = {}
     for name in [architecture] if architecture is not None else TRANSFORMERS_MODELS.names():
         known: Architecture = TRANSFORMERS_MODELS[name]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import TokenformerConfig
+from lit_tokenformer.models.token_groups import is_of_group
 from lit_tokenformer.registry import WEIGHT_FORMATS, Registry
 
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
@@ -151,6 +152,15 @@ def check_export(format: str, dtype: str | None) -> None:
         raise unknown_name("format", format, WEIGHTS)
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+
+
+def check_no_groups(state: Mapping[str, Tensor]) -> None:
+    """Raise a ``UserError`` for layers with several groups of parameter tokens, which no other project has."""
+    if found := next((name for name in state if is_of_group(name)), None):
+        raise UserError(
+            f"state: {found} is of a group of parameter tokens, and the format has one group per layer; remove "
+            "adapters with delete_adapter"
+        )
 
 
 def cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models.axes import IN, OUT, OWN, Axis, AxisTensor, follow_sizes
 from lit_tokenformer.models.config import KINDS, OTHER
-from lit_tokenformer.models.part_cost import Cost, count_parameters
+from lit_tokenformer.models.part_cost import Cost, part_cost
 from lit_tokenformer.models.pattention_kernels import l2_gelu, l2_scale
+from lit_tokenformer.models.token_groups import BASE, Gate, gated_sum
 from lit_tokenformer.registry import SCORE_NORMS
 
 Activation = Callable[[Tensor], Tensor]
@@ -120,7 +122,7 @@ def pattention(
 
     Args:
         x: Data tokens, (..., D_in).
-        key_tokens: Key parameter tokens K, (N, D_in).
+        key_tokens: Key parameter tokens K, (N, D_in); with tensor parallelism, K and V are sharded by rows.
         value_tokens: Value parameter tokens V, (N, D_out).
         tau: Scale of the normalized scores, (); initially sqrt(N).
         score_norm: Score normalization, a name in ``SCORE_NORMS``.
@@ -135,7 +137,12 @@ def pattention(
         tensor([[0.8413, 0.8413]])
     """
     norm = SCORE_NORMS[score_norm]
-    if norm.whole is not None and activation is F.gelu and not isinstance(key_tokens, DTensor):
+    if isinstance(key_tokens, DTensor):  # one all-reduce of a scalar per data token for the norm, one of the output
+        whole = DTensor.from_local(x, key_tokens.device_mesh, [Replicate()], run_check=False)
+        weights = norm.function(F.linear(whole, key_tokens), tau, activation)
+        shared: DTensor = weights @ value_tokens  # type: ignore[assignment]
+        return shared.redistribute(placements=[Replicate()]).to_local()
+    if norm.whole is not None and activation is F.gelu:
         return norm.whole(x, key_tokens, value_tokens, tau)
     weights = norm.function(F.linear(x, key_tokens), tau, activation)  # (..., N)
     return weights @ value_tokens  # (..., D_out)
@@ -144,14 +151,16 @@ def pattention(
 class Pattention(nn.Module):
     """Projection by attention over parameter tokens; more tokens can be appended at any time.
 
-    A checkpoint with another number of tokens can be loaded: the layer adopts its size.
+    A checkpoint with another number of tokens can be loaded: the layer adopts its size. The layer can hold further
+    groups of tokens, see :mod:`~lit_tokenformer.models.token_groups`; without them it is the published layer.
 
     Args:
         dim_in: Input dimension, D_in.
         dim_out: Output dimension, D_out.
         num_tokens: Number of parameter tokens, N.
         score_norm: Score normalization, a name in ``SCORE_NORMS``; ``l2_gelu`` is the published one.
-        kind: Kind of parameter tokens in growth schedules (``qkv``, ``proj``, ``ffn``); ``None`` for ``other``.
+        kind: Kind of parameter tokens in growth schedules (``qkv``, ``proj``, ``ffn``); ``None`` for ``other``. Tokens
+            of a group are of a kind of their own, such as ``ffn:docs``.
         key_std: Initial standard deviation of key tokens.
         value_std: Initial standard deviation of value tokens, also of tokens appended later.
         series: Terms of a series informed activation in place of GELU; 1 is GELU itself.
@@ -162,6 +171,8 @@ class Pattention(nn.Module):
         scale_tokens: Scales of the series, (N, series); ``None`` for GELU itself.
         shift_tokens: Shifts of the series, (N, series); ``None`` for GELU itself.
         tau: Scale of the normalized scores, (); float32 or wider in any precision, so that growth is exact.
+        groups: Further groups of tokens by name, each a layer of its own; ``None`` without groups.
+        gate: Gate of the groups, including the layer's own tokens; ``None`` without groups.
 
     Raises:
         UserError: If ``num_tokens`` < 1, ``score_norm`` is unknown, or a series is set without an activation.
@@ -195,7 +206,7 @@ class Pattention(nn.Module):
         if score_norm not in SCORE_NORMS:
             raise unknown_name("score_norm", score_norm, SCORE_NORMS)
         kind = OTHER if kind is None else kind
-        if kind not in (*KINDS, OTHER):
+        if kind.partition(":")[0] not in (*KINDS, OTHER):
             raise unknown_name("kind", kind, (*KINDS, OTHER))
         if series < 1 or (series > 1 and score_norm == "softmax"):
             raise UserError(f"series: expected at least 1, and 1 with score_norm 'softmax', got {series}")
@@ -211,6 +222,8 @@ class Pattention(nn.Module):
         self.register_parameter("shift_tokens", shift)
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("tau", torch.tensor(math.sqrt(num_tokens), dtype=wide))
+        self.groups: nn.ModuleDict | None = None
+        self.gate: Gate | None = None
         self.reset_parameters()
         follow_sizes(self)
 
@@ -247,7 +260,12 @@ class Pattention(nn.Module):
         by_hand = SCORE_NORMS[self.score_norm].whole is not None and self.series == 1
         kept = total + 1 if by_hand else (2 + self.series) * total  # scores, normalized scores, weights
         spared = 0 if by_hand else 2 * total * dim_out
-        return Cost(count_parameters(self), 2 * total * (dim_in + dim_out), dim_in + kept, spared)
+        own = sum(parameter.numel() for parameter in self.parameters(recurse=False))
+        whole = Cost(own, 2 * total * (dim_in + dim_out), dim_in + kept)
+        for group in (self.groups or {}).values():
+            cost = part_cost(group, length)
+            whole, spared = whole + replace(cost, kept=cost.kept - dim_in), spared + cost.spared  # of the same input
+        return replace(whole, spared=spared)
 
     def no_weight_decay(self) -> set[str]:
         """Parameter names without weight decay: those of a series."""
@@ -266,10 +284,12 @@ class Pattention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        return self.attend(x)
+        if self.groups is None or self.gate is None:
+            return self.attend(x)
+        return gated_sum(x, {BASE: self.attend, **self.groups}, self.gate)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
+        """Attend to the layer's own tokens, without further groups, (..., D_in) -> (..., D_out)."""
         return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm, self.activation)
 
     @property

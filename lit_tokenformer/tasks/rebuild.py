@@ -11,7 +11,7 @@ import lightning
 import torch
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.checkpoints.load import ADAPTER, read_checkpoint
 from lit_tokenformer.checkpoints.trust import MADE, check_class_paths, trusted_optimizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import TASKS
@@ -54,6 +54,11 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     Raises:
         ValueError: If the task is not registered, or the weights do not fit it.
     """
+    if ADAPTER in checkpoint:
+        raise UserError(
+            f"ckpt_path: {path} is the checkpoint of an adapter, expected that of its base "
+            f"({checkpoint[ADAPTER].get('base')}) and --adapter FOLDER"
+        )
     name: Any = checkpoint.get("task")
     kind: Any = TASKS[name]
     arguments = checkpoint.get(tasks.LitTask.CHECKPOINT_HYPER_PARAMS_KEY, {})
