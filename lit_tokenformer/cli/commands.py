@@ -140,7 +140,7 @@ def _describe_size(task: tasks.LitTask, config: TokenformerConfig, size: dict[st
     given, smaller = asdict(config), asdict(config.at_size(size))
     changed = {name: value for name, value in smaller.items() if value != given[name]}
     task.hparams["overrides"] = {**task.hparams["overrides"], **changed}
-    task.hparams |= {name: None for name in ("match", "match_to") if name in task.hparams}
+    task.hparams.update({name: None for name in ("match", "match_to") if name in task.hparams})
 
 
 def split_checkpoint(ckpt_path: str, output: str) -> Path:
