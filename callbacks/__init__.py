@@ -3,6 +3,7 @@
 from callbacks.error_log import ErrorLog
 from callbacks.growing_ema import GrowingEMA
 from callbacks.loss_guard import LossGuard
+from callbacks.nested_sizes import NestedSizes
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.patch_drop_schedule import PatchDropSchedule
 from callbacks.prediction_writer import PredictionWriter
@@ -14,6 +15,7 @@ __all__ = [
     "ErrorLog",
     "GrowingEMA",
     "LossGuard",
+    "NestedSizes",
     "ParameterGrowthCallback",
     "PatchDropSchedule",
     "PredictionWriter",

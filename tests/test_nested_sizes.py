@@ -1,14 +1,23 @@
 """Smaller models inside a model: prefixes, shrinking, order by importance, and training of nested sizes."""
 
+import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch.utils.data import DataLoader, TensorDataset
 
+from callbacks import GrowingEMA, NestedSizes, ParameterGrowthCallback
+from callbacks.nested_sizes import distillation_loss
 from lit_tokenformer.growth import grow, prefix, shrink
 from lit_tokenformer.growth.shrink import reorder_units, unit_importance
 from lit_tokenformer.models import Pattention, create_backbone, model_size, param_tokens
 from lit_tokenformer.models.axes import find_axes
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LitMultiTask
 
 TINY = {"dim": 16, "depth": 2, "num_heads": 4, "rotary_fraction": 0.5, "vocab_size": 32, "context_length": 16}
 PRESETS = {
@@ -59,7 +68,7 @@ def test_a_prefix_is_the_formula_on_the_first_rows():
     with prefix(layer, 0.25):
         found = layer(x)
     scores = x @ layer.key_tokens[:4].T
-    weights = torch.nn.functional.gelu(2 * scores / scores.norm(dim=-1, keepdim=True))  # tau sqrt(n/N) = 4 / 2
+    weights = F.gelu(2 * scores / scores.norm(dim=-1, keepdim=True))  # tau sqrt(n/N) = 4 / 2
     torch.testing.assert_close(found, weights @ layer.value_tokens[:4])
 
 
@@ -109,7 +118,7 @@ def test_shrinking_keeps_the_square_root_of_the_number_as_tau():
 
 def importance_of(model, kinds):
     parameters = list(model.parameters())
-    loss = torch.nn.functional.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
+    loss = F.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
     gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {one: grad for one, grad in zip(parameters, gradient, strict=True) if grad is not None}
     return unit_importance(model, kinds, found), loss
@@ -150,7 +159,7 @@ def test_importance_is_the_formula_of_the_contributions():
     loss = y.cos().sum()
     slope, grad = torch.autograd.grad(loss, [y, layer.value_tokens])
     scores = x @ layer.key_tokens.T
-    weights = torch.nn.functional.gelu(layer.tau * scores / scores.norm(dim=-1, keepdim=True))
+    weights = F.gelu(layer.tau * scores / scores.norm(dim=-1, keepdim=True))
     expected = -(weights * (slope @ layer.value_tokens.T)).sum(dim=0)
     torch.testing.assert_close(unit_importance(layer, ["other"], {layer.value_tokens: grad})["/other"], expected)
 
@@ -191,3 +200,203 @@ def test_a_parameter_of_two_layers_is_not_sorted_twice():
     order = {f"blocks.{i}.mlp/ffn": torch.arange(63, -1, -1) for i in (0, 1)}
     with pytest.raises(ValueError, match="shared by several layers"):
         reorder_units(model, order)
+
+
+SIZES = {key: TINY[key] for key in ("dim", "depth", "num_heads", "rotary_fraction")} | {"param_tokens": 8}
+adamw = partial(torch.optim.AdamW, lr=1e-2)
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Texts in which each token follows from the one before it."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return (index + 5 * torch.arange(13)) % 32
+
+
+def loader(batch_size=8):
+    return DataLoader(Blocks(), batch_size=batch_size)
+
+
+def text_task(optimizer=adamw, trained=True, **settings):
+    seed_everything(0, verbose=False)
+    sizes = {"vocab_size": 32, "context_length": 16, "overrides": {**SIZES, **settings.pop("overrides", {})}}
+    task = LitCausalLM("tokenformer_lm_tiny", **sizes, optimizer=optimizer, **settings)
+    return task if not trained else randomized_task(task)
+
+
+def randomized_task(task):
+    randomized(task)
+    return task
+
+
+def fitted(task, folder, *callbacks, data=None, ckpt_path=None, **settings):
+    plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    plain |= {"max_steps": 4, "max_epochs": -1, "enable_checkpointing": False, "limit_val_batches": 2}
+    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**plain, **settings})
+    train, val = data or (loader(), loader())
+    trainer.fit(task, train, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_the_logged_loss_of_a_size_is_that_of_the_shrunk_model(tmp_path):
+    task = text_task()
+    trainer = fitted(task, tmp_path, NestedSizes([0.5, 0.25]), max_steps=8, max_epochs=2)
+    logged = trainer.callback_metrics
+    assert {"val/loss", "val/loss@0.25", "val/loss@0.5", "train/nested@0.25"} <= logged.keys()
+    for size in (0.25, 0.5):
+        smaller = copy.deepcopy(task)
+        shrink(smaller, size)
+        found = trainer.validate(smaller, loader(), verbose=False)[0]
+        assert found["val/loss"] == logged[f"val/loss@{size}"].item() != logged["val/loss"].item()
+
+
+def test_sorting_preserves_the_model_and_its_average(tmp_path):
+    task = text_task(partial(torch.optim.SGD, lr=0.0, momentum=0.9))
+    before, order = copy.deepcopy(task), {}
+    ema = GrowingEMA(decay=0.5)
+
+    class Remember(Callback):
+        def on_unit_order(self, trainer, pl_module, new):
+            order.update(new)
+
+    nested = NestedSizes([0.5])
+    fitted(task, tmp_path, nested, ema, Remember(), max_steps=2)
+    assert len(order) == 10 and any((one != torch.arange(len(one))).any() for one in order.values())
+    torch.testing.assert_close(task(TOKENS), before(TOKENS), rtol=1e-4, atol=1e-4)
+    for name, value in ema._average_model.module.state_dict().items():
+        assert torch.equal(value, task.state_dict()[name])
+    rows = order["backbone.blocks.0.mlp/ffn"]
+    assert torch.equal(task.backbone.blocks[0].mlp.value_tokens, before.backbone.blocks[0].mlp.value_tokens[rows])
+    assert nested.state_dict() == {"sorted": True}
+
+
+def test_the_most_important_units_come_first(tmp_path):
+    """Sorted once, a prefix without training is better than the rows as they come, on the same batch."""
+    seed_everything(0, verbose=False)
+    trained = text_task(trained=False)
+    fitted(trained, tmp_path, max_steps=60)
+    losses = []
+    for sort in (False, True):
+        task = copy.deepcopy(trained)
+        task.make_optimizer = partial(torch.optim.SGD, lr=0.0)
+        trainer = fitted(task, tmp_path, NestedSizes([0.5], sort=sort), max_steps=4, max_epochs=1)
+        losses.append(trainer.callback_metrics["val/loss@0.5"].item())
+    assert losses[1] < losses[0]
+
+
+def test_nested_training_teaches_the_small_size(tmp_path):
+    task = text_task(trained=False)
+    trainer = fitted(task, tmp_path, NestedSizes([0.25], distill=0.5), max_steps=60, check_val_every_n_epoch=15)
+    alone = text_task(trained=False)
+    fitted(alone, tmp_path, max_steps=60)
+    with prefix(alone.backbone, 0.25):
+        loss = alone.feature_loss(*alone.features(torch.stack(list(Blocks()))))[0]
+    assert trainer.callback_metrics["val/loss@0.25"] < loss - 0.3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_fit_with_nested_sizes_resumes_bit_for_bit(tmp_path, accumulate):
+    def callbacks():
+        growth = ParameterGrowthCallback({3: 16}, unit="step")
+        return NestedSizes([0.25, 0.5], distill=0.7), growth, GrowingEMA(0.9)
+
+    settings = {"accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    whole, again = (text_task(overrides={"dropout": 0.1}) for _ in range(2))
+    first = fitted(whole, tmp_path, *callbacks(), keep, max_steps=6, **settings)
+    assert param_tokens(whole)["qkv"] == 16
+    second = fitted(again, tmp_path, *callbacks(), max_steps=6, ckpt_path=tmp_path / "step=4.ckpt", **settings)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    names = {"val/loss", "val/loss@0.25", "val/loss@0.5"}
+    assert all(first.callback_metrics[name] == second.callback_metrics[name] for name in names)
+
+
+def test_images_and_masked_text_and_several_tasks(tmp_path):
+    images = TensorDataset(torch.randn(16, 3, 8, 8), torch.randint(10, (16,)))
+    image = {"num_classes": 10, "image_size": 8}
+    given = {"overrides": {**SIZES, "patch_size": 4}, "optimizer": adamw}
+    masked = [(torch.arange(12), torch.where(torch.arange(12) % 3 == 0, 7, -100), torch.tensor(10))] * 16
+    hidden = {"dim": 16, "depth": 1, "num_heads": 4, "patch_size": 4}
+    cases = [
+        (LitImageClassifier("tokenformer_vit_tiny_patch16_224", **image, **given), images, None, "val/loss@0.5"),
+        (
+            LitImageClassifier("vit_tiny_patch16_224", **image, overrides=hidden),
+            images,
+            ["hidden", "heads"],
+            "val/acc1",
+        ),
+        (
+            LitMaskedLM("tokenformer_mlm_tiny", 32, 16, overrides=SIZES, optimizer=adamw, grad_checkpointing=True),
+            masked,
+            ["ffn"],
+            "val/loss@0.5",
+        ),
+    ]
+    for task, data, kinds, name in cases:
+        data = DataLoader(data, batch_size=8)
+        trainer = fitted(task, tmp_path, NestedSizes([0.5], kinds=kinds), data=(data, data), max_epochs=2)
+        assert trainer.callback_metrics[name].isfinite(), type(task)
+    tasks = {"digits": partial(LitImageClassifier, **image), "prose": partial(LitCausalLM, 32, 16)}
+    tasks["prose"] = partial(LitCausalLM, vocab_size=32, context_length=16)
+    task = LitMultiTask("tokenformer_lm_tiny", tasks=tasks, **given)
+    shared = {"digits": DataLoader(images, batch_size=8), "prose": loader()}
+    from lightning.pytorch.utilities import CombinedLoader
+
+    val = CombinedLoader(list(shared.values()), "sequential")
+    data = CombinedLoader(shared, "min_size"), val
+    trainer = fitted(task, tmp_path, NestedSizes([0.5]), data=data, max_epochs=1, max_steps=2)
+    assert {"val/digits/loss@0.5", "val/prose/loss@0.5"} <= trainer.callback_metrics.keys()
+
+
+def test_the_distillation_loss_is_the_divergence_at_the_known_targets(monkeypatch):
+    task = text_task()
+    batch = torch.stack(list(Blocks())[:4])
+    batch[1, 5:] = -100
+    features, target = task.features(batch)
+    teacher = torch.randn_like(features)
+    own, others = task.feature_logits(features).softmax(-1), task.feature_logits(teacher).softmax(-1)
+    expected = (others * (others / own).log()).sum(-1)[target >= 0].mean()
+    found = distillation_loss(task, features, teacher, target)
+    torch.testing.assert_close(found, expected)
+    slope = torch.autograd.grad(found, task.backbone.head.weight, retain_graph=True)[0]
+    monkeypatch.setattr("callbacks.nested_sizes.ROWS_BYTES", 4 * 32 * 7)  # several chunks
+    in_chunks = distillation_loss(task, features, teacher, target)
+    torch.testing.assert_close(in_chunks, expected)
+    torch.testing.assert_close(torch.autograd.grad(in_chunks, task.backbone.head.weight)[0], slope)
+
+
+def test_a_compiled_task_compiles_once_per_size(tmp_path):
+    counter = torch._dynamo.testing.CompileCounter()
+    task = text_task()
+    task.backbone.compile(dynamic=False, backend=counter)
+    fitted(task, tmp_path, NestedSizes([0.25, 0.5]), max_steps=6, limit_val_batches=0)
+    frames = counter.frame_count
+    fitted(task, tmp_path, NestedSizes([0.25, 0.5]), max_steps=6, limit_val_batches=0)
+    assert frames == counter.frame_count == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"sizes": []}, "sizes: expected different shares"),
+        ({"sizes": [0.5, 1.0]}, r"sizes: expected different shares above 0 and below 1, got \[0.5, 1.0\]"),
+        ({"sizes": [0.5, 0.5]}, "sizes: expected different shares"),
+        ({"sizes": [0.5], "distill": 1.5}, "distill: expected a weight from 0 to 1, got 1.5"),
+        ({"sizes": [0.1]}, "sizes: 0.1 of 8 qkv of layer .* leaves none"),
+        ({"sizes": [0.5], "kinds": ["fnn"]}, "sizes: unknown value 'fnn', did you mean 'ffn'"),
+    ],
+)
+def test_impossible_settings_are_one_line(settings, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        fitted(text_task(), tmp_path, NestedSizes(**settings))
+
+
+def test_averages_and_growth_that_cannot_follow_the_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="WeightAveraging cannot follow the order of the units"):
+        fitted(text_task(), tmp_path, NestedSizes([0.5]), WeightAveraging())
+    growth = ParameterGrowthCallback({0: 16}, freeze_old_steps=-1)
+    with pytest.raises(ValueError, match="sort: the rows of an earlier growth are in use"):
+        fitted(text_task(), tmp_path, growth, NestedSizes([0.5]))
