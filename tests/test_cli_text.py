@@ -125,6 +125,15 @@ def test_a_shrunk_checkpoint_is_an_ordinary_one(fitted, tmp_path, capsys):
         assert run("generate", "--ckpt_path", path, *args) == 0
         texts.add(json.loads(capsys.readouterr().out)["completion"])
     assert len(texts) == 1
+    assert run("generate", "--ckpt_path", last(fitted), *args) == 0
+    alone = json.loads(capsys.readouterr().out)["completion"]
+    for draft in (["--draft", small], ["--draft_tokens", 0.25, "--draft_length", 2]):
+        assert run("generate", "--ckpt_path", last(fitted), *args, *draft) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["completion"] == alone
+        assert re.search(r"note: [\d.]+ calls of the model per 100 tokens \(\d+ for 8\)", shown.err)
+    assert run("generate", "--ckpt_path", last(fitted), *args, "--draft", small, "--draft_tokens", 4) == 2
+    assert "draft_tokens: conflicts with draft" in capsys.readouterr().err
     where = ["--trainer.default_root_dir", tmp_path, "--model.overrides.param_tokens", 4, "--trainer.max_steps", 3]
     assert run("fit", "--config", config(tmp_path), *where, "--init_from", small) == 0
     for tokens, problem in (

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
+from lit_tokenformer.models import Tokens
 
 
 def generate_text(
@@ -31,6 +32,9 @@ def generate_text(
     prompts: str | None = None,
     output: str | None = None,
     batch_size: int = 8,
+    draft: str | None = None,
+    draft_tokens: Tokens | float | None = None,
+    draft_length: int = 4,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -52,6 +56,10 @@ def generate_text(
             "-" for the standard input.
         output: New file for the output, written as it is generated; defaults to the standard output.
         batch_size: Rows of "prompts" decoded as one batch.
+        draft: Path to a checkpoint of a smaller model with the same tokenizer, for speculative decoding: it proposes
+            tokens, which the model checks several at once. The text is a sample of the model alone.
+        draft_tokens: Use the first units of the model itself as the draft: a size, as in "shrink".
+        draft_length: Tokens that the draft proposes before each call of the model.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -66,16 +74,24 @@ def generate_text(
         raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     if output is not None and Path(output).exists():
         raise UserError(f"output: {output} exists already")
+    if draft is not None and draft_tokens is not None:
+        raise UserError("draft_tokens: conflicts with draft (expected one of them)")
+    if draft_length < 1:
+        raise UserError(f"draft_length: expected a whole number of at least 1, got {draft_length}")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
     generator = TextGenerator.load(ckpt_path, device)
+    if draft is not None or draft_tokens is not None:
+        smaller: Any = draft_tokens if draft is None else TextGenerator.load(draft, device)
+        generator.use_draft(smaller, draft_length)
     if prompts not in (None, "-") and not Path(prompts).is_fifo():
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass
     with _writer(output) as write:
         if prompts is not None:
             _continue_rows(generator, prompts, batch_size, (max_new_tokens, sampling, stop), seed, write)
+            _note_speculation(generator)
             return
         number, printed = 0, 0  # the current prompt, and its characters printed so far
         for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
@@ -91,6 +107,12 @@ def generate_text(
             length = generator.backbone.config.context_length
             name = "" if len(completions) == 1 else f"prompt {number}: "
             print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
+    _note_speculation(generator)
+
+
+def _note_speculation(generator: TextGenerator) -> None:
+    if generator.speculation.calls:
+        print(f"note: {generator.speculation}", file=sys.stderr)
 
 
 def _continue_rows(

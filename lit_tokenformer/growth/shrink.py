@@ -34,7 +34,7 @@ Order = Mapping[str, Tensor]
 """New order of the units of each axis, (units,) int64 by the key of :func:`unit_importance`."""
 
 
-def shrink(module: nn.Module, tokens: Prefix) -> None:
+def shrink(module: nn.Module, tokens: Prefix, setting: str = "tokens") -> None:
     """Remove the last units of the axes of a module, in place: the inverse of :func:`~lit_tokenformer.growth.grow`.
 
     An optimizer of the module is invalid afterwards; create a new one.
@@ -44,6 +44,7 @@ def shrink(module: nn.Module, tokens: Prefix) -> None:
         tokens: Totals: n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or by kind, ``{qkv: n, proj: n,
             ffn: m, other: k, hidden: h, heads: H}``; missing kinds are unchanged. A number below 1 is a share: 0.25 is
             the first quarter of the parameter tokens of every layer, or of the hidden units of a model without any.
+        setting: Name of the setting in errors.
 
     Raises:
         UserError: If no unit or more than the present units would remain, for an unknown kind, and for sharded or tied
@@ -56,9 +57,7 @@ def shrink(module: nn.Module, tokens: Prefix) -> None:
         >>> layer.num_tokens, layer.tau.item()
         (4, 2.0)
     """
-    plan = planned_prefix(module, tokens)
-    tensors = prefix_tensors(plan)
-    for (owner, attribute), tensor in tensors.items():
+    for (owner, attribute), tensor in prefix_tensors(planned_prefix(module, tokens, setting)).items():
         present = getattr(owner, attribute)
         present.data, present.grad = tensor.detach().clone(), None
         owner._non_persistent_buffers_set.discard(attribute)
