@@ -284,7 +284,7 @@ def test_the_most_important_units_come_first(tmp_path):
 
 def test_nested_training_teaches_the_small_size(tmp_path):
     task = text_task(trained=False)
-    trainer = fitted(task, tmp_path, NestedSizes([0.25], distill=0.5), max_steps=40, check_val_every_n_epoch=15)
+    trainer = fitted(task, tmp_path, NestedSizes([0.25], distill=0.5), max_steps=40, check_val_every_n_epoch=10)
     alone = text_task(trained=False)
     fitted(alone, tmp_path, max_steps=40)
     with prefix(alone.backbone, 0.25):
@@ -301,9 +301,9 @@ def test_a_fit_with_nested_sizes_resumes_bit_for_bit(tmp_path, accumulate):
     settings = {"accumulate_grad_batches": accumulate, "enable_checkpointing": True}
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     whole, again = text_task(), text_task()
-    first = fitted(whole, tmp_path, *callbacks(), keep, max_steps=6, **settings)
+    first = fitted(whole, tmp_path, *callbacks(), keep, max_steps=8, **settings)
     assert param_tokens(whole)["qkv"] == 16
-    second = fitted(again, tmp_path, *callbacks(), max_steps=6, ckpt_path=tmp_path / "step=4.ckpt", **settings)
+    second = fitted(again, tmp_path, *callbacks(), max_steps=8, ckpt_path=tmp_path / "step=4.ckpt", **settings)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     names = {"val/loss", "val/loss@0.25", "val/loss@0.5"}
     assert all(first.callback_metrics[name] == second.callback_metrics[name] for name in names)
@@ -373,6 +373,21 @@ def test_a_compiled_task_compiles_once_per_size(tmp_path):
     frames = counter.frame_count
     fitted(task, tmp_path, NestedSizes([0.25, 0.5]), max_steps=6, limit_val_batches=0)
     assert frames == counter.frame_count == 3
+
+
+def test_a_cloud_model_contains_the_device_model(tmp_path):
+    """Growth by ``zero`` with everything else frozen: the device needs no update, and it is the cloud's draft."""
+    device = text_task()
+    cloud = copy.deepcopy(device)
+    growth = ParameterGrowthCallback({0: 16}, method="zero", freeze_old_steps=-1, freeze_rest=True)
+    fitted(cloud, tmp_path, growth, max_steps=8)
+    assert not torch.allclose(cloud(TOKENS), device(TOKENS), atol=1e-3)
+    with prefix(cloud.backbone, 8):
+        assert torch.equal(cloud(TOKENS), device(TOKENS))
+    shrink(cloud, 8)
+    assert all(torch.equal(value, cloud.state_dict()[name]) for name, value in device.state_dict().items())
+    with pytest.raises(ValueError, match="freeze_rest: true needs freeze_old_steps"):
+        ParameterGrowthCallback({0: 16}, freeze_rest=True)
 
 
 @pytest.mark.parametrize(
