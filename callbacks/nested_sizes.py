@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from callbacks.parameter_growth import ParameterGrowthCallback
@@ -22,6 +23,8 @@ from lit_tokenformer.tasks import LitTask
 
 ROWS_BYTES = 2**26
 """Maximum size of the logits of a chunk of rows in the distillation loss, in bytes."""
+RANKED_SAMPLES = 64
+"""Maximum number of samples of the first batch, in each process, that rank the units by importance."""
 
 
 class NestedSizes(Callback):
@@ -173,28 +176,27 @@ class NestedSizes(Callback):
             task.log(f"{stage}/loss@{size:g}", loss, batch_size=task.log_weight(int(count)), sync_dist=True)
 
     def _sort_units(self, trainer: Any, pl_module: LightningModule, batch: Any) -> None:
-        """Sort the units of each layer by importance for a batch, the most important first."""
+        """Sort the units of each layer by importance for a batch, the most important first.
+
+        Importance is the mean over samples of the size of the first-order effect. The signed mean vanishes in trained
+        weights, where the gradient does.
+        """
         for callback in trainer.callbacks:
             if isinstance(callback, ParameterGrowthCallback) and callback.events and callback.steps:
                 raise UserError(
                     "sort: the rows of an earlier growth are in use by ParameterGrowthCallback; set sort: false, or "
                     "list NestedSizes first"
                 )
-        tasks = _tasks(pl_module)
-        axes = [one for task in tasks.values() for one in planned_prefix(task.backbone, self._tokens(self.sizes[0]))]
-        parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        importance: dict[str, Tensor] = {}
         training = {part: part.training for part in pl_module.modules()}
         pl_module.eval()
         try:
             with trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
-                batches = batch if "" not in tasks else {"": batch}
-                losses = [task.feature_loss(*task.features(batches[name]))[0] for name, task in tasks.items()]
-                found = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+                for one in self._sample_importance(pl_module, batch):
+                    importance = {key: importance.get(key, 0) + value.abs() for key, value in one.items()}
         finally:
             for part, mode in training.items():
                 part.training = mode
-        gradient = {one: grad for one, grad in zip(parameters, found, strict=True) if grad is not None}
-        importance = unit_importance(pl_module, {one.axis.kind for one in axes}, gradient)
         flat = torch.cat(list(importance.values())).float().to(pl_module.device)
         shares = trainer.strategy.reduce(flat, reduce_op="mean").cpu().split([len(one) for one in importance.values()])
         order = {key: one.argsort(descending=True, stable=True) for key, one in zip(importance, shares, strict=True)}
@@ -203,6 +205,22 @@ class NestedSizes(Callback):
             if hasattr(callback, "on_unit_order"):
                 callback.on_unit_order(trainer, pl_module, order)
         rank_zero_info(f"Sorted the units of {len(order)} axes by their importance for the first batch")
+
+    def _sample_importance(self, pl_module: LightningModule, batch: Any) -> Iterator[dict[str, Tensor]]:
+        """Yield the importance of the units for single samples of a batch, for each task."""
+        tasks = _tasks(pl_module)
+        axes = [one for task in tasks.values() for one in planned_prefix(task.backbone, self._tokens(self.sizes[0]))]
+        kinds = {one.axis.kind for one in axes}
+        parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        for name, task in tasks.items():
+            own = batch[name] if name else batch
+            samples = min(RANKED_SAMPLES, *(len(leaf) for leaf in tree_leaves(own) if isinstance(leaf, Tensor)))
+            for number in range(samples):
+                sample = tree_map_only(Tensor, lambda leaf, place=number: leaf[place : place + 1], own)
+                loss, _ = task.feature_loss(*task.features(sample))
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradient = {one: grad for one, grad in zip(parameters, found, strict=True) if grad is not None}
+                yield unit_importance(pl_module, kinds, gradient)
 
 
 class _Recorded:
