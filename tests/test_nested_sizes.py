@@ -1,6 +1,7 @@
 """Smaller models inside a model: prefixes, shrinking, order by importance, and training of nested sizes."""
 
 import copy
+import json
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GrowingEMA, NestedSizes, ParameterGrowthCallback
@@ -121,7 +123,7 @@ def importance_of(model, kinds):
     loss = F.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
     gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {one: grad for one, grad in zip(parameters, gradient, strict=True) if grad is not None}
-    return unit_importance(model, kinds, found), loss
+    return unit_importance(model, kinds, found)
 
 
 @pytest.mark.parametrize("name", ["tokens", "heads", "hidden", "fc_tokens", "series"])
@@ -133,23 +135,20 @@ def test_an_order_preserves_the_function_and_the_next_steps(name):
     kinds = {"qkv", "proj", "ffn", "heads", "hidden"}
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (model, twin)]
 
-    def step(one, optimizer):
-        optimizer.zero_grad()
-        one(TOKENS).square().mean().backward()
-        optimizer.step()
+    def two_steps():
+        for one, optimizer in zip((model, twin) * 2, optimizers * 2, strict=True):
+            optimizer.zero_grad()
+            one(TOKENS).square().mean().backward()
+            optimizer.step()
 
-    for _ in range(2):
-        step(model, optimizers[0]), step(twin, optimizers[1])
-    importance, _ = importance_of(model, kinds)
+    two_steps()
+    importance = importance_of(model, kinds)
     assert len(importance) == sum(axis.kind in kinds for _, _, axis in find_axes(model))
     before = model(TOKENS)
     reorder_units(model, {key: one.argsort(descending=True) for key, one in importance.items()}, optimizers[:1])
     torch.testing.assert_close(model(TOKENS), before, rtol=1e-9, atol=1e-9)
-    for _ in range(2):
-        step(model, optimizers[0]), step(twin, optimizers[1])
+    two_steps()
     torch.testing.assert_close(model(TOKENS), twin(TOKENS), rtol=1e-9, atol=1e-9)
-    sorted_now, _ = importance_of(model, kinds)
-    assert sorted_now.keys() == importance.keys()
 
 
 def test_importance_is_the_formula_of_the_contributions():
@@ -218,12 +217,7 @@ def text_task(optimizer=adamw, trained=True, **settings):
     seed_everything(0, verbose=False)
     sizes = {"vocab_size": 32, "context_length": 16, "overrides": {**SIZES, **settings.pop("overrides", {})}}
     task = LitCausalLM("tokenformer_lm_tiny", **sizes, optimizer=optimizer, **settings)
-    return task if not trained else randomized_task(task)
-
-
-def randomized_task(task):
-    randomized(task)
-    return task
+    return randomized(task) if trained else task
 
 
 def fitted(task, folder, *callbacks, data=None, ckpt_path=None, **settings):
@@ -340,12 +334,10 @@ def test_images_and_masked_text_and_several_tasks(tmp_path):
         data = DataLoader(data, batch_size=8)
         trainer = fitted(task, tmp_path, NestedSizes([0.5], kinds=kinds), data=(data, data), max_epochs=2)
         assert trainer.callback_metrics[name].isfinite(), type(task)
-    tasks = {"digits": partial(LitImageClassifier, **image), "prose": partial(LitCausalLM, 32, 16)}
-    tasks["prose"] = partial(LitCausalLM, vocab_size=32, context_length=16)
+    prose = partial(LitCausalLM, vocab_size=32, context_length=16)
+    tasks = {"digits": partial(LitImageClassifier, **image), "prose": prose}
     task = LitMultiTask("tokenformer_lm_tiny", tasks=tasks, **given)
     shared = {"digits": DataLoader(images, batch_size=8), "prose": loader()}
-    from lightning.pytorch.utilities import CombinedLoader
-
     val = CombinedLoader(list(shared.values()), "sequential")
     data = CombinedLoader(shared, "min_size"), val
     trainer = fitted(task, tmp_path, NestedSizes([0.5]), data=data, max_epochs=1, max_steps=2)
@@ -369,6 +361,7 @@ def test_the_distillation_loss_is_the_divergence_at_the_known_targets(monkeypatc
     torch.testing.assert_close(torch.autograd.grad(in_chunks, task.backbone.head.weight)[0], slope)
 
 
+@pytest.mark.slow
 def test_a_compiled_task_compiles_once_per_size(tmp_path):
     from torch._dynamo.testing import CompileCounter  # imported late: it costs a second
 
@@ -418,3 +411,16 @@ def test_averages_and_growth_that_cannot_follow_the_order_are_refused(tmp_path):
     growth = ParameterGrowthCallback({0: 16}, freeze_old_steps=-1)
     with pytest.raises(ValueError, match="sort: the rows of an earlier growth are in use"):
         fitted(text_task(), tmp_path, growth, NestedSizes([0.5]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text_cache")
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    from benchmarks import nested_sizes
+
+    monkeypatch.setattr("sys.argv", ["nested_sizes", "--smoke", "--output", str(tmp_path / "found.json")])
+    nested_sizes.main()
+    found = json.loads((tmp_path / "found.json").read_text())["seeds"]["0"]
+    assert {"whole", "nested", "alone@0.25", "alone@0.5", "flops"} == found.keys()
+    assert found["flops"]["nested"] < found["flops"]["separate"]
+    assert "val/loss@0.25" in found["nested"] and "seed 0 whole: val/loss" in capsys.readouterr().out

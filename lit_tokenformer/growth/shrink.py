@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,17 +88,17 @@ def prefix(module: nn.Module, tokens: Prefix) -> Iterator[None]:
         >>> layer.num_tokens
         16
     """
-    whole = []
+    whole: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
     for (owner, attribute), tensor in prefix_tensors(planned_prefix(module, tokens)).items():
-        store = owner._buffers if attribute in owner._buffers else owner._parameters
+        store: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
         whole.append((store, attribute, store[attribute], tensor))
     try:
         for store, attribute, _, tensor in whole:
-            store[attribute] = tensor  # type: ignore[assignment]  # a view, differentiable in the parameter
+            store[attribute] = tensor  # a view, differentiable in the parameter
         yield
     finally:
         for store, attribute, tensor, _ in whole:
-            store[attribute] = tensor  # type: ignore[assignment]
+            store[attribute] = tensor
 
 
 def planned_prefix(module: nn.Module, tokens: Prefix, setting: str = "tokens") -> list[PlannedGrowth]:
@@ -194,7 +195,7 @@ def _place(part: nn.Module, tensor: Tensor) -> tuple[nn.Module, str]:
 
 
 def unit_importance(
-    module: nn.Module, kinds: Iterable[str], gradient: Mapping[nn.Parameter, Tensor]
+    module: nn.Module, kinds: Iterable[str], gradient: Mapping[Any, Tensor]
 ) -> dict[str, Tensor]:
     """Estimate the increase of the loss when a unit is removed, to first order.
 
@@ -250,8 +251,8 @@ def reorder_units(module: nn.Module, order: Order, optimizers: Iterable[torch.op
                 raise UserError(f"sort: {f'{name}.{tensor.name}'.lstrip('.')} is shared by several layers")
             moves[place] = entries.flatten()
     states = [optimizer.state for optimizer in optimizers]
-    for (tensor, dim), index in moves.items():
-        index = index.to(tensor.device)
-        for one in (tensor, *(value for state in states for value in state.get(tensor, {}).values())):
-            if isinstance(one, Tensor) and one.ndim == tensor.ndim and one.shape[dim] == len(index):
+    for (moved, dim), index in moves.items():
+        kept = [value for state in states for value in state.get(moved, {}).values() if isinstance(value, Tensor)]
+        for one in (moved, *kept):
+            if one.ndim == moved.ndim and one.shape[dim] == len(index):
                 one.copy_(one.index_select(dim, index.to(one.device)))

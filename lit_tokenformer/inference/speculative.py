@@ -109,7 +109,7 @@ def speculate_tokens(
     request = prepare(model, prompts, max_new_tokens, sampling, vocab_size, seed)
     check_draft(model, draft, request.size)
     counts = Speculation() if counts is None else counts
-    generators = request.generators or [None] * len(request.rows)
+    generators: list[torch.Generator | None] = [*request.generators] or [None] * len(request.rows)
     rows = [
         _Row(model, draft, ids.tolist(), limit, sampling, request.size, generator, draft_length, counts)
         for ids, limit, generator in zip(request.rows, request.limits, generators, strict=True)
