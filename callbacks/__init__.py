@@ -4,6 +4,7 @@ from callbacks.adapter import AdapterCallback
 from callbacks.error_log import ErrorLog
 from callbacks.growing_ema import GrowingEMA
 from callbacks.loss_guard import LossGuard
+from callbacks.nested_sizes import NestedSizes
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.patch_drop_schedule import PatchDropSchedule
 from callbacks.prediction_writer import PredictionWriter
@@ -16,6 +17,7 @@ __all__ = [
     "ErrorLog",
     "GrowingEMA",
     "LossGuard",
+    "NestedSizes",
     "ParameterGrowthCallback",
     "PatchDropSchedule",
     "PredictionWriter",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
+from lit_tokenformer.growth.shrink import Order, reorder_units
 
 
 class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
@@ -104,6 +105,11 @@ class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
         assert self._average_model is not None
         average: Any = self._average_model.module
         grow(average, event["after"], event["method"], noise=event["noise"], seed=event["seed"])
+
+    def on_unit_order(self, trainer: Trainer, pl_module: LightningModule, order: Order) -> None:
+        """Reorder the units of the average like the model's; see :class:`~callbacks.NestedSizes`."""
+        assert self._average_model is not None
+        reorder_units(self._average_model.module, order)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Defer the swap to ``on_fit_end``: a checkpoint saved in between contains the trained weights too."""

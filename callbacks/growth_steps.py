@@ -28,6 +28,7 @@ class StepSettings:
     freeze_old_steps: int = 0
     old_updates: float = 0.0
     rewarm_steps: int = 0
+    freeze_rest: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps)
@@ -87,7 +88,9 @@ def add_step_hooks(
         new, old = settings.shares(trainer.global_step - event["step"])
         if new < 1 or old < 1:
             owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for parameter, is_new in new_entries(pl_module, event).items():
+            rest = owned if settings.freeze_rest else set()
+            masks = {parameter: torch.zeros((), dtype=torch.bool, device=parameter.device) for parameter in rest}
+            for parameter, is_new in {**masks, **new_entries(pl_module, event)}.items():
                 if parameter in owned:
                     now = local(parameter)
                     held.append((now, now.clone(), torch.where(is_new, new, old).to(now)))

@@ -78,6 +78,9 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         min_delta: Minimum decrease of the loss that counts as an improvement for ``plateau``, in nats.
         threshold: Share of the steepest slope at which ``slope`` fires, between 0 and 1.
         cooldown: Optimizer steps after the start and after each growth whose loss is ignored by the trigger.
+        freeze_rest: Whether to freeze parameters that do not grow as long as old rows are frozen: embeddings, norms and
+            heads. With ``zero`` and ``freeze_old_steps: -1``, the model before the growth stays a prefix of the grown
+            one, bit for bit.
 
     Raises:
         ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
@@ -114,6 +117,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         min_delta: float = 0.01,
         threshold: float = 0.5,
         cooldown: int = 100,
+        freeze_rest: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -139,6 +143,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
                 raise UserError(f"{setting}: expected at least {least}, got {number}")
         if old_updates > 1:
             raise UserError(f"old_updates: expected at most 1, got {old_updates}")
+        if freeze_rest and not freeze_old_steps:
+            raise UserError("freeze_rest: true needs freeze_old_steps (expected -1 or a number of steps)")
         if growth_method(method).rows(1, 2).copies > 1 and noise == 0:
             raise UserError("noise: 0 keeps the copies of a split identical (expected more than 0)")
         self.schedule = _checked_schedule(schedule, unit)
@@ -146,7 +152,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         self.method = method
         self.noise = noise
         self.new_state = new_state
-        self.steps = StepSettings(tau_steps, ramp_steps, freeze_old_steps, old_updates, rewarm_steps)
+        self.steps = StepSettings(tau_steps, ramp_steps, freeze_old_steps, old_updates, rewarm_steps, freeze_rest)
         self.seed = seed
         self.check = check
         self.trigger = trigger

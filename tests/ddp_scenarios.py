@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from callbacks import GrowingEMA, ParameterGrowthCallback, PatchDropSchedule
+from callbacks import GrowingEMA, NestedSizes, ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.data import ImageDataModule, TextDataModule
 from lit_tokenformer.data.images.datasets import StreamImages
 from lit_tokenformer.data.resumable import ResumableStreamLoader
@@ -212,6 +212,9 @@ SCENARIOS = {
         task=partial(image_task, patch_drop_rate=0.5),
         callbacks=[partial(PatchDropSchedule, {1: 0.25, 2: 0.0})],
         resumed=True,
+    ),
+    "nested": Scenario(  # each process ranks the units by its own batch
+        callbacks=[partial(NestedSizes, [0.25, 0.5], distill=0.5), AVERAGED], like="nested", resumed=True
     ),
     "nothing_averaged": Scenario(hook=noop_hook),
 }

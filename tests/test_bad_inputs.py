@@ -328,6 +328,20 @@ COMMANDS = [
         lambda given: [*on("image.ckpt", "grow", "--tokens", "16", "--output")(given), given.file("x")],
         "output: .* exists already",
     ),
+    (
+        "shrink_to_more",
+        on("image.ckpt", "shrink", "--tokens", "16"),
+        "tokens: qkv .* would grow from 8 to 16; use grow",
+    ),
+    ("shrink_to_none", on("image.ckpt", "shrink", "--tokens", "0.01"), "tokens: 0.01 of 8 qkv .* leaves none"),
+    ("shrink_depth", on("image.ckpt", "shrink", "--tokens", "{depth: 1}"), "tokens: depth cannot shrink"),
+    ("draft_of_no_tokens", on("text.ckpt", "generate", "--draft_tokens", "0.01"), "draft_tokens: .* leaves none"),
+    ("draft_length", on("text.ckpt", "generate", "--draft_tokens", "0.5", "--draft_length", "0"), "draft_length: "),
+    (
+        "draft_of_images",
+        lambda given: [*on("text.ckpt", "generate", "--draft")(given), str(given.made / "image.ckpt")],
+        "image.ckpt",
+    ),
     ("export_output_not_writable", on("text.ckpt", "export", "--output", "/proc/no/x"), "output: cannot write"),
     (
         "import_empty_folder",

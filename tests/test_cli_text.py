@@ -11,6 +11,7 @@ import yaml
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.preflight import use_saved_tokenizer
 from lit_tokenformer.data import ImageDataModule, MaskedTextDataModule, MultiTaskDataModule, TextDataModule, Tokenizer
+from lit_tokenformer.growth import shrink
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitCausalLM
 
@@ -102,6 +103,46 @@ def test_what_was_trained_writes_grows_and_is_exported_and_imported(fitted, tmp_
     for path in (tmp_path / "new/grown.ckpt", tmp_path / "again.ckpt"):
         assert run("generate", "--ckpt_path", path, *args) == 0
         assert json.loads(capsys.readouterr().out)["completion"] == written["completion"]
+
+
+def test_a_shrunk_checkpoint_is_an_ordinary_one(fitted, tmp_path, capsys):
+    small = tmp_path / "device.ckpt"
+    assert run("shrink", "--ckpt_path", last(fitted), "--tokens", 4, "--output", small) == 0
+    assert "qkv 16 -> 4, proj 16 -> 4, ffn 64 -> 16 tokens" in capsys.readouterr().out
+    assert run("shrink", "--ckpt_path", last(fitted), "--tokens", 0.25, "--output", tmp_path / "share.ckpt") == 0
+    task = LitCausalLM.load_from_checkpoint(last(fitted), weights_only=True)
+    shrink(task, 4)
+    for path in (small, tmp_path / "share.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
+    assert run("export", "--ckpt_path", small, "--output", tmp_path / "published") == 0
+    assert run("import", "--source", tmp_path / "published", "--output", tmp_path / "again.ckpt") == 0
+    assert run("grow", "--ckpt_path", small, "--tokens", 8, "--output", tmp_path / "grown.ckpt") == 0
+    texts = set()
+    args = ["--prompt", "The import", "--max_new_tokens", 8, "--temperature", 0, "--format", "json"]
+    for path in (small, tmp_path / "again.ckpt", tmp_path / "grown.ckpt"):
+        capsys.readouterr()
+        assert run("generate", "--ckpt_path", path, *args) == 0
+        texts.add(json.loads(capsys.readouterr().out)["completion"])
+    assert len(texts) == 1
+    assert run("generate", "--ckpt_path", last(fitted), *args) == 0
+    alone = json.loads(capsys.readouterr().out)["completion"]
+    for draft in (["--draft", small], ["--draft_tokens", 0.25, "--draft_length", 2]):
+        assert run("generate", "--ckpt_path", last(fitted), *args, *draft) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["completion"] == alone
+        assert re.search(r"note: [\d.]+ calls of the model per 100 tokens \(\d+ for 8\)", shown.err)
+    assert run("generate", "--ckpt_path", last(fitted), *args, "--draft", small, "--draft_tokens", 4) == 2
+    assert "draft_tokens: conflicts with draft" in capsys.readouterr().err
+    where = ["--trainer.default_root_dir", tmp_path, "--model.overrides.param_tokens", 4, "--trainer.max_steps", 3]
+    assert run("fit", "--config", config(tmp_path), *where, "--init_from", small) == 0
+    for tokens, problem in (
+        (32, "tokens: qkv of layer 'backbone.blocks.0.attn.query' would grow"),
+        (0.01, "leaves none"),
+    ):
+        assert run("shrink", "--ckpt_path", last(fitted), "--tokens", tokens, "--output", tmp_path / "no.ckpt") == 2
+        assert problem in capsys.readouterr().err.splitlines()[-1]
+    assert run("shrink", "--ckpt_path", last(fitted), "--tokens", 4, "--output", small) == 2
 
 
 def test_any_text_is_validated_on_but_not_with_another_tokenizer(fitted, tmp_path, capsys):

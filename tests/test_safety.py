@@ -73,6 +73,7 @@ def test_the_payload_works(tmp_path):
 
 COMMANDS = {
     "grow": ["grow", "--tokens", "16"],
+    "shrink": ["shrink", "--tokens", "4"],
     "split": ["split", "--output", "out"],
     "export": ["export", "--output", "out"],
     "generate": ["generate"],

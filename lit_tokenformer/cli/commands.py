@@ -1,7 +1,8 @@
-"""Commands that change checkpoints: grow and split."""
+"""Commands that change checkpoints: grow, shrink and split."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
 from lit_tokenformer.cli.weights import export_weights, import_weights, new_folder  # noqa: F401  (commands too)
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import grow, grow_with_optimizers
+from lit_tokenformer.growth import grow, grow_with_optimizers, shrink
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
-from lit_tokenformer.models import Tokens
+from lit_tokenformer.models import TokenformerConfig, Tokens
+from lit_tokenformer.models.axes import axis_sizes
+from lit_tokenformer.models.config import KINDS
+from lit_tokenformer.registry import POSITIONS
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -88,6 +92,55 @@ def grow_checkpoint(
     pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items()}
     print(f"{target}: {describe_sizes(pairs)}")
     return target
+
+
+def shrink_checkpoint(ckpt_path: str, tokens: Tokens | float, output: str | None = None) -> Path:
+    """Shrink a checkpoint to its first units, the inverse of "grow"; for models trained with callbacks.NestedSizes.
+
+    The result works with generate, evaluate, export, grow and fit --init_from; a fit from it starts at epoch 0 with a
+    fresh optimizer. The weights are the moving average where the fit has one.
+
+    Args:
+        ckpt_path: Path to a checkpoint of a fit.
+        tokens: Total size that remains: a number n of parameter tokens (qkv n, proj n, ffn 4n), totals by kind,
+            {qkv: n, proj: n, ffn: m, hidden: h, heads: H}, or a share such as 0.25.
+        output: Path of the smaller checkpoint; defaults to CKPT_PATH with "-shrunk" appended to its stem.
+
+    Returns:
+        Path of the smaller checkpoint.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, if no unit or more than the present ones would remain, or if the
+            output already exists.
+    """
+    target = Path(output) if output else Path(ckpt_path).with_name(f"{Path(ckpt_path).stem}-shrunk.ckpt")
+    if target.exists():
+        raise UserError(f"output: {target} exists already")
+    checkpoint = read_checkpoint(ckpt_path, optimizers=False)
+    task = rebuild_task(ckpt_path, checkpoint)
+    before = axis_sizes(task)
+    shrink(task, tokens)
+    after = axis_sizes(task)
+    changed = {kind: size for kind, size in after.items() if size < before[kind] or kind in KINDS}
+    _describe_size(task, next(iter(task.backbones.values())).config, changed)
+    write_checkpoint(fresh_checkpoint(task, task.state_dict()), target)
+    pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items() if now < before[kind]}
+    print(f"{target}: {describe_sizes(pairs)}")
+    return target
+
+
+def _describe_size(task: tasks.LitTask, config: TokenformerConfig, size: dict[str, int]) -> None:
+    """Set a task's arguments to a smaller size than that of its config.
+
+    Raises:
+        UserError: If the config cannot describe it.
+    """
+    if "heads" in size and POSITIONS[config.positions].bias is not None:
+        raise UserError("tokens: heads cannot shrink with positions 'alibi', whose slopes depend on their number")
+    given, smaller = asdict(config), asdict(config.at_size(size))
+    changed = {name: value for name, value in smaller.items() if value != given[name]}
+    task.hparams["overrides"] = {**task.hparams["overrides"], **changed}
+    task.hparams.update({name: None for name in ("match", "match_to") if name in task.hparams})
 
 
 def split_checkpoint(ckpt_path: str, output: str) -> Path:

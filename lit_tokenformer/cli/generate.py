@@ -14,6 +14,7 @@ from lit_tokenformer.adapters import read_adapter_config
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
+from lit_tokenformer.models import Tokens
 
 
 def generate_text(
@@ -34,6 +35,9 @@ def generate_text(
     batch_size: int = 8,
     quantize: str | None = None,
     adapter: str | list[str] | None = None,
+    draft: str | None = None,
+    draft_tokens: Tokens | float | None = None,
+    draft_length: int = 4,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -58,6 +62,10 @@ def generate_text(
         quantize: Weight-only quantization: "int8", by torchao.
         adapter: Adapters, NAME=FOLDER or FOLDER: one for all prompts, or one per prompt in their order. "none" is the
             model alone; "auto" picks that with the least loss on the prompt, or none, of those given with it.
+        draft: Path to a checkpoint of a smaller model with the same tokenizer, for speculative decoding: it proposes
+            tokens, which the model checks several at once. The text is a sample of the model alone.
+        draft_tokens: Use the first units of the model itself as the draft: a size, as in "shrink".
+        draft_length: Tokens that the draft proposes before each call of the model.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -72,6 +80,10 @@ def generate_text(
         raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     if output is not None and Path(output).exists():
         raise UserError(f"output: {output} exists already")
+    if draft is not None and draft_tokens is not None:
+        raise UserError("draft_tokens: conflicts with draft (expected one of them)")
+    if draft_length < 1:
+        raise UserError(f"draft_length: expected a whole number of at least 1, got {draft_length}")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
@@ -79,6 +91,9 @@ def generate_text(
     if prompts is None:
         adapters.check(prompt)
     generator = TextGenerator.load(ckpt_path, device, quantize=quantize, adapters=adapters.folders)
+    if draft is not None or draft_tokens is not None:
+        smaller: Any = draft_tokens if draft is None else TextGenerator.load(draft, device)
+        generator.use_draft(smaller, draft_length)
     if prompts not in (None, "-") and not Path(prompts).is_fifo():
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass
@@ -86,6 +101,7 @@ def generate_text(
         if prompts is not None:
             settings = max_new_tokens, sampling, stop
             _continue_rows(generator, prompts, batch_size, settings, seed, write, adapters)
+            _note_speculation(generator)
             return
         adapters.select(generator, prompt if isinstance(prompt, list) and prompt else [str(prompt or "")])
         number, printed = 0, 0  # the current prompt, and its characters printed so far
@@ -102,6 +118,12 @@ def generate_text(
             length = generator.backbone.config.context_length
             name = "" if len(completions) == 1 else f"prompt {number}: "
             print(f"note: {name}stopped at the context length of {length} tokens", file=sys.stderr)
+    _note_speculation(generator)
+
+
+def _note_speculation(generator: TextGenerator) -> None:
+    if generator.speculation.calls:
+        print(f"note: {generator.speculation}", file=sys.stderr)
 
 
 class AdapterChoice:

@@ -31,6 +31,7 @@ from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
     import_weights,
+    shrink_checkpoint,
     split_checkpoint,
 )
 from lit_tokenformer.cli.compare import compare_presets
@@ -81,6 +82,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate_checkpoint,
     "compare": compare_presets,
     "grow": grow_checkpoint,
+    "shrink": shrink_checkpoint,
     "split": split_checkpoint,
     "import": import_weights,
     "export": export_weights,

@@ -154,6 +154,8 @@ def check_monitors(trainer: Trainer, task: LightningModule) -> None:
         return
     known = {*task.logged_metrics(), *(f"size/tokens_{kind}" for kind in param_tokens(task))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        known |= callback.logged_metrics(task) if hasattr(callback, "logged_metrics") else set()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or monitor is None:
             continue

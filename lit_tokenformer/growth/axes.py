@@ -183,7 +183,7 @@ def grow_one_by_one(
     plan = planned_rows(module, targets, method)
     for one in plan:
         _check_replaceable(one)
-    _check_ties(module, plan)
+    check_shared(module, plan)
     tensors = [(one, tensor.of(one.part)) for one in plan for tensor in one.axis.tensors]
     for device in {tensor.device for _, tensor in tensors}:
         needed = sum(_added(tensor, one.rows) for one, tensor in tensors if tensor.device == device)
@@ -257,8 +257,8 @@ def _check_replaceable(one: PlannedGrowth) -> None:
             raise UserError(f"tokens: {name} has hooks that growth would lose; remove them first")
 
 
-def _check_ties(module: nn.Module, plan: Iterable[PlannedGrowth]) -> None:
-    """Reject a growing parameter that is tied to one that does not grow in the same way."""
+def check_shared(module: nn.Module, plan: Iterable[PlannedGrowth]) -> None:
+    """Reject a resized parameter that is tied to one that is not resized in the same way."""
     ways: dict[tuple[nn.Module, str], set[tuple[int, str, int, Rows]]] = {}
     for one in plan:
         for tensor in one.axis.tensors:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from lit_tokenformer.models.backbone import Tokenformer
 ENDED = -1
 """Placeholder for the token id of a row that has already ended."""
 
-_NOT_FINITE = -2
+NOT_FINITE = -2
+"""Placeholder for the token id of a row with NaN scores."""
 _NUCLEUS = 1024  # most nuclei are smaller, and this top-k takes a sixth of the time of sorting 50,304
 
 
@@ -125,7 +127,7 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     reached = reached.masked_fill(probabilities == 0, -1)
     end = reached.amax(dim=-1)
     found = (reached > (uniform.to(scores) * end)[:, None]).byte().argmax(dim=-1)  # the first
-    return torch.where(end > 0, found, _NOT_FINITE)
+    return torch.where(end > 0, found, NOT_FINITE)
 
 
 def generate_tokens(
@@ -168,6 +170,39 @@ def generate_tokens(
         >>> len(list(generate_tokens(model, [[1, 2, 3], [4]], max_new_tokens=6)))
         6
     """
+    rows, limits, size, generators = prepare(model, prompts, max_new_tokens, sampling, vocab_size, seed)
+    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
+
+
+class Request(NamedTuple):
+    """Checked arguments of a decoding.
+
+    Args:
+        rows: Token ids of each prompt, (T,) int64.
+        limits: Maximum number of new tokens of each row.
+        size: Number of token ids to sample from.
+        generators: Random generator of each row; none for greedy decoding.
+    """
+
+    rows: list[Tensor]
+    limits: list[int]
+    size: int
+    generators: list[torch.Generator]
+
+
+def prepare(
+    model: Tokenformer,
+    prompts: Sequence[Tensor | Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    vocab_size: int | None,
+    seed: int | Sequence[int] | None,
+) -> Request:
+    """Check the arguments of :func:`generate_tokens`.
+
+    Raises:
+        UserError: If they do not match the model.
+    """
     config = model.config
     check_causal_lm(model)
     if isinstance(max_new_tokens, bool) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
@@ -195,7 +230,7 @@ def generate_tokens(
     generators = [] if sampling.greedy else [_row_generator(*place) for place in places]
     limit = config.length_limit
     limits = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in rows]
-    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
+    return Request(rows, limits, size, generators)
 
 
 def check_causal_lm(model: Tokenformer) -> None:
@@ -203,6 +238,12 @@ def check_causal_lm(model: Tokenformer) -> None:
     if model.config.head != "language" or not model.config.causal:
         kind = f"head: {model.config.head}, causal: {str(model.config.causal).lower()}"
         raise UserError(f"model: not a causal language model (got {kind})")
+
+
+def check_finite(tokens: Collection[int], name: str = "model") -> None:
+    """Reject token ids drawn from non-finite logits with a ``UserError``."""
+    if NOT_FINITE in tokens:
+        raise UserError(f"{name}: non-finite logits; the weights may come from a diverged fit")
 
 
 class _Reader:
@@ -265,8 +306,7 @@ def _generate(
         for count in range(1, max(limits) + 1):
             tokens = _next_tokens(read, tokens, sampling, seen, vocab_size, generators)  # (B, 1)
             chosen = tokens[:, 0].tolist()
-            if _NOT_FINITE in chosen:
-                raise UserError("model: non-finite logits; the weights may come from a diverged fit")
+            check_finite(chosen)
             chosen = [token if lives else ENDED for token, lives in zip(chosen, alive, strict=True)]
             alive = [
                 lives and token not in stop and count < limit
@@ -294,7 +334,7 @@ def _next_tokens(
     scores = sampling.scores(logits, None if seen is None else seen[:, :vocab_size])
     if sampling.greedy:
         best, chosen = scores.max(dim=-1)
-        chosen = torch.where(best.isfinite(), chosen, _NOT_FINITE)
+        chosen = torch.where(best.isfinite(), chosen, NOT_FINITE)
     else:
         uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
         chosen = draw(scores, uniform.to(logits.device))

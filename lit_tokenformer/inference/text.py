@@ -10,6 +10,8 @@ Example:
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +28,11 @@ from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.data.text.vocabulary import read_text
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.growth import shrink
+from lit_tokenformer.growth.shrink import Prefix
 from lit_tokenformer.inference.quantization import quantize as quantize_weights
 from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
+from lit_tokenformer.inference.speculative import Speculation, check_draft, speculate_tokens
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.tasks.rebuild import rebuild_task
@@ -86,6 +91,30 @@ class TextGenerator:
             )
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self.speculation = Speculation()
+        """Counts of speculative decoding so far."""
+        self._draft: tuple[Tokenformer, int] | None = None
+
+    def use_draft(self, draft: TextGenerator | Prefix, length: int = 4) -> None:
+        """Decode with a smaller model that proposes tokens; see :mod:`~lit_tokenformer.inference.speculative`.
+
+        Args:
+            draft: Generator with the same tokenizer; or a size of this model, as in
+                :func:`~lit_tokenformer.growth.shrink`, whose first units are the draft.
+            length: Tokens that the draft proposes before each forward pass of the model.
+
+        Raises:
+            ValueError: If the draft has another tokenizer, or does not match the model.
+        """
+        if not isinstance(draft, TextGenerator):
+            smaller = copy.deepcopy(self.backbone)
+            shrink(smaller, draft, "draft_tokens")
+            draft = TextGenerator(smaller, self.tokenizer)
+        ours, theirs = self.tokenizer, draft.tokenizer
+        if ours.separator_id != theirs.separator_id or json.loads(ours.to_json()) != json.loads(theirs.to_json()):
+            raise UserError("draft: its tokenizer differs from the model's (expected the same vocabulary)")
+        check_draft(self.backbone, draft.backbone, self.tokenizer.size)
+        self._draft = draft.backbone, length
 
     @classmethod
     def load(
@@ -263,15 +292,13 @@ class TextGenerator:
             raise UserError("stop: expected texts of at least one character, got ''")
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = [_Row(self.tokenizer, text, stops) for text in texts]
-        steps = generate_tokens(
-            self.backbone,
-            [row.ids for row in rows],
-            max_new_tokens,
-            sampling,
-            stop=[self.tokenizer.separator_id],
-            vocab_size=self.tokenizer.size,
-            seed=seed,
-        )
+        stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
+        given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
+        if self._draft is None:
+            steps = generate_tokens(self.backbone, *given)
+        else:
+            draft, length = self._draft
+            steps = speculate_tokens(self.backbone, draft, *given, length, self.speculation)
         completions = [row.completion for row in rows]
         yield completions
         start = time.perf_counter()

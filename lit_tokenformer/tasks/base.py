@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -79,6 +79,8 @@ class LitTask(OptimizedTask):
         self._settings: dict[str, Any] | None = None  # of the fit
         self._resumed: dict[str, Any] | None = None  # settings of the resumed fit
         self._within: tuple[LitTask, str] | None = None
+        self.loss_terms: list[Callable[[LitTask, Any], Tensor]] = []
+        """Terms of callbacks, ``(task, batch) -> ()``, added to the training loss."""
 
     @staticmethod
     def make_backbone(preset: str, given: dict[str, Any], match: str | None, match_to: str | None) -> Tokenformer:
@@ -168,12 +170,29 @@ class LitTask(OptimizedTask):
         """Return the model's output for a batch, without loss, as one or several tensors; used to check growth."""
         raise NotImplementedError  # depends on the task's batch
 
+    def features(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Compute what the loss of a batch depends on: features (..., D) or logits, and their targets (...)."""
+        raise NotImplementedError  # depends on the task's batch
+
+    def feature_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | int]:
+        """Compute the mean loss of :meth:`features`, (), as in evaluation, and its number of items."""
+        raise NotImplementedError
+
+    def feature_logits(self, features: Tensor) -> Tensor:
+        """Compute the logits (..., C) of :meth:`features`."""
+        raise NotImplementedError
+
     def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """Compute the training loss plus auxiliary losses of the model's parts, each logged as ``train/aux/NAME``."""
+        """Compute the training loss plus auxiliary losses of the model's parts, each logged as ``train/aux/NAME``.
+
+        The terms of callbacks, in ``loss_terms``, are added as well.
+        """
         loss, count = self.training_loss(batch)
         for name, extra in self.backbone.take_aux_losses().items():
             self.log(f"train/aux/{name}", extra.detach())
             loss = loss + extra
+        for term in self.loss_terms:
+            loss = loss + term(self, batch)
         return loss, count
 
     def configure_model(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -147,14 +148,27 @@ class LitCausalLM(LitLanguageTask):
         ends = torch.eq(batch[:, :-1], self.separator_id)
         return ends.cumsum(dim=1) - ends.long()
 
+    def features(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the input of the vocabulary projection (B, T, D), and the next tokens (B, T)."""
+        features = self.backbone(batch[:, :-1].clamp_min(0), self._documents(batch), pre_logits=True)
+        return features, batch[:, 1:]
+
+    def feature_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        total, count = self._summed(features, target)
+        return total / count.clamp_min(1), count
+
+    def feature_logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.backbone.get_classifier().weight)  # type: ignore[arg-type]
+
     def _loss(self, batch: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Sum the loss over the predicted tokens of a batch (B, T + 1), and count them."""
-        features = self.backbone(batch[:, :-1].clamp_min(0), self._documents(batch), pre_logits=True)  # (B, T, D)
+        return self._summed(*self.features(batch), z_loss)
+
+    def _summed(self, features: Tensor, target: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         weight = self.backbone.get_classifier().weight
-        return linear_cross_entropy(features, weight, batch[:, 1:], z_loss)  # type: ignore[arg-type]
+        return linear_cross_entropy(features, weight, target, z_loss)  # type: ignore[arg-type]
 
     def _evaluate(self, batch: Tensor, stage: str) -> None:
-        loss, count = self._loss(batch)
-        weight = int(count)
-        mean, weight = loss / max(weight, 1), self.log_weight(weight)  # token means, independent of batches
+        mean, count = self.feature_loss(*self.features(batch))
+        weight = self.log_weight(int(count))  # token means, independent of batches
         self.log(f"{stage}/loss", mean, batch_size=weight, sync_dist=True, prog_bar=True)

@@ -184,10 +184,22 @@ class LitImageClassifier(LitTask):
             rank_zero_warn(f"data: images are transformed differently than in training: {values}")
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        loss, count = self.feature_loss(*self.features(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        return loss, count
+
+    def features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute logits (B, C), and the labels (B,) or (B, C)."""
         image, label = batch
-        loss = F.cross_entropy(self(image), label)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
-        return loss, len(image)
+        if self._class_map is not None:
+            label = self._class_map.to(label.device)[label]
+        return self(image), label
+
+    def feature_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        return F.cross_entropy(features, target), len(features)
+
+    def feature_logits(self, features: Tensor) -> Tensor:
+        return features
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_acc1, self.val_acc5)
@@ -250,16 +262,13 @@ class LitImageClassifier(LitTask):
         self.train(training)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> None:
-        image, label = batch
-        if self._class_map is not None:
-            label = self._class_map.to(label.device)[label]
-        logits = self(image)
+        logits, label = self.features(batch)
         acc1.update(logits, label)
         acc5.update(logits, label)
-        loss = F.cross_entropy(logits, label)
-        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=self.log_weight(len(image)))
-        self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=len(image))
-        self.log(f"{stage}/acc5", acc5, batch_size=len(image))
+        loss, count = self.feature_loss(logits, label)
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=self.log_weight(count))
+        self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=count)
+        self.log(f"{stage}/acc5", acc5, batch_size=count)
 
 
 # a lambda, so that the command line shows its body; named, so that `ddp_spawn` can pickle it

@@ -110,8 +110,8 @@ class LitMaskedLM(LitLanguageTask):
         return self(tokens[:1], lengths[:1])
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        features, labels = self._masked(batch)
-        loss = self._loss(features, labels) / max(len(labels), 1)
+        features, labels = self.features(batch)
+        loss, _ = self.feature_loss(features, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
         return loss, len(labels)
 
@@ -125,25 +125,27 @@ class LitMaskedLM(LitLanguageTask):
         loss = self.trainer.callback_metrics[self.metric(f"{stage}/loss")]
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
 
-    def _masked(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute the features (M, D) and the labels (M,) of the masked tokens."""
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute the input of the vocabulary projection (M, D), and the labels (M,) of the masked tokens."""
         tokens, labels, lengths = batch
         places = labels.flatten().ge(0).nonzero()[:, 0]
         features = self.backbone(tokens, lengths=lengths, places=places, pre_logits=True)
         return features, labels.flatten()[places]
 
-    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Sum the cross-entropy over masked tokens."""
+    def feature_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, int]:
         head: Any = self.backbone.head
-        total, _ = linear_cross_entropy(features, head.weight, labels, bias=head.bias)
-        return total
+        total, _ = linear_cross_entropy(features, head.weight, target, bias=head.bias)
+        return total / max(len(target), 1), len(target)
+
+    def feature_logits(self, features: Tensor) -> Tensor:
+        head: Any = self.backbone.head
+        return F.linear(features, head.weight, head.bias)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        features, labels = self._masked(batch)
-        head: Any = self.backbone.head
+        features, labels = self.features(batch)
         loss = hits = torch.zeros((), device=labels.device)
         for piece, label in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-            logits = F.linear(piece, head.weight, head.bias).float()  # (rows, V)
+            logits = self.feature_logits(piece).float()  # (rows, V)
             loss = loss + F.cross_entropy(logits, label, reduction="sum")
             hits = hits + (logits.argmax(dim=-1) == label).sum()
         count = max(len(labels), 1)
