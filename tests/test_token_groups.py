@@ -12,7 +12,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop.timm import write_timm
 from lit_tokenformer.interop.tokenformer import write_published
-from lit_tokenformer.interop.transformers import write_transformers
+from lit_tokenformer.interop.transformers_format import write_transformers
 from lit_tokenformer.models import Pattention, create_backbone
 from lit_tokenformer.models.token_groups import (
     BASE,

@@ -19,7 +19,7 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
 from lit_tokenformer.interop.engines import export_engine
 from lit_tokenformer.interop.native import NATIVE, write_image_data
-from lit_tokenformer.interop.transformers import write_tokenizer
+from lit_tokenformer.interop.transformers_format import write_tokenizer
 from lit_tokenformer.interop.weight_format import WEIGHTS, WeightFormat, local_source, recognize
 from lit_tokenformer.models import TokenformerConfig, list_presets, preset_config
 from lit_tokenformer.registry import ENGINES, WEIGHT_FORMATS
