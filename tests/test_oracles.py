@@ -16,7 +16,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from lit_tokenformer.interop.architectures import Architecture
-from lit_tokenformer.interop.timm import VIT
+from lit_tokenformer.interop.timm_format import VIT
 from lit_tokenformer.models import Tokenformer, create_backbone
 from lit_tokenformer.models.block import AugmentedShortcut
 from lit_tokenformer.models.pattention import series_activation

@@ -9,7 +9,7 @@ import torch
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
-import lit_tokenformer.interop.timm_models as registered
+import lit_tokenformer.interop.timm as registered
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import create_backbone
 

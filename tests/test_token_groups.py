@@ -10,7 +10,7 @@ from torch import nn
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
-from lit_tokenformer.interop.timm import write_timm
+from lit_tokenformer.interop.timm_format import write_timm
 from lit_tokenformer.interop.tokenformer import write_published
 from lit_tokenformer.interop.transformers_format import write_transformers
 from lit_tokenformer.models import Pattention, create_backbone

@@ -2,7 +2,7 @@
 
 from lit_tokenformer.interop.engines import export_engine, load_engine
 from lit_tokenformer.interop.native import load_native, read_native, write_native
-from lit_tokenformer.interop.timm import read_timm, write_timm
+from lit_tokenformer.interop.timm_format import read_timm, write_timm
 from lit_tokenformer.interop.tokenformer import load_published, read_published, write_published
 from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
 

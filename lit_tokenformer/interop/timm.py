@@ -1,268 +1,225 @@
-"""Weights of timm's plain vision transformers, in and out: ViT and DeiT without a distillation token.
+"""Tokenformer vision transformers in timm's model registry.
 
-A folder is what ``push_to_hf_hub`` and ``save_for_hf`` write: weights, and a ``config.json`` with the name of the
-architecture and its arguments. timm builds the architecture on the meta device, and it is compared, module by module,
-with the one that has our sizes, so that no option is overlooked.
+After ``import lit_tokenformer.interop.timm``, ``timm.create_model("tokenformer_vit_small_patch16_224")`` creates
+a model with timm's interface for vision transformers (``timm.models.vision_transformer``): feature extraction,
+layer-wise learning-rate decay, hub folders. It grows like any :class:`~lit_tokenformer.models.Tokenformer`. Scripts of
+timm run with the models registered by
+
+    python -m lit_tokenformer.interop.timm train.py --model tokenformer_vit_small_patch16_224 ...
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import runpy
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.interop.architectures import Architecture, check_lossless, fused, row
-from lit_tokenformer.interop.weight_format import (
-    CONFIG_FILE,
-    WEIGHTS,
-    ReadModel,
-    WeightFormat,
-    cast,
-    check_export,
-    check_no_groups,
-    find_weights,
-    read_json,
-)
-from lit_tokenformer.models import TokenformerConfig, preset_config
-from lit_tokenformer.registry import WEIGHT_FORMATS
-from lit_tokenformer.tensor_files import TensorFiles, write_tensors
+from lit_tokenformer.models import Pattention, Tokenformer, list_presets, preset_config
+from lit_tokenformer.models.mixers import Attention
+from lit_tokenformer.models.stems import PatchStem
 
-VIT = Architecture(
-    preset="vit_tiny_patch16_224",
-    fields=(),
-    classes=("classifier",),
-    bare=("features",),
-    rows=(
-        row("cls_token", "stem.cls_token"),
-        row("pos_embed", "stem.pos_embed"),
-        row("patch_embed.proj.*", "stem.patch_embed.proj.*"),
-        row("blocks.{i}.norm1.*", "blocks.{i}.norm1.*"),
-        row("blocks.{i}.norm2.*", "blocks.{i}.norm2.*"),
-        row("blocks.{i}.attn.qkv.*", "blocks.{i}.attn.query.* blocks.{i}.attn.key.* blocks.{i}.attn.value.*", fused()),
-        row("blocks.{i}.attn.proj.*", "blocks.{i}.attn.proj.*"),
-        row("blocks.{i}.mlp.fc1.*", "blocks.{i}.mlp.fc1.*"),
-        row("blocks.{i}.mlp.fc2.*", "blocks.{i}.mlp.fc2.*"),
-        row("norm.*", "norm.*"),
-        row("head.*", "head.fc.*"),
-    ),
-)
-
-EXPORTED = "vit_tiny_patch16_224"
-"""Name of an exported architecture, whose sizes are arguments."""
+for _part in (PatchStem, Pattention, Attention):  # their control flow depends on shapes
+    register_notrace_module(_part)
 
 ARGUMENTS = {
-    *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads"),
-    *("mlp_ratio", "qkv_bias", "qk_norm", "proj_bias", "init_values", "class_token", "no_embed_class", "reg_tokens"),
-    *("pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "pos_embed", "dynamic_img_size", "act_layer"),
-    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    "img_size": "image_size",
+    "embed_dim": "dim",
+    "drop_path_rate": "drop_path",
+    "proj_drop_rate": "dropout",
+    "attn_drop_rate": "attn_dropout",
 }
-"""Arguments that a ``config.json`` may pass to timm; others may read files."""
-
-_ACTIVATIONS = {
-    "GELU(approximate='none')": "gelu",
-    "GELU()": "gelu",
-    "GELU(approximate='tanh')": "gelu_tanh",
-    "GELUTanh()": "gelu_tanh",
-}
-_ACTIVATIONS |= {"SiLU()": "silu", "ReLU()": "relu"}
-_IGNORED = {"training", "grad_checkpointing", "fused_attn", "p", "dynamic_img_size", "strict_img_size", "output_fmt"}
-_IGNORED |= {"flatten", "weight_init_mode", "fix_init", "inplace", "drop_prob", "num_classes", "head_hidden_size"}
+"""Fields of the architecture by timm's names; other names are equal."""
 
 
-def read_timm(source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None) -> ReadModel:
-    """Load a vision transformer that timm wrote.
+class TokenformerViT(Tokenformer):
+    """Tokenformer with the interface of timm's vision transformers.
 
     Args:
-        source: Folder, weights file or index of sharded weights; safetensors are preferred.
-        config_json: Config of the architecture. Default: the ``config.json`` next to the weights.
+        preset: Preset name, see :func:`lit_tokenformer.models.list_presets`.
+        global_pool: Type of global pooling: ``token``, ``avg`` or ``""``.
+        drop_rate: Dropout rate before the classifier.
+        dynamic_img_size: Ignored: the model always accepts images of other sizes, with resampled positions.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+        arguments: Fields of the architecture by timm's or our names; ``None`` keeps the preset's value.
 
     Raises:
-        UserError: If a file cannot be read or contains pickled code, if the architecture is not a plain vision
-            transformer, or if a tensor is missing, unexpected or misshapen.
+        UserError: For an unknown field, an invalid value, or images that are not square.
     """
-    weights = find_weights(source)
-    path = Path(config_json) if config_json else weights.with_name(CONFIG_FILE)
-    given = read_json(path)
-    files = TensorFiles(weights, "source")
-    try:
-        theirs = _build(given, len(files.shapes))
-        config = _config(theirs)
-    except ValueError as error:
-        raise UserError(f"config_json: {path}: {error}") from None
-    try:
-        settings = {"architectures": ["classifier" if theirs.num_classes else "features"]}
-        state, notes = VIT.read_tensors(files, config, settings)
-    except ValueError as error:
-        raise UserError(f"source: {weights}: {str(error).removeprefix('source: ')}") from None
-    return ReadModel(config, state, tuple(notes))
 
+    def __init__(
+        self,
+        preset: str,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        dynamic_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        given = {ARGUMENTS.get(name, name): value for name, value in arguments.items()}
+        for name in ("image_size", "patch_size"):
+            if name in given:
+                given[name] = _side(name, given[name])
+        with torch.device(device or torch.get_default_device()):
+            super().__init__(preset_config(preset, global_pool=global_pool or "token", **given))
+            self.head_drop = nn.Dropout(drop_rate)
+            if not global_pool:
+                self.reset_classifier(self.num_classes, "")
+        self.to(dtype)
 
-def _build(given: Mapping[str, Any], tensors: int) -> VisionTransformer:
-    """Build timm's model of a ``config.json`` on the meta device.
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels and reduction of each block's output."""
+        size = self.config.patch_size
+        blocks = range(len(self.blocks))
+        return [{"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": size} for i in blocks]
 
-    Raises:
-        UserError: If it is unknown or not a plain vision transformer.
-    """
-    name, arguments = given.get("architecture"), given.get("model_args") or {}
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise UserError(f"architecture: unknown to timm (got {name!r})")
-    if not isinstance(arguments, dict):
-        raise UserError(f"model_args: expected keys and values, got {arguments!r}")
-    for key in arguments:
-        if key not in ARGUMENTS:
-            raise UserError(f"model_args: {key}: unsupported (got {arguments[key]!r})")
-    top = {"num_classes": given["num_classes"]} if "num_classes" in given else {}  # the rest is information
-    if isinstance(arguments.get("depth", 1), int) and arguments.get("depth", 1) > tensors:
-        raise UserError(f"model_args: depth: {arguments['depth']} blocks, but only {tensors} tensors")
-    try:
-        with torch.device("meta"):
-            theirs = timm.create_model(name, pretrained=False, **{**top, **arguments})
-    except Exception as error:  # of any kind, for invalid arguments
-        raise UserError(f"model_args: timm cannot build {name} ({' '.join(str(error).split())})") from None
-    if type(theirs) is not VisionTransformer:
-        raise UserError(
-            f"architecture: unsupported (got {name!r}, a {type(theirs).__name__}, expected a VisionTransformer)"
+    @property
+    def global_pool(self) -> str:
+        """Type of global pooling."""
+        return str(self.head.global_pool)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Images (B, C, height, width) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, T, D) -> logits (B, num_classes), or the pooled features (B, D) with ``pre_logits``."""
+        x = self.head_drop(self.head(x, pre_logits=True))
+        return x if pre_logits else self.get_classifier()(x)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Return the outputs of blocks (DINO's interface).
+
+        Args:
+            x: Images, (B, C, height, width).
+            n: Last n blocks if int, else their indices.
+            reshape: Return feature maps (B, D, rows, columns) instead of sequences (B, T, D).
+            return_prefix_tokens: Return pairs of patches and prefix tokens.
+            norm: Apply the final norm.
+        """
+        return self.forward_intermediates(
+            x,
+            indices=n if isinstance(n, int) else list(n),
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
         )
-    return theirs
+
+    def forward_intermediates(self, x: Tensor, *args: Any, output_dict: bool = False, **kwargs: Any) -> Any:
+        """Forward features and return intermediates, see :meth:`Tokenformer.forward_intermediates`.
+
+        Args:
+            x: Images, (B, C, height, width).
+            args: Arguments of the base class.
+            output_dict: Return a dictionary with ``image_intermediates``, ``image_intermediates_prefix`` (with
+                ``return_prefix_tokens``) and ``image_features``.
+            kwargs: Arguments of the base class.
+
+        Raises:
+            UserError: For an attention mask, which image models do not support.
+        """
+        if kwargs.pop("attn_mask", None) is not None:
+            raise UserError("attn_mask: unsupported by an image model")
+        found = super().forward_intermediates(x, *args, **kwargs)
+        if not output_dict:
+            return found
+        features, layers = (None, found) if kwargs.get("intermediates_only") else found
+        pairs = bool(kwargs.get("return_prefix_tokens"))
+        named: dict[str, Any] = {"image_intermediates": [one[0] for one in layers] if pairs else layers}
+        if pairs:
+            named["image_intermediates_prefix"] = [one[1] for one in layers]
+        return named if features is None else {**named, "image_features": features}
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image and patch size; positions and patch embedding are resampled.
+
+        Args:
+            img_size: Image size in pixels.
+            patch_size: Patch size in pixels.
+        """
+        stem, was = self.stem, self.stem.grid_size
+        stem.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        stem.grid_size = stem.patch_embed.grid_size
+        if stem.grid_size != was:
+            positions = resample_abs_pos_embed(
+                stem.pos_embed,
+                new_size=list(stem.grid_size),
+                old_size=list(was),
+                num_prefix_tokens=self.num_prefix_tokens,
+            )
+            stem.pos_embed = nn.Parameter(positions.detach())
 
 
-def _config(theirs: Any) -> TokenformerConfig:
-    """Derive our architecture from timm's.
-
-    Raises:
-        UserError: For a part of the model that ours does not have.
-    """
-    block: Any = theirs.blocks[0]
-    embed: Any = theirs.patch_embed
-    try:
-        activation = _ACTIVATIONS.get(repr(block.mlp.act), repr(block.mlp.act))
-        hidden, heads, eps = block.mlp.fc1.out_features, block.attn.num_heads, block.norm1.eps
-        size, patch, channels = embed.img_size, embed.patch_size, embed.proj.in_channels
-    except AttributeError as error:
-        raise UserError(f"architecture: unsupported part ({error})") from None
-    for name, pair in (("img_size", size), ("patch_size", patch)):
-        if pair[0] != pair[1]:
-            raise UserError(f"{name}: expected a square, got {pair[0]} x {pair[1]}")
-    config = preset_config(
-        VIT.preset,
-        dim=theirs.embed_dim,
-        depth=len(theirs.blocks),
-        num_heads=heads,
-        mlp_ratio=hidden / theirs.embed_dim,
-        activation=activation,
-        norm_eps=eps,
-        image_size=size[0],
-        patch_size=patch[0],
-        in_chans=channels,
-        num_classes=theirs.num_classes or 1000,  # a new head, if the model has none
-        global_pool=theirs.global_pool,
-        class_token=theirs.has_class_token,
-    )
-    with torch.device("meta"):
-        twin: Any = timm.create_model(EXPORTED, pretrained=False, **_arguments(config))
-        twin.reset_classifier(theirs.num_classes)
-        for module in twin.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = eps
-    for difference in _differences(theirs, twin):
-        raise UserError(f"architecture: unsupported: {difference}")
-    return config
-
-
-def _arguments(config: TokenformerConfig) -> dict[str, Any]:
-    """Return timm's arguments for our architecture."""
-    ratio = config.mlp_hidden / config.dim
-    if int(config.dim * ratio) != config.mlp_hidden:  # timm rounds down
-        ratio = math.nextafter(ratio, math.inf)
-    arguments: dict[str, Any] = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-    }
-    arguments |= {"num_classes": config.num_classes, "global_pool": config.global_pool, "embed_dim": config.dim}
-    arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": ratio}
-    arguments |= {"class_token": config.class_token, "act_layer": config.activation, "fc_norm": False}
-    return arguments
-
-
-def _differences(theirs: nn.Module, twin: nn.Module) -> Iterator[str]:
-    """Yield a line for each module that differs in its type or in a plain attribute."""
-    found, expected = dict(theirs.named_modules()), dict(twin.named_modules())
-    for name in [*found, *(name for name in expected if name not in found)]:
-        kinds = [type(one.get(name)).__name__ for one in (found, expected)]
-        place = name or "model"
-        if name.endswith(".act"):  # read from the first block
-            continue
-        if kinds[0] != kinds[1] and not all("Drop" in kind or kind == "Identity" for kind in kinds):
-            yield f"{place} is a {kinds[0]}, expected {kinds[1]}"
-        elif kinds[0] == kinds[1]:
-            ours = _plain(expected[name])
-            for key, value in _plain(found[name]).items():
-                if ours.get(key) != value:
-                    yield f"{place}: {key}: got {value!r}, expected {ours.get(key)!r}"
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    kinds = (int, float, str, bool, tuple, type(None))
-    return {key: one for key, one in vars(module).items() if isinstance(one, kinds) and key not in _IGNORED}
-
-
-def write_timm(
-    folder: str | os.PathLike[str],
-    config: TokenformerConfig,
-    state: Mapping[str, Tensor],
-    dtype: str | None = None,
-    format: str = "safetensors",
-) -> None:
-    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
-
-    Args:
-        folder: Empty output folder.
-        config: Architecture, at its current size.
-        state: State dict of a :class:`~lit_tokenformer.models.Tokenformer` of this size.
-        dtype: Precision of the weights: float32, float16 or bfloat16; ``None`` keeps that of ``state``.
-        format: ``safetensors``, or ``bin`` for a pickled state dict.
+def _side(name: str, size: int | Sequence[int] | None) -> int | None:
+    """Return the side of a square.
 
     Raises:
-        UserError: For an unknown ``dtype`` or ``format``, values that overflow ``dtype``, or a model that timm cannot
-            express. Nothing is written then.
+        UserError: If the size is not square.
     """
-    check_export(format, dtype)
-    check_no_groups(state)
-    try:
-        if config.stem != "patch":
-            raise UserError(f"stem {config.stem!r} (only 'patch')")
-        with torch.device("meta"):
-            back = _config(timm.create_model(EXPORTED, pretrained=False, **_arguments(config)))
-    except Exception as error:  # of timm too, for sizes that it rejects
-        raise UserError(f"config: timm has no {' '.join(str(error).split())}") from None
-    check_lossless(config, back, "config: timm has no ")
-    tensors = {name: cast(one, name, dtype) for name, one in VIT.write_tensors(config, state, {}).items()}
-    size = [config.in_chans, config.image_size, config.image_size]
-    content = {
-        "architecture": EXPORTED,
-        "num_classes": config.num_classes,
-        "num_features": config.dim,
-        "global_pool": config.global_pool,
-        "model_args": _arguments(config),
-        "pretrained_cfg": {
-            **{"input_size": size, "fixed_input_size": True, "num_classes": config.num_classes, "custom_load": False},
-            **{"first_conv": "patch_embed.proj", "classifier": "head"},
-        },
+    if size is None or isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise UserError(
+            f"{name}: expected a square, got {tuple(size)}; other images are resized or resampled at run time"
+        )
+    return size[0]
+
+
+def _pretrained_cfg() -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
     }
-    write_tensors(tensors, Path(folder) / WEIGHTS[format])
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-WEIGHT_FORMATS.register("timm")(
-    WeightFormat(find_weights, read_timm, write_timm, recognizes=lambda config: "architecture" in config)
-)
+def _builder(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+        return build_model_with_cfg(TokenformerViT, name, pretrained, feature_cfg=features, preset=name, **kwargs)
+
+    build.__name__, build.__module__ = name, __name__
+    build.__doc__ = f"Create the preset ``{name}``."
+    return register_model(build)
+
+
+NAMES = [name for name in list_presets() if name.startswith("tokenformer_vit_")]
+"""Registered models."""
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _pretrained_cfg() for name in NAMES})
+for _name in NAMES:
+    setattr(sys.modules[__name__], _name, _builder(_name))
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m lit_tokenformer.interop.timm SCRIPT [ARGUMENT ...]")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -16,7 +16,7 @@ if CHECKOUT is None:
 
 import timm  # noqa: E402
 
-import lit_tokenformer.interop.timm_models  # noqa: E402, F401
+import lit_tokenformer.interop.timm  # noqa: E402, F401
 
 SCRIPT = "TorchScript is deprecated, and scripts neither NamedTuples nor tables of parts"
 NOT_APPLICABLE = {
@@ -41,7 +41,7 @@ def upstream() -> dict[str, object]:
     """Execute timm's test module over our models, listed where it lists other vision transformers."""
     path = Path(CHECKOUT, "tests", "test_models.py")
     text = path.read_text(encoding="utf-8")
-    for name, entry in (("FEAT_INTER_FILTERS", "timm_models"), ("NON_STD_FILTERS", "tokenformer_*")):
+    for name, entry in (("FEAT_INTER_FILTERS", "timm"), ("NON_STD_FILTERS", "tokenformer_*")):
         assert f"{name} = [\n" in text
         text = text.replace(f"{name} = [\n", f"{name} = [\n    {entry!r},\n", 1)
     listings = timm.list_models, timm.list_pretrained
