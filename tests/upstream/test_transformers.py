@@ -1,6 +1,7 @@
 """transformers' own common tests, over TokenFormer's classes.
 
-They need a checkout of transformers (``tests/upstream/checkouts.sh FOLDER``), named by ``TRANSFORMERS_CHECKOUT``:
+They need a checkout of transformers (``tests/upstream/checkouts.sh FOLDER``), named by ``TRANSFORMERS_CHECKOUT``, and
+``pip install httpx parameterized``:
 
     TRANSFORMERS_CHECKOUT=FOLDER/transformers pytest -n 2 tests/upstream/test_transformers.py
 """
