@@ -1,22 +1,26 @@
 """TokenFormer as models of transformers: its own functions load, generate, train and adapt them."""
 
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
-from lit_tokenformer.interop.auto_models import (
+from lit_tokenformer.interop.model_card import write_card
+from lit_tokenformer.interop.transformers import (
     MODELS,
     from_transformers,
     save_transformers,
     to_transformers,
 )
-from lit_tokenformer.interop.transformers import read_transformers, write_transformers
+from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
 from lit_tokenformer.models import Tokenformer, create_backbone
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8}
@@ -233,3 +237,57 @@ def test_what_no_class_expresses_is_refused_with_both_reasons(tmp_path):
     assert not list(tmp_path.iterdir())
     write_transformers(tmp_path, made.config, made.state_dict())  # in its own precision
     assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_model_card_tells_size_training_growth_and_metrics(tmp_path):
+    made = model()
+    event = {"step": 8, "epoch": 1, "method": "split", "before": made.size, "after": {"ffn": 40}, "parameters": 12345}
+    checkpoint = {
+        "hyper_parameters": {"preset": "tokenformer_lm_tiny"},
+        "global_step": 20,
+        "epoch": 3,
+        "callbacks": {
+            "growth": {"events": [event]},
+            "monitor": {"training_flops": 2 * 10**9, "data_tokens": 640},
+            "best": {"monitor": "val/loss", "current_score": torch.tensor(1.5), "best_model_score": torch.tensor(1.25)},
+        },
+    }
+    write_card(tmp_path, made, checkpoint)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
+    assert "license" not in card.data.to_dict()
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    for line in (
+        "# tokenformer_lm_tiny",
+        f"| parameters | {sum(one.numel() for one in made.parameters()):,} |",
+        "| optimizer steps | 20 |",
+        "| 8 | 1 | split | ffn 32 to 40 | 12,345 |",
+        "| val/loss | 1.5 | 1.25 |",
+    ):
+        assert line in lines
+    save_transformers(made, tmp_path)
+    assert (tmp_path / "README.md").read_text().splitlines() == lines  # kept
+    save_transformers(made, tmp_path / "other")
+    assert "trust_remote_code=True" in (tmp_path / "other" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_push_to_hub_uploads_what_from_pretrained_loads(growing, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def create_commit(self, repo_id, operations, **_):
+            for one in operations:
+                shutil.copy(one.path_or_fileobj, tmp_path / one.path_in_repo)
+
+    def no_card(*_, **__):
+        raise EntryNotFoundError("no card")
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
+    monkeypatch.setattr(transformers.utils.hub.ModelCard, "load", no_card)
+    made = model()
+    to_transformers(made, growing).push_to_hub("someone/small")
+    assert {"README.md", "config.json", "model.safetensors"} <= {one.name for one in tmp_path.iterdir()}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(inputs(made)).logits, made(inputs(made)), rtol=0, atol=1e-6)

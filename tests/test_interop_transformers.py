@@ -478,6 +478,8 @@ def test_a_fit_grows_an_imported_model_with_the_settings_that_import_wrote(folde
         assert difference(mine, other) <= 1e-5
         assert transformers.AutoTokenizer.from_pretrained(back)("a").input_ids == [97]
         assert load(fitted).size | growth == load(fitted).size
+        card = (back / "README.md").read_text()
+        assert "| optimizer steps | 2 |" in card and f" to {growth['hidden']}, " in card
 
 
 PEAK = """

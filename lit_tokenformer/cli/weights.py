@@ -170,6 +170,8 @@ def export_weights(
         known.write(folder, config, state, dtype, format, **chosen)
         if checkpoint.get("tokenizer") is not None:
             known.write_tokenizer(folder, checkpoint["tokenizer"])
+        if known.write_card is not None:
+            known.write_card(folder, task.backbone, checkpoint)
     return Path(output)
 
 

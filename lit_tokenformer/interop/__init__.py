@@ -2,7 +2,7 @@
 
 from lit_tokenformer.interop.timm import read_timm, write_timm
 from lit_tokenformer.interop.tokenformer import load_published, read_published, write_published
-from lit_tokenformer.interop.transformers import read_transformers, write_transformers
+from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
 
 __all__ = [
     "load_published",

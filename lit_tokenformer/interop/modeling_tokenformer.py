@@ -301,10 +301,11 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
     """TokenFormer for causal language modeling."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _model_class = TokenformerModel
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
-        self.model = TokenformerModel(config)
+        self.model = self._model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -363,11 +364,12 @@ class TokenformerForMaskedLM(TokenformerPreTrainedModel):
     """TokenFormer for masked language modeling; ``config.is_causal`` is false."""
 
     _tied_weights_keys = {"head.decoder.weight": "model.embed_tokens.weight"}
+    _model_class, _head_class = TokenformerModel, TokenformerMaskedHead
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
-        self.model = TokenformerModel(config)
-        self.head = TokenformerMaskedHead(config)
+        self.model = self._model_class(config)
+        self.head = self._head_class(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -450,10 +452,11 @@ class TokenformerForImageClassification(TokenformerPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _model_class = TokenformerVisionModel
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
-        self.model = TokenformerVisionModel(config)
+        self.model = self._model_class(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -55,6 +55,7 @@ class WeightFormat(NamedTuple):
         recognizes: Whether a ``config.json`` is of this format.
         write_tokenizer: ``(folder, text of a tokenizer.json)``.
         architectures: Registry of the architectures of the format, if it has several.
+        write_card: ``(folder, model, checkpoint)``: model card; ``None`` without one.
     """
 
     find: Callable[[str], Path]
@@ -65,6 +66,7 @@ class WeightFormat(NamedTuple):
         text, encoding="utf-8"
     )
     architectures: Registry[Any] | None = None
+    write_card: Callable[[Path, Any, Mapping[str, Any]], Any] | None = None
 
 
 def local_source(source: str) -> str:

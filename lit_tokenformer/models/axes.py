@@ -90,6 +90,8 @@ def output_units(name: str, layer: nn.Module) -> list[AxisTensor]:
         name: Name of the layer in the part.
         layer: ``nn.Linear``, or a module with a method ``output_units(name)``.
     """
+    if hasattr(layer, "base_layer"):  # under an adapter
+        return output_units(f"{name}.base_layer", layer.base_layer)  # type: ignore[arg-type]
     if hasattr(layer, "output_units"):
         return layer.output_units(name)  # type: ignore[operator]
     found = [AxisTensor(f"{name}.weight", 0, IN, initial_std(layer))]
@@ -103,6 +105,8 @@ def input_units(name: str, layer: nn.Module) -> list[AxisTensor]:
         name: Name of the layer in the part.
         layer: ``nn.Linear``, or a module with a method ``input_units(name)``.
     """
+    if hasattr(layer, "base_layer"):  # under an adapter
+        return input_units(f"{name}.base_layer", layer.base_layer)  # type: ignore[arg-type]
     if hasattr(layer, "input_units"):
         return layer.input_units(name)  # type: ignore[operator]
     return [AxisTensor(f"{name}.weight", 1, OUT, initial_std(layer))]

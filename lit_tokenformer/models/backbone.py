@@ -236,7 +236,7 @@ class Tokenformer(HubMixin, nn.Module):
                 are undefined.
             attention_mask: As in transformers: (B, S), nonzero for data tokens and 0 for padding on any side, with S
                 data tokens including those in the state; or (B | 1, H | 1, T, S), bool (true to attend) or additive,
-                in place of the causal mask. Recurrent mixers support left padding only.
+                in place of the causal mask. Recurrent mixers support padding at the ends only, and left with a state.
             position_ids: Position of each data token, (B, T) or (1, T) int64. Default: its index in the sequence,
                 including padding. ALiBi and recurrent mixers have none.
             inputs_embeds: Token embeddings in place of ``x``, (B, T, D), before positions and dropout.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.axes import Axis, AxisTensor
-from lit_tokenformer.models.pattention import SCORE_NORMS, Activation, Pattention
+from lit_tokenformer.models.pattention import SCORE_NORMS, Pattention
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,10 +58,10 @@ class LinearHalves:
         """Parameters that scale the output: the values' weight."""
         return [self.values.weight]
 
-    def attend(self, x: Tensor, activation: Activation) -> Tensor:
-        """(..., D_in) -> (..., D_out)."""
+    def attend(self, x: Tensor) -> Tensor:
+        """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
         norm = SCORE_NORMS[self.score_norm]  # type: ignore[attr-defined]
-        return self.values(norm.function(self.keys(x), self.tau, activation))  # type: ignore[attr-defined]
+        return self.values(norm.function(self.keys(x), self.tau, self.activation))  # type: ignore[attr-defined]
 
 
 def _linear_tensor(tensor: AxisTensor) -> AxisTensor:
@@ -109,8 +109,9 @@ def as_linear(model: Model) -> Model:
         for part in ("key_tokens", "value_tokens"):
             _check_plain("as_linear", f"{name}.{part}".lstrip("."), layer._parameters.get(part))
     for _, layer in layers:
-        keys, values = layer._parameters.pop("key_tokens"), layer._parameters.pop("value_tokens")
-        layer.__class__ = _linear_class(type(layer))
+        parameters: dict[str, Any] = layer._parameters
+        keys, values = parameters.pop("key_tokens"), parameters.pop("value_tokens")
+        layer.__class__ = _linear_class(type(layer))  # type: ignore[arg-type]
         layer.keys = _linear(keys)
         layer.values = _linear(nn.Parameter(values.data.T, values.requires_grad))
     return model

@@ -88,7 +88,9 @@ def check_mask(mask: Tensor, x: Tensor, state: DecodingState | None, recurrent: 
         if recurrent:
             runs = present[:, :1].sum(1) + (~present[:, :-1] & present[:, 1:]).sum(1)
             if (runs > 1).any() or (state is not None and not present[:, -1].all()):
-                raise UserError("attention_mask: recurrent parts support padding at the ends only, left with a state")
+                raise UserError(
+                    "attention_mask: recurrent parts support padding at the ends only, and left with a state"
+                )
         return present[:, start:, None]
     if recurrent:
         expected = f"expected {batch, total} in a model with recurrent parts"

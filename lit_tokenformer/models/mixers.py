@@ -48,9 +48,7 @@ class Packing(NamedTuple):
 class Attend(Protocol):
     """Attention function: queries (B, H, T, d), keys and values (B, H', S, d) -> (B, T, H, d)."""
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, queries_per_key: int
-    ) -> Tensor: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Tensor: ...
 
 
 class Context(NamedTuple):
@@ -239,7 +237,7 @@ class Attention(Mixer):
             key, value = state.append(key, value, context.start)  # (B, H', S, d)
         if context.attend is not None:
             rate = self.attn_dropout if self.training else 0.0
-            return context.attend(query, key, value, context.mask, rate, self._queries).flatten(2)  # (B, T, H d)
+            return context.attend(query, key, value, context.mask, rate).flatten(2)  # (B, T, H d)
         causal = context.causal and context.mask is None
         rate = self.attn_dropout if self.training else 0.0
         mask = (

@@ -266,14 +266,18 @@ class Pattention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        activation: Activation = F.gelu
-        if self.scale_tokens is not None and self.shift_tokens is not None:
-            activation = partial(series_activation, scale=self.scale_tokens, shift=self.shift_tokens)
-        return self.attend(x, activation)
+        return self.attend(x)
 
-    def attend(self, x: Tensor, activation: Activation) -> Tensor:
-        """Attend to the parameter tokens, (..., D_in) -> (..., D_out)."""
-        return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm, activation)
+    def attend(self, x: Tensor) -> Tensor:
+        """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
+        return pattention(x, self.key_tokens, self.value_tokens, self.tau, self.score_norm, self.activation)
+
+    @property
+    def activation(self) -> Activation:
+        """GELU, or its series."""
+        if self.scale_tokens is None or self.shift_tokens is None:
+            return F.gelu
+        return partial(series_activation, scale=self.scale_tokens, shift=self.shift_tokens)
 
     def extra_repr(self) -> str:
         return (

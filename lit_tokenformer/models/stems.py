@@ -161,16 +161,16 @@ class TokenStem(nn.Module):
         if self.positions is not None:
             most = start + x.shape[1]
             if position_ids is not None:
-                most = int(position_ids.max()) + 1
+                most = 0 if torch.compiler.is_compiling() else int(position_ids.max()) + 1
             if padding is None and most > len(self.positions):
                 raise UserError(
                     f"context_length: more data tokens than learned positions (got {most}, "
                     f"expected at most {len(self.positions)})"
                 )
-            places = position_ids
-            if places is None:
+            if position_ids is None:
                 places = token_positions(start, x.shape[1], padding, x.device)
-            x = x + self.positions[places.clamp_max(len(self.positions) - 1)]
+                position_ids = places.clamp_max(len(self.positions) - 1)
+            x = x + self.positions[position_ids]
         return self.dropout(self.norm(x))
 
 
