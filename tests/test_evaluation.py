@@ -18,7 +18,7 @@ from lit_tokenformer.cli.main import main
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.inference.lm_eval import HarnessModel, evaluate
 from lit_tokenformer.inference.text import TextGenerator
-from lit_tokenformer.interop.auto_models import save_transformers
+from lit_tokenformer.interop.transformers import save_transformers
 from lit_tokenformer.models import create_backbone
 from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tasks import LitCausalLM
