@@ -100,7 +100,7 @@ def test_a_model_goes_to_a_repository_and_back(tmp_path, monkeypatch):
     made = model()
     made.push_to_hub("me/small")
     card = (tmp_path / "me" / "small" / "README.md").read_text()
-    assert "library_name: lit-tokenformer" in card and "2410.23168" in card and "license: apache-2.0" in card
+    assert "library_name: lit-tokenformer" in card and "2410.23168" in card
     assert_equal(Tokenformer.from_pretrained("me/small", revision="main"), made)
 
 

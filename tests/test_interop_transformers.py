@@ -411,6 +411,20 @@ def test_a_tokenizer_is_imported_as_the_data_modules_load_it(folders, tmp_path):
     assert json.loads((folder / "tokenizer.json").read_text())["truncation"]["max_length"] == 5
 
 
+def test_vocab_and_merges_are_imported_as_a_tokenizer(folders, tmp_path):
+    folder = own_copy(folders("gpt2"), tmp_path / "one")
+    tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json()).model.save(str(folder))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    assert not (folder / "tokenizer.json").exists() and (folder / "merges.txt").exists()
+    path = import_weights(str(folder), str(tmp_path / "base.ckpt"))
+    saved = Tokenizer.from_json(read_checkpoint(path)["tokenizer"])
+    assert saved.encode("né") == Tokenizer.bytes().encode("né") and saved.separator_id == 256
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"^tokenizer: cannot read \S+vocab.json .*no merges.txt"):
+        import_weights(str(folder), str(tmp_path / "other.ckpt"))
+    assert not (tmp_path / "other.ckpt").exists()
+
+
 def test_import_reports_what_it_leaves_out(folders, tmp_path, capsys):
     import_weights(str(folders("bert-bare")), str(tmp_path / "base.ckpt"))
     line = capsys.readouterr().out

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,12 @@ def decoding(dtype: str, device: str, rounds: int) -> list[Line]:
         name: generate_tokens(model, [prompt], TURN * (rounds + 2), Sampling(temperature=0))
         for name, model in models.items()
     }
-    taken = take_turns({name: lambda one=one: [next(one) for _ in range(TURN)] for name, one in steps.items()}, rounds)
+
+    def turn(name: str) -> None:
+        for _ in range(TURN):
+            next(steps[name])
+
+    taken = take_turns({name: partial(turn, name) for name in models}, rounds)
     speed = {name: TURN / median(one) for name, one in taken.items()}
     size = {name: weight_bytes(model) / 1e6 for name, model in models.items()}
     what, faster = f"{PRESET}, int8", ratio(taken["plain"], taken["int8"])

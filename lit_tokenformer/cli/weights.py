@@ -14,7 +14,7 @@ import yaml
 from lit_tokenformer import tasks
 from lit_tokenformer.atomic_io import atomic_folder, atomic_write
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
-from lit_tokenformer.data.text.vocabulary import from_text
+from lit_tokenformer.data.text.vocabulary import find_vocabulary, from_text, read_vocabulary
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
 from lit_tokenformer.interop.engines import export_engine
@@ -45,7 +45,8 @@ def import_weights(
             a folder with one, or a Hugging Face repository such as openai-community/gpt2, with an optional @REVISION.
         output: Path of the checkpoint; defaults to SOURCE with the suffix .ckpt.
         config_json: Path to the architecture's config.json; defaults to the one next to the weights.
-        tokenizer: Path to the tokenizer.json; defaults to the one next to the weights, if any.
+        tokenizer: Path to the tokenizer.json, vocab.json (with merges.txt), vocab.txt or sentencepiece model, or to
+            their folder; defaults to the one next to the weights, if any.
         project: Weight format: "tokenformer", "transformers", "timm", "lit_tokenformer", or one registered by a plugin;
             determined from the config.json by default.
 
@@ -66,8 +67,8 @@ def import_weights(
     target = Path(output) if output else weights.with_suffix(".ckpt")
     if not output and place != source:  # a repository, whose files are in a cache
         target = Path(f"{source.partition('@')[0].rpartition('/')[2]}.ckpt")
-    vocabulary = Path(tokenizer) if tokenizer else weights.with_name(TOKENIZER_FILE)
-    text = _read_tokenizer(vocabulary) if tokenizer or vocabulary.is_file() else None
+    vocabulary = Path(tokenizer) if tokenizer else find_vocabulary(weights.parent)
+    text = None if vocabulary is None else _read_tokenizer(vocabulary)
     copy, settings = target.with_name(TOKENIZER_FILE), target.with_suffix(".yaml")
     for path in (target, settings):
         if path.exists():
@@ -254,12 +255,12 @@ def new_folder(output: str) -> Iterator[Path]:
 
 
 def _read_tokenizer(path: Path) -> str:
-    """Load a ``tokenizer.json`` without padding and truncation, which the data modules do not use either."""
+    """Load a vocabulary as a ``tokenizer.json`` without padding and truncation, which the data modules ignore too."""
     try:
-        text = path.read_text(encoding="utf-8")
-        backend = from_text(text, path)
+        backend, _ = read_vocabulary(path)
         backend.no_truncation()
         plain = backend.to_str()
+        text = path.read_text(encoding="utf-8") if path.suffix == ".json" else plain
         return text if json.loads(text) == json.loads(plain) else plain
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {path} ({_first_line(error.__cause__ or error)})") from None

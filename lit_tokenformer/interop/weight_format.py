@@ -26,7 +26,8 @@ CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_SMALL_FILES = [CONFIG_FILE, "tokenizer.json", "*.index.json"]
+_VOCABULARY = ["tokenizer*", "vocab.json", "merges.txt", "vocab.txt", "*.model"]
+_SMALL_FILES = [CONFIG_FILE, "*.index.json", "special_tokens_map.json", "added_tokens.json", *_VOCABULARY]
 
 
 class ReadModel(NamedTuple):

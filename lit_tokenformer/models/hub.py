@@ -21,7 +21,6 @@ from lit_tokenformer.models.linear_form import LinearHalves, as_pattention
 class HubMixin(
     PyTorchModelHubMixin,
     library_name="lit-tokenformer",
-    license="apache-2.0",
     paper_url="https://arxiv.org/abs/2410.23168",
     tags=["tokenformer"],
 ):

@@ -50,6 +50,11 @@ def download(name: str) -> Path:
         raise UserError(f"data.tokenizer: {name!r} is {where}: {first_line(error)}") from error
 
 
+def find_vocabulary(folder: Path) -> Path | None:
+    """Return the preferred vocabulary file of a folder, or ``None`` without one."""
+    return next((found for name in _VOCABULARIES for found in sorted(folder.glob(name))), None)
+
+
 def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
     """Read a vocabulary: ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, ``vocab.txt`` or sentencepiece.
 
@@ -67,9 +72,10 @@ def read_vocabulary(path: Path) -> tuple[hf.Tokenizer, dict[str, str]]:
     """
     file = path
     if path.is_dir():
-        file = next((found for name in _VOCABULARIES for found in sorted(path.glob(name))), path)
-        if file is path:
+        found = find_vocabulary(path)
+        if found is None:
             raise UserError(f"data.tokenizer: no {', '.join(_VOCABULARIES)} in {path}")
+        file = found
     elif file.suffix not in (".txt", ".model") and file.name != "vocab.json":
         return from_text(read_text(file), file), {}
     config = {**_settings(file.with_name("special_tokens_map.json")), **_settings(file.with_name(_CONFIG))}
