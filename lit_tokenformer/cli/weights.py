@@ -176,6 +176,7 @@ def export_weights(
     for name in unused:
         if given[name] is not None:
             raise UserError(f"{name}: unused with format {format or 'safetensors'!r} (got {given[name]!r})")
+    WEIGHT_FORMATS[project or "tokenformer"]  # raises for an unknown name
     with new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
         if format is not None and format in ENGINES:

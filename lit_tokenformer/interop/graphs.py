@@ -193,7 +193,8 @@ class _TracedCache(KeyValueCache):
 
     def append(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, H, T, d) and return all, (B, H, P + T, d)."""
-        self.key, self.value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        before: Any = self.key, self.value
+        self.key, self.value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
         return self.key, self.value
 
 
