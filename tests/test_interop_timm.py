@@ -21,6 +21,7 @@ MODELS = {
     "vit": (VIT, {}),
     "deit": (DEIT, {"mlp_ratio": 2.3}),
     "gelu_tanh": (VIT, {"act_layer": "gelu_tanh", "dynamic_img_size": True, "drop_path_rate": 0.1}),
+    "odd_patches": (VIT, {"patch_size": 5, "img_size": 15}),
     "average": (VIT, {"global_pool": "avg", "fc_norm": False, "class_token": False, "in_chans": 1}),
 }
 
@@ -55,7 +56,7 @@ def load(path):
 def test_logits_equal_theirs(name, tmp_path):
     folder = saved(tmp_path / "one", *MODELS[name])
     theirs = random_model(*MODELS[name])
-    x = torch.randn(2, theirs.in_chans, 16, 16)
+    x = torch.randn(2, theirs.in_chans, *theirs.patch_embed.img_size)
     path = import_weights(str(folder), str(tmp_path / "base.ckpt"))
     single = difference(load(path)(x), theirs(x))
     back = export_weights(str(path), str(tmp_path / "back"), format="timm")

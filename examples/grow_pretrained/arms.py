@@ -184,8 +184,8 @@ class Study:
         best: dict[str, float] = {}
         for name, arm in ARMS.items():
             rates = self.of.rates if arm.from_base else self.of.scratch_rates
-            if arm.pays_base:  # too long for a search
-                rates = (best["scratch, same FLOPs"],)
+            if arm.pays_base:  # longer runs favor smaller rates
+                rates = (best["scratch, same FLOPs"], best["scratch, same FLOPs"] / 2)
             scores = {lr: self.fit(name, 0, lr) for lr in rates}
             best[name] = min(scores, key=lambda lr: scores[lr]["loss"])
             found[name] = [scores[best[name]]]
