@@ -278,14 +278,8 @@ def _preset_of(config: TokenformerConfig, sizes: dict[str, Any]) -> tuple[str, d
     """Find the preset nearest to a config, and the fields that differ, apart from the sizes of the data."""
     found: dict[str, dict[str, Any]] = {}
     for name in list_presets():
-<<<<<<< HEAD
         base = {**vars(preset_config(name)), **sizes}  # together they may be invalid, as patch size and image size
         found[name] = {key: value for key, value in vars(config).items() if value != base[key]}
-=======
-        base = preset_config(name)  # whose patches may not divide the size of the images
-        fields = {key: value for key, value in vars(config).items() if key not in sizes}
-        found[name] = {key: value for key, value in fields.items() if value != getattr(base, key)}
->>>>>>> w/demo
     name = min(found, key=lambda name: (len(found[name]), not name.startswith("tokenformer_lm_")))
     return name, found[name]
 
