@@ -22,6 +22,7 @@ from lit_tokenformer.adapters import (
     check_adapter_name,
     list_adapters,
     save_adapter,
+    train_adapter,
 )
 from lit_tokenformer.checkpoints.load import ADAPTER, read_checkpoint
 from lit_tokenformer.checkpoints.run_folder import run_folder
@@ -81,19 +82,28 @@ class AdapterCallback(Callback):
         self.seed = seed
         self._facts: dict[str, Any] = {}  # of the adapter and its base, for checkpoints
         self._tokenizer: str | None = None  # of the base
+        self._kept: set[str] = set()  # names of the adapter's tensors
+        self._hooks: list[Any] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.name in list_adapters(pl_module) or (stage != "fit" and self.base is None):
-            return  # of an earlier stage, or a model without the adapter
+        added = self.name in list_adapters(pl_module)  # in an earlier stage, or by the user
+        if stage != "fit" and self.base is None and not added:
+            return  # the base alone is evaluated
         if stage == "fit":
             self._check_callbacks(trainer)
-        if self.base is not None:
-            self._tokenizer = self._load_base(trainer, pl_module, self.base)
-        add_adapter(pl_module, self.name, self.tokens, self.also_train, self.lora, self.seed)
-        self._facts = {"name": self.name, "base": self.base, "base_hash": base_hash(pl_module, self.also_train)}
-        kept = adapter_names(pl_module, self.name)
-        pl_module.register_state_dict_post_hook(partial(_keep, kept))  # type: ignore[no-untyped-call]
-        pl_module.register_load_state_dict_post_hook(partial(_allow_missing, kept))
+        if added:
+            train_adapter(pl_module, self.name)
+        else:
+            if self.base is not None:
+                self._tokenizer = self._load_base(trainer, pl_module, self.base)
+            add_adapter(pl_module, self.name, self.tokens, self.also_train, self.lora, self.seed)
+        if not self._facts:
+            self._facts = {"name": self.name, "base": self.base, "base_hash": base_hash(pl_module, self.also_train)}
+        self._kept = adapter_names(pl_module, self.name)
+        self._hooks = [
+            pl_module.register_state_dict_post_hook(partial(_keep, self._kept)),  # type: ignore[no-untyped-call]
+            pl_module.register_load_state_dict_post_hook(partial(_allow_missing, self._kept)),
+        ]
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         kinds = ", ".join(f"{kind} {number}" for kind, number in list_adapters(pl_module)[self.name].items())
@@ -116,6 +126,7 @@ class AdapterCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[ADAPTER] = dict(self._facts)
+        _keep(self._kept, pl_module, checkpoint["state_dict"], "", None)  # after the fit, the whole model's
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -124,6 +135,15 @@ class AdapterCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and _averages(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer, pl_module)  # the moving average, which the module has now
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _check_callbacks(self, trainer: Trainer) -> None:
         callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]

@@ -103,9 +103,20 @@ def add_adapter(
             peft_lora.add(model, name, lora)
         for _, layer in layers:
             add_group(layer, name, sizes[layer.kind], layer.gate or gate)  # type: ignore[arg-type]
-    module.requires_grad_(False)
     _add_parts(model, name, parts)
+    train_adapter(module, name)
+
+
+def train_adapter(module: nn.Module, name: str) -> None:
+    """Select an adapter, and freeze all other parameters of the module.
+
+    Raises:
+        UserError: If the adapter does not exist.
+    """
+    model = adapted_model(module)
     set_adapter(model, name)
+    also_train = _parts_of(model).get(name, ())
+    module.requires_grad_(False)
     for tensor_name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_of_adapter(tensor_name, name, also_train))
 

@@ -376,6 +376,25 @@ def test_a_fit_trains_and_saves_the_adapter_alone(tmp_path):
     assert torch.equal(model(words()), on)
 
 
+def test_adapters_are_trained_one_after_the_other_on_the_same_model(tmp_path):
+    _, model = base_checkpoint(tmp_path / "base", task := text_task())
+    outputs = {None: model(words())}
+    for name in ("docs", "law"):
+        made = AdapterCallback(name=name, tokens=TOKENS, output=str(tmp_path / name))
+        trainer(tmp_path / f"{name}_kept", made).fit(task, batches())
+        outputs[name] = model.eval()(words())
+    for name, output in outputs.items():
+        set_adapter(model, name)
+        assert torch.equal(model(words()), output)
+    assert len({*map(str, outputs.values())}) == 3
+    delete_adapter(model, "docs")
+    delete_adapter(model, "law")
+    load_adapter(model, tmp_path / "docs")
+    set_adapter(model, "docs")
+    assert torch.equal(model(words()), outputs["docs"])
+    assert len(task.state_dict()) > 34  # of the whole model again
+
+
 def test_a_fit_of_an_adapter_resumes_bit_for_bit(tmp_path):
     base, _ = base_checkpoint(tmp_path / "base")
     fit_adapter(tmp_path / "whole", base)

@@ -370,9 +370,8 @@ class TokenformerCLI(LightningCLI):
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
-        if (
-            saved and not {"tokenizer", "grown_depth", ADAPTER} & saved.keys()
-        ):  # else checked once data and depth are known
+        late = {"tokenizer", "grown_depth", ADAPTER}  # checked once data, depth and adapter are known
+        if saved and not late & saved.keys():
             self.model.check_architecture(saved)
         if self.subcommand == "fit" and isinstance(self.model, tasks.LitTask):
             check_optimizer(self.model)

@@ -204,7 +204,7 @@ class _TracedState:
     def __init__(self, blocks: list[Any], start: int, padding: Tensor | None) -> None:
         self.blocks, self.start, self.padding = blocks, start, padding
 
-    def check(self, more: int) -> None:
+    def check(self, more: int, positions: bool = True) -> None:
         """Accept any length."""
 
 
