@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -216,7 +217,7 @@ class NestedSizes(Callback):
             own = batch[name] if name else batch
             samples = min(RANKED_SAMPLES, *(len(leaf) for leaf in tree_leaves(own) if isinstance(leaf, Tensor)))
             for number in range(samples):
-                sample = tree_map_only(Tensor, lambda leaf, place=number: leaf[place : place + 1], own)
+                sample = tree_map_only(Tensor, itemgetter(slice(number, number + 1)), own)
                 loss, _ = task.feature_loss(*task.features(sample))
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 gradient = {one: grad for one, grad in zip(parameters, found, strict=True) if grad is not None}
