@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class NestedSizes(Callback):
         task = tasks[loader if len(tasks) > 1 else 0]
         for size in self.sizes:
             with self._nested(task, size), trainer.precision_plugin.val_step_context():
-                loss, count = task.feature_loss(*task.features(batch))
+                loss, count = task.feature_loss(*task.batch_features(batch))
             task.log(f"{stage}/loss@{size:g}", loss, batch_size=task.log_weight(int(count)), sync_dist=True)
 
     def _sort_units(self, trainer: Any, pl_module: LightningModule, batch: Any) -> None:
@@ -216,15 +217,15 @@ class NestedSizes(Callback):
             own = batch[name] if name else batch
             samples = min(RANKED_SAMPLES, *(len(leaf) for leaf in tree_leaves(own) if isinstance(leaf, Tensor)))
             for number in range(samples):
-                sample = tree_map_only(Tensor, lambda leaf, place=number: leaf[place : place + 1], own)
-                loss, _ = task.feature_loss(*task.features(sample))
+                sample = tree_map_only(Tensor, itemgetter(slice(number, number + 1)), own)
+                loss, _ = task.feature_loss(*task.batch_features(sample))
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 gradient = {one: grad for one, grad in zip(parameters, found, strict=True) if grad is not None}
                 yield unit_importance(pl_module, kinds, gradient)
 
 
 class _Recorded:
-    """Record the features of a task's last batch, by replacing its method ``features``.
+    """Record the features of a task's last batch, by replacing its method ``batch_features``.
 
     Args:
         task: The task.
@@ -237,8 +238,8 @@ class _Recorded:
     last: Tensor
 
     def __init__(self, task: LitTask) -> None:
-        self._task, self.compute = task, task.features
-        task.features = self  # type: ignore[method-assign,assignment]
+        self._task, self.compute = task, task.batch_features
+        task.batch_features = self  # type: ignore[method-assign,assignment]
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         features, target = self.compute(batch)
@@ -247,7 +248,7 @@ class _Recorded:
 
     def remove(self) -> None:
         """Restore the method."""
-        del self._task.features
+        del self._task.batch_features
 
 
 def distillation_loss(task: LitTask, features: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -290,9 +291,9 @@ def _tasks(pl_module: LightningModule) -> dict[str, LitTask]:
     """
     tasks: dict[str, Any] = getattr(pl_module, "tasks", {"": pl_module})
     for task in tasks.values():
-        if not isinstance(task, LitTask) or type(task).features is LitTask.features:
+        if not isinstance(task, LitTask) or type(task).batch_features is LitTask.batch_features:
             raise UserError(
-                f"model: NestedSizes needs a task with the methods features, feature_loss and feature_logits (got "
-                f"{type(task).__name__})"
+                "model: NestedSizes needs a task with the methods batch_features, feature_loss and feature_logits "
+                f"(got {type(task).__name__})"
             )
     return tasks

@@ -15,11 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GrowingEMA, NestedSizes, ParameterGrowthCallback
 from callbacks.nested_sizes import distillation_loss
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.cli.commands import shrink_checkpoint
 from lit_tokenformer.growth import grow, prefix, shrink
 from lit_tokenformer.growth.shrink import reorder_units, unit_importance
 from lit_tokenformer.models import Pattention, create_backbone, model_size, param_tokens
 from lit_tokenformer.models.axes import find_axes
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LitMultiTask
+from lit_tokenformer.tasks.rebuild import rebuild_task
 
 TINY = {"dim": 16, "depth": 2, "num_heads": 4, "rotary_fraction": 0.5, "vocab_size": 32, "context_length": 16}
 PRESETS = {
@@ -288,7 +291,7 @@ def test_nested_training_teaches_the_small_size(tmp_path):
     alone = text_task(trained=False)
     fitted(alone, tmp_path, max_steps=40)
     with prefix(alone.backbone, 0.25):
-        loss = alone.feature_loss(*alone.features(TEXTS))[0]
+        loss = alone.feature_loss(*alone.batch_features(TEXTS))[0]
     assert trainer.callback_metrics["val/loss@0.25"] < loss - 0.3
 
 
@@ -307,6 +310,17 @@ def test_a_fit_with_nested_sizes_resumes_bit_for_bit(tmp_path, accumulate):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     names = {"val/loss", "val/loss@0.25", "val/loss@0.5"}
     assert all(first.callback_metrics[name] == second.callback_metrics[name] for name in names)
+
+
+def shrunk_alike(task, trainer, folder, tokens):
+    """The command writes the weights of the function, as a checkpoint from which its task can be rebuilt."""
+    source = folder / f"{type(task).__name__}{len(list(folder.iterdir()))}.ckpt"
+    trainer.save_checkpoint(source)
+    path = shrink_checkpoint(str(source), tokens)
+    rebuilt = rebuild_task(path, read_checkpoint(path))
+    shrink(task, tokens)
+    assert all(torch.equal(value, rebuilt.state_dict()[name]) for name, value in task.state_dict().items())
+    assert not any(model.grown for model in rebuilt.backbones.values())
 
 
 def test_images_and_masked_text_and_several_tasks(tmp_path):
@@ -334,6 +348,7 @@ def test_images_and_masked_text_and_several_tasks(tmp_path):
         data = DataLoader(data, batch_size=8)
         trainer = fitted(task, tmp_path, NestedSizes([0.5], kinds=kinds), data=(data, data), max_epochs=2)
         assert trainer.callback_metrics[name].isfinite(), type(task)
+        shrunk_alike(task, trainer, tmp_path, 0.5 if kinds is None else dict.fromkeys(kinds, 0.5))
     prose = partial(LitCausalLM, vocab_size=32, context_length=16)
     tasks = {"digits": partial(LitImageClassifier, **image), "prose": prose}
     task = LitMultiTask("tokenformer_lm_tiny", tasks=tasks, **given)
@@ -342,13 +357,14 @@ def test_images_and_masked_text_and_several_tasks(tmp_path):
     data = CombinedLoader(shared, "min_size"), val
     trainer = fitted(task, tmp_path, NestedSizes([0.5]), data=data, max_epochs=1, max_steps=2)
     assert {"val/digits/loss@0.5", "val/prose/loss@0.5"} <= trainer.callback_metrics.keys()
+    shrunk_alike(task, trainer, tmp_path, 0.5)
 
 
 def test_the_distillation_loss_is_the_divergence_at_the_known_targets(monkeypatch):
     task = text_task()
     batch = TEXTS[:4].clone()
     batch[1, 5:] = -100
-    features, target = task.features(batch)
+    features, target = task.batch_features(batch)
     teacher = torch.randn_like(features)
     own, others = task.feature_logits(features).softmax(-1), task.feature_logits(teacher).softmax(-1)
     expected = (others * (others / own).log()).sum(-1)[target >= 0].mean()

@@ -140,6 +140,11 @@ def _describe_size(task: tasks.LitTask, config: TokenformerConfig, size: dict[st
     given, smaller = asdict(config), asdict(config.at_size(size))
     changed = {name: value for name, value in smaller.items() if value != given[name]}
     task.hparams["overrides"] = {**task.hparams["overrides"], **changed}
+    own = [task.hparams.get(name) or {} for name in ("image", "text")]  # of LitMultiTask
+    own += [spec["init_args"].get("overrides", {}) for spec in (task.hparams.get("tasks") or {}).values()]
+    for overrides in own:
+        for name in changed.keys() & overrides.keys():
+            del overrides[name]
     task.hparams.update({name: None for name in ("match", "match_to") if name in task.hparams})
 
 

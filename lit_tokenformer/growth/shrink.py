@@ -180,7 +180,7 @@ def prefix_tensors(plan: Iterable[PlannedGrowth]) -> dict[tuple[nn.Module, str],
 
 def _prefix_tau(tau: Tensor, rows: Rows) -> Tensor:
     """Compute the scale of a prefix, (): tau where it was set for at most n tokens, else tau sqrt(n/N)."""
-    wide = tau.double()
+    wide = tau.to(torch.promote_types(tau.dtype, torch.float32))
     excess = (wide / math.sqrt(rows.before)).clamp_min(1)  # above 1 for a tau of other origin
     return torch.minimum(wide, math.sqrt(rows.after) * excess).to(tau.dtype)
 
@@ -217,7 +217,8 @@ def unit_importance(module: nn.Module, kinds: Iterable[str], gradient: Mapping[A
         for tensor in axis.tensors:
             weight = tensor.of(part)
             if tensor.role == OUT and weight in gradient:
-                change = (weight.detach().double() * gradient[weight].double()).movedim(tensor.dim, 0)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                change = (weight.detach().to(wide) * gradient[weight].to(wide)).movedim(tensor.dim, 0)
                 total -= change.reshape(len(total), -1).sum(dim=1).cpu()
         found[f"{name}/{axis.kind}"] = total
     return found

@@ -298,7 +298,8 @@ class TextGenerator:
             steps = generate_tokens(self.backbone, *given)
         else:
             draft, length = self._draft
-            steps = speculate_tokens(self.backbone, draft, *given, length, self.speculation)
+            more: Any = {"draft_length": length, "counts": self.speculation}
+            steps = speculate_tokens(self.backbone, draft, *given, **more)
         completions = [row.completion for row in rows]
         yield completions
         start = time.perf_counter()

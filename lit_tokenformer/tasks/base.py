@@ -170,16 +170,16 @@ class LitTask(OptimizedTask):
         """Return the model's output for a batch, without loss, as one or several tensors; used to check growth."""
         raise NotImplementedError  # depends on the task's batch
 
-    def features(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def batch_features(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute what the loss of a batch depends on: features (..., D) or logits, and their targets (...)."""
         raise NotImplementedError  # depends on the task's batch
 
     def feature_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | int]:
-        """Compute the mean loss of :meth:`features`, (), as in evaluation, and its number of items."""
+        """Compute the mean loss of :meth:`batch_features`, (), as in evaluation, and its number of items."""
         raise NotImplementedError
 
     def feature_logits(self, features: Tensor) -> Tensor:
-        """Compute the logits (..., C) of :meth:`features`."""
+        """Compute the logits (..., C) of :meth:`batch_features`."""
         raise NotImplementedError
 
     def total_loss(self, batch: Any) -> tuple[Tensor, Tensor | int]:

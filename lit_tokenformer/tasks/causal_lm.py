@@ -148,7 +148,7 @@ class LitCausalLM(LitLanguageTask):
         ends = torch.eq(batch[:, :-1], self.separator_id)
         return ends.cumsum(dim=1) - ends.long()
 
-    def features(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def batch_features(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the input of the vocabulary projection (B, T, D), and the next tokens (B, T)."""
         features = self.backbone(batch[:, :-1].clamp_min(0), self._documents(batch), pre_logits=True)
         return features, batch[:, 1:]
@@ -162,13 +162,13 @@ class LitCausalLM(LitLanguageTask):
 
     def _loss(self, batch: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Sum the loss over the predicted tokens of a batch (B, T + 1), and count them."""
-        return self._summed(*self.features(batch), z_loss)
+        return self._summed(*self.batch_features(batch), z_loss)
 
     def _summed(self, features: Tensor, target: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         weight = self.backbone.get_classifier().weight
         return linear_cross_entropy(features, weight, target, z_loss)  # type: ignore[arg-type]
 
     def _evaluate(self, batch: Tensor, stage: str) -> None:
-        mean, count = self.feature_loss(*self.features(batch))
+        mean, count = self.feature_loss(*self.batch_features(batch))
         weight = self.log_weight(int(count))  # token means, independent of batches
         self.log(f"{stage}/loss", mean, batch_size=weight, sync_dist=True, prog_bar=True)

@@ -184,11 +184,11 @@ class LitImageClassifier(LitTask):
             rank_zero_warn(f"data: images are transformed differently than in training: {values}")
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        loss, count = self.feature_loss(*self.features(batch))
+        loss, count = self.feature_loss(*self.batch_features(batch))
         self.log("train/loss", loss, prog_bar=True, batch_size=count)
         return loss, count
 
-    def features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def batch_features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C), and the labels (B,) or (B, C)."""
         image, label = batch
         if self._class_map is not None:
@@ -262,7 +262,7 @@ class LitImageClassifier(LitTask):
         self.train(training)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> None:
-        logits, label = self.features(batch)
+        logits, label = self.batch_features(batch)
         acc1.update(logits, label)
         acc5.update(logits, label)
         loss, count = self.feature_loss(logits, label)

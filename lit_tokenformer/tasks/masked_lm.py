@@ -110,7 +110,7 @@ class LitMaskedLM(LitLanguageTask):
         return self(tokens[:1], lengths[:1])
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        features, labels = self.features(batch)
+        features, labels = self.batch_features(batch)
         loss, _ = self.feature_loss(features, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
         return loss, len(labels)
@@ -125,7 +125,7 @@ class LitMaskedLM(LitLanguageTask):
         loss = self.trainer.callback_metrics[self.metric(f"{stage}/loss")]
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def batch_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the input of the vocabulary projection (M, D), and the labels (M,) of the masked tokens."""
         tokens, labels, lengths = batch
         places = labels.flatten().ge(0).nonzero()[:, 0]
@@ -142,7 +142,7 @@ class LitMaskedLM(LitLanguageTask):
         return F.linear(features, head.weight, head.bias)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        features, labels = self.features(batch)
+        features, labels = self.batch_features(batch)
         loss = hits = torch.zeros((), device=labels.device)
         for piece, label in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
             logits = self.feature_logits(piece).float()  # (rows, V)
