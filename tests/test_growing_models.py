@@ -180,3 +180,11 @@ def test_bad_configs_are_refused_by_name():
     grow(made, {"heads": 4})
     with pytest.raises(UserError, match="^heads: a model with positions 'alibi' cannot be saved after their growth$"):
         to_transformers(made, growing=True)
+
+
+def test_auxiliary_losses_are_not_dropped_in_training():
+    twin = to_transformers(model(), growing=True)
+    twin.model.backbone.loss_names = ["balance"]
+    twin(inputs(model()))
+    with pytest.raises(UserError, match="^aux_losses: balance not in the losses of transformers"):
+        twin.train()(inputs(model()))

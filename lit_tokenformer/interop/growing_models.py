@@ -261,6 +261,9 @@ class GrowingTokenformerModel(GrowingTokenformerPreTrainedModel):
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Tensor:
             return self.attend(query, key, value, mask, dropout, **kwargs)[0]
 
+        if self.training and self.backbone.loss_names:
+            names = ", ".join(self.backbone.loss_names)
+            raise UserError(f"aux_losses: {names} not in the losses of transformers; train the model in this project")
         state: Any = None if cache is None else _CachedState(cache, len(self.backbone.blocks))
         return self.backbone.forward_features(
             **x, attention_mask=mask, state=state, attend=attend if self.uses_interface else None
