@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from test_oracles import everywhere
 from timm.models._hub import save_for_hf
+from transformers import pipeline
 
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.commands import export_weights, grow_checkpoint, import_weights
+from lit_tokenformer.data.images.transforms import Augmentation, eval_transform
 from lit_tokenformer.interop import read_timm
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.tasks import LitImageClassifier
@@ -85,6 +89,30 @@ def test_a_grown_model_is_exported_with_the_same_logits(tmp_path):
     with pytest.raises(ValueError, match=r"config: timm has no head_width 16 \(only 12\)"):
         export_weights(str(more), str(tmp_path / "other"), format="timm")
     assert not (tmp_path / "other").exists()
+
+
+def test_class_names_and_transform_are_exported(tmp_path):
+    look, mean, std = Augmentation(crop_pct=0.8, interpolation="bicubic"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    task = LitImageClassifier(VIT, num_classes=2, image_size=16, overrides={"patch_size": 4})
+    task.image_data = {"class_names": ["cat", "dog"], "image_size": 16, "in_chans": 3, "mean": mean, "std": std}
+    task.image_data |= {"crop_pct": look.crop_pct, "interpolation": look.interpolation}
+    write_checkpoint(fresh_checkpoint(task, task.state_dict()), tmp_path / "one.ckpt")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    ours = eval_transform(look, 16, mean, std)(image)
+
+    back = export_weights(str(tmp_path / "one.ckpt"), str(tmp_path / "timm"), format="timm")
+    theirs = timm.create_model(f"local-dir:{back}", pretrained=True)
+    assert torch.equal(timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))(image), ours)
+    assert json.loads((back / "config.json").read_text())["label_names"] == ["cat", "dog"]
+
+    back = export_weights(str(tmp_path / "one.ckpt"), str(tmp_path / "transformers"), format="transformers")
+    classifier = pipeline("image-classification", str(back))
+    pixels = classifier.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    assert (pixels - ours).abs().max() <= 0.03  # one of 255 levels
+    with torch.no_grad():
+        shares = task.backbone.eval()(ours[None]).softmax(-1)[0]
+    found = {one["label"]: one["score"] for one in classifier(image)}
+    assert found == pytest.approx({"cat": shares[0].item(), "dog": shares[1].item()}, abs=1e-2)
 
 
 def test_a_model_without_a_head_gets_a_new_one(tmp_path, capsys):

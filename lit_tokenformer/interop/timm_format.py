@@ -263,6 +263,27 @@ def write_timm(
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
+    """Add the class names and the evaluation transform to the ``config.json`` of an export, by timm's names.
+
+    Args:
+        folder: Folder of an exported model.
+        image_data: ``ImageDataModule.image_data``.
+    """
+    path = folder / CONFIG_FILE
+    content = read_json(path)
+    content["label_names"] = list(image_data["class_names"])
+    content["pretrained_cfg"] |= {name: image_data[name] for name in ("mean", "std", "crop_pct")}
+    content["pretrained_cfg"]["interpolation"] = "bicubic" if image_data["interpolation"] == "bicubic" else "bilinear"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 WEIGHT_FORMATS.register("timm")(
-    WeightFormat(find_weights, read_timm, write_timm, recognizes=lambda config: "architecture" in config)
+    WeightFormat(
+        find_weights,
+        read_timm,
+        write_timm,
+        recognizes=lambda config: "architecture" in config,
+        write_image_data=write_image_data,
+    )
 )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lit_tokenformer.data.images.transforms import pair
 from lit_tokenformer.data.text.vocabulary import ROLES, USUAL_SEPARATORS, from_text
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop import transformers_models  # noqa: F401  (registers the architectures)
@@ -176,6 +178,34 @@ def write_tokenizer(folder: Path, text: str) -> None:
     _write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **ids})
 
 
+def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
+    """Write the class names to ``config.json``, and the evaluation transform as the config of an image processor.
+
+    Args:
+        folder: Folder of an exported model.
+        image_data: ``ImageDataModule.image_data``.
+    """
+    names = dict(enumerate(image_data["class_names"]))
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    _write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **labels})
+    height, width = pair(image_data["image_size"])
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",  # shorter side and center crop, which that of ViT does not have
+        "do_convert_rgb": image_data["in_chans"] == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": int(min(height, width) / (image_data["crop_pct"] or 1.0))},
+        "resample": Image.Resampling.BICUBIC if image_data["interpolation"] == "bicubic" else Image.Resampling.BILINEAR,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": image_data["mean"],
+        "image_std": image_data["std"],
+    }
+    _write_json(folder / "preprocessor_config.json", processor)
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -188,6 +218,7 @@ WEIGHT_FORMATS.register("transformers")(
         recognizes=lambda config: "model_type" in config,
         write_tokenizer=write_tokenizer,
         architectures=TRANSFORMERS_MODELS,
+        write_image_data=write_image_data,
         write_card=write_card,
     )
 )

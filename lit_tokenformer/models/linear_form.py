@@ -56,7 +56,7 @@ class LinearHalves:
 
     def outputs(self) -> list[nn.Parameter]:
         """Parameters that scale the output: the values' weight."""
-        return [self.values.weight]
+        return [one.values.weight for one in (self, *(self.groups or {}).values())]  # type: ignore[attr-defined]
 
     def attend(self, x: Tensor) -> Tensor:
         """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
