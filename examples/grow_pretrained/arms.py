@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,8 @@ class Demonstration:
         share: FLOPs of the further training, relative to those of the base model.
         rates: Learning rates of the arms that start from the base model; tried with the first seed.
         scratch_rates: Those of the arms from scratch; tried on the FLOPs of the further training.
-        variants: Other settings of the grown arm, tried with the first seed: of the growth callback, of the learning
-            rate's ``schedule``, and ``at``, the share of the steps before the growth.
+        variants: Other settings of the grown arm, tried with the first seed: of the growth callback, ``schedule`` of
+            the learning rate, or other ``sizes`` in the growth schedule with their ``final`` fields.
     """
 
     train_base: Callable[[Path, int, int], None]
@@ -59,14 +60,14 @@ class Demonstration:
     scratch_rates: tuple[float, ...]
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
-    def step_flops(self, large: bool) -> float:
-        """Return the training FLOPs of an optimizer step."""
-        fields = {**self.fields, **self.of_data, **(self.final if large else {})}
+    def step_flops(self, changed: Mapping[str, Any]) -> float:
+        """Return the training FLOPs of an optimizer step of the base model with changed fields."""
+        fields = {**self.fields, **self.of_data, **changed}
         return model_cost(preset_config(self.preset, **fields)).training_flops * self.batch
 
     @property
     def base_flops(self) -> float:
-        return self.base_steps * self.step_flops(large=False)
+        return self.base_steps * self.step_flops({})
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Study:
         result = folder / "result.json"
         if result.exists():
             return json.loads(result.read_text())
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted fit
+        folder.mkdir(parents=True)
         config, flops = self.config(ARMS[name], seed, lr, folder, self.of.variants.get(variant, {}))
         (folder / "fit.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         start = ("--ckpt_path", self.output / f"base-{seed}" / "base.ckpt") if ARMS[name].from_base else ()
@@ -142,18 +144,17 @@ class Study:
     ) -> tuple[dict[str, Any], float]:
         """Build the config of a fit, and compute its training FLOPs."""
         given = dict(variant)
-        at, schedule = given.pop("at", AT), given.pop("schedule", {})
-        final = given.pop("final", {})
-        small, large = (self.of.step_flops(large) for large in (False, True))
+        schedule, sizes = given.pop("schedule", {}), given.pop("sizes", {})
+        small, large = (self.of.step_flops(fields) for fields in ({}, given.pop("final", self.of.final)))
         budget = self.of.base_flops * (self.of.share + arm.pays_base)
-        per_step = at * small + (1 - at) * large if arm.grows else small if arm.from_base else large
+        per_step = AT * small + (1 - AT) * large if arm.grows else small if arm.from_base else large
         steps = round(budget / per_step)
-        grown_at = max(1, round(at * steps))
+        grown_at = max(1, round(AT * steps))
         config = copy.deepcopy(dict(self.of.settings))
         config["seed_everything"] = seed
         growth = next(one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("GrowthCallback"))
         (stage,) = growth["init_args"]["schedule"].values()
-        growth["init_args"] |= {"schedule": {grown_at: final or stage}, **given}
+        growth["init_args"] |= {"schedule": {grown_at: sizes or stage}, **given}
         last = {"dirpath": str(folder), "filename": "last", "every_n_train_steps": steps}
         checkpoint = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

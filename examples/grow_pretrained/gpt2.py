@@ -122,8 +122,8 @@ class Text:
             variants={}
             if smoke
             else {
-                "depth alone": {"final": {"depth": "2x"}},
-                "hidden units alone": {"final": {"hidden": "2.5x"}},
+                "depth alone": {"sizes": {"depth": "2x"}, "final": {"depth": 4}},
+                "hidden units alone": {"sizes": {"hidden": "2.5x"}, "final": {"mlp_ratio": 10.0}},
                 "old rows frozen for 100 steps": {"freeze_old_steps": 100},
                 "constant, then linear decay": {"schedule": {"name": "wsd", "decay": 0.6}},
             },
