@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import adapters as adapters_benchmark
 from callbacks import AdapterCallback, GrowingEMA, ParameterGrowthCallback
 from lit_tokenformer.adapters import (
     add_adapter,
@@ -151,6 +152,15 @@ def test_the_adapter_with_the_least_loss_is_found():
             optimizer.step()
     generator = TextGenerator(model.eval(), Tokenizer.bytes())
     assert generator.best_adapters(["1 1 1 1", "2,2,2", "2", ""]) == ["ones", "twos", None, None]
+
+
+@pytest.mark.slow
+def test_five_tasks_in_sequence_are_not_forgotten(tmp_path):
+    arguments = ["--steps", "40", "--base_steps", "75", "--seeds", "1", "--parts", "forgetting"]
+    adapters_benchmark.main([*arguments, "--output", str(tmp_path / "found.json")])
+    matrix = json.loads((tmp_path / "found.json").read_text())["forgetting"]["results"]["adapters"]
+    assert [len(row) for row in matrix] == [1, 2, 3, 4, 5]
+    assert all(row == matrix[-1][: len(row)] for row in matrix)
 
 
 # its files
