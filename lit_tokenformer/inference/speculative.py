@@ -32,7 +32,7 @@ from lit_tokenformer.models.mixers import KeyValueCache
 
 @dataclass
 class Speculation:
-    """Counts of speculative decoding.
+    """Statistics of speculative decoding.
 
     Attributes:
         tokens: New tokens.
