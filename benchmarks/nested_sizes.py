@@ -1,15 +1,17 @@
 """Compare one fit of nested sizes with fits of each size alone, and count the calls of the model with a draft.
 
 Each seed trains the whole model without nesting, the whole model with :class:`~callbacks.NestedSizes`, and each smaller
-size alone, for the same number of steps on the embedded Python documentation (bytes). The draft of the whole model is
-a nested size of it. ``docs/nested_sizes.md`` has the figures.
+size alone, for the same number of steps on the embedded Python documentation (bytes). With ``--base_steps``, the two
+whole models continue from the same trained weights, and the smaller ones train as long in total. The draft of the whole
+model is a nested size of it. ``docs/nested_sizes.md`` has the figures.
 
-    python -m benchmarks.nested_sizes --steps 300 --seeds 0 1 --output nested_sizes.json
+    python -m benchmarks.nested_sizes --base_steps 1000 --steps 500 --output nested_sizes.json
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import tempfile
@@ -88,7 +90,7 @@ def flops(task: LitCausalLM, size: float = 1.0) -> int:
         return model_cost(backbone.config, backbone.size).training_flops
 
 
-def run(seed: int, steps: int, tokens: int, distill: float, smoke: bool) -> dict[str, Any]:
+def run(seed: int, base_steps: int, steps: int, tokens: int, distill: float, smoke: bool) -> dict[str, Any]:
     """Train all arms of a seed."""
     arms: dict[str, Any] = {}
 
@@ -96,11 +98,14 @@ def run(seed: int, steps: int, tokens: int, distill: float, smoke: bool) -> dict
         seed_everything(seed, verbose=False)
         return build_task(count, smoke)
 
-    arms["whole"] = train(build(tokens), steps, seed, (), distill)
-    nested = build(tokens)
+    base = build(tokens)
+    if base_steps:
+        arms["base"] = train(base, base_steps, seed, (), distill)
+    nested = copy.deepcopy(base)
+    arms["whole"] = train(base, steps, seed, (), distill)
     arms["nested"] = train(nested, steps, seed, SIZES, distill)
     for size in SIZES:
-        arms[f"alone@{size:g}"] = train(build(int(size * tokens)), steps, seed, (), distill)
+        arms[f"alone@{size:g}"] = train(build(int(size * tokens)), base_steps + steps, seed, (), distill)
         for temperature in (0.0, 1.0):
             arms["nested"][f"calls@{size:g},temperature={temperature:g}"] = calls(
                 nested, size, temperature, 10 if smoke else 100
@@ -112,7 +117,8 @@ def run(seed: int, steps: int, tokens: int, distill: float, smoke: bool) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--base_steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--distill", type=float, default=1.0)
@@ -122,10 +128,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    steps, tokens = (2, 16) if given.smoke else (given.steps, given.tokens)
-    results: dict[str, Any] = {"steps": steps, "tokens": tokens, "distill": given.distill, "seeds": {}}
+    base_steps, steps, tokens = (2, 2, 16) if given.smoke else (given.base_steps, given.steps, given.tokens)
+    results: dict[str, Any] = {
+        "base_steps": base_steps,
+        "steps": steps,
+        "tokens": tokens,
+        "distill": given.distill,
+        "seeds": {},
+    }
     for seed in given.seeds[:1] if given.smoke else given.seeds:
-        results["seeds"][seed] = found = run(seed, steps, tokens, given.distill, given.smoke)
+        results["seeds"][seed] = found = run(seed, base_steps, steps, tokens, given.distill, given.smoke)
         for arm, values in found.items():
             print(f"seed {seed} {arm}:", ", ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
         if given.output is not None:

@@ -437,6 +437,6 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["nested_sizes", "--smoke", "--output", str(tmp_path / "found.json")])
     nested_sizes.main()
     found = json.loads((tmp_path / "found.json").read_text())["seeds"]["0"]
-    assert {"whole", "nested", "alone@0.25", "alone@0.5", "flops"} == found.keys()
+    assert {"base", "whole", "nested", "alone@0.25", "alone@0.5", "flops"} == found.keys()
     assert found["flops"]["nested"] < found["flops"]["separate"]
     assert "val/loss@0.25" in found["nested"] and "seed 0 whole: val/loss" in capsys.readouterr().out
