@@ -13,7 +13,7 @@ from lit_tokenformer.growth import grow
 from lit_tokenformer.interop.timm_format import write_timm
 from lit_tokenformer.interop.tokenformer import write_published
 from lit_tokenformer.interop.transformers_format import write_transformers
-from lit_tokenformer.models import Pattention, create_backbone
+from lit_tokenformer.models import Pattention, as_linear, as_pattention, create_backbone
 from lit_tokenformer.models.token_groups import (
     BASE,
     NamedGate,
@@ -241,3 +241,15 @@ def test_bad_groups_are_rejected():
     add_group(layer, "docs", 1, NamedGate())
     with pytest.raises(UserError, match="has a group 'docs' already"):
         add_group(layer, "docs", 1, NamedGate())
+
+
+def test_groups_have_a_linear_form_too():
+    torch.manual_seed(0)
+    layer, gate, x = Pattention(6, 5, num_tokens=7, kind="ffn").double(), NamedGate(), torch.randn(2, 3, 6).double()
+    nn.init.normal_(add_group(layer, "docs", 4, gate).value_tokens)
+    gate.select(["docs", None], x.device)
+    before, names = layer(x), sorted(layer.state_dict())
+    as_linear(layer)
+    torch.testing.assert_close(layer(x), before)
+    assert len(layer.outputs()) == 2
+    assert sorted(as_pattention(layer).state_dict()) == names and torch.equal(layer(x), before)
