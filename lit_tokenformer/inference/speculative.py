@@ -229,7 +229,7 @@ class _Row:
             new.append(self._choose(scores[-1], "model"))
         self.ids += new
         for state in (self._state, self._draft_state):
-            state.start = min(state.start, len(self.ids) - 1)  # KV caches overwrite what follows
+            state.crop(min(state.start, len(self.ids) - 1))
         return new
 
     def _read(self, model: Tokenformer, state: DecodingState, drafted: list[int], count: int) -> Tensor:

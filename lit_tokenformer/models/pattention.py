@@ -252,7 +252,8 @@ class Pattention(nn.Module):
 
     def outputs(self) -> list[nn.Parameter]:
         """Parameters that scale the output; with all of them zero, the output is zero."""
-        return [self.value_tokens, *(one for group in (self.groups or {}).values() for one in group.outputs())]
+        groups: Any = (self.groups or {}).values()
+        return [self.value_tokens, *(one for group in groups for one in group.outputs())]
 
     def cost(self, length: int) -> Cost:
         """Cost per data token; activation checkpointing recomputes the last product of the fused form."""
