@@ -218,7 +218,7 @@ def test_a_model_trained_here_is_exported(tmp_path):
     write_checkpoint(fresh_checkpoint(task, task.state_dict()), tmp_path / "one.ckpt")
     back = export_weights(str(tmp_path / "one.ckpt"), str(tmp_path / "back"), format="transformers", dtype="float16")
     assert {path.name for path in back.iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert transformers.AutoModelForCausalLM.from_pretrained(back).dtype == torch.float16
     model = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
