@@ -125,9 +125,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each seed")
     parser.add_argument("--smoke", action="store_true", help="two steps of a tiny model")
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     base_steps, steps, tokens = (2, 2, 16) if given.smoke else (given.base_steps, given.steps, given.tokens)
     results: dict[str, Any] = {
         "base_steps": base_steps,
@@ -145,4 +142,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     main()
