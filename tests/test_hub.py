@@ -11,9 +11,13 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 import lit_tokenformer.models.hub
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.cli.commands import import_weights
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
+from lit_tokenformer.interop.native import load_native
 from lit_tokenformer.models import Tokenformer, as_linear, create_backbone
+from lit_tokenformer.tasks.rebuild import rebuild_task
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "vocab_size": 50, "context_length": 64}
 SIZES |= {"image_size": 16, "patch_size": 4, "num_classes": 5}
@@ -61,6 +65,7 @@ def test_a_grown_model_comes_back_equal_to_the_bit(preset, growth, tmp_path):
     found = Tokenformer.from_pretrained(tmp_path / "model")
     assert_equal(found, made)
     assert not found.training and not found.grown
+    assert_equal(load_native(tmp_path / "model"), made)
     with torch.no_grad():
         assert torch.equal(found(inputs(made)), made.eval()(inputs(made)))
 
@@ -70,6 +75,13 @@ def test_precision_is_kept(dtype, tmp_path):
     made = model().to(dtype)
     made.save_pretrained(tmp_path)
     assert_equal(Tokenformer.from_pretrained(tmp_path), made)
+
+
+def test_a_saved_model_is_imported(tmp_path):
+    made = model("gpt2_tiny")
+    made.save_pretrained(tmp_path / "model")
+    path = import_weights(str(tmp_path / "model"), str(tmp_path / "base.ckpt"))
+    assert_equal(rebuild_task(path, read_checkpoint(path)).backbone, made)
 
 
 def test_the_linear_form_is_saved_as_parameter_tokens(tmp_path):
@@ -107,11 +119,13 @@ def test_a_model_goes_to_a_repository_and_back(tmp_path, monkeypatch):
 def test_other_folders_are_rejected_in_one_line(tmp_path):
     model().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "hidden_act": "gelu"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**settings, "config": {**settings["config"], "hidden_act": "gelu"}})
+    )
     with pytest.raises(UserError, match=r"^config.json: .*: not an architecture of lit-tokenformer .*hidden_act"):
         Tokenformer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "depth": 3}))
-    with pytest.raises(UserError, match=r"^model.safetensors: .*blocks.2"):
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "config": {**settings["config"], "dim": 48}}))
+    with pytest.raises(UserError, match=r"^model.safetensors: .*size mismatch"):
         Tokenformer.from_pretrained(tmp_path)
 
 

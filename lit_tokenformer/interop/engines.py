@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.graphs import Graph, make_graph
-from lit_tokenformer.interop.native import describe, write_json
+from lit_tokenformer.interop.native import write_json
 from lit_tokenformer.interop.weight_format import CONFIG_FILE, cast, check_export, read_json
 from lit_tokenformer.models import Tokenformer
+from lit_tokenformer.models.hub import describe
 from lit_tokenformer.registry import ENGINES
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -29,19 +29,12 @@ from lit_tokenformer.interop.weight_format import (
     read_json,
 )
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
+from lit_tokenformer.models.hub import FORMAT, describe, with_tie, without_tie
 from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import reading_errors, write_tensors
-from lit_tokenformer.version import __version__
 
-NATIVE = "lit_tokenformer"
-"""Name of the format, and value of ``format`` in its ``config.json``."""
-
-_TIED = "head.weight", "stem.embedding.weight"
-
-
-def describe(config: TokenformerConfig, size: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of a ``config.json``: version, initial architecture and current size."""
-    return {"version": __version__, "config": dataclasses.asdict(config), "size": dict(size)}
+NATIVE = FORMAT
+"""Name of the format."""
 
 
 def read_native(source: str | os.PathLike[str], config_json: str | os.PathLike[str] | None = None) -> ReadModel:
@@ -68,8 +61,7 @@ def read_native(source: str | os.PathLike[str], config_json: str | os.PathLike[s
             raise unknown_name(f"config_json: {path} (of version {given.get('version')}): config", name, known)
     try:
         config = TokenformerConfig(**fields)
-        if config.tie_embeddings and _TIED[1] in state:
-            state[_TIED[0]] = state[_TIED[1]]
+        state = with_tie(config, state)
         if config.depth > len(state):
             raise UserError(f"depth: {config.depth} blocks, but only {len(state)} tensors")
         with torch.device("meta"):
@@ -122,11 +114,9 @@ def write_native(
         model = Tokenformer(config)
         model.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = config.tie_embeddings and {*_TIED} <= state.keys()
     tensors = {
         name: cast(tensor, name, dtype) if name in parameters else tensor
-        for name, tensor in state.items()
-        if not (tied and name == _TIED[0])
+        for name, tensor in without_tie(config, state).items()
     }
     write_tensors(tensors, Path(folder) / WEIGHTS["safetensors"])
     write_json(Path(folder) / CONFIG_FILE, {"format": NATIVE, **describe(config, model.size)})
