@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="Folder of the fits; those found there are not repeated.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--base_steps", type=int, help="Steps of the base model; other settings are not tried then.")
     parser.add_argument("--smoke", action="store_true", help="A few steps on a smaller corpus.")
     given = parser.parse_args()
     demonstration = Text("python_docs" if given.smoke else "python_stdlib").demonstration(given.smoke)
+    if given.base_steps is not None:
+        demonstration = replace(demonstration, base_steps=given.base_steps, variants={})
     results = Study(demonstration, given.output).run(given.seeds)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     write(results, given.output / "gpt2", ("bits_per_byte", "loss"), versions)
