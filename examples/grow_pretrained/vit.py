@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="Folder of the fits; those found there are not repeated.")
     parser.add_argument("--root", default="data", help="Folder with FashionMNIST/raw.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--base_steps", type=int, help="Steps of the base model.")
     parser.add_argument("--smoke", action="store_true", help="A few steps.")
     given = parser.parse_args()
-    results = Study(Images(given.root).demonstration(given.smoke), given.output).run(given.seeds)
+    demonstration = Images(given.root).demonstration(given.smoke)
+    if given.base_steps is not None:
+        demonstration = replace(demonstration, base_steps=given.base_steps)
+    results = Study(demonstration, given.output).run(given.seeds)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     write(results, given.output / "vit", ("loss", "accuracy"), versions)
 
