@@ -37,7 +37,7 @@ def test_a_model_of_another_library_is_grown_and_given_back(name, tmp_path):
     assert found["scratch, same FLOPs"]["parameters"] == grown["parameters"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2_long", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_long", "vit", "vit_long"])
 def test_committed_results_have_three_seeds_and_equal_flops(name):
     path = ROOT / "examples" / "grow_pretrained" / "results" / f"{name}.json"
     arms = json.loads(path.read_text())["arms"]
