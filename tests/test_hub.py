@@ -9,6 +9,7 @@ import huggingface_hub.hub_mixin
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from test_linear_form import inputs, model
 
 import lit_tokenformer.models.hub
 from lit_tokenformer.checkpoints.load import read_checkpoint
@@ -16,26 +17,8 @@ from lit_tokenformer.cli.commands import import_weights
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop.native import load_native
-from lit_tokenformer.models import Tokenformer, as_linear, create_backbone
+from lit_tokenformer.models import Tokenformer, as_linear
 from lit_tokenformer.tasks.rebuild import rebuild_task
-
-SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 8, "vocab_size": 50, "context_length": 64}
-SIZES |= {"image_size": 16, "patch_size": 4, "num_classes": 5}
-
-
-def model(preset="tokenformer_lm_tiny", **overrides):
-    torch.manual_seed(0)
-    made = create_backbone(preset, **{**SIZES, **overrides}).eval()
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return made
-
-
-def inputs(made):
-    generator = torch.Generator().manual_seed(1)
-    if made.config.stem == "patch":
-        return torch.randn(3, 3, 16, 16, generator=generator)
-    return torch.randint(0, 50, (3, 17), generator=generator)
 
 
 def assert_equal(one, other):

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.graphs import Graph, make_graph
-from lit_tokenformer.interop.native import write_json
-from lit_tokenformer.interop.weight_format import CONFIG_FILE, cast, check_export, read_json
+from lit_tokenformer.interop.weight_format import CONFIG_FILE, cast, check_export, read_json, write_json
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.models.hub import describe
 from lit_tokenformer.registry import ENGINES

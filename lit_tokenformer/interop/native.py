@@ -6,7 +6,6 @@ The architecture is the initial one; on loading, the layers adopt the sizes of t
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from lit_tokenformer.interop.weight_format import (
     check_no_groups,
     find_weights,
     read_json,
+    write_json,
 )
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
 from lit_tokenformer.models.hub import FORMAT, describe, with_tie, without_tie
@@ -120,11 +120,6 @@ def write_native(
     }
     write_tensors(tensors, Path(folder) / WEIGHTS["safetensors"])
     write_json(Path(folder) / CONFIG_FILE, {"format": NATIVE, **describe(config, model.size)})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file with indentation."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(weights: Path, config_json: str | os.PathLike[str] | None) -> tuple[Path, dict[str, Any]]:

@@ -7,7 +7,6 @@ with the one that has our sizes, so that no option is overlooked.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from lit_tokenformer.interop.weight_format import (
     check_no_groups,
     find_weights,
     read_json,
+    write_json,
 )
 from lit_tokenformer.models import TokenformerConfig, preset_config
 from lit_tokenformer.registry import WEIGHT_FORMATS
@@ -260,7 +260,7 @@ def write_timm(
         },
     }
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / CONFIG_FILE, content)
 
 
 def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
@@ -275,7 +275,7 @@ def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
     content["label_names"] = list(image_data["class_names"])
     content["pretrained_cfg"] |= {name: image_data[name] for name in ("mean", "std", "crop_pct")}
     content["pretrained_cfg"]["interpolation"] = "bicubic" if image_data["interpolation"] == "bicubic" else "bilinear"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 WEIGHT_FORMATS.register("timm")(

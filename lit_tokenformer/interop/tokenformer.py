@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from lit_tokenformer.interop.weight_format import (
     check_no_groups,
     find_weights,
     read_json,
+    write_json,
 )
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
 from lit_tokenformer.registry import WEIGHT_FORMATS
@@ -215,7 +215,7 @@ def write_published(
     tensors = {row.published: cast(own[name], name, dtype) for name, row in rows.items()}
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / CONFIG_FILE, settings)
 
 
 def _rows(settings: Mapping[str, Any]) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from lit_tokenformer.interop.weight_format import (
     check_no_groups,
     find_weights,
     read_json,
+    write_json,
 )
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
 from lit_tokenformer.registry import TRANSFORMERS_MODELS, WEIGHT_FORMATS
@@ -116,7 +116,7 @@ def write_transformers(
     settings["architectures"] = [known.classes[0]]
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, Path(folder) / WEIGHTS[format])
-    _write_json(Path(folder) / CONFIG_FILE, settings)
+    write_json(Path(folder) / CONFIG_FILE, settings)
 
 
 OWN = ("tokenformer", "growing_tokenformer")
@@ -173,9 +173,9 @@ def write_tokenizer(folder: Path, text: str) -> None:
     vocabulary = from_text(text, "tokenizer.json").get_vocab(with_added_tokens=True)
     usual = {role: next((name for name in names if name in vocabulary), None) for role, names in SPECIAL_TOKENS.items()}
     special = {role: name for role, name in usual.items() if name is not None}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
     ids = {f"{role}_id": vocabulary[special[role]] for role in ("bos_token", "eos_token") if role in special}
-    _write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **ids})
+    write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **ids})
 
 
 def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
     """
     names = dict(enumerate(image_data["class_names"]))
     labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-    _write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **labels})
+    write_json(folder / CONFIG_FILE, {**read_json(folder / CONFIG_FILE), **labels})
     height, width = pair(image_data["image_size"])
     processor = {
         "image_processor_type": "CLIPImageProcessor",  # shorter side and center crop, which that of ViT does not have
@@ -203,11 +203,7 @@ def write_image_data(folder: Path, image_data: Mapping[str, Any]) -> None:
         "image_mean": image_data["mean"],
         "image_std": image_data["std"],
     }
-    _write_json(folder / "preprocessor_config.json", processor)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "preprocessor_config.json", processor)
 
 
 WEIGHT_FORMATS.register("transformers")(

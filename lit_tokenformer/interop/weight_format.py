@@ -147,6 +147,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return given
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file with indentation."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def check_export(format: str, dtype: str | None) -> None:
     """Raise a ``UserError`` for an unknown file format or precision of an export."""
     if format not in WEIGHTS:
