@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,19 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
             "growth: the optimizer state of the grown parameters was reset.",
             stacklevel=2,
         )
+
+
+def copied_state(state: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
+    """Copy the optimizer state of a parameter for another one of its shape.
+
+    Args:
+        state: State of the parameter.
+        share: Gradient of the other parameter, relative to that of the first.
+    """
+    return {
+        key: value * share ** _MOMENTS.get(key, 0) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 class _StaleOptimizers:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, model_size
+from lit_tokenformer.models.experts import saved_experts
 from lit_tokenformer.tasks.base import LitTask, resizable_dims, state_dict_problems
 from lit_tokenformer.tasks.language import LitLanguageTask
 
@@ -73,6 +74,7 @@ def initialize_from(
         numbers = {name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)}
         if numbers and numbers == {str(number) for number in range(len(numbers))}:
             model.set_depth(len(numbers))
+        model.set_experts(max(saved_experts(weights, prefix), model.config.experts))
     own = module.state_dict()
     notes = [note for prefix, model in backbones for note in _resample_positions(prefix, model, own, weights, path)]
     notes += [
