@@ -51,11 +51,11 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
     Args:
         schedule: ``{epoch: size}``, zero-indexed and in increasing order. A size is a total: a number n of parameter
             tokens (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
-            heads: H, depth: L, experts: E}``. Omitted kinds keep their size. ``other`` applies to Pattention layers without a kind,
-            as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total number of blocks;
-            new ones are inserted as identities under any ``method``. ``experts`` is the total number of feed-forwards
-            of each block behind a router; they are copies under any ``method``. ``{hidden: 1.5x}`` is a multiple of the size at
-            which the fit began, rounded to a whole number.
+            heads: H, depth: L, experts: E}``. Omitted kinds keep their size. ``other`` applies to Pattention layers
+            without a kind, as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total
+            number of blocks; new ones are inserted as identities under any ``method``. ``experts`` is the total number
+            of feed-forwards of each block behind a router; new ones are copies under any ``method``. ``{hidden: 1.5x}``
+            is a multiple of the size at which the fit began, rounded to a whole number.
         unit: Unit of the keys of ``schedule``: ``epoch``, or ``step`` (optimizer steps).
         method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact except
             for softmax) or ``random`` (as published; changes the function).

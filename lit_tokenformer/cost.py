@@ -184,7 +184,7 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     if by not in ("parameters", "flops"):
         raise unknown_name("match", by, ("parameters", "flops"))
     if config.experts > 1:
-        raise UserError(f"match: no number of parameter tokens is matched to experts (got {config.experts}, expected 1)")
+        raise UserError(f"match: parameter tokens cannot be matched with experts (got {config.experts}, expected 1)")
 
     def kinds(config: TokenformerConfig, tokens: Totals) -> dict[str, int]:
         """Cost of all blocks by kind of projection; ``rest`` is everything else."""

@@ -24,7 +24,13 @@ from lit_tokenformer.models.backbone import growable_size
 from lit_tokenformer.models.config import KINDS, OTHER
 
 UNITS = {
-    **{"depth": "blocks", "experts": "experts", "hidden": "hidden units", "heads": "heads", "kv_heads": "key and value heads"},
+    **{
+        "depth": "blocks",
+        "experts": "experts",
+        "hidden": "hidden units",
+        "heads": "heads",
+        "kv_heads": "key and value heads",
+    },
     **dict.fromkeys((*KINDS, OTHER), "tokens"),
 }
 """Names of the units of each kind; units of other kinds are named by the kind."""

@@ -1,10 +1,10 @@
 """Function-preserving growth into experts: a feed-forward becomes E copies behind a router, E experts become m E.
 
 The copies compute what their original does and the gates sum to 1, so the output is unchanged whichever copy is chosen.
-When m E experts follow E, each copy has its original's routing weights, so that all probabilities and biases are divided
-by m, and a routing bias so low that only originals are chosen; balancing raises it within about 1 / (2 m balance)
-optimizer steps. Shared experts start with zero
-output layers. Related work: sparse upcycling (arXiv 2212.05055), expert upcycling. Independent of the trainer.
+When E experts become m E, each copy has its original's routing weights, so that probabilities and biases are divided by
+m, and a routing bias so low that only originals are chosen; balancing raises it within about E / (2 balance)
+optimizer steps. Shared experts start with zero output layers. Related work: sparse upcycling (arXiv 2212.05055).
+Independent of the trainer.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def _copy_again(layer: Experts, experts: int, name: str, inserted: list[Inserted
     """Follow each expert by copies of itself."""
     router, before = layer.router, len(layer.experts)
     copies = experts // before
-    order = [
-        expert if number == 0 else _twin(expert, inserted) for expert in layer.experts for number in range(copies)
-    ]
+    order = [expert if number == 0 else _twin(expert, inserted) for expert in layer.experts for number in range(copies)]
     layer.experts = nn.ModuleList(order)
     old = router.weight
     router.weight = nn.Parameter(old.detach().repeat_interleave(copies, dim=0), requires_grad=old.requires_grad)
@@ -139,4 +137,3 @@ def _twin(
             new.zero_()
         inserted.append(Inserted(new, old, zero is not None and old in zero, share))
     return twin
-

@@ -28,7 +28,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
-    check_no_groups,
+    check_plain,
     find_weights,
     read_json,
     write_json,
@@ -195,7 +195,7 @@ def write_published(
             representable in the format, or a tau other than sqrt(N). Nothing is written then.
     """
     check_export(format, dtype)
-    check_no_groups(state)
+    check_plain(state)
     settings = _settings(config, state)
     taus = {name: tensor for name, tensor in state.items() if name.endswith(".tau")}
     for name, tau in taus.items():

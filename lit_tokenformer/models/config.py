@@ -179,11 +179,12 @@ class TokenformerConfig:
         context_length: Maximum sequence length in tokens, T.
         tie_embeddings: Share the weights of the token embedding with the language head.
         unpad: Remove padding before all per-token layers; only attention sees it.
-        experts: Feed-forwards of each block, E, of which a router chooses ``experts_top_k`` for each data token; 1 for a
-            single feed-forward without a router.
+        experts: Feed-forwards of each block, E, of which a router chooses ``experts_top_k`` for each data token; 1 for
+            a single feed-forward without a router.
         experts_top_k: Experts of each data token, k.
         shared_experts: Further feed-forwards that every data token uses, with ``experts`` above 1.
-        experts_balance: Change of an expert's routing bias per optimizer step, which balances the load.
+        experts_balance: Largest change of an expert's routing bias per optimizer step, which balances the load, relative
+            to the mean probability 1 / E.
         router: Routing: ``top_k``, the experts of each data token.
         layers: Repeating pattern of blocks: names of mixers, or ``mixer+feed_forward`` to set the feed-forward too, as
             in ``[wkv, wkv, attention+mlp]``; ``None`` uses ``mixer`` in every block.
@@ -234,7 +235,7 @@ class TokenformerConfig:
     experts: int = 1
     experts_top_k: int = 1
     shared_experts: int = 0
-    experts_balance: float = 0.02
+    experts_balance: float = 0.1
     router: str = "top_k"
     layers: tuple[str, ...] | None = None
 

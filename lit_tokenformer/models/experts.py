@@ -6,9 +6,9 @@ experts, where the sum has no gradient. Gates therefore sum to 1, and equal expe
 while the router receives the gradient of ``log p`` for one expert as well. Sources: sparse upcycling (arXiv
 2212.05055), top-k routing (arXiv 1701.06538, 2401.04088), shared experts (arXiv 2401.06066).
 
-The load is balanced without an auxiliary loss (arXiv 2408.15664): ``bias`` takes part in the choice alone, and moves by
-a fixed amount per optimizer step, up for experts with fewer data tokens than the mean and down for the others. No data
-token is dropped.
+The load is balanced without an auxiliary loss (arXiv 2408.15664): ``bias`` takes part in the choice alone, and moves
+once per optimizer step, up for experts with fewer data tokens than the mean and down for the others. The change is
+proportional to the relative deviation, and limited, where the paper takes its sign. No data token is dropped.
 
 Shapes: M data tokens, D width, E experts, k experts of each data token.
 """
@@ -42,7 +42,7 @@ class Router(nn.Module):
         dim: Width, D.
         experts: Number of experts, E.
         top_k: Experts of each data token, k.
-        balance: Change of an expert's bias per optimizer step.
+        balance: Largest change of an expert's bias per optimizer step, relative to the mean of p, 1 / E.
 
     Attributes:
         weight: Weights, (E, D).
@@ -60,7 +60,7 @@ class Router(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, dim: int, experts: int, top_k: int = 1, balance: float = 0.02) -> None:
+    def __init__(self, dim: int, experts: int, top_k: int = 1, balance: float = 0.1) -> None:
         super().__init__()
         self.top_k = top_k
         self.balance = balance
@@ -103,7 +103,7 @@ class Router(nn.Module):
             load: Data tokens of each expert, over all processes, (E,).
             entropy: Sum of the entropies over all data tokens, ().
         """
-        change = self.balance * torch.sign(load.mean() - load)
+        change = self.balance / len(load) * (1 - load / load.mean()).clamp_min(-1)
         self.bias.add_(change - change.mean())
         self.last_load = load / load.sum()
         self.last_entropy = entropy * self.top_k / load.sum()
@@ -128,7 +128,7 @@ class Experts(nn.Module):
         dim: Width, D.
         top_k: Experts of each data token.
         shared: Further feed-forwards, which every data token uses.
-        balance: Change of an expert's routing bias per optimizer step.
+        balance: Largest change of a routing bias per optimizer step; see :class:`Router`.
 
     Example:
         >>> layer = Experts([nn.Linear(4, 4) for _ in range(3)], dim=4)
@@ -145,7 +145,7 @@ class Experts(nn.Module):
         dim: int,
         top_k: int = 1,
         shared: Iterable[nn.Module] = (),
-        balance: float = 0.02,
+        balance: float = 0.1,
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
