@@ -165,7 +165,8 @@ def step_time(text: Text, repeats: int) -> dict[str, float]:
 
 def report(results: dict[str, Any]) -> Iterator[str]:
     """Format the results as Markdown."""
-    yield "| arm | parameters | active | FLOPs | best rate | loss | spread | largest load | change at growth | step time |"
+    columns = "arm", "parameters", "active", "FLOPs", "best rate", "loss", "spread", "largest load", "change at growth"
+    yield f"| {' | '.join((*columns, 'step time'))} |"
     yield "|---" * 10 + "|"
     for arm in GROWTHS:
         runs = {key: one for key, one in results["runs"].items() if key.split()[0] == arm}

@@ -3,6 +3,10 @@
 import copy
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,3 +363,20 @@ def test_a_compiled_model_with_experts_equals_itself():
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(expert_load(model), expert_load(plain))
+
+
+@pytest.mark.slow
+def test_several_processes_train_experts_as_one_does(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parent / "expert_scenarios.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for processes, names in (([], ["ddp", "ddp_grown"]), (launcher, ["ddp", "ddp_grown", "fsdp", "tensor_parallel"])):
+        command = [sys.executable, *processes, script, str(tmp_path), *names]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("ddp", "ddp_grown", "fsdp", "tensor_parallel"):
+        one = torch.load(tmp_path / f"{'ddp_grown' if 'grown' in name else 'ddp'}-1-0.pt")
+        states = [torch.load(tmp_path / f"{name}-2-{rank}.pt") for rank in (0, 1)]
+        torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+        torch.testing.assert_close(states[0], one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert any(tensor.any() for key, tensor in one.items() if key.endswith("router.bias"))

@@ -183,8 +183,8 @@ class TokenformerConfig:
             a single feed-forward without a router.
         experts_top_k: Experts of each data token, k.
         shared_experts: Further feed-forwards that every data token uses, with ``experts`` above 1.
-        experts_balance: Largest change of an expert's routing bias per optimizer step, which balances the load, relative
-            to the mean probability 1 / E.
+        experts_balance: Largest change of an expert's routing bias per optimizer step, which balances the load,
+            relative to the mean probability 1 / E.
         router: Routing: ``top_k``, the experts of each data token.
         layers: Repeating pattern of blocks: names of mixers, or ``mixer+feed_forward`` to set the feed-forward too, as
             in ``[wkv, wkv, attention+mlp]``; ``None`` uses ``mixer`` in every block.
