@@ -264,6 +264,10 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
             for model, (_, tokens) in itertools.product(models, stages):
                 if growable_size(model)[kind] < tokens.get(kind, 0):
                     check(model, tokens[kind], setting=f"schedule: {kind}")
+        totals = [initial.get("experts", 1), *(tokens["experts"] for _, tokens in stages if "experts" in tokens)]
+        for before, after in itertools.pairwise(totals):
+            if after % before:
+                raise UserError(f"schedule: experts: expected a multiple of {before}, the stage before, got {after}")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         stages = dict(self.remaining_stages(pl_module))

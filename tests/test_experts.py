@@ -16,12 +16,16 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from callbacks import GrowingEMA, ParameterGrowthCallback, RunSummary, TrainingMonitor
+from lit_tokenformer.cli.commands import grow_checkpoint, shrink_checkpoint
+from lit_tokenformer.cli.plan import plan
+from lit_tokenformer.cli.weights import export_weights
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.growth import grow
 from lit_tokenformer.interop.native import load_native, write_native
 from lit_tokenformer.models import create_backbone, experts
 from lit_tokenformer.models.experts import Experts, Router, expert_load, expert_metrics, finish_step
 from lit_tokenformer.tasks import LitCausalLM, LRSchedule
+from lit_tokenformer.tasks.initialization import initialize_from
 from tests.test_depth_growth import SaveAt
 
 SIZES = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8, "vocab_size": 11, "context_length": 32}
@@ -346,6 +350,61 @@ def test_bad_growths_are_told_in_one_line_and_change_nothing(model, size, told):
     with pytest.raises(ValueError, match=told) as raised:
         grow(model, {**size, "depth": 4})
     assert "\n" not in str(raised.value) and [*model.state_dict()] == before
+
+
+def test_a_schedule_is_checked_before_the_fit(tmp_path):
+    for schedule, told in (
+        (
+            {2: {"experts": 2}, 4: {"experts": 3}},
+            r"^schedule: experts: expected a multiple of 2, the stage before",
+        ),
+        ({2: {"experts": 2.5}}, r"^schedule: step 2: experts: expected a whole number of experts, got 2.5"),
+        ({2: {"expert": 2}}, r"^schedule: step 2: unknown value 'expert', did you mean 'experts'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            fit(make_task(), tmp_path, ParameterGrowthCallback(schedule, unit="step"))
+    with pytest.raises(ValueError, match=r"^schedule: experts: expected at least experts_top_k 3, got 2"):
+        fit(make_task(experts_top_k=3), tmp_path, ParameterGrowthCallback({2: {"experts": 2}}, unit="step"))
+
+
+def test_commands_grow_a_checkpoint_and_start_from_it(tmp_path, capsys):
+    path = tmp_path / "base.ckpt"
+    task = make_task()
+    fit(task, tmp_path, GrowingEMA(decay=0.9), max_steps=3).save_checkpoint(path)
+    grown = grow_checkpoint(str(path), {"experts": 4, "ffn": 64})
+    assert "1 -> 4 experts" in capsys.readouterr().out
+    loaded = LitCausalLM.load_from_checkpoint(grown, weights_only=True).eval()
+    tokens = TOKENS[:, :8]
+    torch.testing.assert_close(loaded(tokens), task.eval()(tokens), rtol=1e-5, atol=1e-6)  # the average in both
+    fit(resumed := make_task(), tmp_path, GrowingEMA(decay=0.9), ckpt_path=grown, max_steps=5)
+    assert resumed.backbone.size["experts"] == 4
+    initialize_from(started := make_task(), grown)
+    assert started.backbone.size["experts"] == 4
+    with pytest.raises(ValueError, match=r"^init_from: .* has 1 experts \(expected 4, of model.overrides\); add"):
+        initialize_from(make_task(experts=4), path)
+    with pytest.raises(ValueError, match=r"^format: a graph has no experts"):
+        export_weights(str(grown), str(tmp_path / "onnx"), format="onnx")
+    with pytest.raises(ValueError, match="experts cannot shrink"):
+        shrink_checkpoint(str(grown), {"experts": 2})
+
+
+def test_a_plan_has_active_parameters(capsys):
+    task = make_task(experts_top_k=2)
+    trainer = Trainer(max_steps=8, callbacks=[growth()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    stages = plan(trainer, task)
+    assert [stage.tokens["experts"] for stage in stages] == [1, 2, 4]
+    assert stages[-1].cost.active_parameters < stages[-1].cost.parameters and not stages[0].cost.inactive
+    assert f"({stages[-1].cost.active_parameters:,} active)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_load_of_half_a_step_is_saved_and_restored():
+    task, other = make_task(experts=4), make_task(experts=4)
+    assert not any(value is not None for value in task.pending_state().values())
+    task.backbone(TOKENS[:, :8])
+    other.load_pending_state({name: one for name, one in task.pending_state().items() if one is not None})
+    loads = [[block.mlp.router.load for block in one.backbone.blocks] for one in (task, other)]
+    torch.testing.assert_close(*loads, rtol=0, atol=0)
+    assert all(load.sum() == 32 for load in loads[0])
 
 
 @pytest.mark.slow
