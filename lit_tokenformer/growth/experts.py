@@ -119,7 +119,7 @@ def _copy_again(layer: Experts, experts: int, name: str, inserted: list[Inserted
     layer.experts = nn.ModuleList(order)
     old = router.weight
     router.weight = nn.Parameter(old.detach().repeat_interleave(copies, dim=0), requires_grad=old.requires_grad)
-    rows = Rows(before, experts, copies)
+    rows = Rows(router.groups * before, router.groups * experts, copies)
     bias = router.bias.repeat_interleave(copies) / copies  # as the probabilities
     router.bias = torch.where(rows.new(bias.device), bias.min() - 1 / copies, bias)  # below all originals
     router.load = router.last_load = torch.empty(0)

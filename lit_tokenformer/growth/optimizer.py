@@ -94,10 +94,11 @@ def copied_state(state: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]
         state: State of the parameter.
         share: Gradient of the other parameter, relative to that of the first.
     """
-    return {
-        key: value * share ** _MOMENTS.get(key, 0) if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+    copied = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    for key in copied.keys() & _MOMENTS.keys():
+        if isinstance(copied[key], Tensor):
+            copied[key].mul_(share ** _MOMENTS[key])
+    return copied
 
 
 class _StaleOptimizers:

@@ -34,6 +34,7 @@ from lit_tokenformer.interop.weight_format import (
     write_json,
 )
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
+from lit_tokenformer.models.config import OF_EXPERTS
 from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import read_tensors, write_tensors
 
@@ -113,7 +114,7 @@ FIXED = {
 """Settings shared by all published models; other values are unsupported architectures."""
 
 _FIXED_PARTS: dict[str, Any] = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
-_FREE = ("param_tokens", "drop_path")  # the first changes with growth, the second is used in training only
+_FREE = ("param_tokens", "drop_path", *OF_EXPERTS)  # the first changes with growth, the second is used in training only
 
 
 def read_published(

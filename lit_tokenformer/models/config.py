@@ -122,6 +122,10 @@ MAY_CHANGE = {
 """Fields that may differ when weights are loaded; all others change what the same weights compute."""
 
 
+OF_EXPERTS = ("experts_top_k", "shared_experts", "expert_groups", "experts_balance", "router")
+"""Fields without effect in a model with a single expert."""
+
+
 @dataclass(frozen=True)
 class TokenformerConfig:
     """One architecture: sizes and names of parts.
@@ -183,6 +187,8 @@ class TokenformerConfig:
             a single feed-forward without a router.
         experts_top_k: Experts of each data token, k.
         shared_experts: Further feed-forwards that every data token uses, with ``experts`` above 1.
+        expert_groups: Shards of the feed-forward's parameter tokens, for each of which an expert is chosen; 1 chooses
+            whole feed-forwards.
         experts_balance: Largest change of an expert's routing bias per optimizer step, which balances the load,
             relative to the mean probability 1 / E.
         router: Routing: ``top_k``, the experts of each data token.
@@ -235,6 +241,7 @@ class TokenformerConfig:
     experts: int = 1
     experts_top_k: int = 1
     shared_experts: int = 0
+    expert_groups: int = 1
     experts_balance: float = 0.1
     router: str = "top_k"
     layers: tuple[str, ...] | None = None
@@ -242,7 +249,10 @@ class TokenformerConfig:
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
         for names, least in (
-            ("dim depth num_heads patch_size in_chans vocab_size context_length series experts experts_top_k", 1),
+            (
+                "dim depth num_heads patch_size in_chans vocab_size context_length series experts experts_top_k expert_groups",
+                1,
+            ),
             ("num_classes shortcut_reduction shared_experts", 0),
         ):
             for name in names.split():
@@ -316,6 +326,11 @@ class TokenformerConfig:
             raise unknown_name("router", self.router, ("top_k",))
         if 1 < self.experts < self.experts_top_k:
             raise UserError(f"experts_top_k: expected at most experts {self.experts}, got {self.experts_top_k}")
+        if self.expert_groups > 1 and (self.experts_top_k > 1 or self.series > 1):
+            raise UserError(
+                f"expert_groups: {self.expert_groups} needs experts_top_k: 1 and series: 1, got {self.experts_top_k} "
+                f"and {self.series}"
+            )
         if not 0 < self.experts_balance < math.inf:
             raise UserError(f"experts_balance: expected a positive number, got {self.experts_balance}")
 

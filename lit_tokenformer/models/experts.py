@@ -10,7 +10,7 @@ The load is balanced without an auxiliary loss (arXiv 2408.15664): ``bias`` take
 once per optimizer step, up for experts with fewer data tokens than the mean and down for the others. The change is
 proportional to the relative deviation, and limited, where the paper takes its sign. No data token is dropped.
 
-Shapes: M data tokens, D width, E experts, k experts of each data token.
+Shapes: M data tokens, D width, E experts, k experts of each data token, G groups (1 unless tokens are divided).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.part_cost import Cost, count_parameters, part_cost
 from lit_tokenformer.models.pattention import Pattention
 from lit_tokenformer.registry import SCORE_NORMS
@@ -38,18 +39,21 @@ FEW = 8
 class Router(nn.Module):
     """Choose experts for data tokens, in float32 or wider.
 
+    With several groups, experts are chosen in each of them: number ``g E + e`` is expert e of group g.
+
     Args:
         dim: Width, D.
         experts: Number of experts, E.
-        top_k: Experts of each data token, k.
+        top_k: Experts of each data token, k, in each group.
         balance: Largest change of an expert's bias per optimizer step, relative to the mean of p, 1 / E.
+        groups: Number of groups, G.
 
     Attributes:
-        weight: Weights, (E, D).
-        bias: Bias of the choice, (E,) float32 or wider; equal on all processes.
-        load: Data tokens of each expert since the last optimizer step, (E,), in training.
+        weight: Weights, (G E, D).
+        bias: Bias of the choice, (G E,) float32 or wider; equal on all processes.
+        load: Data tokens of each expert since the last optimizer step, (G E,), in training.
         entropy: Sum of the entropies of ``p`` over these data tokens in nats, ().
-        last_load: Share of each expert in the last optimizer step, over all processes, (E,).
+        last_load: Share of each expert in the last optimizer step, over all processes, (G E,); the sum is 1.
         last_entropy: Mean entropy in the last optimizer step, over all processes, ().
 
     Example:
@@ -60,13 +64,14 @@ class Router(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, dim: int, experts: int, top_k: int = 1, balance: float = 0.1) -> None:
+    def __init__(self, dim: int, experts: int, top_k: int = 1, balance: float = 0.1, groups: int = 1) -> None:
         super().__init__()
         self.top_k = top_k
         self.balance = balance
-        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * experts, dim))
         nn.init.normal_(self.weight, std=ROUTER_STD)
-        self.register_buffer("bias", torch.zeros(experts, dtype=_wide(self.weight)))
+        self.register_buffer("bias", torch.zeros(groups * experts, dtype=_wide(self.weight)))
         # not buffers: DDP would overwrite those of other processes within a global step
         self.load = self.entropy = torch.empty(0)
         self.last_load = self.last_entropy = torch.empty(0)
@@ -75,17 +80,21 @@ class Router(nn.Module):
         """Route data tokens (M, D).
 
         Returns:
-            Chosen experts (M, k) int64, and their gates (M, k).
+            Chosen experts (M, G k) int64, and their gates (M, G k).
         """
         dtype = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
-            log_p = F.linear(x.to(dtype), self.weight.to(dtype)).log_softmax(dim=-1)
-        chosen = (log_p.detach().exp() + self.bias).topk(self.top_k, dim=-1).indices
-        of_chosen = log_p.gather(1, chosen)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        log_p = logits.unflatten(-1, (self.groups, -1)).log_softmax(dim=-1)  # (M, G, E)
+        bias = self.bias.view(self.groups, -1)
+        chosen = (log_p.detach().exp() + bias).topk(self.top_k, dim=-1).indices  # (M, G, k)
+        of_chosen = log_p.gather(-1, chosen)
         gates = (of_chosen - of_chosen.detach().logsumexp(dim=-1, keepdim=True)).exp()
-        if self.training:
+        first = torch.arange(0, self.bias.numel(), bias.shape[1], device=x.device)
+        chosen = (chosen + first[:, None]).flatten(1)
+        if self.training and torch.is_grad_enabled():
             self._count(chosen, log_p.detach())
-        return chosen, gates
+        return chosen, gates.flatten(1)
 
     @torch.no_grad()
     def _count(self, chosen: Tensor, log_p: Tensor) -> None:
@@ -103,14 +112,17 @@ class Router(nn.Module):
             load: Data tokens of each expert, over all processes, (E,).
             entropy: Sum of the entropies over all data tokens, ().
         """
-        change = self.balance / len(load) * (1 - load / load.mean()).clamp_min(-1)
-        self.bias.add_(change - change.mean())
+        by_group = load.view(self.groups, -1)
+        change = self.balance / by_group.shape[1] * (1 - by_group / by_group.mean()).clamp_min(-1)
+        self.bias.add_((change - change.mean(dim=1, keepdim=True)).flatten())
         self.last_load = load / load.sum()
         self.last_entropy = entropy * self.top_k / load.sum()
-        self.load, self.entropy = torch.zeros_like(load), torch.zeros_like(entropy)
+        self.load.zero_()
+        self.entropy.zero_()
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, experts={self.weight.shape[0]}, top_k={self.top_k}, balance={self.balance:g}"
+        shape = f"{self.weight.shape[1]}, experts={self.weight.shape[0] // self.groups}, top_k={self.top_k}"
+        return f"{shape}, balance={self.balance:g}, groups={self.groups}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         before = self.bias
@@ -123,12 +135,17 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Feed-forwards behind a router, (B, T, D) -> (B, T, D).
 
+    With several groups, the tokens of Pattention feed-forwards are divided into as many shards, and an expert is chosen
+    for each shard ("virtual groups", arXiv 2410.07524). Scores are normalized over the chosen ones of all shards, so
+    equal experts compute the function of one of them as well.
+
     Args:
         experts: Pointwise feed-forwards of equal shape, E.
         dim: Width, D.
         top_k: Experts of each data token.
         shared: Further feed-forwards, which every data token uses.
         balance: Largest change of a routing bias per optimizer step; see :class:`Router`.
+        groups: Shards of the parameter tokens, G.
 
     Example:
         >>> layer = Experts([nn.Linear(4, 4) for _ in range(3)], dim=4)
@@ -146,11 +163,14 @@ class Experts(nn.Module):
         top_k: int = 1,
         shared: Iterable[nn.Module] = (),
         balance: float = 0.1,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.shared = nn.ModuleList(shared)
-        self.router = Router(dim, len(self.experts), top_k, balance)
+        self.router = Router(dim, len(self.experts), top_k, balance, groups)
+        for expert in self.experts if groups > 1 else ():
+            expert.appendable = False  # type: ignore[assignment]  # tokens would move to another shard
 
     def new_state(self, length: int) -> None:
         """Create a decoding state; ``None``, since a pointwise layer needs none."""
@@ -167,39 +187,62 @@ class Experts(nn.Module):
 
     def cost(self, length: int) -> Cost:
         """Cost per data token: that of its experts, and of the router."""
-        one, chosen, (count, dim) = part_cost(self.experts[0], length), self.router.top_k, self.router.weight.shape
+        one, chosen, (scores, dim) = part_cost(self.experts[0], length), self.router.top_k, self.router.weight.shape
         used = chosen + len(self.shared)
+        rows = chosen * self.router.groups
         return Cost(
             count_parameters(self),
-            used * one.flops + 2 * count * dim,
-            dim + count + used * one.kept + chosen * dim,  # the rows of each expert, and its outputs for the gates
-            inactive=(count - chosen) * one.parameters,
+            used * one.flops + 2 * scores * dim,
+            dim + scores + used * one.kept + rows * dim,  # the rows of each expert, and its outputs for the gates
+            inactive=(len(self.experts) - chosen) * one.parameters,
         )
 
     def forward(self, x: Tensor, context: Any = None, state: None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         rows = x.flatten(0, -2)  # (M, D)
-        chosen, gates = self.router(rows)
-        order = chosen.flatten().argsort(stable=True)  # (M k), by expert
-        count = len(self.experts)
-        sizes = (chosen.flatten()[:, None] == torch.arange(count, device=x.device)).sum(dim=0)  # (E,)
-        out = self._by_expert(rows.index_select(0, order // gates.shape[1]), sizes)
+        chosen, gates = self.router(rows)  # (M, G k)
+        order = chosen.flatten().argsort(stable=True)  # (M G k), by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        parts = out.index_select(0, place).unflatten(0, gates.shape)  # (M, k, D)
-        total = (parts * gates[..., None]).sum(dim=1).to(out.dtype).view(*x.shape[:-1], -1)
+        numbers = torch.arange(len(self.router.bias), device=x.device)
+        groups = Grouped((chosen.flatten()[:, None] == numbers).sum(dim=0))
+        by_expert = rows.index_select(0, order // gates.shape[1])
+        if self.router.groups == 1:
+            out = self._by_expert(by_expert, groups).index_select(0, place).unflatten(0, gates.shape)  # (M, k, D)
+            total = (out * gates[..., None]).sum(dim=1).to(out.dtype)
+        else:
+            total = self._by_shard(by_expert, gates, order, place, groups)
+        total = total.view(*x.shape[:-1], -1)
         for expert in self.shared:
             total = total + expert(x)
         return total
 
-    def _by_expert(self, rows: Tensor, sizes: Tensor) -> Tensor:
+    def _by_expert(self, rows: Tensor, groups: Grouped) -> Tensor:
         """Apply each expert to its rows: all at once, or one by one."""
         experts: Any = list(self.experts)
         if len(rows) >= FEW * len(experts) and can_group(experts, rows):
-            return experts[0].grouped(experts, rows, Grouped(sizes))
+            return experts[0].grouped(experts, rows, groups)
         # an expert without rows gets a gradient of zero, since all processes reduce the same gradients
         every = torch.is_grad_enabled()
-        parts = zip(experts, rows.split(sizes.tolist()), strict=True)
+        parts = zip(experts, rows.split(groups.sizes.tolist()), strict=True)
         return torch.cat([expert(part[None])[0] for expert, part in parts if every or len(part)])
+
+    def _by_shard(self, rows: Tensor, gates: Tensor, order: Tensor, place: Tensor, groups: Grouped) -> Tensor:
+        """Attend from each data token to the chosen shards, under one norm: rows (M G, D) by expert -> (M, D)."""
+        experts: Any = list(self.experts)
+        first, shards = experts[0], self.router.groups
+        if any(expert.groups is not None for expert in experts):
+            raise UserError("expert_groups: adapters of the feed-forward are not supported (expected other tokens)")
+
+        def shard(name: str) -> Tensor:  # (G E, N / G, D)
+            every = torch.stack([getattr(expert, name) for expert in experts])
+            return every.unflatten(1, (shards, -1)).transpose(0, 1).flatten(0, 1)
+
+        scores = groups.product(rows, shard("key_tokens").mT).index_select(0, place)  # (M G, N / G)
+        norm = SCORE_NORMS[first.score_norm].function
+        weights = norm(scores.unflatten(0, gates.shape).flatten(1), first.tau, first.activation)  # (M, N)
+        weights = (weights.unflatten(1, (shards, -1)) * gates[..., None]).to(weights.dtype).flatten(0, 1)
+        out = groups.product(weights.index_select(0, order), shard("value_tokens")).index_select(0, place)
+        return first.dropout(out.unflatten(0, gates.shape).sum(dim=1))
 
 
 class Grouped:
@@ -222,11 +265,11 @@ class Grouped:
         """
         if isinstance(layers[0], Pattention):
             first = layers[0]
-            scores = self._product(x, torch.stack([layer.key_tokens for layer in layers]).mT)  # (M, N)
+            scores = self.product(x, torch.stack([layer.key_tokens for layer in layers]).mT)  # (M, N)
             tau = self._each(torch.stack([layer.tau for layer in layers]), len(x))[:, None]
             weights = SCORE_NORMS[first.score_norm].function(scores, tau, first.activation)
-            return self._product(weights, torch.stack([layer.value_tokens for layer in layers]))
-        out = self._product(x, torch.stack([layer.weight for layer in layers]).mT)
+            return self.product(weights, torch.stack([layer.value_tokens for layer in layers]))
+        out = self.product(x, torch.stack([layer.weight for layer in layers]).mT)
         if layers[0].bias is None:
             return out
         return out + self._each(torch.stack([layer.bias for layer in layers]).to(out.dtype), len(x))
@@ -235,10 +278,14 @@ class Grouped:
         """Repeat the value of each group for its rows, (E, ...) -> (M, ...)."""
         return values.repeat_interleave(self.sizes, dim=0, output_size=rows)
 
-    def _product(self, x: Tensor, weights: Tensor) -> Tensor:
+    def product(self, x: Tensor, weights: Tensor) -> Tensor:
         """Multiply each group of rows (M, D_in) by its weights, (E, D_in, D_out)."""
         dtype = _compute_dtype(x)
-        return F.grouped_mm(x.to(dtype), weights.to(dtype), offs=self.ends)
+        x, weights = x.to(dtype), weights.to(dtype)
+        if hasattr(F, "grouped_mm") and all(size % _step(dtype) == 0 for size in weights.shape[1:]):
+            return F.grouped_mm(x, weights, offs=self.ends)
+        parts = zip(x.split(self.sizes.tolist()), weights.unbind(), strict=True)
+        return torch.cat([part @ weight for part, weight in parts])
 
 
 def can_group(experts: Sequence[nn.Module], rows: Tensor) -> bool:
@@ -247,7 +294,7 @@ def can_group(experts: Sequence[nn.Module], rows: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    step = 16 // _compute_dtype(rows).itemsize  # grouped_mm needs strides of multiples of 16 bytes
+    step = _step(_compute_dtype(rows))
     return all(_is_plain(module, step) for expert in experts for module in expert.modules())
 
 
@@ -312,13 +359,14 @@ def finish_step(module: nn.Module) -> None:
     counts = torch.cat([part for one in layers for part in (one.router.load, one.router.entropy[None])])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
-    parts = iter(counts.split([size for one in layers for size in (len(one.experts), 1)]))
+    parts = iter(counts.split([size for one in layers for size in (len(one.router.load), 1)]))
     for layer in layers:
         load, entropy = next(parts), next(parts)[0]
         if not load.any():
             continue
         layer.router.step(load, entropy)
-        for expert, used in zip(layer.experts, load.tolist(), strict=True):
+        every = load.view(layer.router.groups, -1).sum(dim=0).tolist()
+        for expert, used in zip(layer.experts, every, strict=True):
             for parameter in expert.parameters() if not used else ():
                 parameter.grad = None
 
@@ -340,7 +388,7 @@ def restore_load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def expert_load(module: nn.Module) -> dict[str, Tensor]:
-    """Return the share of each expert in the data tokens of the last optimizer step, (E,), by name of the layer."""
+    """Return the share of each expert in the data tokens of the last optimizer step, (G E,), by name of the layer."""
     return {name: layer.router.last_load for name, layer in routers(module) if len(layer.router.last_load)}
 
 
@@ -362,6 +410,11 @@ def expert_metrics(module: nn.Module) -> dict[str, float]:
     for name, load in loads.items():
         found |= {f"experts/load/{name}/{number}": share for number, share in enumerate(load.tolist())}
     return found
+
+
+def _step(dtype: torch.dtype) -> int:
+    """Return the divisor of all sizes that grouped_mm needs, which takes strides of multiples of 16 bytes."""
+    return max(1, 16 // dtype.itemsize)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -293,16 +294,21 @@ def with_experts(experts: Sequence[nn.Module], config: TokenformerConfig, shared
     """
     check_experts(experts[0], len(experts), config)
     more = [shared() for _ in range(config.shared_experts)]
-    return Experts(experts, config.dim, config.experts_top_k, more, config.experts_balance)
+    return Experts(experts, config.dim, config.experts_top_k, more, config.experts_balance, config.expert_groups)
 
 
-def check_experts(feed_forward: nn.Module, experts: int, config: TokenformerConfig, setting: str = "experts") -> None:
+def check_experts(feed_forward: Any, experts: int, config: TokenformerConfig, setting: str = "experts") -> None:
     """Check that a feed-forward supports a number of experts.
 
     Raises:
-        UserError: If it is not pointwise, or there are fewer experts than each data token uses.
+        UserError: If it is not pointwise, there are fewer experts than each data token uses, or its tokens cannot be
+            divided.
     """
     if not getattr(feed_forward, "pointwise", False):
         raise UserError(f"{setting}: {type(feed_forward).__name__} has no experts (expected a pointwise feed-forward)")
+    groups = config.expert_groups
+    if groups > 1 and (not isinstance(feed_forward, Pattention) or feed_forward.num_tokens % groups):
+        tokens = feed_forward.num_tokens if isinstance(feed_forward, Pattention) else "no"
+        raise UserError(f"expert_groups: {groups} shards of {tokens} tokens of {type(feed_forward).__name__}")
     if experts < config.experts_top_k:
         raise UserError(f"{setting}: expected at least experts_top_k {config.experts_top_k}, got {experts}")
