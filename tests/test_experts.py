@@ -105,10 +105,33 @@ def test_grouped_products_equal_a_loop(preset, precision, monkeypatch):
         assert (one - other).norm() <= limit * (other.norm() + 1)
 
 
-@pytest.mark.parametrize("preset", FAMILIES)
-@pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 1)])
-def test_growth_into_experts_preserves_the_function(preset, top_k, shared):
-    model = shaken(preset, **FAMILIES[preset], experts_top_k=top_k, shared_experts=shared)
+def test_shards_share_one_norm_over_their_chosen_tokens():
+    model = shaken(experts=3, expert_groups=4, depth=1)
+    layer = model.blocks[0].mlp.double()
+    layer.router.weight.data.normal_()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for where in itertools.product(range(2), range(5)):
+        rows, keys, values = slice(0, 8), [], []
+        for shard in range(4):
+            p = (layer.router.weight[3 * shard : 3 * shard + 3] @ x[where]).softmax(-1)
+            expert, rows = layer.experts[p.argmax()], slice(8 * shard, 8 * shard + 8)
+            keys.append(expert.key_tokens[rows])
+            values.append(expert.value_tokens[rows])
+        scores = torch.cat(keys) @ x[where]
+        expected[where] = F.gelu(32**0.5 * scores / scores.norm()) @ torch.cat(values)
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(ValueError, match=r"^method: zero keys change the output under .* expert_groups"):
+        grow(model, {"ffn": 40})
+
+
+@pytest.mark.parametrize(
+    ("preset", "top_k", "shared", "groups"),
+    [*((preset, *more, 1) for preset in FAMILIES for more in ((1, 0), (2, 1))), ("tokenformer_lm_tiny", 1, 1, 4)],
+)
+def test_growth_into_experts_preserves_the_function(preset, top_k, shared, groups):
+    settings = {"experts_top_k": top_k, "shared_experts": shared, "expert_groups": groups}
+    model = shaken(preset, **FAMILIES[preset], **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = train_step(model, optimizer)(TOKENS)
     kind = "ffn" if "ffn" in model.size else "hidden"
@@ -121,7 +144,7 @@ def test_growth_into_experts_preserves_the_function(preset, top_k, shared):
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     one = sum(parameter.numel() for parameter in model.blocks[0].mlp.experts[0].parameters())
     assert cost.parameters - cost.active_parameters == 3 * (8 - top_k) * one
-    fresh = create_backbone(preset, **{**SIZES, **FAMILIES[preset]}, experts_top_k=top_k, shared_experts=shared).eval()
+    fresh = create_backbone(preset, **{**SIZES, **FAMILIES[preset]}, **settings).eval()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(TOKENS), before) and fresh.size == model.size and fresh.grown
 
@@ -212,8 +235,11 @@ def test_idle_experts_do_not_change(grouped, monkeypatch):
         assert torch.equal(one, before[name]) is name.startswith((*unused,)), name
 
 
-def test_experts_decode_token_by_token_and_in_batches_of_one():
-    model = shaken(experts=4, experts_top_k=2, shared_experts=1)
+@pytest.mark.parametrize(
+    "settings", [{"experts": 4, "experts_top_k": 2, "shared_experts": 1}, {"experts": 4, "expert_groups": 4}]
+)
+def test_experts_decode_token_by_token_and_in_batches_of_one(settings):
+    model = shaken(**settings)
     state = model.new_state(32)
     steps = torch.cat([model(one, state=state) for one in TOKENS.split(1, dim=1)], dim=1)
     torch.testing.assert_close(steps, model(TOKENS), rtol=1e-4, atol=1e-5)
@@ -323,6 +349,12 @@ def test_native_files_have_experts_and_other_formats_refuse_them(tmp_path, famil
         ({"experts": 2, "experts_top_k": 3}, r"^experts_top_k: expected at most experts 2, got 3$"),
         ({"experts": 2, "shared_experts": -1}, r"^shared_experts: expected a whole number of at least 0, got -1$"),
         ({"experts": 2, "experts_balance": 0.0}, r"^experts_balance: expected a positive number, got 0.0$"),
+        ({"experts": 2, "expert_groups": 2}, r"^expert_groups: 2 shards of no tokens of MLP"),
+        ({"experts": 2, "expert_groups": 3, "feed_forward": "pattention"}, r"^expert_groups: 3 shards of 32 tokens of"),
+        (
+            {"expert_groups": 2, "experts_top_k": 2, "experts": 4},
+            r"^expert_groups: 2 needs experts_top_k: 1 and series: 1",
+        ),
         ({"router": "expert_choice"}, r"^router: 'expert_choice' lets a data token depend on later ones"),
         ({"router": "top_p"}, r"^router: unknown value 'top_p', did you mean 'top_k'"),
         ({"feed_forward": "channel_mix", "experts": 2}, r"^experts: ChannelMix has no experts \(expected a pointwise"),

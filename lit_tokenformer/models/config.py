@@ -249,10 +249,8 @@ class TokenformerConfig:
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
         for names, least in (
-            (
-                "dim depth num_heads patch_size in_chans vocab_size context_length series experts experts_top_k expert_groups",
-                1,
-            ),
+            ("dim depth num_heads patch_size in_chans vocab_size context_length series", 1),
+            ("experts experts_top_k expert_groups", 1),
             ("num_classes shortcut_reduction shared_experts", 0),
         ):
             for name in names.split():
