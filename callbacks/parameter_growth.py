@@ -27,11 +27,13 @@ from lit_tokenformer.errors import UserError, nearest_name, unknown_name
 from lit_tokenformer.growth import Rows, grow_with_optimizers, growth_method, target_sizes
 from lit_tokenformer.growth.axes import UNITS, added_bytes, check_memory, describe_sizes, grown_sizes
 from lit_tokenformer.growth.depth import check_depth
+from lit_tokenformer.growth.experts import check_expert_growth
 from lit_tokenformer.growth.methods import check_rows
 from lit_tokenformer.growth.optimizer import NEW_STATES
 from lit_tokenformer.growth.shards import ShardedParameters
-from lit_tokenformer.models import Tokenformer, Tokens, model_size
+from lit_tokenformer.models import Tokenformer, Tokens
 from lit_tokenformer.models.axes import find_axes, follow_sizes
+from lit_tokenformer.models.backbone import growable_size
 from lit_tokenformer.models.config import KINDS, OTHER
 from lit_tokenformer.registry import TRIGGERS
 
@@ -49,10 +51,11 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
     Args:
         schedule: ``{epoch: size}``, zero-indexed and in increasing order. A size is a total: a number n of parameter
             tokens (qkv n, proj n, ffn 4n; layers without a kind n) or ``{qkv: n, proj: n, ffn: m, other: k, hidden: h,
-            heads: H, depth: L}``. Omitted kinds keep their size. ``other`` applies to Pattention layers without a kind,
-            as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total number of blocks;
-            new ones are inserted as identities under any ``method``. ``{hidden: 1.5x}`` is a multiple of the size at
-            which the fit began, rounded to a whole number.
+            heads: H, depth: L, experts: E}``. Omitted kinds keep their size. ``other`` applies to Pattention layers
+            without a kind, as in a user's own model, ``hidden`` to MLP, GLU and channel mix. ``depth`` is the total
+            number of blocks; new ones are inserted as identities under any ``method``. ``experts`` is the total number
+            of feed-forwards of each block behind a router; new ones are copies under any ``method``. ``{hidden: 1.5x}``
+            is a multiple of the size at which the fit began, rounded to a whole number.
         unit: Unit of the keys of ``schedule``: ``epoch``, or ``step`` (optimizer steps).
         method: Growth method: ``split`` (exact for every activation and score normalization), ``zero`` (exact except
             for softmax) or ``random`` (as published; changes the function).
@@ -218,7 +221,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         if stage != "fit":
             return
         growth_context(trainer)
-        sizes = model_size(pl_module)
+        sizes = growable_size(pl_module)
         for key, wanted in self.schedule.items():
             for kind in wanted if isinstance(wanted, Mapping) else ():
                 if kind not in sizes and kind not in (*KINDS, OTHER):
@@ -228,7 +231,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
             rank_zero_warn("schedule: the model has no Pattention layer and will not grow (projection: linear)")
             return
         stages = self.remaining_stages(pl_module)
-        self._check_depth(trainer, pl_module, initial, stages)
+        self._check_modules(trainer, pl_module, initial, stages)
         method = growth_method(self.method)
         for name, part, axis in find_axes(pl_module):
             if axis.kind not in initial:
@@ -246,16 +249,25 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         check_end(dict(stages), self.unit, trainer)
 
     @staticmethod
-    def _check_depth(trainer: Any, pl_module: nn.Module, initial: dict[str, int], stages: list[Any]) -> None:
-        final = stages[-1][1].get("depth", 0) if stages else initial.get("depth", 0)
-        if final == initial.get("depth", 0):
-            return
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise UserError("schedule: blocks cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
+    def _check_modules(trainer: Any, pl_module: nn.Module, initial: dict[str, int], stages: list[Any]) -> None:
+        """Check the stages that add modules: blocks and experts."""
         models = [model for model in pl_module.modules() if isinstance(model, Tokenformer)]
-        for model, (_, tokens) in itertools.product(models, stages):
-            if len(model.blocks) < tokens.get("depth", 0):
-                check_depth(model, tokens["depth"], setting="schedule: depth")
+        for kind, what, check in (
+            ("depth", "blocks", check_depth),
+            ("experts", "experts", check_expert_growth),
+        ):
+            final = stages[-1][1].get(kind, 0) if stages else initial.get(kind, 0)
+            if final == initial.get(kind, 0):
+                continue
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                raise UserError(f"schedule: {what} cannot be inserted under ModelParallelStrategy; use 'auto' or 'ddp'")
+            for model, (_, tokens) in itertools.product(models, stages):
+                if growable_size(model)[kind] < tokens.get(kind, 0):
+                    check(model, tokens[kind], setting=f"schedule: {kind}")
+        totals = [initial.get("experts", 1), *(tokens["experts"] for _, tokens in stages if "experts" in tokens)]
+        for before, after in itertools.pairwise(totals):
+            if after % before:
+                raise UserError(f"schedule: experts: expected a multiple of {before}, the stage before, got {after}")
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         stages = dict(self.remaining_stages(pl_module))

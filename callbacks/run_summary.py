@@ -22,6 +22,8 @@ from lit_tokenformer.models import model_size, param_tokens
 class RunSummary(Callback):
     """Print a table at the end of a fit, and write it to ``summary.json`` in the run folder.
 
+    Models with experts have a further column: parameters in total, and active ones, which each data token uses.
+
     Each stage of growth has one row: parameter tokens, optimizer steps, seconds (including validation), training FLOPs,
     and the best checkpoint saved at that size with its score. A resumed fit continues the counts; steps after its
     checkpoint are not counted twice. A summary of another run in the same folder is kept, and the new one is named
@@ -109,6 +111,7 @@ class RunSummary(Callback):
         self.stages.append(
             {
                 **self._size(pl_module),
+                **_parameters(pl_module),
                 "begins_at_step": trainer.global_step,
                 "steps": 0,
                 "seconds": 0.0,
@@ -141,7 +144,9 @@ class RunSummary(Callback):
         from rich.table import Table
 
         table = Table(title="Run summary")
-        for name in ("stage", "tokens", "steps", "seconds", "training FLOPs", "score", "best checkpoint"):
+        sparse = any(stage.get("active_parameters") for stage in self.stages)
+        names = ("stage", "tokens", *(["parameters"] if sparse else []), "steps", "seconds", "training FLOPs", "score")
+        for name in (*names, "best checkpoint"):
             table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
         sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
         constant = {kind for kind in sizes[-1] if len({size.get(kind) for size in sizes}) == 1} if sizes else set()
@@ -151,6 +156,7 @@ class RunSummary(Callback):
             table.add_row(
                 str(number),
                 ", ".join(f"{kind} {total}" for kind, total in size.items()) or "-",
+                *([_total_and_active(stage)] if sparse else []),
                 str(stage["steps"]),
                 f"{stage['seconds']:.0f}",
                 "-" if flops is None else f"{flops:.3g}",
@@ -158,6 +164,21 @@ class RunSummary(Callback):
                 Path(best["path"]).name if best else "-",
             )
         Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _parameters(pl_module: Any) -> dict[str, int]:
+    """Return the parameters of a model with experts, in total and those that a data token uses; none without."""
+    costs = getattr(pl_module, "costs", None)
+    inactive = max((cost.inactive for cost in costs().values()), default=0) if callable(costs) else 0
+    if not callable(costs) and callable(getattr(pl_module, "cost", None)):
+        inactive = pl_module.cost().inactive
+    total = sum(parameter.numel() for parameter in pl_module.parameters())
+    return {"parameters": total, "active_parameters": total - inactive} if inactive else {}
+
+
+def _total_and_active(stage: dict[str, Any]) -> str:
+    total, active = stage.get("parameters"), stage.get("active_parameters")
+    return "-" if total is None else f"{total:,} ({active:,} active)"
 
 
 def _training_flops(trainer: Trainer) -> int | None:

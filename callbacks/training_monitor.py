@@ -32,6 +32,7 @@ from lit_tokenformer.growth import GrownTensor, Rows
 from lit_tokenformer.growth.shards import gather, like, local
 from lit_tokenformer.models import Pattention, param_tokens
 from lit_tokenformer.models.axes import axis_sizes
+from lit_tokenformer.models.experts import expert_metrics
 
 
 class TrainingMonitor(Callback):
@@ -46,6 +47,9 @@ class TrainingMonitor(Callback):
         are added up.
     ``size/parameters``, ``size/tokens_qkv``, ...
         Number of parameters, and parameter tokens of each kind of projection.
+    ``experts/load_max``, ``experts/router_entropy``, ``experts/load/LAYER/EXPERT``, ``size/active_parameters``
+        With experts: the largest load relative to the mean, the entropy of the routers in nats, the share of each
+        expert in the data tokens of the last optimizer step, and the parameters that a data token uses.
     ``rows/grad_norm_old``, ``rows/update_norm_old``, ``rows/grad_norm_new``, ``rows/update_norm_new``
         Norms of gradient (before clipping) and optimizer update over all parameter tokens. After a growth, appended
         tokens (``new``) and all others (``old``) are reported separately.
@@ -175,7 +179,7 @@ class TrainingMonitor(Callback):
         if self._costs:
             rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
         self._samples, self._tokens, self._since = 0, 0, now
-        _log(trainer, {**self._totals(), **rates, **norms})
+        _log(trainer, {**self._totals(), **rates, **norms, **expert_metrics(pl_module)})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -221,6 +225,8 @@ class TrainingMonitor(Callback):
         cost, costs = getattr(pl_module, "cost", None), getattr(pl_module, "costs", None)
         self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
+        if inactive := max((cost.inactive for cost in self._costs.values()), default=0):
+            self._sizes["size/active_parameters"] = self._sizes["size/parameters"] - inactive
         tokens = param_tokens(pl_module)
         for kind, total in axis_sizes(pl_module).items():
             self._sizes[f"size/tokens_{kind}" if kind in tokens else f"size/{kind}"] = total

@@ -92,6 +92,7 @@ class ModelCost:
         flops: FLOPs of one forward pass, per sample.
         training_flops: FLOPs of one forward and backward pass, per sample.
         kept: Activations saved for backward, in elements per sample (an estimate, without dropout masks).
+        inactive: Parameters that a data token does not use: those of experts other than its own.
     """
 
     parameters: int
@@ -99,6 +100,12 @@ class ModelCost:
     flops: int
     training_flops: int
     kept: int
+    inactive: int = 0
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that each data token uses."""
+        return self.parameters - self.inactive
 
     def training_memory(self, batch_size: int, bytes_per_number: int = 4, states: int = 2) -> int:
         """Estimate the training memory in bytes: weights, gradients, optimizer states and activations.
@@ -148,6 +155,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         # the stem's input needs no gradient, so its backward pass is one product instead of two
         training_flops=2 * stem.flops + 3 * flops * length + again + 3 * head.flops,
         kept=stem.kept + head.kept + length * kept,
+        inactive=_sum(parts.blocks, depth, "inactive"),
     )
 
 
@@ -175,6 +183,8 @@ def match_tokens(config: TokenformerConfig, reference: TokenformerConfig, by: st
     """
     if by not in ("parameters", "flops"):
         raise unknown_name("match", by, ("parameters", "flops"))
+    if config.experts > 1:
+        raise UserError(f"match: parameter tokens cannot be matched with experts (got {config.experts}, expected 1)")
 
     def kinds(config: TokenformerConfig, tokens: Totals) -> dict[str, int]:
         """Cost of all blocks by kind of projection; ``rest`` is everything else."""

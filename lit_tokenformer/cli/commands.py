@@ -36,7 +36,7 @@ def grow_checkpoint(
     Args:
         ckpt_path: Path to a checkpoint of a fit.
         tokens: Total size after growth: a number n of parameter tokens (qkv n, proj n, ffn 4n), or totals by kind,
-            {qkv: n, proj: n, ffn: m, hidden: h, heads: H, depth: L}.
+            {qkv: n, proj: n, ffn: m, hidden: h, heads: H, depth: L, experts: E}.
         output: Path of the grown checkpoint; defaults to CKPT_PATH with "-grown" appended to its stem.
         method: Growth method: "split", "zero" or "random".
         noise: Noise scale between the copies of a split, in standard deviations of the weight initialization.

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer import models, tasks
-from lit_tokenformer.cost import model_cost
+from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.planning import FEW_EPOCHS, Growth, GrowthRule, Proposal, Size, Stage, plan_stages, propose
@@ -152,7 +152,7 @@ def _print_table(
             ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in kinds) or "-",
             f"{stage.steps}",
             "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
-            f"{stage.cost.parameters:,}",
+            _parameters(stage.cost),
             f"{stage.cost.flops:.3g}",
             gibibytes[number],
             f"{stage.training_flops:.3g}",
@@ -163,9 +163,14 @@ def _print_table(
     share = f"{sum_flops / scratch:.1%} of scratch"
     table.add_row("all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", share)
     name, size = "scratch", "the final size from the start"
-    row = (f"{last.parameters:,}", f"{last.flops:.3g}", gibibytes[-1], f"{scratch:.3g}")
+    row = (_parameters(last), f"{last.flops:.3g}", gibibytes[-1], f"{scratch:.3g}")
     table.add_row(name, size, str(total), "", *row, "")
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _parameters(cost: ModelCost) -> str:
+    active = f" ({cost.active_parameters:,} active)" if cost.inactive else ""
+    return f"{cost.parameters:,}{active}"
 
 
 def _steps_per_epoch(trainer: Trainer, batches: int) -> int:

@@ -25,6 +25,7 @@ _SCORE = torch.zeros(())
 _GROWTH = {"before": {"": 0}, "after": {"": 0}, "layers_before": {"": 0}, "rows": {"": [0]}}
 _STAGE = {
     **dict.fromkeys(("depth", "begins_at_step", "steps", "seconds", "flops_before", "training_flops"), 0),
+    **dict.fromkeys(("parameters", "active_parameters"), 0),
     **{"tokens": {"": 0}, "units": {"": 0}, "best": {"path": "", "monitor": "", "score": 0.0}},
 }
 _FILLED: dict[type[Callback], dict[str, Any]] = {

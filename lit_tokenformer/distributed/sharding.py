@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.shards import gather, shares
 from lit_tokenformer.models import Pattention, Tokenformer
+from lit_tokenformer.models.experts import Experts
 
 DATA, TOKENS = "data_parallel", "tensor_parallel"
 """Dimensions of Lightning's device mesh."""
@@ -46,6 +47,10 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -
             raise UserError(
                 "trainer.strategy.tensor_parallel_size: only parameter tokens can be sharded, and this model has none; "
                 "set data_parallel_size to the number of processes, and tensor_parallel_size to 1"
+            )
+        if any(isinstance(layer, Experts) and layer.router.groups > 1 for layer in root.modules()):
+            raise UserError(
+                "trainer.strategy.tensor_parallel_size: expert_groups divide the parameter tokens already (expected 1)"
             )
         for layer in layers:
             _shard_tokens(layer, mesh[TOKENS])

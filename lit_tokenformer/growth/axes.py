@@ -18,12 +18,19 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.methods import GrowthMethod, check_rows, growth_method
 from lit_tokenformer.growth.rows import GrownTensor, Rows, regrown
 from lit_tokenformer.growth.shards import ShardedParameters, local
-from lit_tokenformer.models import ParamTokens, Tokens, model_size, param_tokens
+from lit_tokenformer.models import ParamTokens, Tokens, param_tokens
 from lit_tokenformer.models.axes import Axis, axis_sizes, find_axes, refresh, resized_shape
+from lit_tokenformer.models.backbone import growable_size
 from lit_tokenformer.models.config import KINDS, OTHER
 
 UNITS = {
-    **{"depth": "blocks", "hidden": "hidden units", "heads": "heads", "kv_heads": "key and value heads"},
+    **{
+        "depth": "blocks",
+        "experts": "experts",
+        "hidden": "hidden units",
+        "heads": "heads",
+        "kv_heads": "key and value heads",
+    },
     **dict.fromkeys((*KINDS, OTHER), "tokens"),
 }
 """Names of the units of each kind; units of other kinds are named by the kind."""
@@ -71,9 +78,9 @@ def target_sizes(tokens: Tokens, current: Mapping[str, int], setting: str = "tok
 
     Args:
         tokens: A single n (qkv n, proj n, ffn 4n and other n, for the kinds of the model) or totals by kind: parameter
-            tokens, ``hidden`` units, ``heads``, units of a part's own kind, and ``depth`` (blocks).
+            tokens, ``hidden`` units, ``heads``, units of a part's own kind, ``depth`` (blocks) and ``experts``.
         current: Current size, from :func:`~lit_tokenformer.models.param_tokens` or, to grow more than parameter tokens,
-            :func:`~lit_tokenformer.models.model_size`.
+            :func:`~lit_tokenformer.models.backbone.growable_size`.
         setting: Name of the setting in errors.
 
     Returns:
@@ -115,7 +122,7 @@ def target_sizes(tokens: Tokens, current: Mapping[str, int], setting: str = "tok
 def grown_sizes(module: nn.Module, tokens: Tokens) -> dict[str, int]:
     """Current size in the kinds affected by a growth: parameter tokens, and the other kinds named in ``tokens``."""
     named = tokens if isinstance(tokens, Mapping) else {}
-    more = {kind: total for kind, total in model_size(module).items() if kind in named}
+    more = {kind: total for kind, total in growable_size(module).items() if kind in named}
     return {**param_tokens(module), **more}
 
 
@@ -207,7 +214,7 @@ def _replace(
     done: dict[tuple[int, Tensor], Tensor] = {}  # tied parameters only
     for one in plan:
         name = one.name if one.axis.tau is not None else f"{one.name}.{one.axis.kind}"
-        draw = generator or _part_generator(seed, name, one.rows.after)
+        draw = generator or part_generator(seed, name, one.rows.after)
         for tensor in one.axis.tensors:
             owner, attribute = tensor.owner(one.part)
             old = getattr(owner, attribute)
@@ -319,6 +326,7 @@ def _available_memory(device: torch.device) -> int | None:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def _part_generator(seed: int, name: str, total: int) -> torch.Generator:
+def part_generator(seed: int, name: str, total: int) -> torch.Generator:
+    """Create the random generator of a part that grows to a total."""
     digest = hashlib.sha256(f"{seed}/{name}/{total}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.axes import check_memory
+from lit_tokenformer.growth.optimizer import copied_state
 from lit_tokenformer.models import Tokenformer
 from lit_tokenformer.models.token_groups import group_layers
 
@@ -26,12 +27,14 @@ class Inserted(NamedTuple):
     Args:
         parameter: New parameter.
         origin: Parameter of the copied block.
-        zero: Whether the new parameter is zero instead of a copy.
+        zero: Whether the new parameter is zero or random instead of a copy.
+        share: Gradient of the copy relative to that of its origin before; for the optimizer state.
     """
 
     parameter: nn.Parameter
     origin: nn.Parameter
     zero: bool
+    share: float = 1.0
 
 
 @torch.no_grad()
@@ -109,26 +112,30 @@ def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
     return new
 
 
-def insert_parameters(optimizer: torch.optim.Optimizer, module: nn.Module, inserted: Iterable[Inserted]) -> None:
+def insert_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, inserted: Iterable[Inserted], new_state: str = "mean"
+) -> None:
     """Add inserted parameters to the groups of their origins, in the order of a newly built optimizer.
 
-    Copies inherit the state of their origins; zero parameters start without state.
+    Copies inherit the state of their origins, scaled as their gradients; zero parameters start without state. An origin
+    that is listed as a copy of itself is scaled as well.
 
     Args:
         optimizer: Optimizer of the module.
         module: Module that has grown.
         inserted: Inserted parameters, as returned by :func:`deepen`.
+        new_state: ``reset`` drops the state of copies with another gradient; see :func:`grow_optimizer`.
     """
     place = {parameter: number for number, parameter in enumerate(module.parameters())}
     inserted = list(inserted)
     for group in optimizer.param_groups:
         own = set(group["params"])
-        new = [one.parameter for one in inserted if one.origin in own]
+        new = [one.parameter for one in inserted if one.origin in own and one.parameter not in own]
         if new:
             group["params"] = sorted([*group["params"], *new], key=place.__getitem__)
+    before = {one.origin: optimizer.state[one.origin] for one in inserted if one.origin in optimizer.state}
     for one in inserted:
-        if not one.zero and one.origin in optimizer.state:
-            state = optimizer.state[one.origin]
-            optimizer.state[one.parameter] = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
-            }
+        if one.share != 1 and new_state == "reset":
+            optimizer.state.pop(one.parameter, None)
+        elif not one.zero and one.origin in before:
+            optimizer.state[one.parameter] = copied_state(before[one.origin], one.share)

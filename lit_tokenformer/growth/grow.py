@@ -9,9 +9,11 @@ from torch import nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, quantized_parameters, target_sizes
-from lit_tokenformer.growth.depth import deepen, insert_parameters
+from lit_tokenformer.growth.depth import check_depth, deepen, insert_parameters
+from lit_tokenformer.growth.experts import add_experts
 from lit_tokenformer.growth.optimizer import grow_optimizer, watch_optimizers
-from lit_tokenformer.models import Tokens, model_size
+from lit_tokenformer.models import Tokenformer, Tokens
+from lit_tokenformer.models.backbone import growable_size
 
 
 def grow(
@@ -24,13 +26,13 @@ def grow(
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     new_state: str = "mean",
 ) -> list[GrownParameter]:
-    """Append units to the axes of a module (parameter tokens, hidden units, heads), and insert blocks, in place.
+    """Append units to the axes of a module (parameter tokens, hidden units, heads), and insert blocks and experts.
 
     Args:
         module: Module with Pattention layers, or with parts that declare :class:`~lit_tokenformer.models.Axis`.
         tokens: Totals, not increments: n (qkv n, proj n, ffn 4n; Pattention layers without a kind n) or totals by kind,
-            ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L}``; ``kv_heads`` in place of ``heads``
-            with grouped queries. Missing kinds are unchanged.
+            ``{qkv: n, proj: n, ffn: m, other: k, hidden: h, heads: H, depth: L, experts: E}``; ``kv_heads`` in place
+            of ``heads`` with grouped queries. Missing kinds are unchanged. Any ``method`` copies experts.
         method: ``split``, ``zero`` or ``random``; see :mod:`~lit_tokenformer.growth.methods`.
         generator: Random generator for all new units, in module order. ``None`` uses one generator per part, seeded by
             ``seed``, the part's name and its new size, so that the draws depend on nothing else.
@@ -81,12 +83,24 @@ def grow_with_optimizers(
     At most one parameter is in memory twice, if the caller releases each item.
     """
     optimizers = list(optimizers)
-    targets = target_sizes(tokens, model_size(module))
+    targets = target_sizes(tokens, growable_size(module))
     for name in quantized_parameters(module):
         raise UserError(f"tokens: {name} is quantized (expected growth before quantization)")
-    depth = targets.pop("depth", None)
+    depth, experts = targets.pop("depth", None), targets.pop("experts", None)
+    named = tokens if isinstance(tokens, Mapping) else {}
     grow_one_by_one(module, targets, method, generator, noise, seed)  # raises before anything changes
-    if depth is not None and isinstance(tokens, Mapping) and "depth" in tokens:
+    for model in module.modules():
+        if isinstance(model, Tokenformer) and depth is not None and "depth" in named:
+            check_depth(model, depth)
+    if experts is not None and "experts" in named:
+        inserted, replaced = add_experts(module, experts, generator, seed)
+        for optimizer in optimizers:
+            grow_optimizer(optimizer, replaced, new_state)
+            insert_parameters(optimizer, module, inserted, new_state)
+        watch_optimizers([one.old for one in replaced], ((one.origin, one.parameter) for one in inserted))
+        yield from replaced
+        del replaced, inserted
+    if depth is not None and "depth" in named:
         inserted = deepen(module, depth)
         for optimizer in optimizers:
             insert_parameters(optimizer, module, inserted)

@@ -137,8 +137,8 @@ def check_rows(axis: Axis, rows: Rows, method: GrowthMethod, name: str) -> None:
     appended = rows.after > rows.copies * rows.before
     if method.exact and appended and not axis.zero_exact:
         raise UserError(
-            f"method: zero keys change the output under score_norm 'softmax' (layer {name!r} got {rows.before} -> "
-            f"{rows.after} tokens, expected a multiple of {rows.before} with 'split')"
+            f"method: zero keys change the output under score_norm 'softmax' or expert_groups (layer {name!r} got "
+            f"{rows.before} -> {rows.after} tokens, expected a multiple of {rows.before} with 'split')"
         )
     if appended and not any(method.std(axis, tensor) for tensor in axis.tensors if tensor.role != OWN):
         raise UserError(

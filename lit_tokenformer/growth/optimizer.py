@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,20 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
             "growth: the optimizer state of the grown parameters was reset.",
             stacklevel=2,
         )
+
+
+def copied_state(state: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
+    """Copy the optimizer state of a parameter for another one of its shape.
+
+    Args:
+        state: State of the parameter.
+        share: Gradient of the other parameter, relative to that of the first.
+    """
+    copied = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    for key in copied.keys() & _MOMENTS.keys():
+        if isinstance(copied[key], Tensor):
+            copied[key].mul_(share ** _MOMENTS[key])
+    return copied
 
 
 class _StaleOptimizers:

@@ -158,6 +158,8 @@ def _by_kind(tokens: Prefix, current: Mapping[str, int], setting: str) -> dict[s
             raise unknown_name(setting, kind, current)
         if kind == "depth":
             raise UserError(f"{setting}: depth cannot shrink; the first blocks alone are not a smaller model")
+        if kind == "experts":
+            raise UserError(f"{setting}: experts cannot shrink; a router chooses among all of them")
         if isinstance(size, bool) or not isinstance(size, (int, float)) or (isinstance(size, int) and size < 1):
             raise UserError(f"{setting}: {kind}: expected a whole number of at least 1 or a share, got {size!r}")
         if isinstance(size, float) and not 0 < size < 1:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.models.config import OF_EXPERTS
 from lit_tokenformer.models.heads import make_head
 from lit_tokenformer.tensor_files import TensorFiles
 
@@ -377,6 +378,7 @@ _INSTEAD = {"mlp_ratio": "mlp_hidden", "head_dim": "head_width", "num_kv_heads":
 
 _FREE = {
     *("param_tokens", "score_norm"),  # of Pattention only
+    *OF_EXPERTS,
     *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "unpad", "low_precision_norm"),  # of training
 }
 UNUSED_BY_STEM = {

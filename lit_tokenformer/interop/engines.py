@@ -67,6 +67,8 @@ def export_engine(
             outputs of the engine differ.
     """
     engine: Engine = ENGINES[format]
+    if (experts := model.size.get("experts", 1)) > 1:
+        raise UserError(f"format: a graph has no experts, which compute other data tokens in each call (got {experts})")
     check_export("safetensors", dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

@@ -27,7 +27,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
-    check_no_groups,
+    check_plain,
     find_weights,
     read_json,
     write_json,
@@ -237,7 +237,7 @@ def write_timm(
             express. Nothing is written then.
     """
     check_export(format, dtype)
-    check_no_groups(state)
+    check_plain(state)
     try:
         if config.stem != "patch":
             raise UserError(f"stem {config.stem!r} (only 'patch')")

@@ -28,12 +28,13 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
-    check_no_groups,
+    check_plain,
     find_weights,
     read_json,
     write_json,
 )
 from lit_tokenformer.models import ParamTokens, Tokenformer, TokenformerConfig
+from lit_tokenformer.models.config import OF_EXPERTS
 from lit_tokenformer.registry import WEIGHT_FORMATS
 from lit_tokenformer.tensor_files import read_tensors, write_tensors
 
@@ -113,7 +114,7 @@ FIXED = {
 """Settings shared by all published models; other values are unsupported architectures."""
 
 _FIXED_PARTS: dict[str, Any] = {"stem": "token", "head": "language", "positions": "rotary", "causal": True}
-_FREE = ("param_tokens", "drop_path")  # the first changes with growth, the second is used in training only
+_FREE = ("param_tokens", "drop_path", *OF_EXPERTS)  # the first changes with growth, the second is used in training only
 
 
 def read_published(
@@ -195,7 +196,7 @@ def write_published(
             representable in the format, or a tau other than sqrt(N). Nothing is written then.
     """
     check_export(format, dtype)
-    check_no_groups(state)
+    check_plain(state)
     settings = _settings(config, state)
     taus = {name: tensor for name, tensor in state.items() if name.endswith(".tau")}
     for name, tau in taus.items():

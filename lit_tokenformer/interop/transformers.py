@@ -21,7 +21,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.interop.architectures import UNUSED_BY_STEM
 from lit_tokenformer.interop.model_card import CARD_FILE, write_card
 from lit_tokenformer.interop.transformers_format import read_transformers, write_transformers
-from lit_tokenformer.interop.weight_format import cast, check_no_groups
+from lit_tokenformer.interop.weight_format import cast, check_plain
 from lit_tokenformer.models import Tokenformer, preset_config
 from lit_tokenformer.models import TokenformerConfig as Architecture
 from lit_tokenformer.tensor_files import TensorFiles
@@ -137,7 +137,7 @@ def to_transformers(model: Tokenformer, growing: bool = False) -> Any:
     Raises:
         UserError: If the architecture has parts that the class does not have, or adapters.
     """
-    check_no_groups(model.state_dict())
+    check_plain(model.state_dict())
     architecture = current_architecture(model)
     if architecture.head not in MODELS:
         raise UserError(f"head: no model of transformers (got {architecture.head!r}, expected {', '.join(MODELS)})")

@@ -24,7 +24,7 @@ from lit_tokenformer.interop.weight_format import (
     WeightFormat,
     cast,
     check_export,
-    check_no_groups,
+    check_plain,
     find_weights,
     read_json,
     write_json,
@@ -88,7 +88,7 @@ def write_transformers(
             architecture can express. Nothing is written then.
     """
     check_export(format, dtype)
-    check_no_groups(state)
+    check_plain(state)
     problems: dict[str, str] = {}
     for name in [architecture] if architecture is not None else TRANSFORMERS_MODELS.names():
         known: Architecture = TRANSFORMERS_MODELS[name]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.models import TokenformerConfig
+from lit_tokenformer.models.experts import saved_experts
 from lit_tokenformer.models.token_groups import is_of_group
 from lit_tokenformer.registry import WEIGHT_FORMATS, Registry
 
@@ -167,6 +168,13 @@ def check_no_groups(state: Mapping[str, Tensor]) -> None:
             f"state: {found} is of a group of parameter tokens, and the format has one group per layer; remove "
             "adapters with delete_adapter"
         )
+
+
+def check_plain(state: Mapping[str, Tensor]) -> None:
+    """Raise a ``UserError`` for layers that no other project has: groups of parameter tokens, and experts."""
+    check_no_groups(state)
+    if (experts := saved_experts(state)) > 1:
+        raise UserError(f"state: the format has no experts (got {experts}); format 'lit_tokenformer' has")
 
 
 def cast(tensor: Tensor, name: str, dtype: str | None) -> Tensor:

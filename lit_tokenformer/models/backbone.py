@@ -23,6 +23,8 @@ from lit_tokenformer.models.axes import axis_sizes
 from lit_tokenformer.models.block import Block, State
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.decoding import DecodingState
+from lit_tokenformer.models.experts import num_experts, saved_experts
+from lit_tokenformer.models.feed_forward import make_feed_forward
 from lit_tokenformer.models.heads import ImageHead, make_head
 from lit_tokenformer.models.hub import HubMixin
 from lit_tokenformer.models.masks import check_mask, columns, make_mask, restricted
@@ -78,7 +80,7 @@ class Tokenformer(HubMixin, nn.Module):
 
     @property
     def size(self) -> dict[str, int]:
-        """Current size: units of each kind of axis, and ``depth``, the number of blocks."""
+        """Current size: units of each kind of axis, ``depth`` (blocks), and ``experts`` if there are several."""
         return model_size(self)
 
     @property
@@ -132,13 +134,27 @@ class Tokenformer(HubMixin, nn.Module):
             block.train(self.training)
         self.set_blocks([*self.blocks, *fresh][:depth])
 
+    def set_experts(self, experts: int) -> None:
+        """Replace the feed-forwards by freshly initialized ones, before a checkpoint of another number is loaded.
+
+        Args:
+            experts: Number of experts, 1 for a feed-forward without a router.
+        """
+        reference, config = next(self.blocks.parameters()), dataclasses.replace(self.config, experts=experts)
+        for number, block in enumerate(self.blocks):
+            if num_experts(block.mlp) != experts:
+                with torch.device(reference.device), torch.random.fork_rng(devices=[]):
+                    block.mlp = make_feed_forward(config, number).to(reference.dtype).train(self.training)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the depth of ``state_dict`` if it is reachable by growth."""
+        """Adopt the depth and the experts of ``state_dict`` if they are reachable by growth."""
         blocks = f"{prefix}blocks."
         numbers = {name[len(blocks) :].partition(".")[0] for name in state_dict if name.startswith(blocks)}
         depth = len(numbers)
         if self.config.depth <= depth != len(self.blocks) and numbers == set(map(str, range(depth))):
             self.set_depth(depth)
+        if self.config.experts <= (experts := saved_experts(state_dict, prefix)):
+            self.set_experts(experts)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_patch_drop_rate(self, rate: float) -> None:
@@ -467,13 +483,23 @@ class Tokenformer(HubMixin, nn.Module):
 
 
 def model_size(module: nn.Module) -> dict[str, int]:
-    """Count the units of each kind of axis and, if there is a Tokenformer, its ``depth``.
+    """Count the units of each kind of axis and, if there is a Tokenformer, its ``depth``, and ``experts`` if several.
 
     Args:
         module: Any module; the smallest depth counts if several models differ.
     """
-    depths = [len(model.blocks) for model in module.modules() if isinstance(model, Tokenformer)]
-    return {**axis_sizes(module), **({"depth": min(depths)} if depths else {})}
+    models = [model for model in module.modules() if isinstance(model, Tokenformer)]
+    if not models:
+        return axis_sizes(module)
+    experts = min(num_experts(block.mlp) for model in models for block in model.blocks)  # type: ignore[arg-type]
+    depth = min(len(model.blocks) for model in models)
+    return {**axis_sizes(module), "depth": depth, **({"experts": experts} if experts > 1 else {})}
+
+
+def growable_size(module: nn.Module) -> dict[str, int]:
+    """Count as :func:`model_size` does, including a single expert."""
+    size = model_size(module)
+    return {"experts": 1, **size} if "depth" in size else size
 
 
 def param_tokens(module: nn.Module) -> dict[str, int]:

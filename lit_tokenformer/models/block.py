@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.experts import output_parameters
 from lit_tokenformer.models.feed_forward import make_feed_forward
 from lit_tokenformer.models.mixers import Context, make_mixer
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.part_cost import Cost, part_cost
-from lit_tokenformer.models.pattention import Pattention
 
 State = tuple[Any, Any]
 """Decoding states of a block's mixer and feed-forward."""
@@ -111,7 +111,7 @@ class Block(nn.Module):
                 raise UserError(
                     f"depth: {type(part).__name__} declares no output_layer, so no identity block can be inserted"
                 )
-            yield from layer.outputs() if isinstance(layer, Pattention) else layer.parameters()
+            yield from output_parameters(part)
 
     def mix(self, x: Tensor, context: Context, state: State) -> Tensor:
         """Residual branch of the mixer, with the augmented shortcut."""

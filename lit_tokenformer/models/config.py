@@ -6,6 +6,7 @@ A config describes the initial model. The *current* number of parameter tokens i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -113,12 +114,16 @@ _CHOICES = {"norm_position": ("pre", "post", "parallel"), "global_pool": ("token
 
 
 MAY_CHANGE = {
-    *("param_tokens", "depth", "mlp_ratio"),
+    *("param_tokens", "depth", "mlp_ratio", "experts", "experts_balance"),
     *("image_size", "num_classes", "global_pool", "vocab_size", "context_length"),
     *("dropout", "attn_dropout", "drop_path", "patch_drop_rate", "init", "rotary_base"),
     *("tie_embeddings", "unpad", "low_precision_norm"),
 }
 """Fields that may differ when weights are loaded; all others change what the same weights compute."""
+
+
+OF_EXPERTS = ("experts_top_k", "shared_experts", "expert_groups", "experts_balance", "router")
+"""Fields without effect in a model with a single expert."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,15 @@ class TokenformerConfig:
         context_length: Maximum sequence length in tokens, T.
         tie_embeddings: Share the weights of the token embedding with the language head.
         unpad: Remove padding before all per-token layers; only attention sees it.
+        experts: Feed-forwards of each block, E, of which a router chooses ``experts_top_k`` for each data token; 1 for
+            a single feed-forward without a router.
+        experts_top_k: Experts of each data token, k.
+        shared_experts: Further feed-forwards that every data token uses, with ``experts`` above 1.
+        expert_groups: Shards of the feed-forward's parameter tokens, for each of which an expert is chosen; 1 chooses
+            whole feed-forwards.
+        experts_balance: Largest change of an expert's routing bias per optimizer step, which balances the load,
+            relative to the mean probability 1 / E.
+        router: Routing: ``top_k``, the experts of each data token.
         layers: Repeating pattern of blocks: names of mixers, or ``mixer+feed_forward`` to set the feed-forward too, as
             in ``[wkv, wkv, attention+mlp]``; ``None`` uses ``mixer`` in every block.
     """
@@ -224,13 +238,20 @@ class TokenformerConfig:
     context_length: int = 1024
     tie_embeddings: bool = True
     unpad: bool = False
+    experts: int = 1
+    experts_top_k: int = 1
+    shared_experts: int = 0
+    expert_groups: int = 1
+    experts_balance: float = 0.1
+    router: str = "top_k"
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         ParamTokens.parse(self.param_tokens)
         for names, least in (
             ("dim depth num_heads patch_size in_chans vocab_size context_length series", 1),
-            ("num_classes shortcut_reduction", 0),
+            ("experts experts_top_k expert_groups", 1),
+            ("num_classes shortcut_reduction shared_experts", 0),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -279,6 +300,7 @@ class TokenformerConfig:
                 f"series: feed_forward 'pattention' with score_norm 'softmax' has no activation "
                 f"(got {self.series}, expected 1)"
             )
+        self._check_experts()
         if self.unpad and self.drop_path > 0:
             raise UserError(f"unpad: true needs drop_path: 0, got {self.drop_path}")
         if not 0 < self.rotary_fraction <= 1 or self.rotary_base <= 0:
@@ -291,6 +313,24 @@ class TokenformerConfig:
                 f"rotary_fraction: invalid number of rotary dimensions (got {self.rotary_dim} = "
                 f"{self.rotary_fraction} of {self.head_width}, expected an even number of at least 2)"
             )
+
+    def _check_experts(self) -> None:
+        if self.router == "expert_choice":
+            raise UserError(
+                "router: 'expert_choice' lets a data token depend on later ones, since experts choose among all of a "
+                "sequence (expected 'top_k')"
+            )
+        if self.router != "top_k":
+            raise unknown_name("router", self.router, ("top_k",))
+        if 1 < self.experts < self.experts_top_k:
+            raise UserError(f"experts_top_k: expected at most experts {self.experts}, got {self.experts_top_k}")
+        if self.expert_groups > 1 and (self.experts_top_k > 1 or self.series > 1):
+            raise UserError(
+                f"expert_groups: {self.expert_groups} needs experts_top_k: 1 and series: 1, got {self.experts_top_k} "
+                f"and {self.series}"
+            )
+        if not 0 < self.experts_balance < math.inf:
+            raise UserError(f"experts_balance: expected a positive number, got {self.experts_balance}")
 
     @property
     def tokens(self) -> ParamTokens:
@@ -387,14 +427,15 @@ class TokenformerConfig:
     def size(self) -> dict[str, int]:
         """Initial size of all growable axes and the depth, by kind."""
         heads, units = self.head_units
-        return {**dict(self.tokens.items()), "hidden": self.mlp_hidden, heads: units, "depth": self.depth}
+        tokens = dict(self.tokens.items())
+        return {**tokens, "hidden": self.mlp_hidden, heads: units, "depth": self.depth, "experts": self.experts}
 
     def at_size(self, size: Mapping[str, int]) -> TokenformerConfig:
         """Resize the architecture, as growth does.
 
         Args:
             size: Totals by kind: parameter tokens (``qkv``, ``proj``, ``ffn``), ``hidden`` units of the feed-forward,
-                ``heads`` or ``kv_heads``, and ``depth`` (blocks). Missing kinds are unchanged.
+                ``heads`` or ``kv_heads``, ``depth`` (blocks) and ``experts``. Missing kinds are unchanged.
 
         Example:
             >>> TokenformerConfig(dim=384, num_heads=6).at_size({"depth": 24, "heads": 8}).head_width
@@ -407,6 +448,7 @@ class TokenformerConfig:
             self,
             param_tokens={**dict(self.tokens.items()), **tokens},
             depth=size.get("depth", self.depth),
+            experts=size.get("experts", self.experts),
             mlp_ratio=size["hidden"] / self.dim if "hidden" in size else self.mlp_ratio,
             num_heads=heads,
             num_kv_heads=None if self.num_kv_heads is None else size.get(kind, units),

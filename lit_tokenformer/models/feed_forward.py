@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.axes import Axis, AxisTensor, follow_sizes, input_units, output_units
 from lit_tokenformer.models.config import TokenformerConfig
+from lit_tokenformer.models.experts import Experts, Grouped
 from lit_tokenformer.models.mixers import Context, RecurrentState, layer_ratios, mixed, token_shift
 from lit_tokenformer.models.part_cost import Cost, count_parameters, part_cost, same_input_cost
 from lit_tokenformer.models.pattention import Pattention, new_series, series_activation, series_tensors
@@ -57,7 +61,8 @@ class Activation(nn.Module):
 class FeedForward(nn.Module):
     """Base class of feed-forwards, (B, T, D) -> (B, T, D).
 
-    A feed-forward declares ``output_layer``, the layer that writes to the residual stream, and its ``cost``.
+    A feed-forward declares ``output_layer``, the layer that writes to the residual stream, and its ``cost``. One with a
+    static method ``grouped(experts, x, groups)`` computes several copies of itself at once, each for its own rows.
 
     Attributes:
         pointwise: Whether each output depends on its own data token only.
@@ -114,6 +119,11 @@ class PattentionFeedForward(Pattention):
         """(B, T, D) -> (B, T, D)."""
         return self.dropout(super().forward(x))
 
+    @staticmethod
+    def grouped(experts: Sequence[PattentionFeedForward], x: Tensor, groups: Grouped) -> Tensor:
+        """Apply each expert to its rows, (M, D) -> (M, D)."""
+        return experts[0].dropout(groups.project(experts, x))
+
 
 @FEED_FORWARDS.register("mlp")
 class MLP(FeedForward):
@@ -150,6 +160,12 @@ class MLP(FeedForward):
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.dropout(self.fc2(self.activation(self.fc1(x))))
+
+    @staticmethod
+    def grouped(experts: Sequence[MLP], x: Tensor, groups: Grouped) -> Tensor:
+        """Apply each expert to its rows, (M, D) -> (M, D)."""
+        hidden = experts[0].activation(groups.project([one.fc1 for one in experts], x))
+        return experts[0].dropout(groups.project([one.fc2 for one in experts], hidden))
 
 
 @FEED_FORWARDS.register("glu")
@@ -192,6 +208,13 @@ class GLU(FeedForward):
     def forward(self, x: Tensor, context: Context = Context(), state: RecurrentState | None = None) -> Tensor:  # noqa: B008
         """(B, T, D) -> (B, T, D)."""
         return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
+
+    @staticmethod
+    def grouped(experts: Sequence[GLU], x: Tensor, groups: Grouped) -> Tensor:
+        """Apply each expert to its rows, (M, D) -> (M, D)."""
+        gate, up = (groups.project([getattr(one, name) for one in experts], x) for name in ("gate", "up"))
+        hidden = experts[0].dropout(experts[0].activation(gate) * up)
+        return groups.project([one.down for one in experts], hidden)
 
 
 @FEED_FORWARDS.register("channel_mix", causal=(True,), unpad=(False,), series=(1,))
@@ -251,5 +274,41 @@ def _with_dropout(cost: Cost, dropout: nn.Dropout) -> Cost:
 
 
 def make_feed_forward(config: TokenformerConfig, layer: int) -> nn.Module:
-    """Create the feed-forward of block ``layer``, (B, T, D) -> (B, T, D)."""
-    return FEED_FORWARDS[config.parts_of(layer)[1]](config, layer)
+    """Create the feed-forward of block ``layer``, (B, T, D) -> (B, T, D); with several experts, all of them."""
+    make = FEED_FORWARDS[config.parts_of(layer)[1]]
+    if config.experts == 1:
+        return make(config, layer)
+    return with_experts([make(config, layer) for _ in range(config.experts)], config, partial(make, config, layer))
+
+
+def with_experts(experts: Sequence[nn.Module], config: TokenformerConfig, shared: Callable[[], nn.Module]) -> Experts:
+    """Put feed-forwards behind a router, with the shared experts of the config.
+
+    Args:
+        experts: Feed-forwards.
+        config: Architecture.
+        shared: Creates a shared expert.
+
+    Raises:
+        UserError: If a feed-forward is not pointwise, or too few for the experts of each data token.
+    """
+    check_experts(experts[0], len(experts), config)
+    more = [shared() for _ in range(config.shared_experts)]
+    return Experts(experts, config.dim, config.experts_top_k, more, config.experts_balance, config.expert_groups)
+
+
+def check_experts(feed_forward: Any, experts: int, config: TokenformerConfig, setting: str = "experts") -> None:
+    """Check that a feed-forward supports a number of experts.
+
+    Raises:
+        UserError: If it is not pointwise, there are fewer experts than each data token uses, or its tokens cannot be
+            divided.
+    """
+    if not getattr(feed_forward, "pointwise", False):
+        raise UserError(f"{setting}: {type(feed_forward).__name__} has no experts (expected a pointwise feed-forward)")
+    groups = config.expert_groups
+    if groups > 1 and (not isinstance(feed_forward, Pattention) or feed_forward.num_tokens % groups):
+        tokens = feed_forward.num_tokens if isinstance(feed_forward, Pattention) else "no"
+        raise UserError(f"expert_groups: {groups} shards of {tokens} tokens of {type(feed_forward).__name__}")
+    if experts < config.experts_top_k:
+        raise UserError(f"{setting}: expected at least experts_top_k {config.experts_top_k}, got {experts}")

@@ -25,16 +25,18 @@ class Cost:
         kept: Activations saved for the backward pass, in elements.
         spared: FLOPs of the last product, if the backward pass does not need its result; activation checkpointing does
             not recompute it.
+        inactive: Parameters that a data token does not use: those of experts other than its own.
     """
 
     parameters: int = 0
     flops: int = 0
     kept: int = 0
     spared: int = 0
+    inactive: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         parameters, flops = self.parameters + other.parameters, self.flops + other.flops
-        return Cost(parameters, flops, self.kept + other.kept, other.spared)
+        return Cost(parameters, flops, self.kept + other.kept, other.spared, self.inactive + other.inactive)
 
 
 def count_parameters(part: nn.Module) -> int:

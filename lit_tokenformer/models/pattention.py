@@ -184,6 +184,8 @@ class Pattention(nn.Module):
 
     PARTS = ("key_tokens", "value_tokens", "scale_tokens", "shift_tokens")
     """Parameters with one row per parameter token."""
+    appendable = True
+    """Whether tokens can be appended behind the others without a change of the function."""
 
     tau: Tensor
     scale_tokens: nn.Parameter | None
@@ -240,7 +242,8 @@ class Pattention(nn.Module):
         ]
         if self.scale_tokens is not None:
             tensors += series_tensors("scale_tokens", "shift_tokens")
-        return [Axis(self.kind, tuple(tensors), tau=self.tau, zero_exact=SCORE_NORMS[self.score_norm].zero_keys_exact)]
+        exact = SCORE_NORMS[self.score_norm].zero_keys_exact and self.appendable
+        return [Axis(self.kind, tuple(tensors), tau=self.tau, zero_exact=exact)]
 
     def output_units(self, name: str) -> list[AxisTensor]:
         """Declare the tensor indexed by output: the columns of the values."""

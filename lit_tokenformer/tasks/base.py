@@ -23,6 +23,7 @@ from lit_tokenformer.growth.axes import quantized_parameters
 from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
+from lit_tokenformer.models.experts import saved_experts
 from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig, OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
 
@@ -144,7 +145,7 @@ class LitTask(OptimizedTask):
                 setting = f"{name}.{field}".lstrip(".")
                 if field not in MAY_CHANGE:
                     wrong.append(f"{setting} {before!r} (this model: {now!r})")
-                elif field not in ("param_tokens", "depth"):  # determined by the weights
+                elif field not in ("param_tokens", "depth", "experts"):  # determined by the weights
                     changed.append(f"{setting} {before!r} -> {now!r}")
         return wrong, changed
 
@@ -210,6 +211,11 @@ class LitTask(OptimizedTask):
                 raise UserError(
                     f"model.overrides.depth: expected {len(model.blocks)}, the depth of the initial weights, got "
                     f"{model.config.depth}; under ModelParallelStrategy the fit could not be resumed"
+                )
+            if (now := model.size.get("experts", 1)) != model.config.experts:
+                raise UserError(
+                    f"model.overrides.experts: expected {now}, those of the initial weights, got "
+                    f"{model.config.experts}; under ModelParallelStrategy the fit could not be resumed"
                 )
         shard(self, self.device_mesh, COMPUTING_METHODS)
         make_growing(self.trainer.strategy)  # type: ignore[arg-type]
@@ -367,6 +373,10 @@ class LitTask(OptimizedTask):
             depth = checkpoint.get("grown_depth", model.config.depth)
             if depth != len(model.blocks):
                 model.set_depth(depth)
+        for path, model in self.named_modules(remove_duplicate=False):
+            if isinstance(model, Tokenformer) and "state_dict" in checkpoint:  # otherwise already loaded
+                experts = saved_experts(checkpoint["state_dict"], f"{path}.")
+                model.set_experts(max(experts, model.config.experts))
         self.check_architecture(checkpoint)
         self._rng_states = checkpoint.get("rng_states")
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer, model_size
+from lit_tokenformer.models.experts import saved_experts
 from lit_tokenformer.tasks.base import LitTask, resizable_dims, state_dict_problems
 from lit_tokenformer.tasks.language import LitLanguageTask
 
@@ -73,6 +74,13 @@ def initialize_from(
         numbers = {name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)}
         if numbers and numbers == {str(number) for number in range(len(numbers))}:
             model.set_depth(len(numbers))
+        experts = saved_experts(weights, prefix)
+        if numbers and experts < model.config.experts:
+            raise UserError(
+                f"init_from: {path} has {experts} experts (expected {model.config.experts}, of model.overrides); add "
+                f"them with `lit-tokenformer grow --tokens '{{experts: {model.config.experts}}}'`"
+            )
+        model.set_experts(max(experts, model.config.experts))
     own = module.state_dict()
     notes = [note for prefix, model in backbones for note in _resample_positions(prefix, model, own, weights, path)]
     notes += [

@@ -376,7 +376,8 @@ def joint_cost(costs: Iterable[ModelCost], parameters: int) -> ModelCost:
     """
     every = list(costs)
     sums = {field.name: sum(getattr(cost, field.name) for cost in every) for field in dataclasses.fields(ModelCost)}
-    return ModelCost(**{**sums, "parameters": parameters})
+    inactive = max((cost.inactive for cost in every), default=0)  # of shared blocks
+    return ModelCost(**{**sums, "parameters": parameters, "inactive": inactive})
 
 
 def _kinds(given: Mapping[str, Any]) -> dict[str, tuple[type[LitTask], dict[str, Any]]]:

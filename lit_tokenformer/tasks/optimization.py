@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from lit_tokenformer.errors import UserError, unknown_name
+from lit_tokenformer.models.experts import finish_step, pending_load, restore_load
 
 NEVER = sys.maxsize
 """Frequency at which Lightning never steps a scheduler; the task steps it after each validation."""
@@ -296,19 +297,20 @@ class OptimizedTask(pl.LightningModule):
     def pending_state(self) -> dict[str, Tensor | None]:
         """Return the state of an incomplete optimizer step, except gradients; names are equal in all processes."""
         first, total = self._counts or (None, None)
-        return {"counts.first": first, "counts.total": total}
+        return {"counts.first": first, "counts.total": total, **pending_load(self)}
 
     def load_pending_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of :meth:`pending_state`, on any device."""
         if "counts.first" in state:
             self._counts = state["counts.first"].to(self.device), state["counts.total"].to(self.device)
+        restore_load(self, state)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Step the optimizer as Lightning does, with a gradient already normalized over the global step."""
         assert optimizer_closure is not None  # set under automatic optimization
-        super().optimizer_step(epoch, batch_idx, optimizer, partial(self.run_last_micro_batch, optimizer_closure))
+        super().optimizer_step(epoch, batch_idx, optimizer, partial(self._complete_step, optimizer_closure))
 
     def run_last_micro_batch(self, closure: Callable[[], Any]) -> Any:
         """Run the forward and backward pass that completes a global step, and normalize the gradient."""
@@ -318,6 +320,11 @@ class OptimizedTask(pl.LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     scale_(parameter.grad, factor)
+        return result
+
+    def _complete_step(self, closure: Callable[[], Any]) -> Any:
+        result = self.run_last_micro_batch(closure)
+        finish_step(self)
         return result
 
     def _step_after_validation(self) -> None:

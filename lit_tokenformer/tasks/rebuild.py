@@ -109,8 +109,9 @@ def _check_depth(arguments: Any, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _depths(arguments: Any) -> Iterator[Any]:
+    """Yield the numbers of modules: blocks, and experts of a block."""
     for name, value in arguments.items() if isinstance(arguments, dict) else ():
-        yield from (value,) if name == "depth" else _depths(value)
+        yield from (value,) if name in ("depth", "experts", "shared_experts") else _depths(value)
 
 
 def _numbers(state: Mapping[str, Any]) -> int:
