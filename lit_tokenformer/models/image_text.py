@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_tokenformer.models.backbone import Tokenformer
 from lit_tokenformer.models.config import TokenformerConfig
 from lit_tokenformer.models.decoding import DecodingState
+from lit_tokenformer.models.modalities import ModalityGate
 from lit_tokenformer.models.part_cost import Cost, count_parameters
 from lit_tokenformer.models.stems import PatchStem, TokenStem
 from lit_tokenformer.registry import STEMS
@@ -33,12 +34,27 @@ class ImageTextStem(TokenStem):
     Attributes:
         image: Patch embedding, (B, C, height, width) -> (B, P, D).
         length: Data tokens of an image, P.
+        gate: Gate of groups by modality, if the model has them; it holds the data tokens of the image read next.
     """
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
         self.image = PatchStem(config)
         self.length = PatchStem.num_positions(config)
+        self.gate = ModalityGate()
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        start: int = 0,
+        padding: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids (B, T), or image and text together in ``inputs_embeds``, -> (B, T, D)."""
+        if inputs_embeds is None:
+            self.gate.prefix = 0  # text alone
+        return super().forward(tokens, start, padding, position_ids, inputs_embeds)
 
     @staticmethod
     def num_positions(config: TokenformerConfig) -> int:
@@ -84,34 +100,34 @@ def prefix_mask(
 
 def image_text_features(
     model: Tokenformer,
-    tokens: Tensor,
+    tokens: Tensor | None,
     image: Tensor | None = None,
     state: DecodingState | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Compute the normalized features (B, T, D) of a text after an image.
+    """Compute the normalized features (B, T, D) of a text after an image, or those of the image, (B, P, D).
 
     Args:
         model: Backbone with the stem ``image_text``.
-        tokens: Token ids, (B, T) int64.
+        tokens: Token ids, (B, T) int64; ``None`` for the image alone.
         image: Images, (B, C, height, width); ``None`` if the state has read them.
         state: Decoding state, updated in place.
         padding: Left padding of each text in data tokens, (B,) int64.
     """
     stem: ImageTextStem = model.stem
     prefix, start = stem.length, 0 if state is None else state.start
-    x = stem.embedding(tokens)
-    if image is not None:
-        x = torch.cat([stem.image(image).to(x.dtype), x], dim=1)  # (B, P + T, D)
+    parts = ([] if image is None else [stem.image(image)]) + ([] if tokens is None else [stem.embedding(tokens)])
+    x = torch.cat(parts, dim=1)  # (B, P + T, D)
     length = x.shape[1]
     places = torch.arange(start, start + length, device=x.device)[None] - (prefix - 1)  # 1 for the first of the text
     if padding is not None:
         places = torch.where(places > 0, (places - padding[:, None]).clamp_min(1), places)
+    stem.gate.prefix = 0 if image is None else prefix
     mask = None if length == 1 and padding is None else prefix_mask(prefix, start, length, padding, x.device)
     given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": places.clamp_min(0)}
     # not model(...) with a state: a compiled model would be recompiled for each length
     features = model(**given, pre_logits=True) if state is None else model.forward_features(**given, state=state)
-    return features if image is None else features[:, prefix:]
+    return features if image is None or tokens is None else features[:, prefix:]
 
 
 class ImageTextReader:

@@ -14,8 +14,10 @@ from torchmetrics.text import CharErrorRate
 
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.models import BackboneOverrides, TokenformerConfig, preset_config
+from lit_tokenformer.models import BackboneOverrides, TokenformerConfig, Tokens, preset_config
+from lit_tokenformer.models.heads import ImageHead
 from lit_tokenformer.models.image_text import greedy_answers, image_text_features
+from lit_tokenformer.models.modalities import add_modalities
 from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.causal_lm import published_adamw
 from lit_tokenformer.tasks.language import LitLanguageTask
@@ -61,6 +63,10 @@ class LitVisionLanguage(LitLanguageTask):
         grad_checkpointing: Whether to recompute blocks in the backward pass, to save memory.
         lr_scheduler_config: Timing of ``lr_scheduler``: interval, frequency, and the monitor of ReduceLROnPlateau.
         in_chans: Number of image channels; determined by the data on the command line. ``None`` for the preset's.
+        image_tokens: Parameter tokens of a group for the patches in every Pattention layer, n or totals by kind, and a
+            final norm of their own: the modalities share attention only. ``None`` shares all tokens.
+        image_classes: Number of classes of a head for the image alone, which is not trained: that of the image model in
+            ``lit-tokenformer merge``, see :meth:`classify`.
 
     Raises:
         ValueError: For an unknown preset, incompatible sizes, or an architecture that is not a causal language model
@@ -97,15 +103,25 @@ class LitVisionLanguage(LitLanguageTask):
         grad_checkpointing: bool = False,
         lr_scheduler_config: LRSchedulerConfig = LRSchedulerConfig(),  # noqa: B008  (frozen)
         in_chans: int | None = None,
+        image_tokens: Tokens | None = None,
+        image_classes: int = 0,
     ) -> None:
         sizes = {"vocab_size": vocab_size, "context_length": context_length, "image_size": image_size}
         given = {**_STEM, **sizes, **self.plain({"in_chans": in_chans}), **self.plain(overrides)}
         if preset_config(preset).head != "language" and "head" not in given:
             raise UserError(f"model.preset: {preset!r} is not a causal language model")
         backbone = self.make_backbone(preset, given, match, match_to)
+        if image_tokens is not None:
+            add_modalities(backbone, image_tokens)
         super().__init__(backbone, optimizer, schedule, lr_scheduler, compile, grad_checkpointing, lr_scheduler_config)
         self.remember_arguments()
         self.separator_id = separator_id
+        self._image_tokens = image_tokens
+        self.classifier = None
+        if image_classes:
+            config = backbone.config
+            self.classifier = ImageHead(config.dim, image_classes, config.global_pool, config.num_prefix_tokens)
+            self.classifier.requires_grad_(False)
         self._metrics = nn.ModuleDict()
 
     @classmethod
@@ -138,6 +154,21 @@ class LitVisionLanguage(LitLanguageTask):
         """Map images (B, C, H, W) and the texts after them (B, T) to logits (B, T, V)."""
         return self.feature_logits(image_text_features(self.backbone, tokens, image))
 
+    def classify(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to the class logits (B, classes) of a merged image model.
+
+        Raises:
+            UserError: Without ``image_classes``.
+        """
+        if self.classifier is None:
+            raise UserError("image_classes: the model has no classes (expected a checkpoint of `merge`)")
+        return self.classifier(image_text_features(self.backbone, None, image))
+
+    def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._image_tokens is not None:
+            add_modalities(self.backbone, self._image_tokens)  # to the blocks of a grown depth
+        super().check_architecture(checkpoint)
+
     def model_output(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Compute logits of the first text of a batch, (1, T, V)."""
         return self(batch["image"][:1], batch["tokens"][:1])
@@ -164,6 +195,13 @@ class LitVisionLanguage(LitLanguageTask):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
+        """Answer the questions of a batch: ``question``, ``answer`` and ``target`` of each sample."""
+        tokenizer, starts = self.tokenizer, self._starts(batch)
+        questions = [tokenizer.decode(row[:end].tolist()) for row, end in zip(batch["tokens"], starts, strict=True)]
+        cells = zip(questions, self.answer_batch(batch), self.decode_labels(batch["labels"]), strict=True)
+        return [{"question": one[0], "answer": one[1], "target": one[2]} for one in cells]
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         features, labels = self.batch_features(batch)
@@ -208,6 +246,11 @@ class LitVisionLanguage(LitLanguageTask):
         rows = [[token for token in row if token >= 0] for row in labels.tolist()]
         return [tokenizer.decode(row[:-1] if row[-1:] == [tokenizer.separator_id] else row) for row in rows]
 
+    @staticmethod
+    def _starts(batch: Mapping[str, Tensor]) -> list[int]:
+        """Return the index of the separator between question and answer in each text."""
+        return (batch["labels"] >= 0).int().argmax(dim=1).tolist()
+
     def answer_batch(self, batch: Mapping[str, Tensor], rows: list[int] | None = None) -> list[str]:
         """Decode greedy answers to the questions of a batch.
 
@@ -219,7 +262,7 @@ class LitVisionLanguage(LitLanguageTask):
         if not rows:
             return []
         tokenizer, limit = self.tokenizer, self.backbone.config.context_length
-        starts = (batch["labels"] >= 0).int().argmax(dim=1).tolist()  # of the separator before the answer
+        starts = self._starts(batch)
         prompts = [batch["tokens"][row, : starts[row] + 1] for row in rows]
         most = max(1, limit - max(map(len, prompts)))
         answers = greedy_answers(self.backbone, batch["image"][rows], prompts, most, tokenizer.separator_id)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_tokenformer.data.image_text.sources import Pair, Pairs, PairSettings, PairSplits
+from lit_tokenformer.data.image_text.sources import ImageTextSource, Pair, Pairs, PairSettings, PairSplits
 from lit_tokenformer.data.images.datamodule import EvalImageSampler
 from lit_tokenformer.data.images.transforms import ImageSize, pair
 from lit_tokenformer.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader, no_test_split
@@ -119,7 +119,7 @@ class VisionLanguageDataModule(ResumableDataModule):
             test folders or in one) or huggingface.
         root: Folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
         image_size: Input image size in pixels, height = width or ``[height, width]``. Default: 16 for digits_grid,
-            [16, 96] for rendered_text, else 224.
+            [16, 80] for rendered_text, else 224.
         in_chans: Number of image channels: 3 (RGB) or 1 (gray).
         tokenizer: bytes, or a vocabulary file, its folder or the name of a Hugging Face model; see ``TextDataModule``.
         block_size: Maximum length T of question, answer and separator in tokens; longer ones are cut. Default: 20 for
@@ -165,7 +165,8 @@ class VisionLanguageDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(seed, loader=loader)
         self.dataset = dataset
-        self.source = IMAGE_TEXT_SOURCES[dataset]
+        self.source: ImageTextSource = IMAGE_TEXT_SOURCES[dataset]
+        self._needs_workers = not self.source.tiny
         height, width = pair(self.source.image_size if image_size is None else image_size)
         self.image_size: ImageSize = height if height == width else (height, width)
         self.in_chans = in_chans
@@ -259,7 +260,9 @@ class VisionLanguageDataModule(ResumableDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Create the prediction loader, in order: the test split, else the validation split."""
-        return self._eval_loader(self._predict_pairs)
+        return self._create_loader(
+            DataLoader, self._dataset(self._predict_pairs), batch_size=self.eval_batch_size, collate_fn=collate
+        )
 
     def predict_name(self, index: int) -> str:
         """Return the path of an image, or its index without a file, by its index in the prediction order."""

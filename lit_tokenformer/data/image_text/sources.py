@@ -28,8 +28,9 @@ _SPLIT_SEED = 0  # the same held-out samples for every seed of a run
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 """Cells of a grid in the order of the answer to ``all?``."""
 _CELL = 8  # pixels of a digit
-_FONT_SIZE, _LINE, _WIDTH = 13, 16, 96
-_WORD = re.compile(r"(?<![A-Za-z])[a-z]{3,10}(?![A-Za-z])")
+_FONT_SIZE, _LINE, _WIDTH = 13, 16, 80
+_PLACE = (2, -1)  # left and top edge of the font's line in pixels, so that a word is centered vertically
+_WORD = re.compile(r"(?<![A-Za-z])[a-z]{3,9}(?![A-Za-z])")
 
 
 class Pair(NamedTuple):
@@ -115,6 +116,8 @@ class ImageTextSource:
     open: Callable[[PairSettings], PairSplits]
     image_size: tuple[int, int]
     block_size: int
+    tiny: bool = False
+    """Small images, for which worker processes cost more than they save."""
 
 
 # --- Grids of digits --------------------------------------------------------------------------------------------------
@@ -181,14 +184,14 @@ class RenderedWords(Pairs):
     def read(self, index: int, rng: np.random.Generator, training: bool) -> Pair:
         word = self.words[int(rng.integers(len(self.words))) if training else index]
         down, right = rng.integers(-1, 2, size=2) if training else (0, 0)
-        return Pair(render(word, (2 + int(right), int(down))), "", word)
+        return Pair(render(word, (_PLACE[0] + int(right), _PLACE[1] + int(down))), "", word)
 
 
-def render(text: str, place: tuple[int, int] = (2, 0)) -> Image.Image:
-    """Draw a text in white on black, 16 x 96 pixels.
+def render(text: str, place: tuple[int, int] = _PLACE) -> Image.Image:
+    """Draw a text in white on black, 16 x 80 pixels.
 
     Args:
-        text: Text of up to about 12 characters; the rest is outside of the image.
+        text: Text of up to 9 characters; the rest is outside of the image.
         place: Left and top edge in pixels.
     """
     image = Image.new("L", (_WIDTH, _LINE))
@@ -312,7 +315,7 @@ def _open_files(settings: PairSettings) -> PairSplits:
     return _open_huggingface(replace(settings, hf_name="imagefolder"))
 
 
-IMAGE_TEXT_SOURCES.register("digits_grid")(ImageTextSource(_open_digits_grid, (2 * _CELL, 2 * _CELL), 20))
-IMAGE_TEXT_SOURCES.register("rendered_text")(ImageTextSource(_open_rendered_text, (_LINE, _WIDTH), 14))
+IMAGE_TEXT_SOURCES.register("digits_grid")(ImageTextSource(_open_digits_grid, (2 * _CELL, 2 * _CELL), 20, tiny=True))
+IMAGE_TEXT_SOURCES.register("rendered_text")(ImageTextSource(_open_rendered_text, (_LINE, _WIDTH), 14, tiny=True))
 IMAGE_TEXT_SOURCES.register("files")(ImageTextSource(_open_files, (224, 224), 64))
 IMAGE_TEXT_SOURCES.register("huggingface")(ImageTextSource(_open_huggingface, (224, 224), 64))
