@@ -17,7 +17,7 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.data import Tokenizer, VisionLanguageDataModule
+from lit_tokenformer.data import ImageDataModule, Tokenizer, VisionLanguageDataModule
 from lit_tokenformer.data.image_text.datamodule import to_tensor
 from lit_tokenformer.data.image_text.sources import render
 from lit_tokenformer.growth import grow
@@ -340,6 +340,25 @@ def test_wrong_settings_are_one_line(tmp_path, monkeypatch, settings, message):
     root = write_folder(tmp_path / "data")
     with pytest.raises(ValueError, match=re.escape(message)):
         VisionLanguageDataModule("files", **{"root": root, **settings}).setup("fit")
+
+
+def test_classes_are_chosen_by_the_probability_of_their_names(tmp_path):
+    data = VisionLanguageDataModule("images/digits", image_size=16, batch_size=90, num_workers=0)
+    image_data = ImageDataModule("digits")
+    assert data.num_train_samples == 1437 and list(data.class_names) == image_data.class_names
+    assert len(data.splits.val) == len(image_data.splits.val.labels)
+    task = make_task(context_length=32)
+    spread(task.backbone).eval()
+    task.tokenizer_json = data.tokenizer.to_json()
+    batch, names = next(iter(data.val_dataloader())), ["7", "a lot", "0"]
+    scores = []
+    for name in names:  # the sum over the tokens of each name
+        tokens = torch.tensor([*b"class?", 256, *name.encode(), 256]).expand(90, -1)
+        logp = task(batch["image"], tokens[:, :-1])[:, 6:].log_softmax(-1)
+        scores.append(logp.gather(2, tokens[:, 7:, None]).sum((1, 2)))
+    assert torch.allclose(task.choose(batch["image"], "class?", names), torch.stack(scores, 1).softmax(-1), atol=1e-5)
+    (scored,) = make_trainer(tmp_path).validate(task, data, verbose=False)
+    assert 0 <= scored["val/acc1"] <= 1 and scored["val/exact_match"] <= 1
 
 
 def test_predictions_are_a_table_of_answers(tmp_path):

@@ -187,3 +187,32 @@ def greedy_answers(
             break
     rows = torch.stack(found, dim=1).tolist()
     return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+@torch.no_grad()
+def answer_scores(
+    model: Tokenformer, image: Tensor, prompt: Tensor, answers: Sequence[Sequence[int]], stop: int
+) -> Tensor:
+    """Compute the log-probability of each answer to one question, (B, A); image and question are read once.
+
+    Args:
+        model: Backbone with the stem ``image_text``.
+        image: Images, (B, C, height, width).
+        prompt: Token ids of the question, (T,) int64.
+        answers: Token ids of each answer, A sequences.
+        stop: Token id that ends an answer, which counts too.
+    """
+    rows = [torch.tensor([*answer, stop], device=image.device) for answer in answers]
+    read = ImageTextReader(model, image, [prompt] * len(image), len(prompt) + max(map(len, rows)))
+    first, state = read(None).float().log_softmax(dim=-1), read.state  # (B, V)
+    assert state is not None
+    kept, scores = state.start, []
+    for row in rows:
+        score = first[:, row[0]]
+        if len(row) > 1:
+            features = image_text_features(model, row[:-1].expand(len(image), -1), None, state)
+            later = model.forward_head(features).float().log_softmax(dim=-1)  # (B, T - 1, V)
+            score = score + later.gather(2, row[1:].expand(len(image), -1)[..., None]).sum(dim=(1, 2))
+            state.crop(kept)
+        scores.append(score)
+    return torch.stack(scores, dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import BackboneOverrides, TokenformerConfig, Tokens, preset_config
 from lit_tokenformer.models.heads import ImageHead
-from lit_tokenformer.models.image_text import greedy_answers, image_text_features
+from lit_tokenformer.models.image_text import answer_scores, greedy_answers, image_text_features
 from lit_tokenformer.models.modalities import add_modalities
 from lit_tokenformer.registry import TASKS
 from lit_tokenformer.tasks.causal_lm import published_adamw
@@ -42,7 +42,8 @@ class LitVisionLanguage(LitLanguageTask):
     The task logs ``train/loss``, ``val/loss``, ``val/exact_match`` (share of answers that are exactly right),
     ``val/char_error_rate`` (edits per character of the answer) and ``val/exact_match_blind`` (with a black image: what
     the questions alone give away); also ``test/...``. Data with groups of questions add
-    ``val/exact_match/GROUP``. Answers are decoded greedily.
+    ``val/exact_match/GROUP``, and data with class names ``val/acc1``, the share of images whose class name is the most
+    probable answer, see :meth:`choose`. Answers are decoded greedily.
 
     Args:
         preset: Architecture of a causal language model with rotary positions, a name from
@@ -136,7 +137,8 @@ class LitVisionLanguage(LitLanguageTask):
             if theirs != own:
                 raise UserError(f"model.{name}: does not match the data (got {own}, expected {theirs})")
         for part in ("val", "test"):
-            names = ("exact_match", "exact_match_blind", *(f"exact_match/{name}" for name in self._groups))
+            names = ["exact_match", "exact_match_blind", *(f"exact_match/{name}" for name in self._groups)]
+            names += ["acc1"] if self._classes else []
             for name in names:
                 self._add_metric(f"{part}/{name}", MeanMetric())
             self._add_metric(f"{part}/char_error_rate", CharErrorRate())
@@ -149,6 +151,11 @@ class LitVisionLanguage(LitLanguageTask):
     def _groups(self) -> tuple[str, ...]:
         """Names of the groups of questions."""
         return tuple(getattr(self.task_data, "group_names", ()))
+
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        """Answers to choose from."""
+        return tuple(getattr(self.task_data, "class_names", ()))
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """Map images (B, C, H, W) and the texts after them (B, T) to logits (B, T, V)."""
@@ -163,6 +170,19 @@ class LitVisionLanguage(LitLanguageTask):
         if self.classifier is None:
             raise UserError("image_classes: the model has no classes (expected a checkpoint of `merge`)")
         return self.classifier(image_text_features(self.backbone, None, image))
+
+    def choose(self, image: Tensor, question: str, answers: Sequence[str]) -> Tensor:
+        """Compute the probability of each answer to a question, (B, answers): zero-shot classification.
+
+        Args:
+            image: Images, (B, C, H, W).
+            question: The question.
+            answers: Answers to choose from, such as class names.
+        """
+        tokenizer = self.tokenizer
+        prompt = torch.tensor([*tokenizer.encode(question), tokenizer.separator_id], device=image.device)
+        encoded = [tokenizer.encode(answer) for answer in answers]
+        return answer_scores(self.backbone, image, prompt, encoded, tokenizer.separator_id).softmax(dim=-1)
 
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
         if self._image_tokens is not None:
@@ -217,6 +237,12 @@ class LitVisionLanguage(LitLanguageTask):
         wrong = [number for number, one in enumerate(right.tolist()) if not one]
         given = dict(zip(wrong, self.answer_batch(batch, wrong), strict=True))
         self._update(f"{stage}/char_error_rate", [given.get(i, one) for i, one in enumerate(answers)], answers)
+
+        if self._classes:
+            names = {name: number for number, name in enumerate(self._classes)}
+            best = self.choose(batch["image"], self.task_data.settings.question, self._classes).argmax(dim=-1)
+            label = torch.tensor([names[answer] for answer in answers], device=best.device)
+            self._update(f"{stage}/acc1", (best == label).float())
 
     def _update(self, name: str, *values: Any) -> None:
         metric: Any = self._metrics[name]

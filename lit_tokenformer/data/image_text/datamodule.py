@@ -116,14 +116,17 @@ class VisionLanguageDataModule(ResumableDataModule):
         dataset: Data set: digits_grid (2 x 2 of scikit-learn's digits, with questions for one or all of them; held-out
             digits), rendered_text (words of Python's standard library in Pillow's font; held-out words), files (ROOT
             with images and a metadata.jsonl of file_name, text and, optionally, question, in train, validation and
-            test folders or in one) or huggingface.
+            test folders or in one), huggingface, or images/NAME: a data set of ``ImageDataModule``, whose class names
+            are the answers, with the same splits (digits, mnist, kmnist, fashion_mnist, cifar10, cifar100, imagefolder,
+            huggingface).
         root: Folder of the data; the ``data_dir`` of ``load_dataset`` for huggingface.
         image_size: Input image size in pixels, height = width or ``[height, width]``. Default: 16 for digits_grid,
-            [16, 80] for rendered_text, else 224.
+            [16, 80] for rendered_text, that of ``ImageDataModule`` for images/NAME, else 224.
         in_chans: Number of image channels: 3 (RGB) or 1 (gray).
         tokenizer: bytes, or a vocabulary file, its folder or the name of a Hugging Face model; see ``TextDataModule``.
         block_size: Maximum length T of question, answer and separator in tokens; longer ones are cut. Default: 20 for
-            digits_grid, 14 for rendered_text, else 64.
+            digits_grid, 14 for rendered_text, 32 for images/NAME, else 64.
+        question: Question about each image of images/NAME.
         text_column: Name of the answers in rows.
         question_column: Name of the questions in rows; without it, questions are empty.
         train_samples: Training samples per epoch of digits_grid and rendered_text, which are drawn anew in each.
@@ -133,7 +136,7 @@ class VisionLanguageDataModule(ResumableDataModule):
         seed: Seed of the sample order and of drawn samples, >= 0. Default: that of ``seed_everything``, else 0.
         loader: Batch sizes and worker processes. Each is also an argument of its own: ``batch_size=8``.
         hub: Hugging Face data set (dataset: huggingface), also as ``hf_name``, ``hf_config``, ``hf_train_split``,
-            ``hf_val_split`` and ``hf_image_column``.
+            ``hf_val_split``, ``hf_image_column`` and ``hf_label_column``.
 
     Raises:
         ValueError: If a setting is invalid (on creation) or the data are missing (at the first use of a property or
@@ -154,6 +157,7 @@ class VisionLanguageDataModule(ResumableDataModule):
         in_chans: int = 3,
         tokenizer: str = "bytes",
         block_size: int | None = None,
+        question: str = "class?",
         text_column: str = "text",
         question_column: str = "question",
         train_samples: int = 20_000,
@@ -187,6 +191,7 @@ class VisionLanguageDataModule(ResumableDataModule):
             train_samples=train_samples,
             val_samples=val_samples,
             val_fraction=val_fraction,
+            question=question,
             text_column=text_column,
             question_column=question_column,
             **located,
@@ -227,6 +232,11 @@ class VisionLanguageDataModule(ResumableDataModule):
     def group_names(self) -> tuple[str, ...]:
         """Names of the groups of questions that evaluation reports separately."""
         return self.splits.group_names
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Answers to choose from, for images/NAME; else none."""
+        return self.splits.class_names
 
     @property
     def num_train_samples(self) -> int:

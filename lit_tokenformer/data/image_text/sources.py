@@ -10,7 +10,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lit_tokenformer.data.hub import first_line, load_hub_data, named_splits, own_folders
 from lit_tokenformer.data.images.folders import SPLITS
-from lit_tokenformer.data.images.samples import decode_hub_image
-from lit_tokenformer.data.images.sources import SourceSettings
+from lit_tokenformer.data.images.samples import Samples, decode_hub_image
+from lit_tokenformer.data.images.sources import ImageSource, SourceSettings, is_unlabeled
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import IMAGE_SOURCES, IMAGE_TEXT_SOURCES
 
@@ -80,6 +80,8 @@ class PairSettings:
     hf_name: str | None = None
     hf_config: str | None = None
     hf_image_column: str | None = None
+    hf_label_column: str | None = None
+    question: str = "class?"
     text_column: str = "text"
     question_column: str = "question"
     hf_train_split: str = "train"
@@ -95,12 +97,14 @@ class PairSplits:
         val: Validation pairs.
         test: Test pairs, or ``None``.
         group_names: Names of the groups of questions that evaluation reports separately.
+        class_names: Answers to choose from, if all samples have the same ones.
     """
 
     train: Pairs
     val: Pairs
     test: Pairs | None = None
     group_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,56 @@ def _open_rendered_text(settings: PairSettings) -> PairSplits:
     return PairSplits(RenderedWords(train, settings.train_samples), RenderedWords(val, len(val)))
 
 
+# --- Classes of images ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ClassPairs(Pairs):
+    """Labeled images with one question, answered by the class name.
+
+    Args:
+        samples: The images.
+        class_names: Class names, indexed by label.
+        question: The question.
+        shift: Largest random translation in training, as a share of the image.
+    """
+
+    samples: Samples
+    class_names: Sequence[str]
+    question: str
+    shift: float
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def read(self, index: int, rng: np.random.Generator, training: bool) -> Pair:
+        try:
+            image = self.samples.read(index)
+        except Exception as error:  # damaged bytes raise any exception in a decoder
+            raise UserError(f"data.root: cannot read image {self.name(index)} ({first_line(error)})") from None
+        if training and self.shift:
+            most = [round(side * self.shift) for side in image.size]
+            right, down = (int(rng.integers(-one, one + 1)) for one in most)
+            image = image.transform(image.size, Image.Transform.AFFINE, (1, 0, right, 0, 1, down))
+        return Pair(image, self.question, self.class_names[int(self.samples.labels[index])])
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+
+def _open_classes(settings: PairSettings, source: ImageSource) -> PairSplits:
+    names = ("root", "val_fraction", "hf_name", "hf_config", "hf_image_column", "hf_label_column")
+    given = {name: getattr(settings, name) for name in (*names, "hf_train_split", "hf_val_split")}
+    found: Any = source.open(SourceSettings(**given))
+    shift = source.augmentation.shift or 0.0
+
+    def pairs(samples: Samples) -> ClassPairs:
+        return ClassPairs(samples, found.class_names, settings.question, shift)
+
+    test = None if found.test is found.val or is_unlabeled(found.test) else pairs(found.test)
+    return PairSplits(pairs(found.train), pairs(found.val), test, class_names=tuple(found.class_names))
+
+
 # --- Files and Hugging Face data sets ---------------------------------------------------------------------------------
 
 
@@ -319,3 +373,9 @@ IMAGE_TEXT_SOURCES.register("digits_grid")(ImageTextSource(_open_digits_grid, (2
 IMAGE_TEXT_SOURCES.register("rendered_text")(ImageTextSource(_open_rendered_text, (_LINE, _WIDTH), 14, tiny=True))
 IMAGE_TEXT_SOURCES.register("files")(ImageTextSource(_open_files, (224, 224), 64))
 IMAGE_TEXT_SOURCES.register("huggingface")(ImageTextSource(_open_huggingface, (224, 224), 64))
+for _name in ("digits", "mnist", "kmnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder", "huggingface"):
+    _source: ImageSource = IMAGE_SOURCES[_name]
+    _side = _source.image_size
+    IMAGE_TEXT_SOURCES.register(f"images/{_name}")(
+        ImageTextSource(partial(_open_classes, source=_source), (_side, _side), 32, tiny=_source.tiny)
+    )
