@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_tokenformer.models.backbone import Tokenformer
 from lit_tokenformer.models.config import TokenformerConfig
@@ -22,6 +22,10 @@ from lit_tokenformer.models.modalities import ModalityGate
 from lit_tokenformer.models.part_cost import Cost, count_parameters
 from lit_tokenformer.models.stems import PatchStem, TokenStem
 from lit_tokenformer.registry import STEMS
+
+
+POSITION_STD = 0.5
+"""Initial standard deviation of the learned positions: about that of embedded patches, since they have no others."""
 
 
 @STEMS.register("image_text", head=("language",), positions=("rotary",), patch_drop_rate=(0,), causal=(True,))
@@ -42,6 +46,7 @@ class ImageTextStem(TokenStem):
         self.image = PatchStem(config)
         self.length = PatchStem.num_positions(config)
         self.gate = ModalityGate()
+        nn.init.normal_(self.image.pos_embed, std=POSITION_STD)
 
     def forward(
         self,

@@ -149,7 +149,7 @@ class LitVisionLanguage(LitLanguageTask):
 
     @property
     def _groups(self) -> tuple[str, ...]:
-        """Names of the groups of questions."""
+        """Group names of questions."""
         return tuple(getattr(self.task_data, "group_names", ()))
 
     @property

@@ -129,7 +129,7 @@ class VisionLanguageDataModule(ResumableDataModule):
         question: Question about each image of images/NAME.
         text_column: Name of the answers in rows.
         question_column: Name of the questions in rows; without it, questions are empty.
-        train_samples: Training samples per epoch of digits_grid and rendered_text, which are drawn anew in each.
+        train_samples: Training samples of digits_grid and rendered_text, drawn again in each epoch.
         val_samples: Validation samples of digits_grid and rendered_text.
         val_fraction: Fraction of the training samples held out if files or a Hugging Face data set have no validation
             split. Independent of the seed.
@@ -230,7 +230,7 @@ class VisionLanguageDataModule(ResumableDataModule):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Names of the groups of questions that evaluation reports separately."""
+        """Group names of questions that evaluation reports separately."""
         return self.splits.group_names
 
     @property

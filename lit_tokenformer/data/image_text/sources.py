@@ -90,7 +90,7 @@ class PairSettings:
 
 @dataclass
 class PairSplits:
-    """Splits of a data set; a missing test split is the validation split.
+    """Training, validation and test pairs of a data set.
 
     Args:
         train: Training pairs.
