@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import heapq
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,8 @@ UNREADABLE = -100
 class PredictionWriter(BasePredictionWriter):
     """Write the results of ``Trainer.predict`` as ``image,class1,prob1,...,class5,prob5``, in the order of the images.
 
+    A task that predicts texts, a mapping of columns to cells for each image, has these columns instead.
+
     ``image`` comes from the data module (``predict_name(index)``), and the class names from the checkpoint
     (``image_data`` of the task), else from the data module (``class_names``); otherwise they are numbers. The row of an
     unreadable image (label -100) has empty cells. With fewer than five classes there are fewer columns. An apostrophe
@@ -40,7 +42,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Raises:
         ValueError: When a prediction starts, if ``path`` exists: files are not overwritten. During prediction, if
-            ``predict_step`` does not return probabilities (B, C), or for several data loaders.
+            ``predict_step`` returns neither probabilities (B, C) nor a list of mappings, or for several data loaders.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -55,6 +57,7 @@ class PredictionWriter(BasePredictionWriter):
         self._file: TextIO | None = None
         self._token = ""
         self._written = 0
+        self._columns: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -87,7 +90,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if not isinstance(prediction, Tensor) or prediction.ndim != 2:
+        texts = isinstance(prediction, list) and all(isinstance(one, Mapping) for one in prediction)
+        if not texts and (not isinstance(prediction, Tensor) or prediction.ndim != 2):
             raise UserError(f"predict_step: expected probabilities (B, C), got {_describe(prediction)}")
         if dataloader_idx > 0:
             raise UserError("predict_dataloader: expected one data loader, got several")
@@ -96,9 +100,20 @@ class PredictionWriter(BasePredictionWriter):
             batch_indices = range(first + self._written * step, first + (self._written + len(prediction)) * step, step)
         self._written += len(prediction)
         datamodule = getattr(trainer, "datamodule", None)
+        name = getattr(datamodule, "predict_name", str)
+        if texts:
+            self._columns = ["image", *prediction[0]]
+            cells = [
+                [index, _text(name(index)), *map(_text, one.values())]
+                for index, one in zip(batch_indices, prediction, strict=True)
+            ]
+            self._write(cells)
+            return
         names = (getattr(pl_module, "image_data", None) or {}).get("class_names")
         names = names or getattr(datamodule, "class_names", None) or list(map(str, range(prediction.shape[1])))
-        rows = _rows(prediction, batch_indices, _labels(batch), names, getattr(datamodule, "predict_name", str))
+        self._write(_rows(prediction, batch_indices, _labels(batch), names, name))
+
+    def _write(self, rows: Iterable[Sequence[str | int]]) -> None:
         assert self._file is not None
         csv.writer(self._file, lineterminator="\n").writerows(rows)
 
@@ -110,7 +125,7 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             parts = [self._part_of(rank) for rank in range(trainer.world_size)]
             whole = self._part.with_name(f"{self._part.name}.whole")
-            images = _join(parts, whole)
+            images = _join(parts, whole, self._columns)
             target = free_path(self._target)  # another run may have created it meanwhile
             whole.rename(target)
             for part in parts:
@@ -183,7 +198,7 @@ def _text(name: object) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def _join(parts: Iterable[Path], whole: Path) -> int:
+def _join(parts: Iterable[Path], whole: Path, columns: Sequence[str]) -> int:
     """Merge the sorted rows of all parts into a file with a header; return the number of images."""
     files = [part.open(encoding="utf-8", errors="surrogateescape", newline="") for part in parts]
     images, last = 0, None
@@ -192,7 +207,7 @@ def _join(parts: Iterable[Path], whole: Path) -> int:
             writer = csv.writer(file, lineterminator="\n")
             for index, *row in heapq.merge(*map(csv.reader, files), key=lambda row: int(row[0])):
                 if last is None:
-                    writer.writerow(prediction_header(len(row) // 2))
+                    writer.writerow(columns or prediction_header(len(row) // 2))
                 if index != last:  # samplers may assign an image to two processes
                     writer.writerow(row)
                     images += 1

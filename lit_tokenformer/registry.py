@@ -122,6 +122,8 @@ TRIGGERS: Registry[Callable[..., Any]] = Registry("trigger")
 """``(patience, min_delta, threshold) -> Trigger``; see :mod:`callbacks.growth_triggers`."""
 IMAGE_SOURCES: Registry[Any] = Registry("data.dataset")
 """An :class:`~lit_tokenformer.data.images.sources.ImageSource`."""
+IMAGE_TEXT_SOURCES: Registry[Any] = Registry("data.dataset")
+"""An :class:`~lit_tokenformer.data.image_text.sources.ImageTextSource`."""
 TEXT_SOURCES: Registry[Callable[..., Any]] = Registry("data.dataset")
 """``(settings) -> TextSplits``; see :mod:`lit_tokenformer.data.text.sources`."""
 WEIGHT_FORMATS: Registry[Any] = Registry("project")

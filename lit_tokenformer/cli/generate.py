@@ -10,7 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch import Tensor
+
 from lit_tokenformer.adapters import read_adapter_config
+from lit_tokenformer.data.image_text.datamodule import to_tensor
+from lit_tokenformer.data.images.samples import decode_image
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.inference.sampling import Sampling
 from lit_tokenformer.inference.text import Completion, TextGenerator
@@ -38,6 +43,7 @@ def generate_text(
     draft: str | None = None,
     draft_tokens: Tokens | float | None = None,
     draft_length: int = 4,
+    image: str | list[str] | None = None,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -66,6 +72,8 @@ def generate_text(
             tokens, which the model checks several at once. The text is a sample of the model alone.
         draft_tokens: Use the first units of the model itself as the draft: a size, as in "shrink".
         draft_length: Tokens that the draft proposes before each call of the model.
+        image: Image files, for a checkpoint of LitVisionLanguage: one for all prompts, which are questions about it, or
+            one per prompt in their order.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -84,6 +92,8 @@ def generate_text(
         raise UserError("draft_tokens: conflicts with draft (expected one of them)")
     if draft_length < 1:
         raise UserError(f"draft_length: expected a whole number of at least 1, got {draft_length}")
+    if image and prompts is not None:
+        raise UserError("image: conflicts with prompts (expected prompt or prompt_file)")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
@@ -104,10 +114,15 @@ def generate_text(
             _note_speculation(generator)
             return
         adapters.select(generator, prompt if isinstance(prompt, list) and prompt else [str(prompt or "")])
+        asked = prompt or ""
+        pixels = None if not image else _read_images(image, asked, generator)
+        if pixels is not None and (isinstance(asked, str) or len(asked) == 1):
+            asked = [asked if isinstance(asked, str) else asked[0]] * len(pixels)  # one question for several images
+        between = " " if pixels is not None else ""
         number, printed = 0, 0  # the current prompt, and its characters printed so far
-        for completions in generator.run(prompt or "", max_new_tokens, sampling, stop, seed):
+        for completions in generator.run(asked, max_new_tokens, sampling, stop, seed, pixels):
             while number < len(completions):
-                shown = _FORMATS[format](completions[number], number, len(completions), seed)
+                shown = _FORMATS[format](completions[number], number, len(completions), seed, between)
                 write(shown[printed:])
                 printed = len(shown)
                 if completions[number].stopped is None:
@@ -208,6 +223,25 @@ def _writer(output: str | None) -> Iterator[Callable[[str], Any]]:
         raise UserError(f"output: cannot write {output} ({error.strerror or error})") from None
 
 
+def _read_images(paths: str | list[str], prompt: str | list[str], generator: TextGenerator) -> Tensor:
+    """Read an image for each prompt, (B, C, height, width); a single prompt or image is that of all.
+
+    Raises:
+        UserError: If one cannot be read, or their number is not that of the prompts.
+    """
+    names = [paths] if isinstance(paths, str) else paths
+    count = len(prompt) if isinstance(prompt, list) and len(prompt) > 1 else len(names)
+    if len(names) not in (1, count):
+        raise UserError(f"image: expected one, or one for each of {count} prompts, got {len(names)}")
+    config, found = generator.backbone.config, []
+    for name in names:
+        try:
+            found.append(to_tensor(decode_image(name), config.image_size, config.in_chans))
+        except Exception as error:  # damaged bytes raise any exception in a decoder
+            raise UserError(f"image: cannot read {name} ({' '.join(str(error).split())})") from None
+    return torch.stack(found * (count if len(names) == 1 else 1))
+
+
 def _read_prompt(path: str) -> str:
     """Read a file as one prompt, without the line break at its end.
 
@@ -276,12 +310,18 @@ def _opened(setting: str, path: str) -> Iterator[BinaryIO]:
         raise UserError(f"{setting}: cannot read {path} ({error.strerror})") from None
 
 
-def _as_text(completion: Completion, number: int, total: int, seed: int) -> str:
+def _as_text(completion: Completion, number: int, total: int, seed: int, between: str) -> str:
     header = f"==> {number + 1} of {total} <==\n" if total > 1 else ""
-    return header + completion.prompt + completion.text + ("\n" if completion.stopped else "")
+    return (
+        header
+        + completion.prompt
+        + (between if completion.prompt else "")
+        + completion.text
+        + ("\n" if completion.stopped else "")
+    )
 
 
-def _as_json(completion: Completion, number: int, total: int, seed: int) -> str:
+def _as_json(completion: Completion, number: int, total: int, seed: int, between: str) -> str:
     if completion.stopped is None:
         return ""
     return json.dumps({"prompt": completion.prompt, **_results(completion, seed)}) + "\n"

@@ -37,6 +37,7 @@ from lit_tokenformer.cli.commands import (
 from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.generate import generate_text
+from lit_tokenformer.cli.merge import merge_checkpoints
 from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
@@ -84,6 +85,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "grow": grow_checkpoint,
     "shrink": shrink_checkpoint,
     "split": split_checkpoint,
+    "merge": merge_checkpoints,
     "import": import_weights,
     "export": export_weights,
 }
@@ -106,6 +108,8 @@ TEXTS = {
     "config": "Config with model and data: a YAML file or the name of a shipped config (repeatable; later ones "
     "override).",
     "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
+    "image": "Image file that the prompts ask about (repeatable): one for all prompts, or one per prompt in their "
+    "order.",
     "stop": "String that ends a completion (repeatable). The document separator ends it too.",
     "adapter": "Adapter, NAME=FOLDER or FOLDER (repeatable): one for all prompts, or one per prompt in their order. "
     "'none' is the model alone; 'auto' picks the adapter with the least loss on the prompt, or none.",
@@ -265,7 +269,7 @@ class TokenformerCLI(LightningCLI):
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
-            texts = TEXTS.keys() & inspect.signature(function).parameters
+            texts = _repeatable(function)
             own.add_function_arguments(function, skip={*texts})
             for text in sorted(texts):
                 own.add_argument(f"--{text}", action="append", help=TEXTS[text])
@@ -478,6 +482,12 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
     return found
 
 
+def _repeatable(command: Callable[..., Any]) -> set[str]:
+    """Return the options of a command that are in ``TEXTS``; an argument of the same name may be a single path."""
+    parameters = inspect.signature(command).parameters
+    return {name for name in TEXTS.keys() & parameters if parameters[name].annotation != "str"}
+
+
 def _with_texts(args: list[str]) -> list[str]:
     """Join text options to values that begin with dashes, which argparse would read as options.
 
@@ -486,9 +496,11 @@ def _with_texts(args: list[str]) -> list[str]:
         ['generate', '--stop=---', '--seed', '1']
     """
     found: list[str] = []
-    options = inspect.signature(COMMANDS[args[0]]).parameters if args and args[0] in COMMANDS else {}
+    command = COMMANDS.get(args[0]) if args else None
+    options = {} if command is None else inspect.signature(command).parameters
+    texts = set() if command is None else _repeatable(command)
     for arg in args:
-        is_text = bool(found) and found[-1] in {f"--{name}" for name in TEXTS.keys() & options}
+        is_text = bool(found) and found[-1] in {f"--{name}" for name in texts}
         if is_text and arg.startswith("-") and arg.partition("=")[0] not in {f"--{name}" for name in options}:
             found[-1] += f"={arg}"
         else:

@@ -4,6 +4,7 @@
 # `limit_val_batches: 1` from a config would become 1.0, which means all batches.
 import lightning.pytorch  # noqa: F401
 
+from lit_tokenformer.data.image_text import VisionLanguageDataModule
 from lit_tokenformer.data.images.datamodule import ImageDataModule
 from lit_tokenformer.data.images.transforms import Augmentation
 from lit_tokenformer.data.multitask import MultiTaskDataModule
@@ -18,4 +19,5 @@ __all__ = [
     "MultiTaskDataModule",
     "TextDataModule",
     "Tokenizer",
+    "VisionLanguageDataModule",
 ]

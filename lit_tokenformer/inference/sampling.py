@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.backbone import Tokenformer
+from lit_tokenformer.models.image_text import ImageTextReader
 
 ENDED = -1
 """Placeholder for the token id of a row that has already ended."""
@@ -139,6 +140,7 @@ def generate_tokens(
     vocab_size: int | None = None,
     seed: int | Sequence[int] | None = None,
     cache: bool = True,
+    images: Tensor | None = None,
 ) -> Generator[Tensor, None, None]:
     """Decode continuations of prompts, token by token.
 
@@ -156,6 +158,7 @@ def generate_tokens(
             each row equals its prompt decoded alone with that seed.
         cache: Whether to use the decoding state (KV caches or recurrent states); without it, every row is recomputed
             alone for each token.
+        images: Image before each prompt, (B, C, height, width), for a model with the stem ``image_text``.
 
     Yields:
         Next token id of each row, (B,) int64 on the CPU; ``ENDED`` (-1) for rows that have already ended.
@@ -171,7 +174,8 @@ def generate_tokens(
         6
     """
     rows, limits, size, generators = prepare(model, prompts, max_new_tokens, sampling, vocab_size, seed)
-    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache)
+    check_images(model, images, len(rows))
+    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache, images)
 
 
 class Request(NamedTuple):
@@ -240,6 +244,18 @@ def check_causal_lm(model: Tokenformer) -> None:
         raise UserError(f"model: not a causal language model (got {kind})")
 
 
+def check_images(model: Tokenformer, images: Tensor | None, count: int) -> None:
+    """Reject images that do not fit the model or the number of prompts with a ``UserError``."""
+    if images is None:
+        return
+    config = model.config
+    if not hasattr(model.stem, "image"):
+        raise UserError(f"image: the model reads no images (got stem {config.stem!r}, expected a LitVisionLanguage)")
+    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    if images.shape != (count, config.in_chans, *size):
+        raise UserError(f"image: expected shape {(count, config.in_chans, *size)}, got {tuple(images.shape)}")
+
+
 def check_finite(tokens: Collection[int], name: str = "model") -> None:
     """Reject token ids drawn from non-finite logits with a ``UserError``."""
     if NOT_FINITE in tokens:
@@ -288,6 +304,7 @@ def _generate(
     vocab_size: int,
     generators: list[torch.Generator],
     cache: bool,
+    images: Tensor | None,
 ) -> Generator[Tensor, None, None]:
     device = next(model.parameters()).device
     seen = None
@@ -300,7 +317,11 @@ def _generate(
     model.eval()
     try:
         length = max(len(row) for row in rows) + max(limits)
-        read = _Reader(model, rows, length, device) if cache else _Rereader(model, rows, device)
+        read: Callable[[Tensor | None], Tensor]
+        if images is not None:
+            read = ImageTextReader(model, images.to(device, next(model.parameters()).dtype), rows, length, cache)
+        else:
+            read = _Reader(model, rows, length, device) if cache else _Rereader(model, rows, device)
         tokens: Tensor | None = None
         alive = [limit > 0 for limit in limits]
         for count in range(1, max(limits) + 1):
@@ -322,7 +343,7 @@ def _generate(
 
 @torch.inference_mode()
 def _next_tokens(
-    read: _Reader | _Rereader,
+    read: Callable[[Tensor | None], Tensor],
     tokens: Tensor | None,
     sampling: Sampling,
     seen: Tensor | None,

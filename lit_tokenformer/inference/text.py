@@ -271,6 +271,7 @@ class TextGenerator:
         sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008  (frozen)
         stop: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = 0,
+        images: torch.Tensor | None = None,
     ) -> Iterator[list[Completion]]:
         """Generate completions step by step; the base of :meth:`generate` and :meth:`stream`.
 
@@ -280,6 +281,8 @@ class TextGenerator:
             sampling: Sampling settings.
             stop: Stop strings.
             seed: Sampling seed. With one seed per prompt, each completion equals its prompt continued alone.
+            images: Image before each prompt, (B, C, height, width) in [-1, 1]; the prompts are questions, and the
+                completions their answers.
 
         Yields:
             The same list of completions before the first and after each token, updated in place.
@@ -292,10 +295,15 @@ class TextGenerator:
             raise UserError("stop: expected texts of at least one character, got ''")
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = [_Row(self.tokenizer, text, stops) for text in texts]
+        if images is not None:
+            if self._draft is not None:
+                raise UserError("draft: cannot read images (expected none)")
+            for row, text in zip(rows, texts, strict=True):
+                row.ids = [*(row.ids if len(text) else []), self.tokenizer.separator_id]
         stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
         given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
         if self._draft is None:
-            steps = generate_tokens(self.backbone, *given)
+            steps = generate_tokens(self.backbone, *given, images=images)
         else:
             draft, length = self._draft
             more: Any = {"draft_length": length, "counts": self.speculation}

@@ -3,6 +3,7 @@
 from lit_tokenformer.models.axes import Axis, AxisTensor, input_units, output_units
 from lit_tokenformer.models.backbone import Tokenformer, model_size, param_tokens
 from lit_tokenformer.models.config import ParamTokens, TokenformerConfig, Tokens
+from lit_tokenformer.models.image_text import ImageTextStem  # registers the stem
 from lit_tokenformer.models.linear_form import as_linear, as_pattention
 from lit_tokenformer.models.pattention import SCORE_NORMS, SERIES_STD, Pattention, pattention
 from lit_tokenformer.models.presets import BackboneOverrides, create_backbone, list_presets, preset_config
@@ -13,6 +14,7 @@ __all__ = [
     "Axis",
     "AxisTensor",
     "BackboneOverrides",
+    "ImageTextStem",
     "ParamTokens",
     "Pattention",
     "Tokenformer",

@@ -401,7 +401,9 @@ class TokenformerConfig:
     @property
     def length_limit(self) -> int | None:
         """Maximum sequence length in data tokens; ``None`` without a limit."""
-        return self.num_positions if POSITIONS[self.positions].limited else None
+        stem = STEMS[self.stem]
+        limit = getattr(stem, "length_limit", stem.num_positions)  # an image is not part of the text
+        return limit(self) if POSITIONS[self.positions].limited else None
 
     @property
     def rotary_dim(self) -> int:

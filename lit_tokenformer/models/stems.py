@@ -36,7 +36,7 @@ class PatchStem(nn.Module):
             output_fmt="NHWC",
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, config.dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_positions(config), config.dim))
         self.num_prefix_tokens = config.num_prefix_tokens
         self.grid_size = self.patch_embed.grid_size
         self.reset_parameters()

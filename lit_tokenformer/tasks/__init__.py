@@ -6,6 +6,7 @@ from lit_tokenformer.tasks.image_classification import LitImageClassifier
 from lit_tokenformer.tasks.masked_lm import LitMaskedLM
 from lit_tokenformer.tasks.multitask import LitMultiTask
 from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig
+from lit_tokenformer.tasks.vision_language import LitVisionLanguage
 
 __all__ = [
     "LRSchedule",
@@ -15,4 +16,5 @@ __all__ = [
     "LitMaskedLM",
     "LitMultiTask",
     "LitTask",
+    "LitVisionLanguage",
 ]
