@@ -109,15 +109,18 @@ def _identity(block: nn.Module, inserted: list[Inserted]) -> nn.Module:
     return new
 
 
-def insert_parameters(optimizer: torch.optim.Optimizer, module: nn.Module, inserted: Iterable[Inserted]) -> None:
+def insert_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, inserted: Iterable[Inserted], inherit: bool = True
+) -> None:
     """Add inserted parameters to the groups of their origins, in the order of a newly built optimizer.
 
-    Copies inherit the state of their origins; zero parameters start without state.
+    Zero parameters start without state.
 
     Args:
         optimizer: Optimizer of the module.
         module: Module that has grown.
         inserted: Inserted parameters, as returned by :func:`deepen`.
+        inherit: Whether copies inherit the state of their origins, or start without state.
     """
     place = {parameter: number for number, parameter in enumerate(module.parameters())}
     inserted = list(inserted)
@@ -127,7 +130,7 @@ def insert_parameters(optimizer: torch.optim.Optimizer, module: nn.Module, inser
         if new:
             group["params"] = sorted([*group["params"], *new], key=place.__getitem__)
     for one in inserted:
-        if not one.zero and one.origin in optimizer.state:
+        if inherit and not one.zero and one.origin in optimizer.state:
             state = optimizer.state[one.origin]
             optimizer.state[one.parameter] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()

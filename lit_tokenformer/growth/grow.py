@@ -10,7 +10,8 @@ from torch import nn
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, quantized_parameters, target_sizes
 from lit_tokenformer.growth.depth import deepen, insert_parameters
-from lit_tokenformer.growth.optimizer import grow_optimizer, watch_optimizers
+from lit_tokenformer.growth.methods import growth_method
+from lit_tokenformer.growth.optimizer import check_noise, grow_optimizer, watch_optimizers
 from lit_tokenformer.models import Tokens, model_size
 
 
@@ -39,7 +40,7 @@ def grow(
         optimizer: Optimizer of the module, or all of them. New parameters replace the old ones in its groups, and their
             state is carried over. Without it, the next step of an optimizer with replaced parameters raises a
             ``RuntimeError``.
-        new_state: Second moments of rows that are not copies; see
+        new_state: Optimizer state of new rows; see
             :func:`~lit_tokenformer.growth.optimizer.grow_optimizer`.
 
     Returns:
@@ -47,7 +48,7 @@ def grow(
 
     Raises:
         UserError: If the totals do not fit the module or the memory, if the method cannot preserve the function of a
-            layer, if a parameter is quantized or has hooks or parametrizations that would be lost, or if it is tied to
+            layer, if the copies of a split would be identical under Muon, if a parameter is quantized or has hooks or parametrizations that would be lost, or if it is tied to
             a parameter that grows differently. The module is unchanged then.
 
     Example:
@@ -81,6 +82,8 @@ def grow_with_optimizers(
     At most one parameter is in memory twice, if the caller releases each item.
     """
     optimizers = list(optimizers)
+    for optimizer in optimizers:
+        check_noise(optimizer, growth_method(method), noise)
     targets = target_sizes(tokens, model_size(module))
     for name in quantized_parameters(module):
         raise UserError(f"tokens: {name} is quantized (expected growth before quantization)")
@@ -89,7 +92,7 @@ def grow_with_optimizers(
     if depth is not None and isinstance(tokens, Mapping) and "depth" in tokens:
         inserted = deepen(module, depth)
         for optimizer in optimizers:
-            insert_parameters(optimizer, module, inserted)
+            insert_parameters(optimizer, module, inserted, inherit=new_state != "reset_copies")
         watch_optimizers(inserted=((one.origin, one.parameter) for one in inserted))
     for one in grow_one_by_one(module, targets, method, generator, noise, seed):
         for optimizer in optimizers:
