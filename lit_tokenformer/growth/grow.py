@@ -48,8 +48,9 @@ def grow(
 
     Raises:
         UserError: If the totals do not fit the module or the memory, if the method cannot preserve the function of a
-            layer, if the copies of a split would be identical under Muon, if a parameter is quantized or has hooks or parametrizations that would be lost, or if it is tied to
-            a parameter that grows differently. The module is unchanged then.
+            layer, if the copies of a split would be identical under Muon, if a parameter is quantized or has hooks or
+            parametrizations that would be lost, or if it is tied to a parameter that grows differently. The module is
+            unchanged then.
 
     Example:
         >>> from lit_tokenformer.models import Pattention
