@@ -30,9 +30,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.growth_study import kept_images
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
+from benchmarks.growth_study.results_files import corpus
 from lit_tokenformer.comparison.fits import NOT_RUN, Runner
 from lit_tokenformer.comparison.results import table, write_csv
 
@@ -176,9 +178,11 @@ def write(folder: Path, name: str, study: Study) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / f"{name}.csv", [one.row() for one in unique])
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
+    root = study.domain.data["init_args"].get("root")  # of images
     record = {
         "command": {"reduced": study.options.reduced, "seeds": study.options.seeds},
         "domain": {key: value for key, value in vars(study.domain).items() if key != "data"},
+        "corpus": kept_images.summary(root) if root else corpus(unique),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")

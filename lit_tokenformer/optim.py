@@ -64,7 +64,7 @@ class MuonWithAuxAdam(Optimizer):
         aux_lr_scale: float = 1.0,
     ) -> None:
         if not aux_lr_scale >= 0:
-            raise UserError(f"optimizer: aux_lr_scale: expected at least 0, got {aux_lr_scale}")
+            raise UserError(f"aux_lr_scale: expected at least 0, got {aux_lr_scale}")
         self._make_inner()
         muon: Any = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         adam: Any = {"betas": tuple(betas)}
@@ -136,8 +136,6 @@ class MuonWithAuxAdam(Optimizer):
     def _make_inner(self) -> None:
         """Create the two optimizers, whose groups and state are set in each step."""
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(
-                f"optimizer: MuonWithAuxAdam needs torch.optim.Muon (got torch {torch.__version__}, expected >= 2.9)"
-            )
+            raise UserError(f"MuonWithAuxAdam: needs torch.optim.Muon (got torch {torch.__version__}, expected >= 2.9)")
         self._muon: Optimizer = torch.optim.Muon([torch.zeros(1, 1)])
         self._adam: Optimizer = torch.optim.AdamW([torch.zeros(1)])

@@ -95,9 +95,7 @@ def test_a_copy_and_a_restored_optimizer_continue_bit_equal():
 
 def test_a_torch_without_muon_is_refused_in_one_line(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(
-        UserError, match=r"^optimizer: MuonWithAuxAdam needs torch.optim.Muon \(got torch \S+, expected"
-    ):
+    with pytest.raises(UserError, match=r"^MuonWithAuxAdam: needs torch.optim.Muon \(got torch \S+, expected"):
         MuonWithAuxAdam([nn.Parameter(matrix(2, 2))])
 
 

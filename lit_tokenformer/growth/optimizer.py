@@ -90,7 +90,7 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
 
 
 def check_noise(optimizer: torch.optim.Optimizer, method: GrowthMethod, noise: float) -> None:
-    """Reject identical copies under Muon: Newton-Schulz iterations give identical rows identical updates, for ever.
+    """Reject identical copies under Muon, whose Newton-Schulz iterations give identical rows identical updates.
 
     Args:
         optimizer: Any optimizer; those with ``ns_steps`` orthogonalize.
