@@ -251,7 +251,10 @@ def report(part: str, found: dict[str, Any]) -> Iterator[str]:
             yield f"{arm}: {share:.0%} of the gap to full fine-tuning"
         yield f"zero-shot: new {zero:.4f}, old {found['zero_shot']['old']:.4f}"
         yield "| | after domain | loss on domain 1 | loss on domain 2 |\n|---|---|---|---|"
-        for name, arm, first in (("one adapter per domain, named", "tokens", "old_off"), ("fine-tuning", "full", "old")):
+        for name, arm, first in (
+            ("one adapter per domain, named", "tokens", "old_off"),
+            ("fine-tuning", "full", "old"),
+        ):
             rows = found[arm]["rates"][best(found[arm], "new", min)[0]]
             forgot = statistics.mean(one[first] for one in rows)
             yield f"| {name} | 1 | {found['zero_shot']['old']:.4f} | |"

@@ -29,9 +29,11 @@ class StepSettings:
     old_updates: float = 0.0
     rewarm_steps: int = 0
     freeze_rest: bool = False
+    new_updates: float = 1.0
 
     def __bool__(self) -> bool:
-        return bool(self.tau_steps or self.ramp_steps or self.freeze_old_steps or self.rewarm_steps)
+        durations = self.tau_steps, self.ramp_steps, self.freeze_old_steps, self.rewarm_steps
+        return any(durations) or self.new_updates != 1
 
     def rewarm_factor(self, done: int) -> float:
         """Return the learning-rate factor of the next optimizer step, ``done`` steps after the latest growth."""
@@ -41,7 +43,7 @@ class StepSettings:
         """Return the shares of their updates that new and old rows apply in the next step."""
         new = min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0
         frozen = done < self.freeze_old_steps or self.freeze_old_steps < 0
-        return new, self.old_updates if frozen else 1.0
+        return self.new_updates * new, self.old_updates if frozen else 1.0
 
 
 def add_step_hooks(
@@ -86,7 +88,7 @@ def add_step_hooks(
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor()
         new, old = settings.shares(trainer.global_step - event["step"])
-        if new < 1 or old < 1:
+        if new != 1 or old < 1:
             owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             rest = owned if settings.freeze_rest else set()
             masks = {parameter: torch.zeros((), dtype=torch.bool, device=parameter.device) for parameter in rest}

@@ -62,7 +62,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         noise: Scale of the difference between the copies of a split, in standard deviations of the value
             initialization.
         new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
-            ``reset`` drops the whole state of each grown parameter.
+            ``reset`` drops the whole state of each grown parameter. ``reset_copies`` starts all new rows and the copies
+            of blocks without state; originals keep theirs.
         tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
         ramp_steps: Optimizer steps over which the updates of new rows ramp up from zero to full size.
         freeze_old_steps: Optimizer steps for which old rows are frozen; -1 until the end.
@@ -84,6 +85,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         freeze_rest: Whether to freeze parameters that do not grow as long as old rows are frozen: embeddings, norms and
             heads. With ``zero`` and ``freeze_old_steps: -1``, the model before the growth stays a prefix of the grown
             one, bit for bit.
+        new_updates: Size of the updates of new rows after ``ramp_steps`` and until the next growth, relative to the
+            learning rate: 1.3 with 250 ``ramp_steps`` and ``new_state: reset_copies`` as in SPARKLING.
 
     Raises:
         ValueError: For a schedule that shrinks, is out of order or names an unknown kind of projection, and for
@@ -121,6 +124,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         threshold: float = 0.5,
         cooldown: int = 100,
         freeze_rest: bool = False,
+        new_updates: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -134,6 +138,7 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
             ("noise", noise, 0),
             ("tau_steps", tau_steps, 0),
             ("ramp_steps", ramp_steps, 0),
+            ("new_updates", new_updates, 0),
             ("freeze_old_steps", freeze_old_steps, -1),
             ("old_updates", old_updates, 0),
             ("rewarm_steps", rewarm_steps, 0),
@@ -155,7 +160,9 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         self.method = method
         self.noise = noise
         self.new_state = new_state
-        self.steps = StepSettings(tau_steps, ramp_steps, freeze_old_steps, old_updates, rewarm_steps, freeze_rest)
+        self.steps = StepSettings(
+            tau_steps, ramp_steps, freeze_old_steps, old_updates, rewarm_steps, freeze_rest, new_updates
+        )
         self.seed = seed
         self.check = check
         self.trigger = trigger

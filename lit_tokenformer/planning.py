@@ -77,8 +77,31 @@ def plan_stages(
     return stages
 
 
-FEW_EPOCHS = 1
-"""Maximum number of epochs in the runs that the rule was measured on."""
+@dataclass(frozen=True)
+class Scale:
+    """Scale of a run.
+
+    Args:
+        parameters: Non-embedding parameters of the final size.
+        data_tokens: Data tokens read.
+        epochs: Epochs over the training data; ``None`` if unknown.
+    """
+
+    parameters: int
+    data_tokens: int
+    epochs: float | None
+
+    def __str__(self) -> str:
+        epochs = "" if self.epochs is None else f", {self.epochs:.2g} epochs"
+        parameters, read = self.parameters / 1e6, self.data_tokens / 1e6
+        return f"{parameters:.3g} M non-embedding parameters, {read:.3g} M data tokens{epochs}"
+
+
+MEASURED = {
+    "text": (Scale(49_152, 2_870_784, 0.3), "0.80 of the FLOPs of training from scratch at equal loss"),
+    "images": (Scale(8_192, 7_370_752, 7.7), "no saving over training from scratch"),
+}
+"""Scale and result of ``benchmarks/growth_study``, in which the rule was measured."""
 
 
 @dataclass(frozen=True)

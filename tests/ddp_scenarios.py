@@ -34,6 +34,7 @@ from callbacks import GrowingEMA, NestedSizes, ParameterGrowthCallback, PatchDro
 from lit_tokenformer.data import ImageDataModule, TextDataModule
 from lit_tokenformer.data.images.datasets import StreamImages
 from lit_tokenformer.data.resumable import ResumableStreamLoader
+from lit_tokenformer.optim import MuonWithAuxAdam
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.initialization import initialize_from
@@ -66,6 +67,12 @@ def image_task(num_classes: int = 10, **overrides: Any) -> LitTask:
 def compiled_task() -> LitTask:
     task = image_task()
     task.backbone.compile(backend="eager", dynamic=False)
+    return task
+
+
+def muon_task() -> LitTask:
+    task = image_task()
+    task.make_optimizer = partial(MuonWithAuxAdam, lr=3e-3, weight_decay=0.05)
     return task
 
 
@@ -207,6 +214,9 @@ SCENARIOS = {
         {"schedule": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 96}}, "freeze_old_steps": 1},
         task=partial(image_task, feed_forward="mlp"),
         like="axes_of_tokens",
+    ),
+    "muon": Scenario(
+        task=muon_task, callbacks=[AVERAGED], trainer={"accumulate_grad_batches": 2}, like="muon", resumed=True
     ),
     "fewer_patches": Scenario(  # each process leaves out others
         task=partial(image_task, patch_drop_rate=0.5),

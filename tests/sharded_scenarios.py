@@ -32,6 +32,7 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow_one_by_one, shards
 from lit_tokenformer.growth.optimizer import grow_optimizer
 from lit_tokenformer.models import SCORE_NORMS, Pattention, Tokenformer, TokenformerConfig, param_tokens
+from lit_tokenformer.optim import MuonWithAuxAdam
 from lit_tokenformer.tasks import LitImageClassifier, LitMultiTask, LRSchedule
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
@@ -52,6 +53,11 @@ FITS = {
         "growth": {1: {"qkv": 16, "heads": 4}, 2: {"ffn": 40, "hidden": 150, "heads": 5}},
         "overrides": {"feed_forward": "mlp"},
         "dtype": torch.float64,  # keys of a few heads divide by small norms
+    },
+    "muon": {
+        "growth": {1: {"qkv": 13, "proj": 11, "ffn": 47}, 2: {"qkv": 26, "proj": 35, "ffn": 50}},
+        "optimizer": partial(MuonWithAuxAdam, lr=3e-3),
+        "dtype": torch.float64,  # Muon rounds to bfloat16, so rounding of float32 would show
     },
     "still": {"growth": {}, "max_epochs": 1},
     "dropout": {
@@ -106,6 +112,8 @@ def fit(folder, name, data=1, tokens=1, folders=None, ckpt_path=None):
     dtype = settings.pop("dtype", torch.float32)
     torch.set_default_dtype(dtype)
     given = {"overrides": {**SIZES, **settings.pop("overrides", {})}, "schedule": LRSchedule("cosine", min_factor=0.1)}
+    if "optimizer" in settings:
+        given["optimizer"] = settings.pop("optimizer")
     make, collate = partial(LitImageClassifier, num_classes=10, image_size=8), default_collate
     if name == "tasks":
         make = partial(LitMultiTask, tasks={"digit": make, "parity": partial(make, num_classes=2)})
@@ -337,10 +345,10 @@ def main(folder):
         found["uneven"] = fit(folder / "uneven", "uneven", data=WORLD, folders=True)
         found["tokens"] = fit(folder / "tokens", "uneven", tokens=WORLD, folders=True)
         found["dropout"] = fit(folder / "dropout", "dropout", tokens=WORLD, folders=False)
-        for name in ("axes", "tasks"):
+        for name in ("axes", "tasks", "muon"):
             found[name] = fit(folder / name, name, data=WORLD, folders=True)
         found["token axes"] = fit(folder / "token axes", "token axes", tokens=WORLD, folders=True)
-        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0"):
+        for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0", "muon/end1"):
             name, path = name.split("/")[0], f"{name}.ckpt"
             found[f"{path} again"] = fit(folder / "more", name, WORLD, folders=True, ckpt_path=folder / path)
         path = folder / "tokens/end1.ckpt"
@@ -358,7 +366,7 @@ def main(folder):
         found["several"] = several()
         found["unknown torch"] = unknown_torch(folder / "unknown")
         found["dropout"] = fit(folder / "one-dropout", "dropout", folders=True)  # on a mesh, for it draws other numbers
-        for name in ("axes", "token axes", "tasks"):
+        for name in ("axes", "token axes", "tasks", "muon"):
             found[name] = fit(folder / f"one-{name}", name)
         for name in ("even", "uneven"):
             found[name] = fit(folder / f"one-{name}", name)

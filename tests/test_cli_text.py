@@ -56,6 +56,30 @@ def config(folder):
     return path
 
 
+def test_an_annealed_branch_equals_its_schedule_in_one_piece_and_the_stable_phase_grows_on(tmp_path, capsys):
+    """The last checkpoint of a constant rate is annealed on a branch, and is what the next size grows from."""
+    given = config(tmp_path)
+
+    def fit(name, *settings):
+        assert run("fit", "--config", given, "--trainer.default_root_dir", tmp_path / name, *settings) == 0
+        assert "the learning-rate schedule changed" not in capsys.readouterr().err
+        return tmp_path / name / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    constant = ("--model.schedule.name", "constant", "--model.schedule.warmup", "1")
+    annealed = ("--model.schedule.name", "wsd", "--model.schedule.warmup", "1", "--model.schedule.decay", "2")
+    stable = fit("stable", *constant)
+    branch = fit("branch", *annealed, "--trainer.max_steps", "6", "--ckpt_path", stable)
+    whole = fit("whole", *annealed, "--trainer.max_steps", "6")
+    ours, theirs = (torch.load(path, weights_only=True) for path in (branch, whole))
+    assert all(torch.equal(ours["state_dict"][name], tensor) for name, tensor in theirs["state_dict"].items())
+    assert ours["lr_schedulers"] == theirs["lr_schedulers"] and ours["lr_schedulers"][0]["_last_lr"] == [0.0] * 2
+    content = yaml.safe_load(given.read_text())
+    content["trainer"]["callbacks"][0]["init_args"]["schedule"][4] = 32
+    given.write_text(yaml.safe_dump(content))
+    larger = torch.load(fit("larger", *constant, "--trainer.max_steps", "6", "--ckpt_path", stable), weights_only=True)
+    assert larger["param_tokens"]["qkv"] == 32 and larger["lr_schedulers"][0]["_last_lr"] == [6e-4] * 2
+
+
 @pytest.fixture(scope="module")
 def fitted(text_cache, tmp_path_factory):
     """A folder with a fit that grew."""

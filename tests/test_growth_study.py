@@ -17,6 +17,7 @@ from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
+from benchmarks import baselines
 from benchmarks.growth_study import __main__ as study
 from benchmarks.growth_study import arms, kept_images, model_growth, outcome
 
@@ -169,4 +170,51 @@ def test_the_study_runs_from_nothing_and_goes_on_where_it_stood(tmp_path, monkey
     assert "sha256" in settings["corpus"] and settings["environments"][0]["torch"]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
     assert study.main([*command, "--draw-only"]) == 0
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+
+
+def test_short_sequences_cost_their_share_and_the_control_at_full_cost_has_the_steps_of_the_control():
+    domain = arms.DOMAINS["images"]
+    control = arms.controls(domain)[0]
+    for kept, at in ((2, 0.9), (4, 0.75), (6, 0.5)):
+        arm = baselines.with_few(control, kept, at)
+        short, whole = (model_cost(config).training_flops * domain.batch_size for config in arm.configs(domain))
+        steps, (start,) = arm.steps(domain), arm.starts(domain)
+        assert start * short + (steps - start) * whole == pytest.approx(0.45 * domain.budget, rel=2e-3)
+        assert kept / 16 < short / whole < 0.55
+        fit = arm.fit(domain, 0, 1)
+        assert fit["model"]["init_args"]["overrides"]["patch_drop_rate"] == 1 - kept / 16
+        (dropping,) = (one for one in fit["trainer"]["callbacks"] if one["class_path"].endswith("PatchDropSchedule"))
+        assert dropping["init_args"] == {"schedule": {start: 0.0}, "unit": "step"}
+        masked = baselines.at_full_cost(SimpleNamespace(domain=domain), arm, control, 0.5)
+        assert masked.steps(domain) == replace(control, share=0.5).steps(domain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", baselines.STUDIES)
+def test_the_baselines_run_and_are_read_again(name, tmp_path, monkeypatch, text_cache):
+    of, _ = baselines.STUDIES[name]
+    domain = arms.DOMAINS[of]
+    changes = {"dataset": "python_docs", "cache_dir": str(text_cache)}
+    if name == "patches":
+        write_fashion_mnist(tmp_path)
+        changes = {"batch_size": 8, "eval_batch_size": 4}
+    data = {**domain.data, "init_args": {**domain.data["init_args"], **changes}}
+    monkeypatch.setattr(
+        baselines, "DOMAINS", {of: replace(domain, budget=domain.budget / 500, data=data, val_batches=1)}
+    )
+    command = [name, str(tmp_path / "out"), "--reduced", "--root", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    assert baselines.main(command) == 0
+    told = (tmp_path / "out" / f"{name}.md").read_text()
+    rows = [line.removeprefix("| ").split(" | ")[:2] for line in told.splitlines() if " C | " in line]
+    if name == "patches":
+        assert [cost for arm, cost in rows if arm.endswith(baselines.FULL_COST)] == ["0.50 C", "1.00 C"]
+        assert ["4 of 16 patches for 75%", "0.45 C"] in rows
+    else:
+        assert ["grown, Muon", "0.65 C"] in rows
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+    assert len(times) == len(rows)
+    (tmp_path / "out" / f"{name}.md").unlink()
+    assert baselines.main([*command, "--draw-only"]) == 0
+    assert (tmp_path / "out" / f"{name}.md").read_text() == told
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}

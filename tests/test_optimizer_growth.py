@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lit_tokenformer.growth import grow, grow_one_by_one
 from lit_tokenformer.growth.optimizer import check_optimizer_state, grow_optimizer
 from lit_tokenformer.models import Pattention
+from lit_tokenformer.optim import MuonWithAuxAdam
 
 NORMS = ["l2_gelu", "gelu_l2", "softmax", "gelu"]
 OPTIMIZERS = {
@@ -30,6 +31,7 @@ OPTIMIZERS = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "timm-Lion": lambda p: timm.optim.Lion(p, lr=1e-3),
     "timm-Muon": lambda p: timm.optim.Muon(p, lr=1e-2),
+    "MuonWithAuxAdam": lambda p: MuonWithAuxAdam(p, lr=1e-2),
     "timm-Lamb": lambda p: timm.optim.Lamb(p, lr=1e-2),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
@@ -236,6 +238,21 @@ def test_reset_drops_the_state_of_grown_parameters_only(make, no_warning):
     for parameter, state in fresh.items():
         assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
     assert all(optimizer.state[p][key] is state[key] for p, state in others.items() for key in state)
+    step(model, optimizer, 3)
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["AdamW"], OPTIMIZERS["MuonWithAuxAdam"]], ids=["AdamW", "Muon"])
+def test_reset_copies_keeps_the_state_of_originals_alone(make):
+    model, optimizer = trained(make)
+    layer = model[0]
+    old = [copy.deepcopy(optimizer.state[p]) for p in (layer.key_tokens, layer.value_tokens)]
+    grow_optimizer(optimizer, grow(model, 40), "reset_copies")  # 16 originals, 16 copies, 8 zero keys
+    for was, parameter, scale in zip(old, (layer.key_tokens, layer.value_tokens), (0.5, 1.0), strict=True):
+        now = optimizer.state[parameter]
+        for name in was.keys() - {"step"}:
+            kept = was[name] * scale ** (2 if name == "exp_avg_sq" else 1)
+            torch.testing.assert_close(now[name][:32:2], kept)
+            assert not now[name][1:32:2].any() and not now[name][32:].any()
     step(model, optimizer, 3)
 
 

@@ -279,6 +279,15 @@ def test_ramp_scales_the_updates_of_new_rows_only():
     torch.testing.assert_close(ramped.seen[6][0][:32], plain.seen[6][0][:32])
 
 
+def test_new_rows_are_updated_at_a_multiple_of_their_learning_rate():
+    plain, faster, ramped = Watch(keys_of), Watch(keys_of), Watch(keys_of)
+    for watch, settings in ((plain, {}), (faster, {"new_updates": 1.3}), (ramped, {"new_updates": 2, "ramp_steps": 4})):
+        fit(make_task(), ParameterGrowthCallback({1: 16}, method="zero_keys", **settings), watch, max_epochs=2)
+    for watch, multiple in ((faster, 1.3), (ramped, 0.5)):
+        assert torch.equal(watch.seen[6][0][:32], plain.seen[6][0][:32])
+        torch.testing.assert_close(watch.seen[6][0][32:], multiple * plain.seen[6][0][32:])
+
+
 def test_learning_rate_is_warmed_up_again_without_a_trace_in_the_schedule():
     rates, shown = [], Watch(lambda trainer, task: trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -368,6 +377,7 @@ def test_layers_without_a_kind_or_without_pattention():
         ({"schedule": {1: 16}, "new_state": "none"}, "new_state: unknown value"),
         ({"schedule": {1: 16}, "noise": 0}, "noise: 0 keeps the copies of a split identical"),
         ({"schedule": {1: 16}, "ramp_steps": -2}, "ramp_steps: expected at least 0, got -2"),
+        ({"schedule": {1: 16}, "new_updates": -1}, "new_updates: expected at least 0, got -1"),
     ],
 )
 def test_bad_settings_are_refused_when_made(settings, message):

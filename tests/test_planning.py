@@ -127,6 +127,18 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
     assert main(["plan", "--config", str(base), "--config", str(settings)]) == 0
     again = capsys.readouterr().out
     assert f"{steps} optimizer steps" in again
+    assert "rule measured at 0.0492 M non-embedding parameters, 2.87 M data tokens, 0.3 epochs: 0.80 of" in shown
+    read = int(steps) * 4 * 16 / 1e6
+    assert re.search(rf"settings for the config: \S+ M non-embedding parameters, {read:.3g} M data tokens, ", shown)
+    assert main(["plan", "--config", str(base), "--budget", "1e17", "--epochs", "0.5"]) == 0
+    limited = capsys.readouterr()
+    assert "note: 0.5 epochs (limit: 0.5, set by --epochs; the rule was measured on 0.3) use" in limited.err
+    for wrong, told in (
+        (["--epochs", "2"], "error: epochs: needs budget"),
+        (["--budget", "1e11", "--epochs", "0"], "error: epochs: expected a positive number, got 0"),
+    ):
+        assert main(["plan", "--config", str(base), *wrong]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(told)
     shares = [re.findall(r"([\d.]+)% of scratch", one) for one in (shown, again)]
     assert shares[0] == shares[1] and 50 < float(shares[0][0]) < 100
     assert main(["plan", "--config", str(base), "--budget", "1e3"]) == 2

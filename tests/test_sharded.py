@@ -74,7 +74,7 @@ def difference(one, other, epoch=-1):
 class TestTwoProcesses:
     @pytest.mark.parametrize(
         ("divided", "alone"),
-        [(name, name) for name in ("even", "uneven", "axes", "token axes", "tasks")] + [("tokens", "uneven")],
+        [(name, name) for name in ("even", "uneven", "axes", "token axes", "tasks", "muon")] + [("tokens", "uneven")],
         ids=str,
     )
     def test_a_growing_fit_equals_that_of_one_process(self, found, divided, alone):
@@ -96,7 +96,7 @@ class TestTwoProcesses:
         "path",
         [
             f"{name}.ckpt"
-            for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0")
+            for name in ("even/end1", "uneven/end1", "uneven/end0", "axes/end1", "axes/end0", "tasks/end0", "muon/end1")
         ],
     )
     def test_a_resume_ends_bit_equal_to_the_fit_that_was_not_stopped(self, found, path):

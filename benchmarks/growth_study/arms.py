@@ -89,6 +89,7 @@ class Arm:
         lr: Its learning rate.
         rate_factor: Multiple of it to use.
         rate_at_growth: Factor of it at each growth.
+        optimizer: Class and settings of the optimizer, in place of AdamW.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Arm:
     lr: float = 0.0
     rate_factor: float = 1.0
     rate_at_growth: float = 1.0
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     def configs(self, domain: Domain) -> list[TokenformerConfig]:
         """The architecture at each stage."""
@@ -149,7 +151,9 @@ class Arm:
         shared = {**domain.base, **(domain.twin_base if self.twin else {}), **self.sizes[0]}
         if self.dropped:
             shared["patch_drop_rate"] = self.dropped
-        optimizer = {"lr": self.lr * self.rate_factor, "betas": [0.9, 0.95], "weight_decay": domain.weight_decay}
+        common = {"lr": self.lr * self.rate_factor, "betas": [0.9, 0.95], "weight_decay": domain.weight_decay}
+        optimizer = self.optimizer or {"class_path": "torch.optim.AdamW", "init_args": {"fused": True}}
+        optimizer = {**optimizer, "init_args": {**common, **optimizer.get("init_args", {})}}
         trainer = measured_trainer(steps, max(1, steps // evaluations), callbacks) | {
             "accelerator": "cpu",
             "log_every_n_steps": max(1, steps // 40),
@@ -164,7 +168,7 @@ class Arm:
                 "init_args": {
                     "preset": domain.twin if self.twin else domain.preset,
                     "overrides": shared,
-                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {**optimizer, "fused": True}},
+                    "optimizer": optimizer,
                     "schedule": schedule,
                 },
             },

@@ -41,7 +41,7 @@ def grow_checkpoint(
         method: Growth method: "split", "zero" or "random".
         noise: Noise scale between the copies of a split, in standard deviations of the weight initialization.
         new_state: Second moments of new units that are not copies: "mean" or "zeros"; "reset" drops the optimizer
-            state.
+            state; "reset_copies" that of all new units.
         seed: Random seed for the new units.
 
     Returns:

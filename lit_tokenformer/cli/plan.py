@@ -15,7 +15,7 @@ from lit_tokenformer import models, tasks
 from lit_tokenformer.cost import ModelCost, model_cost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.config import KINDS
-from lit_tokenformer.planning import FEW_EPOCHS, Growth, GrowthRule, Proposal, Size, Stage, plan_stages, propose
+from lit_tokenformer.planning import MEASURED, Growth, GrowthRule, Proposal, Scale, Size, Stage, plan_stages, propose
 from lit_tokenformer.tasks.multitask import joint_cost
 
 
@@ -24,6 +24,7 @@ def plan(
     model: tasks.LitTask,
     datamodule: LightningDataModule | None = None,
     budget: float | None = None,
+    epochs: float | None = None,
 ) -> list[Stage]:
     """Report the compute, parameters and memory of each stage of a fit, or propose a growth schedule for a budget.
 
@@ -34,6 +35,8 @@ def plan(
         budget: Compute budget of the fit in training FLOPs. Parameter tokens, growth schedule and number of steps are
             chosen for it and printed as YAML; those of the config are ignored. Width, final depth, data and batch size
             are those of the config.
+        epochs: Maximum number of epochs over the training data that the budget may take; defaults to 4 for text and 300
+            for images.
 
     Returns:
         The printed stages.
@@ -54,12 +57,20 @@ def plan(
     configs = {name: _present_config(backbone) for name, backbone in model.backbones.items()}
     rates = _patch_drop_rates(trainer, model, per_epoch)
     proposal: Proposal | None = None
+    if epochs is not None and budget is None:
+        raise UserError("epochs: needs budget; trainer.max_epochs sets the length of a fit")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UserError(f"epochs: expected a positive number, got {epochs}")
+    most = epochs or _most_epochs(model)
     if budget is None:
         total, growths = _length_and_growths(trainer, model, per_epoch)
     elif rates:
         raise UserError("budget: not supported with PatchDropSchedule; remove the callback to plan a budget")
     else:
-        proposal = _propose(model, budget, per_step, per_epoch)
+        if epochs is not None and per_epoch is None:
+            raise UserError("epochs: unknown epoch length of streamed data")
+        max_steps = math.inf if per_epoch is None else int(most * per_epoch)
+        proposal = _propose(model, budget, per_step, max_steps)
         first = proposal.sizes[0]
         tokens = {kind: first.get(kind, 1) for kind in KINDS}  # kinds that the model lacks are ignored
         configs = {name: replace(config, param_tokens=tokens, depth=first["depth"]) for name, config in configs.items()}
@@ -84,21 +95,25 @@ def plan(
     kinds = {"depth", *models.param_tokens(model), *(kind for _, _, size in growths for kind in size)}
     _print_table(title, stages, memory, kinds, per_epoch, total, scratch)
     if proposal is not None and budget is not None:
-        print(f"\n# settings for the config\n{proposal.settings(GrowthRule())}", end="")
-        if per_epoch is not None and total > FEW_EPOCHS * per_epoch:
+        measured, result = MEASURED["images" if _all_images(model) else "text"]
+        size = proposal.sizes[-1]
+        read = total * _step_data_tokens(model, per_step)
+        scale = Scale(_parameters(model, size), read, None if per_epoch is None else total / per_epoch)
+        print(f"\n# settings for the config: {scale}\n# rule measured at {measured}: {result}")
+        print(proposal.settings(GrowthRule()), end="")
+        if per_epoch is not None and total > (measured.epochs or 0) * per_epoch:
             spent = sum(stage.training_flops for stage in stages) / budget
             print(
-                f"note: {total / per_epoch:.2g} epochs (limit: {_most_epochs(model):g}; the rule was measured on "
-                f"{FEW_EPOCHS}) use {spent:.2g} of the budget",
+                f"note: {total / per_epoch:.2g} epochs (limit: {most:g}, set by --epochs; the rule was measured on "
+                f"{measured.epochs:g}) use {spent:.2g} of the budget",
                 file=sys.stderr,
             )
     return stages
 
 
-def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], per_epoch: int | None) -> Proposal:
+def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], max_steps: float) -> Proposal:
     """Propose the schedule for a budget of training FLOPs."""
     backbones = model.backbones
-    first = _present_config(next(iter(backbones.values())))  # tasks share their blocks
 
     def flops(size: Size) -> float:
         costs = {
@@ -106,26 +121,37 @@ def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], p
         }
         return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
 
-    def parameters(size: Size) -> int:
-        twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
-        return model_cost(first, twice).parameters - model_cost(first, size).parameters
-
     size = models.model_size(model)
     return propose(
         {kind: size[kind] for kind in (*models.param_tokens(model), "depth")},  # heads and hidden units stay
         deepens=all(backbone.config.norm_position != "post" for backbone in backbones.values()),
         budget=budget,
         step_flops=flops,
-        step_data_tokens=sum(backbone.config.num_data_tokens * per_step[name] for name, backbone in backbones.items()),
-        parameters=parameters,
-        max_steps=math.inf if per_epoch is None else _most_epochs(model) * per_epoch,
+        step_data_tokens=_step_data_tokens(model, per_step),
+        parameters=lambda size: _parameters(model, size),
+        max_steps=max_steps,
         pattern=max(backbone.config.pattern_length for backbone in backbones.values()),
     )
 
 
+def _parameters(model: tasks.LitTask, size: Size) -> int:
+    """Non-embedding parameters at a size."""
+    first = _present_config(next(iter(model.backbones.values())))  # tasks share their blocks
+    twice = {**size, "depth": 2 * size["depth"]}  # embedding and head are the same at any depth
+    return model_cost(first, twice).parameters - model_cost(first, size).parameters
+
+
+def _step_data_tokens(model: tasks.LitTask, per_step: Mapping[str, int]) -> int:
+    """Data tokens per optimizer step."""
+    return sum(one.config.num_data_tokens * per_step[name] for name, one in model.backbones.items())
+
+
+def _all_images(model: tasks.LitTask) -> bool:
+    return all(backbone.config.stem == "patch" for backbone in model.backbones.values())
+
+
 def _most_epochs(model: tasks.LitTask) -> float:
-    images = all(backbone.config.stem == "patch" for backbone in model.backbones.values())
-    return GrowthRule.image_epochs if images else GrowthRule.epochs
+    return GrowthRule.image_epochs if _all_images(model) else GrowthRule.epochs
 
 
 def _print_table(

@@ -124,7 +124,8 @@ def insert_parameters(
         optimizer: Optimizer of the module.
         module: Module that has grown.
         inserted: Inserted parameters, as returned by :func:`deepen`.
-        new_state: ``reset`` drops the state of copies with another gradient; see :func:`grow_optimizer`.
+        new_state: ``reset`` drops the state of copies with another gradient, ``reset_copies`` that of all copies; see
+            :func:`grow_optimizer`.
     """
     place = {parameter: number for number, parameter in enumerate(module.parameters())}
     inserted = list(inserted)
@@ -135,7 +136,8 @@ def insert_parameters(
             group["params"] = sorted([*group["params"], *new], key=place.__getitem__)
     before = {one.origin: optimizer.state[one.origin] for one in inserted if one.origin in optimizer.state}
     for one in inserted:
-        if one.share != 1 and new_state == "reset":
+        copy = one.parameter is not one.origin
+        if (one.share != 1 and new_state == "reset") or (copy and new_state == "reset_copies"):
             optimizer.state.pop(one.parameter, None)
         elif not one.zero and one.origin in before:
             optimizer.state[one.parameter] = copied_state(before[one.origin], one.share)

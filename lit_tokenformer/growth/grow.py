@@ -11,7 +11,8 @@ from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.axes import GrownParameter, grow_one_by_one, quantized_parameters, target_sizes
 from lit_tokenformer.growth.depth import check_depth, deepen, insert_parameters
 from lit_tokenformer.growth.experts import add_experts
-from lit_tokenformer.growth.optimizer import grow_optimizer, watch_optimizers
+from lit_tokenformer.growth.methods import growth_method
+from lit_tokenformer.growth.optimizer import check_noise, grow_optimizer, watch_optimizers
 from lit_tokenformer.models import Tokenformer, Tokens
 from lit_tokenformer.models.backbone import growable_size
 
@@ -41,7 +42,7 @@ def grow(
         optimizer: Optimizer of the module, or all of them. New parameters replace the old ones in its groups, and their
             state is carried over. Without it, the next step of an optimizer with replaced parameters raises a
             ``RuntimeError``.
-        new_state: Second moments of rows that are not copies; see
+        new_state: Optimizer state of new rows; see
             :func:`~lit_tokenformer.growth.optimizer.grow_optimizer`.
 
     Returns:
@@ -49,8 +50,9 @@ def grow(
 
     Raises:
         UserError: If the totals do not fit the module or the memory, if the method cannot preserve the function of a
-            layer, if a parameter is quantized or has hooks or parametrizations that would be lost, or if it is tied to
-            a parameter that grows differently. The module is unchanged then.
+            layer, if the copies of a split would be identical under Muon, if a parameter is quantized or has hooks or
+            parametrizations that would be lost, or if it is tied to a parameter that grows differently. The module is
+            unchanged then.
 
     Example:
         >>> from lit_tokenformer.models import Pattention
@@ -83,6 +85,8 @@ def grow_with_optimizers(
     At most one parameter is in memory twice, if the caller releases each item.
     """
     optimizers = list(optimizers)
+    for optimizer in optimizers:
+        check_noise(optimizer, growth_method(method), noise)
     targets = target_sizes(tokens, growable_size(module))
     for name in quantized_parameters(module):
         raise UserError(f"tokens: {name} is quantized (expected growth before quantization)")
@@ -103,7 +107,7 @@ def grow_with_optimizers(
     if depth is not None and "depth" in named:
         inserted = deepen(module, depth)
         for optimizer in optimizers:
-            insert_parameters(optimizer, module, inserted)
+            insert_parameters(optimizer, module, inserted, new_state)
         watch_optimizers(inserted=((one.origin, one.parameter) for one in inserted))
     for one in grow_one_by_one(module, targets, method, generator, noise, seed):
         for optimizer in optimizers:

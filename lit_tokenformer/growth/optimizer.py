@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.axes import GrownParameter
+from lit_tokenformer.growth.methods import GrowthMethod
 from lit_tokenformer.growth.rows import regrown
 from lit_tokenformer.growth.shards import like
 
-NEW_STATES = ("mean", "zeros", "reset")
+NEW_STATES = ("mean", "zeros", "reset", "reset_copies")
 
 _MOMENTS = {
     "exp_avg": 1,
@@ -47,7 +48,8 @@ def grow_optimizer(optimizer: torch.optim.Optimizer, grown: Iterable[GrownParame
         grown: Replaced parameters, as returned by :func:`grow`.
         new_state: Second moment of the other new rows: ``mean`` (mean of the old rows) or ``zeros`` (with an old step
             count, the first updates are 3 to 6 times the learning rate at beta2 = 0.999). ``reset`` drops the whole
-            state of each grown parameter, as the published code does.
+            state of each grown parameter, as the published code does. ``reset_copies`` starts all new rows, including
+            the copies of a split, at zero moments; originals keep their state (asymmetric reset, SPARKLING).
 
     Warns:
         UserWarning: If optimizer state cannot be carried over; the state of that parameter is reset.
@@ -99,6 +101,24 @@ def copied_state(state: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]
         if isinstance(copied[key], Tensor):
             copied[key].mul_(share ** _MOMENTS[key])
     return copied
+
+
+def check_noise(optimizer: torch.optim.Optimizer, method: GrowthMethod, noise: float) -> None:
+    """Reject identical copies under Muon, whose Newton-Schulz iterations give identical rows identical updates.
+
+    Args:
+        optimizer: Any optimizer; those with ``ns_steps`` orthogonalize.
+        method: Growth method.
+        noise: Size of the differences between the copies.
+
+    Raises:
+        UserError: If the copies would be identical.
+    """
+    if noise == 0 and method.rows(1, 2).copies > 1 and any("ns_steps" in one for one in optimizer.param_groups):
+        raise UserError(
+            f"noise: 0 keeps the copies of a split identical under {type(optimizer).__name__}, which gives identical "
+            "rows identical updates (expected more than 0)"
+        )
 
 
 class _StaleOptimizers:
@@ -205,6 +225,8 @@ def _grow_state(key: str, value: Any, grown: GrownParameter, new_state: str) -> 
 
     def fill(copies: Tensor, appended: Tensor, old: Tensor, place: slice) -> None:
         torch.mul(old[:, None].expand_as(copies), grown.gradient_scale**degree, out=copies)
+        if new_state == "reset_copies":
+            copies[:, 1:].zero_()
         if degree == 2 and new_state == "mean" and len(appended):
             appended.copy_(copies[:, 0].mean(dim=0))
         else:

@@ -24,6 +24,7 @@ from lit_tokenformer.growth.optimizer import check_optimizer_state
 from lit_tokenformer.models import Tokenformer, TokenformerConfig, model_size, param_tokens, preset_config
 from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.models.experts import saved_experts
+from lit_tokenformer.optim import MuonWithAuxAdam
 from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig, OptimizedTask
 from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
 
@@ -284,27 +285,33 @@ class LitTask(OptimizedTask):
         """Return parameters and FLOPs of the model at its current size."""
         return model_cost(self.backbone.config, self.backbone.size, self.backbone.grad_checkpointing)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self, matrices: bool = False) -> list[dict[str, Any]]:
         """Build parameter groups with and without weight decay.
 
         One-dimensional parameters and those declared by the backbone are not decayed. Parameters with their own
         learning rate are in groups with its multiple, ``lr_scale``.
+
+        Args:
+            matrices: Separate the decayed matrices of the blocks, by ``use_muon``, from embeddings and heads.
         """
         models = [(path, model) for path, model in self.named_modules() if isinstance(model, Tokenformer)]
         spared = {f"{path}.{name}" for path, model in models for name in model.no_weight_decay()}
         scales: dict[str, float] = {}
         for path, model in models if self.layerwise_lr else []:
             scales |= {f"{path}.{name}": scale for name, scale in model.lr_scales().items()}
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        hidden = {f"{path}.blocks.{name}" for path, model in models for name, _ in model.blocks.named_parameters()}
+        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                key = scales.get(name, 1.0), parameter.ndim <= 1 or name in spared
-                groups.setdefault(key, []).append(parameter)
+                bare = parameter.ndim <= 1 or name in spared
+                rest = matrices and (bare or parameter.ndim != 2 or name not in hidden)
+                groups.setdefault((scales.get(name, 1.0), bare, rest), []).append(parameter)
         return [
-            {"params": groups[scale, bare]}
+            {"params": groups[scale, bare, rest]}
             | ({"weight_decay": 0.0} if bare else {})
             | ({"lr_scale": scale} if scale != 1 else {})
-            for scale, bare in sorted(groups)
+            | ({"use_muon": not rest} if matrices else {})
+            for scale, bare, rest in sorted(groups)
         ]
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -313,6 +320,8 @@ class LitTask(OptimizedTask):
             for name in quantized_parameters(self):
                 raise UserError(f"model: {name} is quantized, for inference only (expected training before it)")
         optimizer = self.make_optimizer(self.parameter_groups())
+        if isinstance(optimizer, MuonWithAuxAdam):
+            optimizer = self.make_optimizer(self.parameter_groups(matrices=True))
         for group in optimizer.param_groups:
             rate = group["lr"] if self.learning_rate is None else self.learning_rate
             group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -65,8 +65,9 @@ def report_changes(trainer: Any, present: Mapping[str, Any], saved: Mapping[str,
     for optimizer in trainer.optimizers[:1]:
         now = fixed["model.optimizer"]
         before = then.get("model.optimizer", now)
-        restored = optimizer.param_groups[0]  # contains the checkpoint's settings only
-        if before != now or any(name not in restored for name in optimizer.defaults):
+        restored = optimizer.param_groups[0].keys()  # the checkpoint's settings only
+        added = {"differentiable"}  # to the defaults, by torch when it loads state
+        if before != now or optimizer.defaults.keys() - restored - added:
             state = f"state of {before!r}" if before != now else "state of another optimizer"
             raise UserError(
                 f"model.optimizer: the checkpoint has the {state}, expected that of {now}; {NEW_EXPERIMENT}"

@@ -1,0 +1,223 @@
+"""Stronger baselines of the growth study: short image sequences for most of the steps, and Muon in place of AdamW.
+
+    python -m benchmarks.baselines {patches,muon} OUTPUT [--reduced] [--root FOLDER] [--seeds 0 1 2] [--jobs 2]
+        [--logs FOLDER] [--draw-only]
+
+Data, architectures and budgets C are those of ``benchmarks.growth_study``, and so is the order of the work: every arm
+tries the domain's learning rates on a quarter of its budget, then the best of them and half of it on all of its budget
+(one seed), then trains with every seed at several budgets. FLOPs of all stages count.
+
+``patches`` (Fashion-MNIST, read from ``--root``): 2, 4 or 6 of 16 patches for 50 to 90 % of the steps, then all. The
+three best train with every seed. Two controls: all patches, and the same dropping at full cost. Masked patches that are
+computed but excluded from attention and pooling give the run of dropped patches, so the second control is that run with
+as many steps as the first, charged with the FLOPs of all patches. It has the same regularization.
+
+``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
+decay over 40 and 65 % of the steps.
+
+``--reduced`` takes the most important arms, one seed and one learning rate, in less than ten minutes on two cores.
+Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.growth_study import kept_images
+from benchmarks.growth_study.__main__ import Study
+from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
+from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
+from benchmarks.growth_study.results_files import corpus
+from lit_tokenformer.comparison.fits import NOT_RUN, Runner
+from lit_tokenformer.comparison.results import table, write_csv
+
+KEPT = (2, 4, 6)
+"""Patches, of 16, in the short sequences."""
+PHASE_SHARES = (0.5, 0.65, 0.75, 0.85, 0.9)
+"""Shares of the steps with short sequences."""
+SHARES = (0.35, 0.45, 0.55)
+"""Budgets of short sequences, as shares of C."""
+FULL_COST = ", at full cost"
+"""Suffix of arms that are charged with the FLOPs of all patches."""
+MUON = {"class_path": "lit_tokenformer.optim.MuonWithAuxAdam"}
+
+
+def with_few(control: Arm, kept: int, at: float) -> Arm:
+    """Keep ``kept`` of 16 patches for a share ``at`` of the steps."""
+    name = f"{kept} of 16 patches for {at:.0%}"
+    return replace(control, name=name, sizes=2 * control.sizes, at=(at,), dropped=1 - kept / 16, share=SHARES[1])
+
+
+def at_full_cost(study: Study, arm: Arm, control: Arm, share: float) -> Arm:
+    """Give an arm the steps that ``control`` has on a share of C."""
+    steps = replace(control, share=share).steps(study.domain)
+    return replace(arm, name=arm.name + FULL_COST, share=share, length=steps)
+
+
+def patches(study: Study) -> Iterator[None]:
+    """Train the arms of short sequences; yields after each phase."""
+    control = controls(study.domain)[0]
+    seeds = study.options.seeds
+    if study.options.reduced:
+        control = replace(control, lr=study.domain.rates[0])
+        few = [with_few(control, 4, at) for at in (0.5, 0.75)]
+        masked = [at_full_cost(study, few[1], control, share) for share in (0.5, 1.0)]
+        study.train("final", [*few, *(replace(control, share=share) for share in (0.5, 1.0)), *masked], seeds)
+        return
+    (control,) = study.halved(study.with_rates([control]))
+    (half,) = study.halved([replace(control, share=0.5)], evaluations=2)
+    study.train("final", [control, half], seeds)
+    yield
+    tried = study.with_rates([with_few(control, kept, at) for kept in KEPT for at in PHASE_SHARES])
+    yield
+    few = study.halved(tried)
+    losses = {
+        arm.name: min(one.loss for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share)
+        for arm in few
+    }
+    winners = sorted(few, key=lambda arm: losses[arm.name])[:3]
+    yield
+    study.train("final", [replace(arm, share=share) for arm in winners for share in SHARES], seeds)
+    yield
+    masked = study.halved([at_full_cost(study, arm, control, 1.0) for arm in winners])
+    shorter = [replace(at_full_cost(study, arm, control, 0.5), name=arm.name) for arm in masked]
+    study.train("final", [*masked, *shorter], seeds)
+
+
+def muon(study: Study) -> Iterator[None]:
+    """Train the arms of both optimizers; yields after each phase."""
+    scratch, grown = controls(study.domain)[0], load_arms(study.domain)["grown"][0]
+    arms = [scratch, replace(grown, name="grown")]
+    arms += [replace(arm, name=f"{arm.name}, decay over 65 %", schedule={"decay": 0.65}) for arm in arms]
+    arms += [replace(arm, name=f"{arm.name}, Muon", optimizer=MUON) for arm in arms]
+    seeds = study.options.seeds
+    if study.options.reduced:
+        rate = study.domain.rates[1]
+        few = [replace(arm, lr=rate, share=share) for arm in (arms[0], arms[4]) for share in (0.5, 1.0)]
+        study.train("final", [*few, replace(arms[5], lr=rate, share=0.65)], seeds)
+        return
+    found = study.with_rates(arms)
+    yield
+    best = study.halved(found)
+    yield
+    for arm in best:
+        shares = (0.45, 0.65, 0.85) if arm.at else (0.5, 0.65, 1.0)
+        study.train("final", [replace(arm, share=share) for share in shares], seeds)
+        yield
+
+
+STUDIES = {"patches": ("images", patches), "muon": ("text", muon)}
+"""Domain and function of each study."""
+
+
+def cost(found: Findings, one: Outcome) -> float:
+    """FLOPs of a run in TFLOP; those of all patches for a control at full cost."""
+    if not one.arm.name.endswith(FULL_COST):
+        return one.tflops
+    return one.arm.share * statistics.mean(run.tflops / run.arm.share for run in found.of(found.final))
+
+
+def curve_of(found: Findings, name: str) -> Curve:
+    """Mean final loss of an arm by its cost, from short runs to long ones."""
+    shares = sorted({one.arm.share for one in found.of(name)})
+    runs = [found.of(name, share=share) for share in shares]
+    return [(statistics.mean(cost(found, one) for one in each), mean_loss(each)) for each in runs]
+
+
+def report(found: Findings) -> str:
+    """Format one row per arm and budget, with the cost of its loss relative to each control."""
+    whole = statistics.mean(one.tflops for one in found.of(found.final, share=1.0))
+    references = [
+        name
+        for name in found.names("final")
+        if len({one.arm.share for one in found.of(name)}) > 1
+        and (name.startswith("from scratch") or name.endswith(FULL_COST))
+    ]
+    rows = []
+    for name in found.names("final"):
+        for share in sorted({one.arm.share for one in found.of(name)}):
+            runs = found.of(name, share=share)
+            ratios = {}
+            for reference in references:
+                needed = [(cost(found, one), compute_for(curve_of(found, reference), one.loss)) for one in runs]
+                ratios[f"ratio to {reference}"] = spread([spent / most for spent, most in needed if most], 2)
+            rows.append(
+                {
+                    "arm": name,
+                    "FLOPs": f"{cost(found, runs[0]) / whole:.2f} C",
+                    "validation loss": spread([one.loss for one in runs], 4),
+                    **ratios,
+                    "learning rate": f"{runs[0].arm.lr:g}",
+                    "seeds": len(runs),
+                }
+            )
+    searched = [
+        {"arm": arm.name, "share of C": arm.share, "learning rate": arm.lr, "validation loss": f"{one.loss:.4f}"}
+        for one in found.outcomes
+        if one.phase == "learning rate" and (arm := one.arm)
+    ]
+    text = f"C = {whole:.3g} TFLOP. Ratio: FLOPs over those of that control at equal loss; all stages count.\n"
+    return "\n".join(
+        [table(rows), text, *(["Search of learning rates, one seed:\n", table(searched)] if searched else [])]
+    )
+
+
+def write(folder: Path, name: str, study: Study) -> None:
+    """Write ``NAME.csv``, ``NAME.json`` and, once the control is trained, ``NAME.md``."""
+    run = [one for one in study.outcomes if one.result["failed"] != NOT_RUN]
+    unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in run}.values())
+    if not unique:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / f"{name}.csv", [one.row() for one in unique])
+    environments = [one.result["environment"] for one in unique if "environment" in one.result]
+    root = study.domain.data["init_args"].get("root")  # of images
+    record = {
+        "command": {"reduced": study.options.reduced, "seeds": study.options.seeds},
+        "domain": {key: value for key, value in vars(study.domain).items() if key != "data"},
+        "corpus": kept_images.summary(root) if root else corpus(unique),
+        "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
+    found = Findings(study.domain, unique)
+    if found.of(found.final, share=1.0):
+        text = report(found)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        print(f"\n{text}", flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("output", help="folder of the results")
+    parser.add_argument("--reduced", action="store_true", help="the most important arms, one seed, one learning rate")
+    parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
+    parser.add_argument("--logs", default="lightning_logs/baselines", help="folder of the fits")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing; tables of the finished fits")
+    options = parser.parse_args(args)
+    if options.reduced:
+        options.seeds = options.seeds[:1]
+    name, run = STUDIES[options.study]
+    domain = copy.deepcopy(DOMAINS[name])
+    if "root" in domain.data["init_args"]:
+        domain.data["init_args"]["root"] = options.root
+    with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
+        study = Study(name, domain, options, runner)
+        for _ in run(study):
+            write(Path(options.output), options.study, study)
+    write(Path(options.output), options.study, study)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
