@@ -92,6 +92,7 @@ class ModelCost:
         flops: FLOPs of one forward pass, per sample.
         training_flops: FLOPs of one forward and backward pass, per sample.
         kept: Activations saved for backward, in elements per sample (an estimate, without dropout masks).
+        recomputed: Part of ``training_flops`` that recomputes activations, which MFU does not count.
     """
 
     parameters: int
@@ -99,6 +100,7 @@ class ModelCost:
     flops: int
     training_flops: int
     kept: int
+    recomputed: int = 0
 
     def training_memory(self, batch_size: int, bytes_per_number: int = 4, states: int = 2) -> int:
         """Estimate the training memory in bytes: weights, gradients, optimizer states and activations.
@@ -148,6 +150,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         # the stem's input needs no gradient, so its backward pass is one product instead of two
         training_flops=2 * stem.flops + 3 * flops * length + again + 3 * head.flops,
         kept=stem.kept + head.kept + length * kept,
+        recomputed=again,
     )
 
 
