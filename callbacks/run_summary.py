@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from callbacks.throughput import Counts, peak_memory
 from callbacks.training_monitor import TrainingMonitor
 from lit_tokenformer.checkpoints.run_folder import run_folder, write_new
 from lit_tokenformer.models import model_size, param_tokens
@@ -25,13 +26,14 @@ class RunSummary(Callback):
     Models with experts have a further column: parameters in total, and active ones, which each data token uses.
 
     Each stage of growth has one row: parameter tokens, optimizer steps, seconds (including validation), training FLOPs,
-    and the best checkpoint saved at that size with its score. A resumed fit continues the counts; steps after its
-    checkpoint are not counted twice. A summary of another run in the same folder is kept, and the new one is named
-    ``summary-v1.json``.
+    and the best checkpoint saved at that size with its score. A second table has throughput, MFU and the share of time
+    spent waiting for data, all without validation, and the peak memory until the end of the stage. A resumed fit
+    continues the counts; steps after its checkpoint are not counted twice. A summary of another run in the same folder
+    is kept, and the new one is named ``summary-v1.json``.
 
     Note:
-        FLOPs come from :class:`~callbacks.TrainingMonitor` and are omitted without it. Best checkpoints come from a
-        ``ModelCheckpoint`` with ``monitor``.
+        FLOPs and throughput come from :class:`~callbacks.TrainingMonitor` and are omitted without it. Best checkpoints
+        come from a ``ModelCheckpoint`` with ``monitor``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -43,6 +45,7 @@ class RunSummary(Callback):
         self.stages: list[dict[str, Any]] = []
         """One entry per size so far; the last one is current."""
         self._since = 0.0
+        self._counted = Counts()
         self._run = uuid.uuid4().hex
         self._resumed_at = -1
         self._best_before: tuple[str, float] | None = None
@@ -55,7 +58,7 @@ class RunSummary(Callback):
         self.stages = state_dict["stages"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
+        self._since, self._counted = time.perf_counter(), Counts()
         self._resumed_at = trainer.global_step
         size = self._size(pl_module)
         if not self.stages or any(self.stages[-1].get(name, now) != now for name, now in size.items()):
@@ -117,6 +120,7 @@ class RunSummary(Callback):
                 "seconds": 0.0,
                 "flops_before": flops,
                 "training_flops": None if flops is None else 0,
+                "throughput": None,
                 "best": None,
             }
         )
@@ -132,12 +136,25 @@ class RunSummary(Callback):
         flops = _training_flops(trainer)
         if flops is not None and stage["flops_before"] is not None:
             stage["training_flops"] = flops - stage["flops_before"]
+        self._count_throughput(trainer, stage)
         for callback in _best(trainer):
             path, score, best = callback.best_model_path, float(callback.best_model_score), stage["best"]
             # a resumed fit saves to another folder, where its first checkpoint may not be the best so far
             better = best is None or (score > best["score"] if callback.mode == "max" else score < best["score"])
             if better and (path, score) != self._best_before:
                 stage["best"] = {"path": path, "monitor": callback.monitor, "score": score}
+
+    def _count_throughput(self, trainer: Trainer, stage: dict[str, Any]) -> None:
+        """Add the steps since the last count to the throughput of a stage, which a resumed fit continues."""
+        monitor = _monitor(trainer)
+        if monitor is None or monitor.throughput is None:
+            return
+        counts = monitor.throughput.counts()
+        before = stage.get("throughput") or {}
+        sums = {name: before.get(name, 0) + value for name, value in counts.since(self._counted)._asdict().items()}
+        memory = max(before.get("peak_memory", 0), peak_memory(trainer.strategy.root_device))
+        stage["throughput"] = {**sums, **monitor.rates(Counts(**sums)), "peak_memory": memory}
+        self._counted = counts
 
     def _print(self) -> None:
         from rich.console import Console
@@ -163,7 +180,27 @@ class RunSummary(Callback):
                 f"{best['monitor']} {best['score']:.4g}" if best else "-",
                 Path(best["path"]).name if best else "-",
             )
-        Console(width=None if sys.stdout.isatty() else 150).print(table)
+        console = Console(width=None if sys.stdout.isatty() else 150)
+        console.print(table)
+        speeds = Table(title="Throughput, without validation")
+        for name in ("stage", "samples/s", "data tokens/s", "MFU", "waiting for data", "peak memory"):
+            speeds.add_column(name, justify="right")
+        for number, stage in enumerate(self.stages):
+            if found := stage.get("throughput"):
+                speeds.add_row(
+                    str(number),
+                    f"{found['samples_per_second']:,.4g}",
+                    f"{found['data_tokens_per_second']:,.0f}" if "data_tokens_per_second" in found else "-",
+                    f"{found['mfu']:.1%}" if "mfu" in found else "-",
+                    f"{found['data_wait']:.1%}",
+                    f"{found['peak_memory'] / 1e9:.3g} GB",
+                )
+        if speeds.rows:
+            console.print(speeds)
+
+
+def _monitor(trainer: Trainer) -> TrainingMonitor | None:
+    return next((one for one in trainer.callbacks if isinstance(one, TrainingMonitor)), None)  # type: ignore
 
 
 def _parameters(pl_module: Any) -> dict[str, int]:
@@ -183,7 +220,8 @@ def _total_and_active(stage: dict[str, Any]) -> str:
 
 def _training_flops(trainer: Trainer) -> int | None:
     """Return the FLOPs of all training steps so far, or ``None`` without a monitor."""
-    return next((one.training_flops for one in trainer.callbacks if isinstance(one, TrainingMonitor)), None)  # type: ignore
+    monitor = _monitor(trainer)
+    return None if monitor is None else monitor.training_flops
 
 
 def _best(trainer: Trainer) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Training metrics for the trainer's loggers: compute, model size, throughput, norms by row age, predictions, config.
+"""Training metrics for loggers and progress bar: compute, size, throughput, norms by row age, predictions, config.
 
 A growth changes the cost of an optimizer step. Compare runs over ``compute/training_flops``, not over steps.
 """
@@ -6,8 +6,7 @@ A growth changes the cost of an optimizer step. Compare runs over ``compute/trai
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from callbacks.growth_steps import latest_rows
+from callbacks.image_grid import draw_examples, predict_examples
 from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text
+from callbacks.throughput import Counts, Throughput, peak_flops, peak_memory
 from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
@@ -38,13 +36,20 @@ from lit_tokenformer.models.experts import expert_metrics
 class TrainingMonitor(Callback):
     """Log compute, model size, throughput and row norms at the trainer's log steps.
 
+    ``train/mfu``
+        Model FLOPs utilization since the last report: FLOPs per second without recomputed activations, relative to the
+        peak of all devices.
     ``compute/training_flops``
         FLOPs of all training steps so far, summed over all processes. The count continues when a fit is resumed.
     ``compute/data_tokens``
         Data tokens (text) or patches (images) trained on so far. The count continues when a fit is resumed.
     ``compute/samples_per_second``, ``compute/data_tokens_per_second``
         Training throughput over all processes since the last report, without validation time. Samples of several tasks
-        are added up.
+        are added up. With several devices, ``compute/device/...`` is the share of one.
+    ``compute/data_wait``
+        Share of that time in which the process waited for its next batch.
+    ``compute/peak_memory_gb``
+        Peak memory so far, in 10^9 bytes: allocated on a CUDA device, otherwise resident in the process.
     ``size/parameters``, ``size/tokens_qkv``, ...
         Number of parameters, and parameter tokens of each kind of projection.
     ``experts/load_max``, ``experts/router_entropy``, ``experts/load/LAYER/EXPERT``, ``size/active_parameters``
@@ -56,7 +61,8 @@ class TrainingMonitor(Callback):
     ``best/...``
         Best score of each ``ModelCheckpoint`` since the last growth, logged at the end of the fit.
 
-    One log line at the end of the fit reports the overall throughput.
+    The progress bar shows the latest ``mfu``, throughput, ``data_wait`` and memory. One log line at the end of the fit
+    reports them over the whole fit. The device is not synchronized between log steps.
 
     Every logger also receives the settings of trainer, data and growth as hyper-parameters, and after each validation
     a grid of validation images with their predictions (``val/predictions``: green if correct, red if wrong; a PNG file
@@ -66,24 +72,29 @@ class TrainingMonitor(Callback):
     Args:
         log_images: Number of images in the grid, evenly spaced over the validation set; 0 disables it.
         row_norms: Whether to measure norms of gradients and updates.
+        peak_flops: Peak FLOPs per second of one device, for ``train/mfu``; by default that of its data sheet (NVIDIA,
+            dense bf16) or of a short matrix product, timed at the start of the fit.
 
     Raises:
-        ValueError: If ``log_images`` is negative.
+        ValueError: If ``log_images`` is negative, or ``peak_flops`` is not positive.
 
     Note:
-        FLOPs and data tokens require a module method ``cost()``, whose result has ``training_flops`` and
-        ``data_tokens`` of one sample. If batches are mappings, the module defines ``costs()`` instead, with one such
-        result per key. The image grid requires batches ``(image (B, C, H, W), label)`` and a ``forward`` that returns
-        logits (B, classes). ``class_names``, ``mean`` and ``std`` of the data module are used if present.
+        The command line adds this callback, without images and row norms, to every fit without one. FLOPs and data
+        tokens require a module method ``cost()``, whose result has ``training_flops`` and ``data_tokens`` of one
+        sample. If batches are mappings, the module defines ``costs()`` instead, with one such result per key. The image
+        grid requires batches ``(image (B, C, H, W), label)`` and a ``forward`` that returns logits (B, classes).
+        ``class_names``, ``mean`` and ``std`` of the data module are used if present.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[TrainingMonitor(log_images=8)], logger=False)
     """
 
-    def __init__(self, log_images: int = 16, row_norms: bool = True) -> None:
+    def __init__(self, log_images: int = 16, row_norms: bool = True, peak_flops: float | None = None) -> None:
         if log_images < 0:
             raise UserError(f"log_images: expected at least 0, got {log_images}")
+        if peak_flops is not None and not 0 < peak_flops < math.inf:
+            raise UserError(f"peak_flops: expected a positive number of FLOPs per second, got {peak_flops}")
         self.log_images = log_images
         self.row_norms = row_norms
         self.training_flops = 0
@@ -93,9 +104,11 @@ class TrainingMonitor(Callback):
         self._growth: dict[str, Any] | None = None
         self._costs: dict[str, ModelCost] = {}
         self._sizes: dict[str, int] = {}
-        self._samples = self._tokens = 0
-        self._tokens_before_fit = 0
-        self._since = self._paused = self._begun = 0.0
+        self.peak_flops = peak_flops
+        self.throughput: Throughput | None = None
+        """Counts of the current fit, or of the last one."""
+        self._peak, self._peak_source, self._devices = 0.0, "", 1
+        self._reported = Counts()
         self._held: list[tuple[Tensor, AgedRows]] = []  # local shards before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
@@ -126,8 +139,12 @@ class TrainingMonitor(Callback):
             log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._devices = trainer.world_size
+        self._peak, self._peak_source = float(self.peak_flops or 0), "peak_flops"
+        if not self._peak and trainer.is_global_zero:
+            self._peak, self._peak_source = peak_flops(trainer.strategy.root_device, str(trainer.precision))
+        self.throughput = Throughput(trainer)
         self._measure(pl_module)
-        self._begun, self._tokens_before_fit = time.perf_counter(), self.data_tokens
         _log(trainer, self._totals())
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
@@ -159,13 +176,15 @@ class TrainingMonitor(Callback):
     ) -> None:
         replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         for task in self._costs or [""]:
-            samples = num_samples(batch[task] if task else batch) * replicas
-            self._samples += samples
-            if task in self._costs:
-                self.training_flops += self._costs[task].training_flops * samples
-                self._tokens += self._costs[task].data_tokens * samples
-                self.data_tokens += self._costs[task].data_tokens * samples
-        if not trainer.loggers or not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
+            samples, tokens, flops = num_samples(batch[task] if task else batch) * replicas, 0, 0
+            if (cost := self._costs.get(task)) is not None:
+                self.training_flops += cost.training_flops * samples
+                tokens = cost.data_tokens * samples
+                flops = (cost.training_flops - getattr(cost, "recomputed", 0)) * samples
+                self.data_tokens += tokens
+            if self.throughput is not None:
+                self.throughput.count(samples, tokens, flops)
+        if not _is_log_step(trainer) or trainer.fit_loop._should_accumulate():
             return
         changes = (  # a generator avoids a second copy of all parameter tokens on the device
             one._replace(tensor=like(one.tensor.detach(), before.to(one.tensor.device).sub_(local(one.tensor))))
@@ -174,15 +193,14 @@ class TrainingMonitor(Callback):
         found = {**self._row_norms, **(self._norms("update", changes) if self._held else {})}
         norms = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
         self._held, self._row_norms = [], {}
-        now = time.perf_counter()
-        rates = {"compute/samples_per_second": self._samples / (now - self._since)}
-        if self._costs:
-            rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
-        self._samples, self._tokens, self._since = 0, 0, now
+        rates = self._rates(trainer)
         _log(trainer, {**self._totals(), **rates, **norms, **expert_metrics(pl_module)})
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_metrics.update(_short(rates))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused = time.perf_counter()
+        if self.throughput is not None and _is_fit(trainer):
+            self.throughput.pause()
         self._examples = []
 
     def on_validation_batch_end(
@@ -196,16 +214,15 @@ class TrainingMonitor(Callback):
     ) -> None:
         # not in on_validation_end: averaged weights are swapped out before it
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
-            self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
+            self._examples += predict_examples(trainer, pl_module, batch, batch_idx, self.log_images)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pause = time.perf_counter() - self._paused
-        self._since += pause
-        self._begun += pause
         if not _is_fit(trainer):
             return
+        if self.throughput is not None:
+            self.throughput.resume()
         if self._examples and trainer.is_global_zero:
-            picture = _picture(self._examples, getattr(trainer, "datamodule", None))
+            picture = draw_examples(self._examples, getattr(trainer, "datamodule", None))
             log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
         self._examples = []
         self._log_hparams(trainer)
@@ -213,12 +230,25 @@ class TrainingMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _log(trainer, {**self._totals(), **_best_scores(trainer)})
         self._log_hparams(trainer)
-        tokens, seconds = self.data_tokens - self._tokens_before_fit, time.perf_counter() - self._begun
-        if tokens:
-            rank_zero_info(
-                f"Training throughput: {tokens / seconds:,.0f} data tokens per second ({tokens:,} data tokens in "
-                f"{seconds:.0f} s without validation); {self.training_flops:.3g} FLOPs so far"
-            )
+        self._report(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.throughput is not None:
+            self.throughput.close()
+
+    def rates(self, counts: Counts) -> dict[str, float]:
+        """Compute throughput, ``mfu`` and ``data_wait`` of counts; those without a count are omitted.
+
+        Args:
+            counts: Counts of a part of the current fit.
+        """
+        seconds = max(counts.seconds, 1e-9)
+        rates = {"samples_per_second": counts.samples / seconds, "data_wait": counts.waiting / seconds}
+        if counts.data_tokens:
+            rates["data_tokens_per_second"] = counts.data_tokens / seconds
+        if counts.flops and self._peak:
+            rates["mfu"] = counts.flops / seconds / self._devices / self._peak
+        return rates
 
     def _measure(self, pl_module: LightningModule) -> None:
         """Measure the current size and cost of the model, and reset the throughput."""
@@ -230,13 +260,46 @@ class TrainingMonitor(Callback):
         tokens = param_tokens(pl_module)
         for kind, total in axis_sizes(pl_module).items():
             self._sizes[f"size/tokens_{kind}" if kind in tokens else f"size/{kind}"] = total
-        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
+        if self.throughput is not None:
+            self._reported = self.throughput.counts()
 
     def _totals(self) -> dict[str, float]:
         if not self._costs:
             return {**self._sizes}
         flops, tokens = float(self.training_flops), float(self.data_tokens)
         return {"compute/training_flops": flops, "compute/data_tokens": tokens, **self._sizes}
+
+    def _rates(self, trainer: Trainer) -> dict[str, float]:
+        """Compute the throughput since the last report."""
+        if self.throughput is None:
+            return {}
+        counts = self.throughput.counts()
+        rates = self.rates(counts.since(self._reported))
+        self._reported = counts
+        metrics = {"train/mfu": rates.pop("mfu")} if "mfu" in rates else {}
+        metrics |= {f"compute/{name}": rate for name, rate in rates.items()}
+        if self._devices > 1:
+            per_device = {name: rate for name, rate in rates.items() if name.endswith("per_second")}
+            metrics |= {f"compute/device/{name}": rate / self._devices for name, rate in per_device.items()}
+        return metrics | {"compute/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9}
+
+    def _report(self, trainer: Trainer) -> None:
+        """Report the throughput of the whole fit."""
+        if self.throughput is None:
+            return
+        self.throughput.pause()
+        self.throughput.close()
+        counts = self.throughput.counts()
+        if not counts.data_tokens:
+            return
+        rates = self.rates(counts)
+        peak = f"{self._peak / 1e12:,.3g} TFLOP/s ({self._peak_source})"
+        rank_zero_info(
+            f"Training throughput: {rates['data_tokens_per_second']:,.0f} data tokens per second "
+            f"({counts.data_tokens:,} data tokens in {counts.seconds:.0f} s without validation), MFU "
+            f"{rates.get('mfu', 0):.1%} of {peak}, {rates['data_wait']:.1%} of the time waiting for data, peak memory "
+            f"{peak_memory(trainer.strategy.root_device) / 1e9:.3g} GB; {self.training_flops:.3g} FLOPs so far"
+        )
 
     def _norms(self, name: str, tensors: Iterable[AgedRows]) -> dict[str, Tensor]:
         old, appended = norms_by_age(tensors)
@@ -307,6 +370,18 @@ def norms_by_age(tensors: Iterable[AgedRows]) -> tuple[Tensor, Tensor]:
     return old, appended
 
 
+def _short(rates: Mapping[str, float]) -> dict[str, float]:
+    """Shorten the throughput for the progress bar."""
+    tokens = "compute/data_tokens_per_second" in rates
+    shown = {
+        "mfu": "train/mfu",
+        "tokens/s" if tokens else "samples/s": f"compute/{'data_tokens' if tokens else 'samples'}_per_second",
+        "data_wait": "compute/data_wait",
+        "memory_gb": "compute/peak_memory_gb",
+    }
+    return {short: rates[name] for short, name in shown.items() if name in rates}
+
+
 def _is_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
@@ -338,70 +413,3 @@ def _monitored(trainer: Trainer) -> dict[str, Tensor | None]:
 
 def _best_scores(trainer: Trainer) -> dict[str, float]:
     return {f"best/{name}": float(score) for name, score in _monitored(trainer).items() if score is not None}
-
-
-@torch.no_grad()
-def _predict(
-    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, count: int
-) -> list[tuple[Tensor, int, int]]:
-    """Predict the samples of a batch that belong in the image grid: image (C, H, W), class and predicted class.
-
-    ``count`` samples are evenly spaced over the validation set, whose images may be sorted by class.
-    """
-    if type(pl_module).forward is LightningModule.forward:
-        return []  # not defined
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(one, Tensor) for one in batch[:2]):
-        return []
-    image, label = batch[:2]
-    batches = trainer.num_val_batches[0]
-    if image.ndim != 4 or label.ndim not in (1, 2) or (math.isinf(batches) and batch_idx > 0):
-        return []
-    places = [number * (1 if math.isinf(batches) else batches) / count for number in range(count)]
-    chosen = sorted({int((place - batch_idx) * len(image)) for place in places if int(place) == batch_idx})
-    if not chosen:
-        return []
-    with torch.compiler.set_stance("force_eager"):  # avoids a recompilation for this batch size
-        logits = pl_module(image[chosen])
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        return []
-    labels = label[chosen] if label.ndim == 1 else label[chosen].argmax(dim=1)
-    return list(zip(image[chosen].float().cpu(), labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
-
-
-def _picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
-    """Draw a grid of images with their predictions below, (3, height, width) uint8."""
-    images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
-    if mean is not None and std is not None:
-        mean, std = (torch.as_tensor(one, dtype=torch.float32).reshape(1, -1, 1, 1) for one in (mean, std))
-        images = images * std + mean
-    else:
-        images = (images - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
-    names = getattr(datamodule, "class_names", None) or ()
-    tiles = [
-        _tile(image, _class_name(names, label), _class_name(names, guess))
-        for image, (_, label, guess) in zip(images.clamp(0, 1), examples, strict=True)
-    ]
-    return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=4, pad_value=255)
-
-
-def _class_name(names: Sequence[str], label: int) -> str:
-    return str(names[label]) if 0 <= label < len(names) else str(label)
-
-
-def _tile(image: Tensor, name: str, guess: str) -> Tensor:
-    """Draw one image (3, H, W) in [0, 1] above its prediction, framed in green or red, (3, height, width) uint8."""
-    right, border, line = name == guess, 3, 14
-    zoom = math.ceil(96 / min(image.shape[1:]))
-    enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
-    color = (0, 128, 0) if right else (200, 0, 0)
-    tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
-    tile.paste(color, (0, 0, tile.width, enlarged.height + 2 * border))
-    tile.paste(enlarged, (border, border))
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
-    for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
-        while draw.textlength(text, font) > tile.width and len(text) > 1:
-            text = text[:-1]
-        draw.text((border, enlarged.height + 2 * border + number * line), text, color, font)
-    return pil_to_tensor(tile)

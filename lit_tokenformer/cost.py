@@ -93,6 +93,7 @@ class ModelCost:
         training_flops: FLOPs of one forward and backward pass, per sample.
         kept: Activations saved for backward, in elements per sample (an estimate, without dropout masks).
         inactive: Parameters that a data token does not use: those of experts other than its own.
+        recomputed: Part of ``training_flops`` that recomputes activations, which MFU does not count.
     """
 
     parameters: int
@@ -101,6 +102,7 @@ class ModelCost:
     training_flops: int
     kept: int
     inactive: int = 0
+    recomputed: int = 0
 
     @property
     def active_parameters(self) -> int:
@@ -156,6 +158,7 @@ def model_cost(config: TokenformerConfig, tokens: Totals | None = None, checkpoi
         training_flops=2 * stem.flops + 3 * flops * length + again + 3 * head.flops,
         kept=stem.kept + head.kept + length * kept,
         inactive=_sum(parts.blocks, depth, "inactive"),
+        recomputed=again,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.growing_ema import GrowingEMA
+from callbacks.image_grid import draw_examples
+from callbacks.log_step_progress_bar import LogStepProgressBar
 from callbacks.parameter_growth import ParameterGrowthCallback
-from callbacks.training_monitor import TrainingMonitor, _picture
+from callbacks.run_summary import RunSummary
+from callbacks.throughput import peak_flops
+from callbacks.training_monitor import TrainingMonitor
 from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.growth import Rows, grow
 from lit_tokenformer.growth.shards import like
@@ -289,14 +294,14 @@ def test_picture_shows_the_averaged_model_and_spreads_over_the_set(tmp_path: Pat
 
 def test_picture_marks_right_and_wrong(tmp_path: Path) -> None:
     image = torch.full((3, 8, 8), 2.0)
-    picture = _picture([(image, 1, 1), (image, 1, 2)], Images())
+    picture = draw_examples([(image, 1, 1), (image, 1, 2)], Images())
     assert picture.dtype == torch.uint8
     pixels = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     frame_right, frame_wrong = pixels[5, 10], pixels[5, pixels.shape[1] // 2 + 10]
     assert frame_right.tolist() == [0, 128, 0]
     assert frame_wrong.tolist() == [200, 0, 0]
     assert pixels[50, 50].tolist() == [255] * 3  # 2 x 0.25 + 0.5
-    plain = _picture([(image * torch.rand(1, 8, 8), 11, 2)], None)  # no names, no mean, one image
+    plain = draw_examples([(image * torch.rand(1, 8, 8), 11, 2)], None)  # no names, no mean, one image
     assert plain.shape[0] == 3
 
 
@@ -422,3 +427,135 @@ def test_mlflow_receives_settings_and_pictures_and_a_changed_setting_is_a_warnin
 def test_wrong_setting_is_named() -> None:
     with pytest.raises(ValueError, match="log_images: expected at least 0, got -1"):
         TrainingMonitor(log_images=-1)
+    with pytest.raises(ValueError, match="peak_flops: expected a positive number of FLOPs per second, got 0"):
+        TrainingMonitor(peak_flops=0)
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def wait(self, seconds: float) -> Callback:
+        clock = self
+
+        class Waits(Callback):
+            def on_before_backward(self, *args: Any) -> None:
+                clock.now += seconds
+
+            def on_validation_batch_end(self, *args: Any) -> None:
+                clock.now += 1000
+
+        return Waits()
+
+
+class SlowImages(Images):
+    """A batch takes a second to load; validation takes long."""
+
+    clock: Clock
+
+    def _loader(self, samples: int) -> DataLoader:
+        clock, loader = self.clock, super()._loader(samples)
+
+        class Slow(DataLoader):
+            def __iter__(self) -> Any:
+                for batch in super().__iter__():
+                    clock.now += 1
+                    yield batch
+
+        return Slow(loader.dataset, batch_size=8)
+
+
+def test_throughput_mfu_and_waiting_across_growth_accumulation_and_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each batch of 8 loads for one second and computes for three: two of them are a step of 8 s."""
+    clock = Clock(monkeypatch)
+    data = SlowImages()
+    data.clock = clock
+    monitor, summary, growth = TrainingMonitor(peak_flops=1e6), RunSummary(), ParameterGrowthCallback({1: 16})
+    trainer = build_trainer(
+        tmp_path, growth, monitor, summary, LogStepProgressBar(), clock.wait(3), accumulate_grad_batches=2,
+        enable_progress_bar=True,
+    )  # fmt: skip
+    task = build_task()
+    small = task.cost().training_flops
+    trainer.fit(task, datamodule=data)
+    large = task.cost().training_flops
+    found = events(tmp_path)
+
+    def logged(tag: str) -> list[float]:
+        return [event.value for event in found.Scalars(tag)]
+
+    seconds = [8, 8, 7, 8]  # the model grows after the first batch of its epoch is loaded
+    assert logged("train/mfu") == pytest.approx(
+        [flops * 16 / time / 1e6 for flops, time in zip((small, small, large, large), seconds, strict=True)]
+    )
+    assert logged("compute/samples_per_second") == pytest.approx([16 / time for time in seconds])
+    tokens = task.cost().data_tokens
+    assert logged("compute/data_tokens_per_second") == pytest.approx([16 * tokens / time for time in seconds])
+    assert logged("compute/data_wait") == pytest.approx([0.25, 0.25, 1 / 7, 0.25])
+    assert not any(tag.startswith("compute/device") for tag in found.Tags()["scalars"])
+    assert {"mfu", "tokens/s", "data_wait", "memory_gb"} <= trainer.progress_bar_metrics.keys()
+
+    for stage, flops, time, waiting in zip(summary.stages, (small, large), (17, 15), (5, 3), strict=True):
+        rates = stage["throughput"]
+        assert (rates["samples"], rates["seconds"], rates["waiting"]) == (32, time, waiting)
+        assert rates["mfu"] == pytest.approx(flops * 32 / time / 1e6) and rates["data_wait"] == waiting / time
+    assert "29.4%" in capsys.readouterr().out
+    assert not {"_on_before_fetch", "_on_after_fetch"} & vars(trainer.fit_loop.epoch_loop).keys()
+
+
+def test_throughput_of_several_processes_is_also_told_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", property(lambda trainer: {"num_replicas": 4, "rank": 0}))
+    clock, data = Clock(monkeypatch), SlowImages()
+    data.clock = clock
+
+    class Eight(Callback):  # of which two at a time share a sample, as with tensor parallelism
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            monitor._devices = 8
+
+    monitor, task = TrainingMonitor(peak_flops=1e6), build_task()
+    build_trainer(tmp_path, monitor, Eight(), clock.wait(3), max_epochs=1).fit(task, datamodule=data)
+    found = events(tmp_path)
+    assert found.Scalars("compute/samples_per_second")[-1].value == 8.0
+    assert found.Scalars("compute/device/samples_per_second")[-1].value == 1.0
+    assert found.Scalars("train/mfu")[-1].value == pytest.approx(task.cost().training_flops / 1e6)
+
+
+def test_recomputed_activations_do_not_count_for_mfu() -> None:
+    task = build_task()
+    plain = task.cost()
+    task.backbone.set_grad_checkpointing(True)
+    again = task.cost()
+    assert plain.recomputed == 0 and again.recomputed > 0
+    assert again.training_flops - again.recomputed == plain.training_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_peak_of_a_device(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    monkeypatch.setattr("callbacks.throughput._measured", lambda *_: 1e12)
+    assert peak_flops(torch.device("cuda"), "bf16-mixed")[0] == (peak or 1e12)
+
+
+def test_peak_of_a_cpu_is_measured_once_and_draws_no_random_number() -> None:
+    state = torch.get_rng_state()
+    found = [peak_flops(torch.device("cpu"), precision) for precision in ("32-true", "32-true", "bf16-mixed")]
+    assert found[0] == found[1] and found[0][0] > 1e8 and found[0][1] == "measured matmul, float32"
+    assert found[2][1] == "measured matmul, bfloat16"
+    assert torch.equal(state, torch.get_rng_state())

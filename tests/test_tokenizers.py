@@ -10,7 +10,10 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import tokenizers as hf
 from tokenizers import models, pre_tokenizers, processors
 
 from lit_tokenformer.data.text.tokenizer import USUAL_SEPARATORS, Tokenizer, bpe_size, check_name, cut
+from lit_tokenformer.data.text.word_table import WordTable
 
 TEXTS = [
     "plain words, and more of them",
@@ -387,3 +391,45 @@ def test_a_vocabulary_is_trained_on_words_without_end():
     tokenizer = Tokenizer.train_bpe(["abc" * 40_000, " " * 40_000, "some words"], 300)
     assert time.perf_counter() - start < 300  # many minutes, if such a word is merged as a whole
     assert tokenizer.decode(tokenizer.encode("abc" * 5000)) == "abc" * 5000
+
+
+# --- The table of words ----------------------------------------------------------------------------------------------
+
+MARKS = " \n\t\r\x0b\x0c\x1c\x1f\0\x7f'\u2019“”éя中\xa0\u2003\x85\u3000\u200b🙂ab9s.t(٠²ªʰ\u0301🇦"
+
+
+def test_a_table_of_words_changes_no_token(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Any mixture of spaces, marks and letters of Unicode, against the library; tables are emptied in between."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(MARKS + 6 * " a's\n9é", k=draw.randint(0, 24))) for _ in range(3000)]
+    texts += [*TEXTS, letters(2000), "a" * 5000 + " é", "é " * 3000, " " * 3000 + "é"]
+    assert bpe._words is not None
+    for most in (1 << 18, 50):
+        monkeypatch.setattr("lit_tokenformer.data.text.word_table._MOST_WORDS", most)
+        batches = [texts[place : place + 100] for place in range(0, len(texts), 100)]
+        with ThreadPoolExecutor(3) as pool:
+            found = [ids for batch in pool.map(bpe.encode_arrays, batches) for ids in batch]
+        for text, ids, expected in zip(texts, found, bpe.encode_batch(texts), strict=True):
+            assert ids.dtype == np.uint32 and ids.tolist() == expected, repr(text)
+    assert len(bpe._words._table) < 2000
+
+
+def test_only_tokenizers_that_split_as_gpt2_does_have_a_table(bpe: Tokenizer):
+    def changed(change: Callable[[dict[str, Any]], Any]) -> hf.Tokenizer:
+        rules = json.loads(bpe.to_json())
+        change(rules)
+        backend = hf.Tokenizer.from_str(json.dumps(rules))
+        backend.encode_special_tokens = True
+        return backend
+
+    assert WordTable.fits(changed(lambda rules: None))
+    for change in (
+        lambda rules: rules["pre_tokenizer"].update(add_prefix_space=True),
+        lambda rules: rules["pre_tokenizer"].update(use_regex=False),
+        lambda rules: rules.update(pre_tokenizer={"type": "Whitespace"}),
+        lambda rules: rules.update(normalizer={"type": "Lowercase"}),
+        lambda rules: rules["model"].update(dropout=0.1),
+        lambda rules: rules["added_tokens"][0].update(special=False),
+    ):
+        assert not WordTable.fits(changed(change))
+    assert Tokenizer.bytes()._words is None

@@ -27,6 +27,7 @@ _STAGE = {
     **dict.fromkeys(("depth", "begins_at_step", "steps", "seconds", "flops_before", "training_flops"), 0),
     **dict.fromkeys(("parameters", "active_parameters"), 0),
     **{"tokens": {"": 0}, "units": {"": 0}, "best": {"path": "", "monitor": "", "score": 0.0}},
+    "throughput": {"": 0},
 }
 _FILLED: dict[type[Callback], dict[str, Any]] = {
     ModelCheckpoint: {"best_model_score": _SCORE, "current_score": _SCORE, "best_k_models": {"": _SCORE}},

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.throughput import resident_bytes
 from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.version import __version__
 
@@ -110,15 +110,6 @@ class Meter(Callback):
         cuda = pl_module.device.type == "cuda"
         now = torch.cuda.max_memory_allocated(pl_module.device) if cuda else resident_bytes("VmHWM") - self._before
         self._peak = max(self._peak, now)
-
-
-def resident_bytes(name: str) -> int:
-    """Resident memory of this process in bytes: current ``VmRSS`` or peak ``VmHWM``; always the peak without /proc."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
-        return int(lines[name].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _build(
     def encode(batch: list[tuple[Split, str, bool]]) -> list[tuple[Split, np.ndarray]]:
         texts = [text for _, text, _ in batch]
         ids: list[Any] = (
-            [np.frombuffer(text.encode(), np.uint8) for text in texts] if plain else tokenizer.encode_batch(texts)
+            [np.frombuffer(text.encode(), np.uint8) for text in texts] if plain else tokenizer.encode_arrays(texts)
         )
         parts = [np.append(one, separator) if ends else one for one, (_, _, ends) in zip(ids, batch, strict=True)]
         return [(split, np.asarray(part, dtype)) for part, (split, _, _) in zip(parts, batch, strict=True)]
