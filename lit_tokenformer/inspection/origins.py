@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_tokenformer.growth import growth_method
+
 Event = Mapping[str, Any]
 """A growth as :class:`~callbacks.ParameterGrowthCallback` records it."""
 
@@ -41,7 +43,7 @@ class Origins:
     layer: str
 
 
-def trace(events: Sequence[Event], layer: str, count: int, pattern_length: int = 1) -> Origins:
+def trace(events: Sequence[Event], layer: str, count: int, pattern_length: int = 1, kind: str | None = None) -> Origins:
     """Trace the tokens of a layer back through growths.
 
     Args:
@@ -49,6 +51,7 @@ def trace(events: Sequence[Event], layer: str, count: int, pattern_length: int =
         layer: Name of the layer.
         count: Number of its tokens, N.
         pattern_length: Length of the model's layer pattern, by which blocks are inserted.
+        kind: Kind of its tokens, for events of earlier releases without a row map.
 
     Example:
         >>> split = {"rows": {"mlp.key_tokens": [2, 4, 2, 0, 1]}, "before": {}, "after": {}}
@@ -61,7 +64,7 @@ def trace(events: Sequence[Event], layer: str, count: int, pattern_length: int =
     old = torch.ones(count, dtype=torch.bool)  # not added by a later growth
     for number, event in reversed([*enumerate(events, start=1)]):
         key = f"{layer}.key_tokens".lstrip(".")
-        kept, row = event.get(KEPT, {}).get(key), event.get("rows", {}).get(key)
+        kept, row = event.get(KEPT, {}).get(key), _row_map(event, key, kind)
         if kept is not None and int(index.max()) < len(kept):
             index = torch.where(index < 0, -1, torch.tensor(kept)[index.clamp_min(0)])
         if row is not None:
@@ -86,7 +89,7 @@ def trace(events: Sequence[Event], layer: str, count: int, pattern_length: int =
 
 
 def movement(now: Tensor, then: Tensor | None, source: Tensor) -> Tensor:
-    """Compute the relative distance of keys from earlier ones, \\|\\|k - k0\\|\\| / \\|\\|k0\\|\\|, (N,); NaN where unknown.
+    """Compute the distance of keys from earlier ones, relative to the norm of those, (N,); NaN where unknown.
 
     Args:
         now: Keys, (N, D).
@@ -98,6 +101,16 @@ def movement(now: Tensor, then: Tensor | None, source: Tensor) -> Tensor:
     before = then[source.clamp_min(0)].float()
     distance = (now.float() - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
     return torch.where(source < 0, torch.nan, distance)
+
+
+def _row_map(event: Event, key: str, kind: str | None) -> Sequence[int] | None:
+    """Return the row map of a parameter: rows before and after the growth, and copies of each."""
+    if "rows" in event or kind is None:
+        return event.get("rows", {}).get(key)
+    before, after = event["before"].get(kind, 0), event["after"].get(kind, 0)
+    if not 0 < before < after:
+        return None
+    return before, after, growth_method(event["method"]).rows(before, after).copies
 
 
 def _before_insertion(event: Event, layer: str, unit: int) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ def render(report: TokenReport, source: Source, top: int) -> str:
     """Render the page; all text of the model and of the data is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"signed": _signed, "compact": _compact}
+    environment.filters |= {"signed": _signed, "compact": _compact, "label": _label}
     layers = [_layer(layer, report, top) for layer in report.layers]
     tokens = sum(map(len, report.layers))
     total = sum(float(layer.statistics.importance.clamp_min(0).sum()) for layer in report.layers)
@@ -128,14 +129,14 @@ def _removal(layer: str, token: int, importance: float, change: float) -> dict[s
 
 
 def _scatter(report: TokenReport) -> dict[str, Any] | None:
-    """Place importance and measured removal in a square of 100 units."""
-    points = [(importance, change) for *_, importance, change in report.measured]
+    """Place importance and measured removal in a square of 100 units with logarithmic axes."""
+    points = [(importance, change) for *_, importance, change in report.measured if min(importance, change) > 0]
     if len(points) < 2:
         return None
-    low, high = min(map(min, points)), max(map(max, points))
-    span = max(high - low, 1e-30)
-    placed = [tuple(round((value - low) / span * 100, 2) for value in point) for point in points]
-    return {"points": [(x, 100 - y) for x, y in placed], "low": low, "high": high}
+    low, high = math.log(min(map(min, points))), math.log(max(map(max, points)))
+    span = max(high - low, 1e-9)
+    placed = [tuple(round((math.log(value) - low) / span * 100, 2) for value in point) for point in points]
+    return {"points": [(x, 100 - y) for x, y in placed], "low": math.exp(low), "high": math.exp(high)}
 
 
 def _growths(report: TokenReport, source: Source) -> list[dict[str, Any]]:
@@ -179,11 +180,16 @@ def _scores(event: Mapping[str, Any], source: Source) -> tuple[str, float | None
 
 def _signed(value: float | None) -> str:
     """Format a change of the loss, in units of 1e-4."""
-    return "–" if value is None else f"{value * 1e4:+.2f}"
+    return "-" if value is None else f"{value * 1e4:+.2f}"
+
+
+def _label(layer: str) -> str:
+    """Shorten the name of a layer."""
+    return layer.removeprefix("backbone.")
 
 
 def _compact(value: Any) -> str:
     """Format a number with three digits; a dash for none."""
     if value is None or value != value:
-        return "–"
+        return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,13 +204,13 @@ def collect(
                 classes = 0 if labels is None else _classes(model, labels)
                 found = {name: TokenStatistics.empty(layer, top, classes) for name, layer in layers.items()}
             calls: list[tuple[str, Pattention, Tensor, Tensor]] = []
-            with observe(model, lambda *call: calls.append(call)):
+            with observe(model, partial(_keep, calls)):
                 mean, count = loss(model, batch)
             total, items = total + float(mean.detach()) * float(count), items + float(count)
             grads = torch.autograd.grad(mean * count, [y for *_, y in calls], allow_unused=True)
             for (name, layer, x, _), grad in zip(calls, grads, strict=True):
                 found[name].add(layer, x, grad, rows, number, labels)
-            del calls, grads, mean
+            del calls, grads, mean, x, batch
     if not found:
         raise UserError("batches: expected at least one")
     for one in found.values():
@@ -248,6 +249,10 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             part.set_grad_checkpointing(True)
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def _keep(calls: list[Any], *call: Any) -> None:
+    calls.append(call)
 
 
 def _classes(model: Any, labels: Tensor) -> int:

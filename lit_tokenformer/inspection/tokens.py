@@ -1,4 +1,4 @@
-"""Report on the parameter tokens of a model: use, importance, measured removal, origin, contexts and written outputs."""
+"""Report on the parameter tokens of a model: use, importance, removal, origin, contexts and written outputs."""
 
 from __future__ import annotations
 
@@ -128,8 +128,13 @@ class TokenReport:
 
     @property
     def correlation(self) -> float:
-        """Rank correlation of importance with measured removal, over the most important tokens."""
-        return rank_correlation([one[2] for one in self.measured], [one[3] for one in self.measured])
+        """Rank correlation of importance with measured removal, over all tokens that were measured."""
+        pairs = [
+            (float(layer.statistics.importance[token]), change)
+            for layer in self.layers
+            for token, change in layer.removals.items()
+        ]
+        return rank_correlation([one for one, _ in pairs], [other for _, other in pairs])
 
     def rows(self) -> Iterator[list[Any]]:
         """Yield one row of :data:`COLUMNS` for each parameter token."""
@@ -216,8 +221,8 @@ def token_report(
     unit = backbone.config.pattern_length
     report = TokenReport([], loss, data_tokens, events)
     for name, layer in layers.items():
-        origins = trace(events, name, layer.num_tokens, unit)
-        source = trace(events[earlier_growths:], name, layer.num_tokens, unit)
+        origins = trace(events, name, layer.num_tokens, unit, layer.kind)
+        source = trace(events[earlier_growths:], name, layer.num_tokens, unit, layer.kind)
         then = (earlier or {}).get(f"{source.layer}.key_tokens")
         keys = layer.key_tokens.detach().cpu()
         nearest, similarity = _nearest(keys)
