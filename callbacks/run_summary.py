@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import uuid
@@ -93,6 +94,9 @@ class RunSummary(Callback):
         except OSError as error:
             rank_zero_warn(f"cannot write summary.json to {folder}: {error.strerror or error}")
         self._print()
+        path = _latest_checkpoint(trainer)
+        if path and param_tokens(pl_module):
+            print(f"Inspect its tokens: lit-tokenformer inspect --ckpt_path {shlex.quote(path)} --output report")
 
     def _continues(self, summary: str) -> bool:
         """Return whether this fit continues the one of a summary; a second fit from its checkpoint does not."""
@@ -228,6 +232,13 @@ def _best(trainer: Trainer) -> list[Any]:
     """Return the first ``ModelCheckpoint`` with a best score, as a list of at most one."""
     callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor]
     return [one for one in callbacks if one.best_model_score is not None][:1]
+
+
+def _latest_checkpoint(trainer: Trainer) -> str | None:
+    """Return the path of the newest checkpoint, preferably that of the newest state."""
+    callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    paths = [one.last_model_path or one.best_model_path for one in sorted(callbacks, key=lambda one: bool(one.monitor))]
+    return next((path for path in paths if path and _exists(path)), None)
 
 
 def _exists(path: str) -> bool:

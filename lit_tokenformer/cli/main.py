@@ -38,6 +38,7 @@ from lit_tokenformer.cli.commands import (
 from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.generate import generate_text
+from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
 from lit_tokenformer.cli.merge import merge_checkpoints
 from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
@@ -96,6 +97,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": merge_checkpoints,
     "import": import_weights,
     "export": export_weights,
+    "inspect": inspect_checkpoint,
+    "prune": prune_checkpoint,
 }
 """Commands that build neither model nor data from the options of ``fit``."""
 

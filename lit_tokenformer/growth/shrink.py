@@ -25,11 +25,14 @@ from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth.axes import PlannedGrowth, check_shared
 from lit_tokenformer.growth.rows import Rows
 from lit_tokenformer.models import ParamTokens, model_size
-from lit_tokenformer.models.axes import OUT, find_axes, refresh
+from lit_tokenformer.models.axes import OUT, Axis, find_axes, refresh
 from lit_tokenformer.models.config import KINDS, OTHER
 
 Prefix = int | float | Mapping[str, int | float]
 """Size of a prefix as users write it: tokens as in growth, a share below 1, or totals and shares by kind of axis."""
+
+Tensors = Mapping[tuple[nn.Module, str], Tensor]
+"""Tensors by owner and attribute."""
 
 Order = Mapping[str, Tensor]
 """New order of the units of each axis, (units,) int64 by the key of :func:`unit_importance`."""
@@ -58,11 +61,7 @@ def shrink(module: nn.Module, tokens: Prefix, setting: str = "tokens") -> None:
         >>> layer.num_tokens, layer.tau.item()
         (4, 2.0)
     """
-    for (owner, attribute), tensor in prefix_tensors(planned_prefix(module, tokens, setting)).items():
-        present = getattr(owner, attribute)
-        present.data, present.grad = tensor.detach().clone(), None
-        owner._non_persistent_buffers_set.discard(attribute)
-        refresh(owner)
+    replace_tensors(prefix_tensors(planned_prefix(module, tokens, setting)))
 
 
 @contextmanager
@@ -88,13 +87,29 @@ def prefix(module: nn.Module, tokens: Prefix) -> Iterator[None]:
         >>> layer.num_tokens
         16
     """
+    with swapped_tensors(prefix_tensors(planned_prefix(module, tokens))):
+        yield
+
+
+def replace_tensors(tensors: Tensors) -> None:
+    """Replace the data of parameters and buffers, whose sizes may change."""
+    for (owner, attribute), tensor in tensors.items():
+        present = getattr(owner, attribute)
+        present.data, present.grad = tensor.detach().clone(), None
+        owner._non_persistent_buffers_set.discard(attribute)
+        refresh(owner)
+
+
+@contextmanager
+def swapped_tensors(tensors: Tensors) -> Iterator[None]:
+    """Replace parameters and buffers within the block by tensors, which may be differentiable in the parameters."""
     whole: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-    for (owner, attribute), tensor in prefix_tensors(planned_prefix(module, tokens)).items():
+    for (owner, attribute), tensor in tensors.items():
         store: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
         whole.append((store, attribute, store[attribute], tensor))
     try:
         for store, attribute, _, tensor in whole:
-            store[attribute] = tensor  # a view, differentiable in the parameter
+            store[attribute] = tensor
         yield
     finally:
         for store, attribute, tensor, _ in whole:
@@ -125,14 +140,19 @@ def planned_prefix(module: nn.Module, tokens: Prefix, setting: str = "tokens") -
         if after > before:
             raise UserError(f"{setting}: {where} would grow from {before} to {after}; use grow")
         plan.append(PlannedGrowth(name, part, axis, Rows(before, after)))
-        for tensor in axis.tensors:
-            owner, attribute = tensor.owner(part)
-            if attribute not in (*owner._parameters, *owner._buffers):
-                raise UserError(f"{setting}: {where} is parametrized; remove the parametrization first")
-            if isinstance(tensor.of(part), DTensor):
-                raise UserError(f"{setting}: {where} is sharded among processes (expected a whole model)")
+        check_whole_tensors(part, axis, f"{setting}: {where}")
     check_shared(module, plan)
     return plan
+
+
+def check_whole_tensors(part: nn.Module, axis: Axis, where: str) -> None:
+    """Raise a ``UserError`` that begins with ``where`` if tensors of an axis are parametrized or sharded."""
+    for tensor in axis.tensors:
+        owner, attribute = tensor.owner(part)
+        if attribute not in (*owner._parameters, *owner._buffers):
+            raise UserError(f"{where} is parametrized; remove the parametrization first")
+        if isinstance(tensor.of(part), DTensor):
+            raise UserError(f"{where} is sharded among processes (expected a whole model)")
 
 
 def _by_kind(tokens: Prefix, current: Mapping[str, int], setting: str) -> dict[str, int | float]:
@@ -176,7 +196,7 @@ def prefix_tensors(plan: Iterable[PlannedGrowth]) -> dict[tuple[nn.Module, str],
             whole = found.get(place, tensor.of(one.part))
             found[place] = whole.narrow(tensor.dim, 0, one.rows.after * tensor.block)
         if one.axis.tau is not None:
-            found[_place(one.part, one.axis.tau)] = _prefix_tau(one.axis.tau, one.rows)
+            found[tensor_place(one.part, one.axis.tau)] = _prefix_tau(one.axis.tau, one.rows)
     return {place: tensor.contiguous() for place, tensor in found.items()}
 
 
@@ -187,7 +207,7 @@ def _prefix_tau(tau: Tensor, rows: Rows) -> Tensor:
     return torch.minimum(wide, math.sqrt(rows.after) * excess).to(tau.dtype)
 
 
-def _place(part: nn.Module, tensor: Tensor) -> tuple[nn.Module, str]:
+def tensor_place(part: nn.Module, tensor: Tensor) -> tuple[nn.Module, str]:
     """Find the module below ``part`` that owns a tensor, and its attribute name."""
     for owner in part.modules():
         for attribute, own in (*owner._buffers.items(), *owner._parameters.items()):
