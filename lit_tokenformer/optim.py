@@ -116,7 +116,7 @@ class MuonWithAuxAdam(Optimizer):
         inner.step()
         inner.param_groups, inner.state = [], defaultdict(dict)
 
-    def _step_sharded(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
+    def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
         """Take a step of Muon for one sharded matrix. It is gathered, since its update depends on all rows."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:

@@ -190,31 +190,32 @@ def test_short_sequences_cost_their_share_and_the_control_at_full_cost_has_the_s
         assert masked.steps(domain) == replace(control, share=0.5).steps(domain)
 
 
+def test_arms_of_muon_differ_in_the_optimizer_alone():
+    domain = arms.DOMAINS["text"]
+    arm = replace(arms.controls(domain)[0], lr=0.01)
+    plain, muon = (one.fit(domain, 0, 1) for one in (arm, replace(arm, optimizer=baselines.MUON)))
+    ours, theirs = (fit["model"]["init_args"].pop("optimizer") for fit in (muon, plain))
+    assert plain == muon and theirs["class_path"] == "torch.optim.AdamW"
+    assert ours["class_path"] == "lit_tokenformer.optim.MuonWithAuxAdam"
+    assert theirs["init_args"] == {**ours["init_args"], "fused": True}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", baselines.STUDIES)
-def test_the_baselines_run_and_are_read_again(name, tmp_path, monkeypatch, text_cache):
-    of, _ = baselines.STUDIES[name]
-    domain = arms.DOMAINS[of]
-    changes = {"dataset": "python_docs", "cache_dir": str(text_cache)}
-    if name == "patches":
-        write_fashion_mnist(tmp_path)
-        changes = {"batch_size": 8, "eval_batch_size": 4}
-    data = {**domain.data, "init_args": {**domain.data["init_args"], **changes}}
-    monkeypatch.setattr(
-        baselines, "DOMAINS", {of: replace(domain, budget=domain.budget / 500, data=data, val_batches=1)}
-    )
-    command = [name, str(tmp_path / "out"), "--reduced", "--root", str(tmp_path), "--logs", str(tmp_path / "logs")]
+def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
+    write_fashion_mnist(tmp_path)
+    images = arms.DOMAINS["images"]
+    data = {**images.data, "init_args": {**images.data["init_args"], "batch_size": 8, "eval_batch_size": 4}}
+    tiny = replace(images, budget=images.budget / 500, data=data, val_batches=1)
+    monkeypatch.setattr(baselines, "DOMAINS", {"images": tiny})
+    command = ["patches", str(tmp_path / "out"), "--reduced", "--root", str(tmp_path), "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
-    told = (tmp_path / "out" / f"{name}.md").read_text()
+    told = (tmp_path / "out" / "patches.md").read_text()
     rows = [line.removeprefix("| ").split(" | ")[:2] for line in told.splitlines() if " C | " in line]
-    if name == "patches":
-        assert [cost for arm, cost in rows if arm.endswith(baselines.FULL_COST)] == ["0.50 C", "1.00 C"]
-        assert ["4 of 16 patches for 75%", "0.45 C"] in rows
-    else:
-        assert ["grown, Muon", "0.65 C"] in rows
+    assert [cost for arm, cost in rows if arm.endswith(baselines.FULL_COST)] == ["0.50 C", "1.00 C"]
+    assert ["4 of 16 patches for 75%", "0.45 C"] in rows
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
     assert len(times) == len(rows)
-    (tmp_path / "out" / f"{name}.md").unlink()
+    (tmp_path / "out" / "patches.md").unlink()
     assert baselines.main([*command, "--draw-only"]) == 0
-    assert (tmp_path / "out" / f"{name}.md").read_text() == told
+    assert (tmp_path / "out" / "patches.md").read_text() == told
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
