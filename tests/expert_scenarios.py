@@ -30,7 +30,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def fit(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Fit 3 optimizer steps of 2 micro-batches; in ``NAME_grown``, the experts come by a growth after the first."""
-    make, data = STRATEGIES[name.partition("_")[0]] if WORLD > 1 else (lambda: "auto", 1)
+    make, data = STRATEGIES[name.removesuffix("_grown")] if WORLD > 1 else (lambda: "auto", 1)
     seed_everything(0)
     sizes = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8}
     grown = name.endswith("grown")

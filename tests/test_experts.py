@@ -422,7 +422,7 @@ def test_commands_grow_a_checkpoint_and_start_from_it(tmp_path, capsys):
 
 def test_a_plan_has_active_parameters(capsys):
     task = make_task(experts_top_k=2)
-    trainer = Trainer(max_steps=8, callbacks=[growth()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer = Trainer(max_steps=12, callbacks=[growth()], logger=False, enable_checkpointing=False, accelerator="cpu")
     stages = plan(trainer, task)
     assert [stage.tokens["experts"] for stage in stages] == [1, 2, 4]
     assert stages[-1].cost.active_parameters < stages[-1].cost.parameters and not stages[0].cost.inactive

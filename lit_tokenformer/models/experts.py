@@ -282,7 +282,7 @@ class Grouped:
         """Multiply each group of rows (M, D_in) by its weights, (E, D_in, D_out)."""
         dtype = _compute_dtype(x)
         x, weights = x.to(dtype), weights.to(dtype)
-        if hasattr(F, "grouped_mm") and all(size % _step(dtype) == 0 for size in weights.shape[1:]):
+        if _has_product(dtype) and all(size % _step(dtype) == 0 for size in weights.shape[1:]):
             return F.grouped_mm(x, weights, offs=self.ends)
         parts = zip(x.split(self.sizes.tolist()), weights.unbind(), strict=True)
         return torch.cat([part @ weight for part, weight in parts])
@@ -290,11 +290,12 @@ class Grouped:
 
 def can_group(experts: Sequence[nn.Module], rows: Tensor) -> bool:
     """Check whether products of all experts at once apply: plain layers of suitable shapes, and a recent torch."""
-    if not hasattr(F, "grouped_mm") or not hasattr(experts[0], "grouped"):
+    dtype = _compute_dtype(rows)
+    if not _has_product(dtype) or not hasattr(experts[0], "grouped"):
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    step = _step(_compute_dtype(rows))
+    step = _step(dtype)
     return all(_is_plain(module, step) for expert in experts for module in expert.modules())
 
 
@@ -414,7 +415,12 @@ def expert_metrics(module: nn.Module) -> dict[str, float]:
 
 def _step(dtype: torch.dtype) -> int:
     """Return the divisor of all sizes that grouped_mm needs, which takes strides of multiples of 16 bytes."""
-    return max(1, 16 // dtype.itemsize)
+    return 16 // dtype.itemsize
+
+
+def _has_product(dtype: torch.dtype) -> bool:
+    """Check whether this torch has grouped_mm, and for a dtype."""
+    return hasattr(F, "grouped_mm") and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _wide(x: Tensor) -> torch.dtype:
