@@ -3,7 +3,6 @@
 from callbacks.adapter import AdapterCallback
 from callbacks.error_log import ErrorLog
 from callbacks.growing_ema import GrowingEMA
-from callbacks.log_step_progress_bar import LogStepProgressBar
 from callbacks.loss_guard import LossGuard
 from callbacks.nested_sizes import NestedSizes
 from callbacks.parameter_growth import ParameterGrowthCallback
@@ -17,7 +16,6 @@ __all__ = [
     "AdapterCallback",
     "ErrorLog",
     "GrowingEMA",
-    "LogStepProgressBar",
     "LossGuard",
     "NestedSizes",
     "ParameterGrowthCallback",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
         self.decay = decay
         self.warmup = warmup
         # Lightning's average of two equal values is not exact, so tau would drift
-        self._kwargs = {"multi_avg_fn": partial(_moving_average, decay, warmup)}
+        self._kwargs = {"multi_avg_fn": self._update}
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,6 +85,9 @@ class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
         with warnings.catch_warnings():  # tasks shard under one strategy only, and reject weight averaging there
             warnings.filterwarnings("ignore", ".*configure_model.*")
             super().setup(trainer, pl_module, stage)
+        average: Any = self._average_model
+        if average is not None:
+            average.n_averaged = average.n_averaged.cpu()  # on a device, each look at it would wait for the device
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cast the average to the model's precision, which Lightning sets after the average is copied."""
@@ -128,6 +130,10 @@ class GrowingEMA(EMAWeightAveraging, HyperparametersMixin):
     def _swap_models(self, pl_module: LightningModule) -> None:
         super()._swap_models(pl_module)
         self._swapped = not self._swapped
+
+    def _update(self, average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        assert self._average_model is not None
+        _moving_average(self.decay, self.warmup, average, current, self._average_model.n_averaged)  # on the host
 
 
 @torch.no_grad()

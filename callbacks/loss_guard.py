@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,9 @@ from lit_tokenformer.growth.shards import gather, local
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _SHOWN = 64
 """Maximum number of reported samples per batch."""
+
+_MOST_PENDING = 50
+"""Maximum number of steps whose verdicts the host has not read."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -48,12 +52,13 @@ class LossGuard(Callback):
         NonFiniteLoss: During a fit, depending on ``action``.
 
     Note:
-        Under DDP the check costs one all-reduce of a scalar per optimizer step. On a GPU the host does not wait for it.
-        All gradients of a non-finite step are zeroed on the device, and the fit stops or rolls back before the next
-        step, or before a checkpoint is saved. A fused torch optimizer (``fused: true``) of unsharded parameters skips
-        the step on the device. Any other optimizer applies zero gradients, so momentum and weight decay still change
-        the weights once; ``rollback`` undoes that, and ``stop`` saves no checkpoint after it. Gradient overflows under
-        a loss scale (16-bit precision) are left to the scaler.
+        Under DDP the check costs one all-reduce of a scalar per optimizer step. On a GPU the host never waits for it
+        in an ordinary step: from a non-finite step on, all gradients are zeroed on the device, and the fit stops or
+        rolls back at the next log step or 50 steps later, whichever comes first, and before a validation, the end of an
+        epoch, a copy for ``rollback`` or, with ``stop``, a checkpoint. A fused torch optimizer (``fused: true``) of
+        unsharded parameters skips these steps on the device. Any other optimizer applies zero gradients, so momentum
+        and weight decay still change the weights; ``rollback`` undoes that, and ``stop`` saves no checkpoint after it.
+        Gradient overflows under a loss scale (16-bit precision) are left to the scaler.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,7 +78,7 @@ class LossGuard(Callback):
         """Number of rollbacks so far."""
         self._batch = 0
         self._losses: list[tuple[int, Tensor]] = []
-        self._pending: _Step | None = None
+        self._pending: list[_Step] = []
         self._kept: _State | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class LossGuard(Callback):
             raise UserError(f"action: rollback needs an unsharded model in each process (got {strategy}); use stop")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses, self._pending, self._kept = [], None, None
+        self._losses, self._pending, self._kept = [], [], None
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Drop the state from before a growth, whose shapes no longer fit.
@@ -110,23 +115,38 @@ class LossGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         losses, self._losses = self._losses, []
-        if self._settle(trainer, pl_module):  # the step before
+        copies = self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps
+        if (copies or len(self._pending) >= _MOST_PENDING) and self._settle(trainer, pl_module):  # the steps before
             optimizer.zero_grad(set_to_none=True)  # stale gradients; the optimizer skips parameters without one
             return
         gradients = _gradients(trainer, optimizer)
         wrong = _in_any_process(trainer, _non_finite([loss for _, loss in losses], gradients, pl_module.device))
         lags = _lags(wrong)
-        self._pending = _Step(_to_host(wrong), losses, trainer.current_epoch, trainer.global_step, lags)
         if lags:
+            wrong = wrong if not self._pending else wrong | self._pending[-1].wrong  # the steps after a wrong one, too
             for gradient in gradients:
                 gradient.masked_fill_(wrong, 0)
             if gradients and _skips_on_device(optimizer):
                 optimizer.found_inf = wrong.float()
-        elif self._settle(trainer, pl_module):
+        self._pending.append(_Step(wrong, losses, trainer.current_epoch, trainer.global_step, lags))
+        if not lags and self._settle(trainer, pl_module):
             optimizer.zero_grad(set_to_none=True)
-            return
-        if self._kept is not None and trainer.global_step - self._kept.step >= self.every_n_steps:
+        elif copies:
             self._kept = _State(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the host waits for the device there anyway; a pending gradient would not fit the state of a rollback
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            self._settle(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fit_loop._should_accumulate():
+            self._settle(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)  # while the samples of its batches are known
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.action == "stop":  # a rollback waits for the next step: the checkpoint already holds its tensors
@@ -138,14 +158,14 @@ class LossGuard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release(trainer)
-        self._pending = None
+        self._pending = []
 
     def _release(self, trainer: Trainer) -> None:
         for optimizer in trainer.optimizers:
             vars(optimizer).pop("found_inf", None)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Act on the pending verdict of a step.
+        """Act on the pending verdicts, of which the first non-finite one counts; the host waits for the device.
 
         Returns:
             Whether the fit rolled back.
@@ -153,10 +173,11 @@ class LossGuard(Callback):
         Raises:
             NonFiniteLoss: If the step is non-finite and the fit does not roll back.
         """
-        step, self._pending = self._pending, None
-        if step is None or not step.wrong():
+        steps, self._pending = self._pending, []
+        verdicts = torch.stack([step.wrong for step in steps]).tolist() if steps else []
+        if True not in verdicts:
             return False
-        found = _describe(trainer, pl_module, step)
+        found = _describe(trainer, pl_module, steps[verdicts.index(True)])
         if self.action == "stop" or self._kept is None or self.rollbacks >= self.max_rollbacks:
             spent = f"; stopped after {self.rollbacks} rollbacks" if self.rollbacks else ""
             raise NonFiniteLoss(f"{found}; gradient not applied{spent}")
@@ -173,14 +194,14 @@ class _Step(NamedTuple):
     """Optimizer step with its pending verdict.
 
     Args:
-        wrong: Waits for the device and returns whether a loss or gradient is non-finite.
+        wrong: Whether a loss or gradient of this step or of a pending one before is non-finite, () bool on the device.
         losses: Batch indices of the step, each with its loss.
         epoch: Its epoch.
         step: Its global step.
-        lags: Whether the gradients already belong to the next step when the verdict is read.
+        lags: Whether the gradients already belong to a later step when the verdict is read.
     """
 
-    wrong: Callable[[], bool]
+    wrong: Tensor
     losses: list[tuple[int, Tensor]]
     epoch: int
     step: int
@@ -188,29 +209,14 @@ class _Step(NamedTuple):
 
 
 def _lags(verdict: Tensor) -> bool:
-    """Return whether the host reads the verdict one step later, while the device continues."""
-    return verdict.is_cuda
+    """Return whether the host reads the verdict later, while the device continues."""
+    return verdict.device.type != "cpu"
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimizer skips a step if its attribute ``found_inf`` is 1, as set by loss scalers."""
     groups = optimizer.param_groups
     return all(one.get("fused") and not any(isinstance(p, DTensor) for p in one["params"]) for one in groups)
-
-
-def _to_host(verdict: Tensor) -> Callable[[], bool]:
-    """Start copying a verdict, () bool, to the host; return a function that waits for it."""
-    if not verdict.is_cuda:
-        return lambda: bool(verdict)
-    copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(verdict, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(verdict.device))
-
-    def wait() -> bool:
-        copied.synchronize()
-        return bool(copy)
-
-    return wait
 
 
 def _gradients(trainer: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -232,7 +238,7 @@ def _non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.dev
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Compute a norm that is finite if and only if all gradients are: maximum norm, or the faster L2 norm on CPU."""
-    if not gradients[0].is_cuda:
+    if not _lags(gradients[0]):
         norm = torch.nn.utils.get_total_norm(gradients)
         if norm.isfinite():
             return norm  # otherwise its squares may have overflowed

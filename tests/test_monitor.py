@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.growing_ema import GrowingEMA
 from callbacks.image_grid import draw_examples
-from callbacks.log_step_progress_bar import LogStepProgressBar
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.run_summary import RunSummary
 from callbacks.throughput import peak_flops
@@ -477,7 +476,7 @@ def test_throughput_mfu_and_waiting_across_growth_accumulation_and_validation(
     data.clock = clock
     monitor, summary, growth = TrainingMonitor(peak_flops=1e6), RunSummary(), ParameterGrowthCallback({1: 16})
     trainer = build_trainer(
-        tmp_path, growth, monitor, summary, LogStepProgressBar(), clock.wait(3), accumulate_grad_batches=2,
+        tmp_path, growth, monitor, summary, clock.wait(3), accumulate_grad_batches=2,
         enable_progress_bar=True,
     )  # fmt: skip
     task = build_task()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -44,14 +43,7 @@ from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
 
 try:
-    from callbacks import (
-        ErrorLog,
-        LogStepProgressBar,
-        ParameterGrowthCallback,
-        PredictionWriter,
-        PreemptionCheckpoint,
-        TrainingMonitor,
-    )
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
 except ImportError as error:
     raise ImportError(
         f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
@@ -310,8 +302,9 @@ class TokenformerCLI(LightningCLI):
         check_trainer_settings(config)
         if self._identity is not None:
             callbacks = [*callbacks, self._identity]
-        if self.subcommand == "fit":
-            callbacks = [*callbacks, *_reporters(config)]
+        given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        if self.subcommand == "fit" and not any(isinstance(one, TrainingMonitor) for one in given):
+            callbacks = [*callbacks, TrainingMonitor(log_images=0, row_norms=False)]
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except Exception as error:
@@ -439,19 +432,6 @@ class TokenformerCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
-
-
-def _reporters(config: dict[str, Any]) -> list[Callback]:
-    """Return the callbacks that report the throughput of a fit, unless its config has its own."""
-    given = config.get("callbacks") or []
-    given = given if isinstance(given, list) else [given]
-    shows = config.get("enable_progress_bar") is not False and not config.get("barebones")
-    wanted: list[Callback] = []
-    if not any(isinstance(one, TrainingMonitor) for one in given):
-        wanted.append(TrainingMonitor(log_images=0, row_norms=False))
-    if shows and not any(isinstance(one, ProgressBar) for one in given):
-        wanted.append(LogStepProgressBar())
-    return wanted
 
 
 def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | None:

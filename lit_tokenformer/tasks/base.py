@@ -339,6 +339,14 @@ class LitTask(OptimizedTask):
     def on_test_epoch_end(self) -> None:
         self.log_scores("test")
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the losses in the progress bar; with ``prog_bar`` Lightning would wait for the device in each batch."""
+        trainer = self.trainer
+        shows = trainer._logger_connector.should_update_logs or batch_idx == 0
+        for name, loss in trainer.callback_metrics.items() if shows and trainer.progress_bar_callback else ():
+            if name.startswith("train/") and name.endswith("loss"):
+                trainer.progress_bar_metrics[name] = float(loss)
+
     def save_extras(self, checkpoint: dict[str, Any]) -> None:
         """Add task state other than the weights to a checkpoint; none by default."""
 

@@ -124,7 +124,7 @@ class LitCausalLM(LitLanguageTask):
     def training_loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         total, count = self._loss(batch, self.z_loss)
         loss = total / count.clamp_min(1)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, batch_size=len(batch))
         return loss, count
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

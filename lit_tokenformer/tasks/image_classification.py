@@ -185,7 +185,7 @@ class LitImageClassifier(LitTask):
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         loss, count = self.feature_loss(*self.batch_features(batch))
-        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        self.log("train/loss", loss, batch_size=count)
         return loss, count
 
     def batch_features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

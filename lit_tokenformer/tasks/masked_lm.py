@@ -112,7 +112,7 @@ class LitMaskedLM(LitLanguageTask):
     def training_loss(self, batch: Batch) -> tuple[Tensor, int]:
         features, labels = self.batch_features(batch)
         loss, _ = self.feature_loss(features, labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
+        self.log("train/loss", loss, batch_size=len(batch[0]))
         return loss, len(labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -256,7 +256,7 @@ class LitMultiTask(LitTask):
             share = task.share_of_step(count, batch_idx, losses[name])
             terms[name] = [term if share is None else term * share for term in self.terms(name, losses[name])]
         loss = _sum_of(terms)
-        self.log("train/loss", self.total(losses).detach(), prog_bar=True)
+        self.log("train/loss", self.total(losses).detach())
         if self.log_variances:
             self.log_dict({f"train/{name}/weight": weight for name, weight in self.weights().items()})
         self._terms = terms if self._trainer and self.trainer.accumulate_grad_batches > 1 else {}
