@@ -585,7 +585,7 @@ def test_groups_of_an_adapter_are_reported_apart(grown, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["digits", "text"])
 def test_importance_ranks_like_measured_removal(kind):
     """Spearman's correlation over 32 tokens, evenly spaced over the ranking of all of them, on held-out data."""
-    given = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 16}
+    given = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 32}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     if kind == "digits":
         task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", 10, 8, {**given, "patch_size": 4}, adamw)

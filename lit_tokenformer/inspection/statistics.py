@@ -157,7 +157,7 @@ class Rows:
     """Data tokens of a batch.
 
     Args:
-        counted: Mask of the data tokens that are not padding, (B, T) bool; ``None`` if there is no padding.
+        counted: Mask of the data tokens that are not padding, (B, T) bool; ``None`` without padding.
     """
 
     counted: Tensor | None = None
