@@ -78,9 +78,9 @@ def inspect_checkpoint(
             write_report(folder, report, source, top)
     except OSError as error:
         raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
-    dead = sum(len(layer.dead) for layer in report.layers)
-    total = sum(map(len, report.layers))
-    print(f"{target / PAGE}: {total:,} parameter tokens, {dead} dead of {sum(_measured(report))} measured")
+    total, dead = sum(map(len, report.layers)), sum(len(layer.dead) for layer in report.layers)
+    measured = sum(len(layer.removals) for layer in report.layers)
+    print(f"{target / PAGE}: {total:,} parameter tokens, {dead} dead of {measured} measured")
     return target / PAGE
 
 
@@ -214,10 +214,6 @@ def _facts(task: Any, checkpoint: Mapping[str, Any], dataset: str) -> list[tuple
     facts = [("task", type(task).__name__), ("preset", str(task.hparams.get("preset")))]
     facts += [("step", f"{checkpoint.get('global_step', 0):,}"), ("parameters", f"{parameters:,}")]
     return [*facts, ("validation data of", dataset)]
-
-
-def _measured(report: Any) -> list[int]:
-    return [len(layer.removals) for layer in report.layers]
 
 
 def _record_kept(checkpoint: dict[str, Any], dead: Mapping[str, list[int]], sizes: Mapping[str, int]) -> None:

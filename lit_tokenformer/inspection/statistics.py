@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ class TokenStatistics:
             the data token in the batch; -1 where unknown.
         by_class: Mean of \\|w\\| by class of the sample, (C, N); ``None`` for data without classes.
         data_tokens: Data tokens seen by the layer.
+        samples: Samples of each class, (C,).
     """
 
     use: Tensor
@@ -64,7 +65,7 @@ class TokenStatistics:
     places: Tensor
     by_class: Tensor | None = None
     data_tokens: int = 0
-    samples: Tensor | None = field(default=None, repr=False)
+    samples: Tensor | None = None
 
     @staticmethod
     def empty(layer: Pattention, top: int, classes: int) -> TokenStatistics:
