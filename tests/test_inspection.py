@@ -117,14 +117,27 @@ def test_statistics_equal_the_plain_formulas():
                             (one.largest, weights.amax(0)), (one.energy, energy.mean(0))):  # fmt: skip
         torch.testing.assert_close(value.float(), expected.detach(), rtol=1e-4, atol=1e-6)
     (slope,) = torch.autograd.grad(total / count, layer.value_tokens)
-    importance = -(slope * layer.value_tokens).sum(dim=1)
-    torch.testing.assert_close(one.importance.float(), importance.detach(), rtol=1e-3, atol=1e-8)
-    assert (one.influence >= one.importance.abs() - 1e-12).all()
+    first = -(slope * layer.value_tokens).sum(dim=1)
+    torch.testing.assert_close(one.first_order.float(), first.detach(), rtol=1e-3, atol=1e-8)
+    assert (one.influence >= one.first_order.abs() - 1e-12).all()
     torch.testing.assert_close(one.weights, weights.topk(5, dim=0).values)
     number, index = place(int(one.places[0, 3]))
     given = F.gelu(layer.tau * F.normalize(inputs[number] @ layer.key_tokens.T, dim=-1))
     torch.testing.assert_close(given.flatten(0, 1)[index, 3], one.weights[0, 3])
     assert all(parameter.requires_grad for parameter in task.parameters()) and task.training
+
+
+def test_importance_adds_half_of_the_squared_change_of_each_item():
+    """For a classifier an item is an image: gradients of one image at a time, squared."""
+    task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", 3, 8, overrides={**TINY, "patch_size": 4})
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 2, 2, 0, 1, 0])
+    one = collect(task, [(images[:4], labels[:4]), (images[4:], labels[4:])])[0]["backbone.blocks.1.attn.proj"]
+    values = task.eval().backbone.blocks[1].attn.proj.value_tokens
+    losses = [F.cross_entropy(task(images[i : i + 1]), labels[i : i + 1]) for i in range(6)]
+    each = torch.stack([-(torch.autograd.grad(loss, values)[0] * values).sum(dim=1) for loss in losses])
+    expected = each.mean(dim=0) + each.square().mean(dim=0) / 2
+    torch.testing.assert_close(one.first_order.float(), each.mean(dim=0).detach(), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(one.importance.float(), expected.detach(), rtol=1e-3, atol=1e-7)
 
 
 def test_memory_does_not_grow_with_the_data():
@@ -572,7 +585,7 @@ def test_groups_of_an_adapter_are_reported_apart(grown, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["digits", "text"])
 def test_importance_ranks_like_measured_removal(kind):
     """Spearman's correlation over 32 tokens, evenly spaced over the ranking of all of them, on held-out data."""
-    given = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 16}
+    given = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 32}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     if kind == "digits":
         task = LitImageClassifier("tokenformer_vit_tiny_patch16_224", 10, 8, {**given, "patch_size": 4}, adamw)

@@ -70,6 +70,7 @@ def test_a_wheel_holds_code_and_configs(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "lit_tokenformer/configs/vit_small.yaml",
+        "lit_tokenformer/inspection/report.html",
         "callbacks/parameter_growth.py",
         "lit_tokenformer/cli/main.py",
     ):

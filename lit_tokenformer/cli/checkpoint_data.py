@@ -80,6 +80,8 @@ def evaluation_batches(
     data.prepare_data()
     data.setup("validate")
     task.check_data(checkpoint, data)
+    if isinstance(task, LitImageClassifier) and task.image_data is None:  # of an earlier release
+        task.image_data = data.image_data
     loader = _spread(data.val_dataloader(), count)
     batches = [_moved(batch, task.device) for batch in islice(loader, count)]
     if not batches:

@@ -122,14 +122,14 @@ def shrink_checkpoint(ckpt_path: str, tokens: Tokens | float, output: str | None
     shrink(task, tokens)
     after = axis_sizes(task)
     changed = {kind: size for kind, size in after.items() if size < before[kind] or kind in KINDS}
-    _describe_size(task, next(iter(task.backbones.values())).config, changed)
+    describe_size(task, next(iter(task.backbones.values())).config, changed)
     write_checkpoint(fresh_checkpoint(task, task.state_dict()), target)
     pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items() if now < before[kind]}
     print(f"{target}: {describe_sizes(pairs)}")
     return target
 
 
-def _describe_size(task: tasks.LitTask, config: TokenformerConfig, size: dict[str, int]) -> None:
+def describe_size(task: tasks.LitTask, config: TokenformerConfig, size: dict[str, int]) -> None:
     """Set a task's arguments to a smaller size than that of its config.
 
     Raises:

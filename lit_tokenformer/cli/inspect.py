@@ -12,6 +12,7 @@ from lit_tokenformer.adapters import load_adapter, set_adapter
 from lit_tokenformer.atomic_io import atomic_folder
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
 from lit_tokenformer.cli.checkpoint_data import evaluation_batches
+from lit_tokenformer.cli.commands import describe_size
 from lit_tokenformer.cli.generate import AdapterChoice
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.inference.text import find_device
@@ -77,9 +78,9 @@ def inspect_checkpoint(
             write_report(folder, report, source, top)
     except OSError as error:
         raise UserError(f"output: cannot write {target} ({error.strerror or error})") from None
-    dead = sum(len(layer.dead) for layer in report.layers)
-    total = sum(map(len, report.layers))
-    print(f"{target / PAGE}: {total:,} parameter tokens, {dead} dead of {sum(_measured(report))} measured")
+    total, dead = sum(map(len, report.layers)), sum(len(layer.dead) for layer in report.layers)
+    measured = sum(len(layer.removals) for layer in report.layers)
+    print(f"{target / PAGE}: {total:,} parameter tokens, {dead} dead of {measured} measured")
     return target / PAGE
 
 
@@ -139,6 +140,11 @@ def prune_checkpoint(
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
     task.save_size(checkpoint)
+    initial = task.backbone.config
+    smaller = {kind: size for kind, size in task.backbone.param_tokens.items() if size < initial.size.get(kind, 0)}
+    if smaller:  # a checkpoint must not describe a larger model than its tensors
+        describe_size(task, initial, smaller)
+        checkpoint[task.CHECKPOINT_HYPER_PARAMS_KEY] = dict(task.hparams)
     with state_errors(ckpt_path, "callbacks"):
         _record_kept(checkpoint, dead.tokens, sizes)
     write_checkpoint(checkpoint, target)
@@ -208,10 +214,6 @@ def _facts(task: Any, checkpoint: Mapping[str, Any], dataset: str) -> list[tuple
     facts = [("task", type(task).__name__), ("preset", str(task.hparams.get("preset")))]
     facts += [("step", f"{checkpoint.get('global_step', 0):,}"), ("parameters", f"{parameters:,}")]
     return [*facts, ("validation data of", dataset)]
-
-
-def _measured(report: Any) -> list[int]:
-    return [len(layer.removals) for layer in report.layers]
 
 
 def _record_kept(checkpoint: dict[str, Any], dead: Mapping[str, list[int]], sizes: Mapping[str, int]) -> None:

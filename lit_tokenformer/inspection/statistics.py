@@ -1,7 +1,9 @@
 """Statistics of parameter tokens over batches, in one pass and in bounded memory.
 
-Importance is the first-order change of the loss when a token is removed: ``-sum_t w_t (V . dL/dy_t)`` over data tokens
-t (arXiv 1611.06440, eq. 7). It ranks tokens like measured removal; the size of their contributions does not.
+Importance estimates the increase of the mean loss when a token is removed. To first order it is ``-sum_t c_t`` with
+``c_t = w_t (V . dL/dy_t)`` over data tokens t (arXiv 1611.06440, eq. 7). The second order is ``sum c_t^2 / 2``, the
+diagonal of the empirical Fisher matrix over the items of the loss (arXiv 1906.10771, eq. 8): data tokens of a language
+model, samples of a classifier. The sum ranks tokens like measured removal; the size of their contributions does not.
 
 Shapes: B batch, T data tokens of a sequence, R data tokens of a batch, N parameter tokens, C classes.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,19 +42,22 @@ class TokenStatistics:
         use: Mean of \\|w\\| over data tokens.
         active: Share of data tokens with w above :data:`ACTIVE`.
         largest: Maximum of w.
-        importance: First-order increase of the mean loss when the token is removed.
-        influence: Sum of the absolute first-order changes at each data token, an upper bound of \\|importance\\|.
+        first_order: First-order increase of the mean loss when the token is removed.
+        importance: Increase of the mean loss to second order.
+        influence: Sum of the absolute first-order changes at each data token, an upper bound of \\|first_order\\|.
         energy: Mean share of the squared norm of all scores.
         weights: Largest weights, (K, N) in descending order.
         places: Places of the largest weights, (K, N) int64: the number of the batch times 2^32, plus the flat index of
             the data token in the batch; -1 where unknown.
         by_class: Mean of \\|w\\| by class of the sample, (C, N); ``None`` for data without classes.
         data_tokens: Data tokens seen by the layer.
+        samples: Samples of each class, (C,).
     """
 
     use: Tensor
     active: Tensor
     largest: Tensor
+    first_order: Tensor
     importance: Tensor
     influence: Tensor
     energy: Tensor
@@ -60,13 +65,13 @@ class TokenStatistics:
     places: Tensor
     by_class: Tensor | None = None
     data_tokens: int = 0
-    samples: Tensor | None = field(default=None, repr=False)
+    samples: Tensor | None = None
 
     @staticmethod
     def empty(layer: Pattention, top: int, classes: int) -> TokenStatistics:
         """Create the statistics of a layer over no data."""
         count, device = layer.num_tokens, layer.key_tokens.device
-        sums = [torch.zeros(count, dtype=torch.float64) for _ in range(6)]
+        sums = [torch.zeros(count, dtype=torch.float64) for _ in range(7)]
         sums[2].fill_(-torch.inf)
         places = torch.full((top, count), -1, dtype=torch.int64, device=device)
         weights = torch.full((top, count), -torch.inf, device=device)
@@ -84,7 +89,14 @@ class TokenStatistics:
 
     @torch.no_grad()
     def add(
-        self, layer: Pattention, x: Tensor, grad: Tensor | None, rows: Rows, number: int, labels: Tensor | None
+        self,
+        layer: Pattention,
+        x: Tensor,
+        grad: Tensor | None,
+        rows: Rows,
+        number: int,
+        items: int,
+        labels: Tensor | None,
     ) -> None:
         """Add the data tokens of a batch.
 
@@ -94,13 +106,17 @@ class TokenStatistics:
             grad: Gradient of the summed loss with respect to its output, (..., D_out); ``None`` for no effect.
             rows: Data tokens to count.
             number: Number of the batch.
+            items: Number of items of the loss.
             labels: Class of each sample, (B,).
         """
         given = scores(layer, x)
         weights = weights_of(layer, given).flatten(0, -2).float()  # (R, N)
         if grad is not None:
             change = weights * (grad.flatten(0, -2).float() @ layer.value_tokens.T.float())
-            self.importance -= change.sum(dim=0).double().cpu()
+            first = change.sum(dim=0).double().cpu()
+            of_items = change.unflatten(0, x.shape[:-1]).flatten(1, -2).sum(dim=1) if items == len(x) else change
+            self.first_order -= first
+            self.importance += of_items.square().sum(dim=0).double().cpu() / 2 - first
             self.influence += change.abs().sum(dim=0).double().cpu()
         squared = given.flatten(0, -2).float().square()
         shares = squared / squared.sum(dim=1, keepdim=True).clamp_min(1e-30)
@@ -130,7 +146,7 @@ class TokenStatistics:
         """Turn sums into means, over the data tokens and over the items of the loss."""
         for name in ("use", "active", "energy"):
             getattr(self, name).div_(max(self.data_tokens, 1))
-        for name in ("importance", "influence"):
+        for name in ("first_order", "importance", "influence"):
             getattr(self, name).div_(max(items, 1))
         if self.by_class is not None and self.samples is not None:
             self.by_class /= self.samples.clamp_min(1)[:, None]
@@ -142,7 +158,7 @@ class Rows:
     """Data tokens of a batch.
 
     Args:
-        counted: Mask of the data tokens that are not padding, (B, T) bool; ``None`` if there is no padding.
+        counted: Mask of the data tokens that are not padding, (B, T) bool; ``None`` without padding.
     """
 
     counted: Tensor | None = None
@@ -209,7 +225,7 @@ def collect(
             total, items = total + float(mean.detach()) * float(count), items + float(count)
             grads = torch.autograd.grad(mean * count, [y for *_, y in calls], allow_unused=True)
             for (name, layer, x, _), grad in zip(calls, grads, strict=True):
-                found[name].add(layer, x, grad, rows, number, labels)
+                found[name].add(layer, x, grad, rows, number, int(count), labels)
             del calls, grads, mean, x, batch
     if not found:
         raise UserError("batches: expected at least one")

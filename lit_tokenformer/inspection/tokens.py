@@ -37,8 +37,21 @@ ALIKE = 0.99
 """Cosine similarity of two keys above which they are alike."""
 
 COLUMNS = (
-    *("layer", "kind", "group", "token", "use", "active", "largest_weight", "importance", "influence", "removal"),
-    *("dead", "rare", "growth", "step", "original", "moved", "nearest", "similarity", "top_class", "raises"),
+    *("layer", "kind", "group", "token", "use", "active", "largest_weight", "importance", "first_order"),
+    *(
+        "influence",
+        "removal",
+        "dead",
+        "rare",
+        "growth",
+        "step",
+        "original",
+        "moved",
+        "nearest",
+        "similarity",
+        "top_class",
+        "raises",
+    ),
 )
 """Columns of ``tokens.csv``."""
 
@@ -145,7 +158,7 @@ class TokenReport:
                 growth, original, moved = int(origins.growth[token]), int(origins.original[token]), layer.moved[token]
                 removal = layer.removals.get(token)
                 written = layer.written.get(token)
-                numbers = (one.use, one.active, one.largest, one.importance, one.influence)
+                numbers = (one.use, one.active, one.largest, one.importance, one.first_order, one.influence)
                 yield [
                     *(layer.name, layer.kind, layer.group, token),
                     *(f"{float(values[token]):.6g}" for values in numbers),
