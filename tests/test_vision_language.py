@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from functools import partial
 
 import datasets
 import numpy as np
@@ -17,13 +18,19 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.data import ImageDataModule, Tokenizer, VisionLanguageDataModule
+from lit_tokenformer.data import (
+    ImageDataModule,
+    MultiTaskDataModule,
+    TextDataModule,
+    Tokenizer,
+    VisionLanguageDataModule,
+)
 from lit_tokenformer.data.image_text.datamodule import to_tensor
 from lit_tokenformer.data.image_text.sources import render
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models.image_text import ImageTextReader, greedy_answers, image_text_features
-from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitVisionLanguage, LRSchedule
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LitVisionLanguage, LRSchedule
 from lit_tokenformer.tasks.merge import merge_tasks
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -381,6 +388,25 @@ def test_words_are_held_out_and_drawn_within_the_image():
         whole, cut = np.asarray(render(word, (3, 0))), np.asarray(render(word, (-4, -4)))
         assert whole[:, -1].max() == 0 and whole.shape == np.asarray(image).shape == (16, 80)
         assert (whole > 0).sum() == (np.asarray(render(word, (3, -2))) > 0).sum() > (cut > 0).sum()  # nothing is cut
+
+
+def test_plain_text_is_a_second_task_on_the_same_blocks(tmp_path):
+    (tmp_path / "a.txt").write_text("import this, import that; " * 40)
+    text = TextDataModule("files", str(tmp_path / "a.txt"), block_size=16, batch_size=4, cache_dir=str(tmp_path))
+    data = MultiTaskDataModule(tasks={"eyes": make_data(), "prose": text})
+    sizes = {**SIZES, "patch_size": None}
+    eyes = partial(LitVisionLanguage, image_size=16, context_length=20, separator_id=256, overrides={"patch_size": 8})
+    prose = partial(LitCausalLM, vocab_size=257, context_length=16, separator_id=256)
+    task = LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
+    assert task.eyes.backbone.blocks is task.prose.backbone.blocks
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(task, data)
+    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= {
+        *trainer.callback_metrics
+    }
+    eyes = partial(eyes, image_tokens=8)
+    with pytest.raises(ValueError, match="model.tasks.eyes.image_tokens: unsupported with several tasks"):
+        LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
 
 
 def fit(folder, *more):

@@ -23,7 +23,6 @@ from lit_tokenformer.models.part_cost import Cost, count_parameters
 from lit_tokenformer.models.stems import PatchStem, TokenStem
 from lit_tokenformer.registry import STEMS
 
-
 POSITION_STD = 0.5
 """Initial standard deviation of the learned positions: about that of embedded patches, since they have no others."""
 

@@ -19,6 +19,7 @@ from lit_tokenformer.models.heads import ImageHead
 from lit_tokenformer.models.image_text import answer_scores, greedy_answers, image_text_features
 from lit_tokenformer.models.modalities import add_modalities
 from lit_tokenformer.registry import TASKS
+from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import published_adamw
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
@@ -183,6 +184,11 @@ class LitVisionLanguage(LitLanguageTask):
         prompt = torch.tensor([*tokenizer.encode(question), tokenizer.separator_id], device=image.device)
         encoded = [tokenizer.encode(answer) for answer in answers]
         return answer_scores(self.backbone, image, prompt, encoded, tokenizer.separator_id).softmax(dim=-1)
+
+    def put_within(self, task: LitTask, name: str) -> None:
+        if self._image_tokens is not None:  # the blocks are shared with tasks that know of no modalities
+            raise UserError(f"model.tasks.{name}.image_tokens: unsupported with several tasks (expected null)")
+        super().put_within(task, name)
 
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
         if self._image_tokens is not None:
