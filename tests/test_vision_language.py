@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image, ImageColor
@@ -201,6 +202,11 @@ def test_merged_checkpoints_serve_as_the_text_model_and_start_a_fit(tmp_path):
     assert torch.allclose(task.classify(image), vit.eval()(image), atol=1e-5)
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(task, make_data())
+    model = {"class_path": "lit_tokenformer.tasks.LitVisionLanguage", "init_args": {"preset": "checkpoint"}}
+    data = {"class_path": "VisionLanguageDataModule", "init_args": {"train_samples": 16, "batch_size": 8}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    more = ["--init_from", tmp_path / "both.ckpt", "--trainer.default_root_dir", tmp_path, "--trainer.max_steps=1"]
+    assert run("fit", "--config", tmp_path / "own.yaml", *more, "--trainer.limit_val_batches=0") == 0
     assert trainer.global_step == 2 and not torch.equal(task.backbone.stem.image.pos_embed, vit.backbone.stem.pos_embed)
 
 
