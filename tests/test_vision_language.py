@@ -19,6 +19,7 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
+from lit_tokenformer.cli.preflight import check_data_fit
 from lit_tokenformer.data import (
     ImageDataModule,
     MultiTaskDataModule,
@@ -430,3 +431,27 @@ def test_the_shipped_config_fits_and_grows(tmp_path, capsys):
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["param_tokens"]["qkv"] == 96 and saved["task"] == "LitVisionLanguage"
     assert found is None or "val/exact_match_blind" in found.read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        (make_task, lambda: ImageDataModule("digits"), "data: ImageDataModule has no vocab_size"),
+        (make_task, TextDataModule, "data: LitVisionLanguage needs VisionLanguageDataModule, got TextDataModule"),
+        (lambda: make_pair()[0], make_data, "data: VisionLanguageDataModule has no num_classes"),
+        (lambda: make_pair()[1], make_data, "data: LitCausalLM needs TextDataModule, got VisionLanguageDataModule"),
+        (
+            make_task,
+            lambda: make_data(image_size=8),
+            r"model.image_size: does not match the data \(got 16, expected 8\)",
+        ),
+    ],
+)
+def test_data_of_another_kind_are_rejected(tmp_path, task, data, message):
+    task, data = task(), data()
+    with pytest.raises(ValueError, match=message):
+        check_data_fit(task, data)
+        trainer = make_trainer(tmp_path)
+        trainer.datamodule = data
+        task._trainer = trainer
+        task.setup("fit")

@@ -80,6 +80,8 @@ class LitVisionLanguage(LitLanguageTask):
         torch.Size([1, 8, 257])
     """
 
+    masked = None
+    data_module = "VisionLanguageDataModule"
     scores = ("loss", "exact_match", "char_error_rate", "exact_match_blind")
     required_fields: ClassVar[Mapping[str, Any]] = {
         **_STEM,
@@ -239,16 +241,17 @@ class LitVisionLanguage(LitLanguageTask):
         self._update(f"{stage}/exact_match_blind", self._right(*self.batch_features(blind)).float())
         for number, name in enumerate(self._groups):
             self._update(f"{stage}/exact_match/{name}", right[batch["group"] == number].float())
+        if self._classes:
+            names = {name: number for number, name in enumerate(self._classes)}
+            best = self.choose(batch["image"], self.task_data.settings.question, self._classes).argmax(dim=-1)
+            label = torch.tensor([names[answer] for answer in self.decode_labels(labels)], device=best.device)
+            self._update(f"{stage}/acc1", (best == label).float())
+        if self.device_mesh is not None:  # processes would decode different numbers of tokens
+            return
         answers = self.decode_labels(labels)
         wrong = [number for number, one in enumerate(right.tolist()) if not one]
         given = dict(zip(wrong, self.answer_batch(batch, wrong), strict=True))
         self._update(f"{stage}/char_error_rate", [given.get(i, one) for i, one in enumerate(answers)], answers)
-
-        if self._classes:
-            names = {name: number for number, name in enumerate(self._classes)}
-            best = self.choose(batch["image"], self.task_data.settings.question, self._classes).argmax(dim=-1)
-            label = torch.tensor([names[answer] for answer in answers], device=best.device)
-            self._update(f"{stage}/acc1", (best == label).float())
 
     def _update(self, name: str, *values: Any) -> None:
         metric: Any = self._metrics[name]
