@@ -113,7 +113,7 @@ class PredictionWriter(BasePredictionWriter):
         names = names or getattr(datamodule, "class_names", None) or list(map(str, range(prediction.shape[1])))
         self._write(_rows(prediction, batch_indices, _labels(batch), names, name))
 
-    def _write(self, rows: Iterable[Sequence[str | int]]) -> None:
+    def _write(self, rows: Iterable[Sequence[Any]]) -> None:
         assert self._file is not None
         csv.writer(self._file, lineterminator="\n").writerows(rows)
 

@@ -35,7 +35,7 @@ from lit_tokenformer.data import ImageDataModule, TextDataModule
 from lit_tokenformer.data.images.datasets import StreamImages
 from lit_tokenformer.data.resumable import ResumableStreamLoader
 from lit_tokenformer.optim import MuonWithAuxAdam
-from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LRSchedule
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LitVisionLanguage, LRSchedule
 from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.initialization import initialize_from
 
@@ -97,6 +97,12 @@ def language_task() -> LitTask:
     )
 
 
+def vision_language_task() -> LitTask:
+    settings = {"schedule": LRSchedule("constant"), "optimizer": optimizer, "image_tokens": 8}
+    sizes = {"vocab_size": 17, "context_length": 6, "image_size": 8}
+    return LitVisionLanguage("tokenformer_lm_tiny", **sizes, overrides={**SIZES, "patch_size": 4}, **settings)
+
+
 class Samples(Dataset):
     """Noise with labels, and random tokens, another number of them in each sample."""
 
@@ -115,6 +121,9 @@ class Samples(Dataset):
         image = self.images[index], self.labels[index]
         if isinstance(self.task, LitMultiTask):
             return {"image": image, "text": self.tokens[index]}
+        if isinstance(self.task, LitVisionLanguage):
+            tokens = self.tokens[index]
+            return {"image": image[0], "tokens": tokens[:-1].clamp_min(0), "labels": tokens[1:]}
         return self.tokens[index] if isinstance(self.task, LitCausalLM) else image
 
 
@@ -183,6 +192,7 @@ SCENARIOS = {
     "ragged_accumulated": Scenario(
         task=language_task, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, like="ragged_accumulated"
     ),
+    "vision_language": Scenario(task=vision_language_task, like="vision_language", resumed=True),
     "several_tasks_accumulated": Scenario(
         task=partial(several_tasks, LitMultiTask),
         ddp={"gradient_as_bucket_view": True},

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+from functools import partial
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image, ImageColor
@@ -17,13 +19,20 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.data import ImageDataModule, Tokenizer, VisionLanguageDataModule
+from lit_tokenformer.cli.preflight import check_data_fit
+from lit_tokenformer.data import (
+    ImageDataModule,
+    MultiTaskDataModule,
+    TextDataModule,
+    Tokenizer,
+    VisionLanguageDataModule,
+)
 from lit_tokenformer.data.image_text.datamodule import to_tensor
 from lit_tokenformer.data.image_text.sources import render
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models.image_text import ImageTextReader, greedy_answers, image_text_features
-from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitVisionLanguage, LRSchedule
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask, LitVisionLanguage, LRSchedule
 from lit_tokenformer.tasks.merge import merge_tasks
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
 
@@ -194,6 +203,11 @@ def test_merged_checkpoints_serve_as_the_text_model_and_start_a_fit(tmp_path):
     assert torch.allclose(task.classify(image), vit.eval()(image), atol=1e-5)
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(task, make_data())
+    model = {"class_path": "lit_tokenformer.tasks.LitVisionLanguage", "init_args": {"preset": "checkpoint"}}
+    data = {"class_path": "VisionLanguageDataModule", "init_args": {"train_samples": 16, "batch_size": 8}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    more = ["--init_from", tmp_path / "both.ckpt", "--trainer.default_root_dir", tmp_path, "--trainer.max_steps=1"]
+    assert run("fit", "--config", tmp_path / "own.yaml", *more, "--trainer.limit_val_batches=0") == 0
     assert trainer.global_step == 2 and not torch.equal(task.backbone.stem.image.pos_embed, vit.backbone.stem.pos_embed)
 
 
@@ -383,6 +397,25 @@ def test_words_are_held_out_and_drawn_within_the_image():
         assert (whole > 0).sum() == (np.asarray(render(word, (3, -2))) > 0).sum() > (cut > 0).sum()  # nothing is cut
 
 
+def test_plain_text_is_a_second_task_on_the_same_blocks(tmp_path):
+    (tmp_path / "a.txt").write_text("import this, import that; " * 40)
+    text = TextDataModule("files", str(tmp_path / "a.txt"), block_size=16, batch_size=4, cache_dir=str(tmp_path))
+    data = MultiTaskDataModule(tasks={"eyes": make_data(), "prose": text})
+    sizes = {**SIZES, "patch_size": None}
+    eyes = partial(LitVisionLanguage, image_size=16, context_length=20, separator_id=256, overrides={"patch_size": 8})
+    prose = partial(LitCausalLM, vocab_size=257, context_length=16, separator_id=256)
+    task = LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
+    assert task.eyes.backbone.blocks is task.prose.backbone.blocks
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(task, data)
+    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= {
+        *trainer.callback_metrics
+    }
+    eyes = partial(eyes, image_tokens=8)
+    with pytest.raises(ValueError, match="model.tasks.eyes.image_tokens: unsupported with several tasks"):
+        LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
+
+
 def fit(folder, *more):
     config = ["fit", "--config", "vision_language_small", "--trainer.default_root_dir", str(folder)]
     sizes = ["--model.overrides.dim=32", "--model.overrides.depth=1", "--model.overrides.num_heads=2"]
@@ -398,3 +431,27 @@ def test_the_shipped_config_fits_and_grows(tmp_path, capsys):
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["param_tokens"]["qkv"] == 96 and saved["task"] == "LitVisionLanguage"
     assert found is None or "val/exact_match_blind" in found.read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        (make_task, lambda: ImageDataModule("digits"), "data: ImageDataModule has no vocab_size"),
+        (make_task, TextDataModule, "data: LitVisionLanguage needs VisionLanguageDataModule, got TextDataModule"),
+        (lambda: make_pair()[0], make_data, "data: VisionLanguageDataModule has no num_classes"),
+        (lambda: make_pair()[1], make_data, "data: LitCausalLM needs TextDataModule, got VisionLanguageDataModule"),
+        (
+            make_task,
+            lambda: make_data(image_size=8),
+            r"model.image_size: does not match the data \(got 16, expected 8\)",
+        ),
+    ],
+)
+def test_data_of_another_kind_are_rejected(tmp_path, task, data, message):
+    task, data = task(), data()
+    with pytest.raises(ValueError, match=message):
+        check_data_fit(task, data)
+        trainer = make_trainer(tmp_path)
+        trainer.datamodule = data
+        task._trainer = trainer
+        task.setup("fit")

@@ -19,6 +19,9 @@ PRESET = "checkpoint"
 _OF_THE_MODEL = ("vocab_size", "context_length")
 """Arguments of a task that belong to the weights; the sizes of images and classes are those of the data."""
 
+_ARGUMENTS = ("image_tokens", "image_classes")
+"""Arguments of a task that belong to the weights, and are not fields of the architecture."""
+
 
 def adopts(settings: Mapping[str, Any] | Namespace) -> bool:
     """Return whether the settings of a command refer to the architecture of a checkpoint."""
@@ -49,6 +52,9 @@ def adopt_architecture(settings: Namespace, checkpoint: Mapping[str, Any], path:
         ) from None
     model = settings["model.init_args"]
     model["preset"] = saved["preset"]  # type: ignore[index]
+    for name in _ARGUMENTS:
+        if saved.get(name):  # type: ignore[union-attr]
+            model[name] = saved[name]  # type: ignore[index]
     for name, value in fields.items():
         if model["overrides"].get(name) is None:
             model["overrides"][name] = value

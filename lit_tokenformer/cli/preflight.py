@@ -19,7 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks import ParameterGrowthCallback
 from callbacks.growth_strategies import refuse_strategy
-from lit_tokenformer.data import ImageDataModule, MultiTaskDataModule, TextDataModule, Tokenizer
+from lit_tokenformer.data import (
+    ImageDataModule,
+    MultiTaskDataModule,
+    TextDataModule,
+    Tokenizer,
+    VisionLanguageDataModule,
+)
 from lit_tokenformer.data.text.tokenizer import BYTES_VOCAB_SIZE, bpe_size
 from lit_tokenformer.errors import UserError, raised_by_library, unknown_name
 from lit_tokenformer.models import param_tokens
@@ -177,7 +183,7 @@ def check_data_fit(task: LightningModule, datamodule: LightningDataModule | None
     if isinstance(task, LitMultiTask) and isinstance(datamodule, MultiTaskDataModule):
         return  # each task gets the sizes of its own data
     needed = {"num_classes", "vocab_size"} & inspect.signature(type(task)).parameters.keys()
-    if isinstance(datamodule, (ImageDataModule, TextDataModule, MultiTaskDataModule)):
+    if isinstance(datamodule, (ImageDataModule, TextDataModule, VisionLanguageDataModule, MultiTaskDataModule)):
         for name in sorted(needed):
             if not hasattr(type(datamodule), name):
                 kind = type(datamodule).__name__

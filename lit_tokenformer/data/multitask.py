@@ -165,7 +165,7 @@ class MultiTaskDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Apply each task's batch transforms on the device."""
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, Mapping) or {*batch} != {*self.parts}:  # of one task, in evaluation
             return batch
         return {name: self.parts[name].on_after_batch_transfer(one, dataloader_idx) for name, one in batch.items()}
 

@@ -11,6 +11,7 @@ D width, S data tokens including those in the decoding state.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def image_text_features(
         places = torch.where(places > 0, (places - padding[:, None]).clamp_min(1), places)
     stem.gate.prefix = 0 if image is None else prefix
     mask = None if length == 1 and padding is None else prefix_mask(prefix, start, length, padding, x.device)
-    given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": places.clamp_min(0)}
+    given: dict[str, Any] = {"inputs_embeds": x, "attention_mask": mask, "position_ids": places.clamp_min(0)}
     # not model(...) with a state: a compiled model would be recompiled for each length
     features = model(**given, pre_logits=True) if state is None else model.forward_features(**given, state=state)
     return features if image is None or tokens is None else features[:, prefix:]

@@ -21,8 +21,10 @@ class LitLanguageTask(LitTask):
     """
 
     tokenizer_json: str | None = None
-    masked = False
-    """Whether batches contain masked tokens."""
+    masked: bool | None = False
+    """Whether batches contain masked tokens; ``None`` for batches of another kind."""
+    data_module = "TextDataModule"
+    """Name of the data module of such batches."""
 
     @property
     def tokenizer_file(self) -> str:
@@ -34,8 +36,7 @@ class LitLanguageTask(LitTask):
     def setup(self, stage: str) -> None:
         data = self.task_data
         if getattr(data, "masked", self.masked) != self.masked:
-            wanted = "MaskedTextDataModule" if self.masked else "TextDataModule"
-            raise UserError(f"data: {type(self).__name__} needs {wanted}, got {type(data).__name__}")
+            raise UserError(f"data: {type(self).__name__} needs {self.data_module}, got {type(data).__name__}")
         config = self.backbone.config
         size = getattr(data, "vocab_size", config.vocab_size)
         if size > config.vocab_size:

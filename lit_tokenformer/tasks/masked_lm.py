@@ -65,6 +65,7 @@ class LitMaskedLM(LitLanguageTask):
         torch.Size([2, 16, 320])
     """
 
+    data_module = "MaskedTextDataModule"
     masked = True
     dynamic_shapes = None  # the number of masked tokens varies by batch
     scores = ("loss", "perplexity", "accuracy")

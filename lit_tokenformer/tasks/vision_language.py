@@ -19,6 +19,7 @@ from lit_tokenformer.models.heads import ImageHead
 from lit_tokenformer.models.image_text import answer_scores, greedy_answers, image_text_features
 from lit_tokenformer.models.modalities import add_modalities
 from lit_tokenformer.registry import TASKS
+from lit_tokenformer.tasks.base import LitTask
 from lit_tokenformer.tasks.causal_lm import published_adamw
 from lit_tokenformer.tasks.language import LitLanguageTask
 from lit_tokenformer.tasks.losses import linear_cross_entropy
@@ -79,6 +80,8 @@ class LitVisionLanguage(LitLanguageTask):
         torch.Size([1, 8, 257])
     """
 
+    masked = None
+    data_module = "VisionLanguageDataModule"
     scores = ("loss", "exact_match", "char_error_rate", "exact_match_blind")
     required_fields: ClassVar[Mapping[str, Any]] = {
         **_STEM,
@@ -184,6 +187,11 @@ class LitVisionLanguage(LitLanguageTask):
         encoded = [tokenizer.encode(answer) for answer in answers]
         return answer_scores(self.backbone, image, prompt, encoded, tokenizer.separator_id).softmax(dim=-1)
 
+    def put_within(self, task: LitTask, name: str) -> None:
+        if self._image_tokens is not None:  # the blocks are shared with tasks that know of no modalities
+            raise UserError(f"model.tasks.{name}.image_tokens: unsupported with several tasks (expected null)")
+        super().put_within(task, name)
+
     def check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
         if self._image_tokens is not None:
             add_modalities(self.backbone, self._image_tokens)  # to the blocks of a grown depth
@@ -233,16 +241,17 @@ class LitVisionLanguage(LitLanguageTask):
         self._update(f"{stage}/exact_match_blind", self._right(*self.batch_features(blind)).float())
         for number, name in enumerate(self._groups):
             self._update(f"{stage}/exact_match/{name}", right[batch["group"] == number].float())
+        if self._classes:
+            names = {name: number for number, name in enumerate(self._classes)}
+            best = self.choose(batch["image"], self.task_data.settings.question, self._classes).argmax(dim=-1)
+            label = torch.tensor([names[answer] for answer in self.decode_labels(labels)], device=best.device)
+            self._update(f"{stage}/acc1", (best == label).float())
+        if self.device_mesh is not None:  # processes would decode different numbers of tokens
+            return
         answers = self.decode_labels(labels)
         wrong = [number for number, one in enumerate(right.tolist()) if not one]
         given = dict(zip(wrong, self.answer_batch(batch, wrong), strict=True))
         self._update(f"{stage}/char_error_rate", [given.get(i, one) for i, one in enumerate(answers)], answers)
-
-        if self._classes:
-            names = {name: number for number, name in enumerate(self._classes)}
-            best = self.choose(batch["image"], self.task_data.settings.question, self._classes).argmax(dim=-1)
-            label = torch.tensor([names[answer] for answer in answers], device=best.device)
-            self._update(f"{stage}/acc1", (best == label).float())
 
     def _update(self, name: str, *values: Any) -> None:
         metric: Any = self._metrics[name]

@@ -148,6 +148,9 @@ class VisionLanguageDataModule(ResumableDataModule):
         (16, 257, torch.Size([2, 3, 16, 16]))
     """
 
+    masked = None
+    """Batches of another kind than text, with or without masked tokens."""
+
     @accept_flat_names
     def __init__(
         self,
