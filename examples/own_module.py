@@ -6,6 +6,7 @@ python -m examples.own_module
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -24,7 +25,7 @@ class Digits(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"image_size": 8, "patch_size": 2, "dim": 64, "num_heads": 2, "depth": 2, "param_tokens": 16}
+        sizes = {"image_size": 8, "patch_size": 4, "dim": 64, "num_heads": 2, "depth": 2, "param_tokens": 16}
         self.model = create_backbone("tokenformer_vit_tiny_patch16_224", in_chans=1, num_classes=10, **sizes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,8 +40,10 @@ class Digits(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val/acc1", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=6e-3)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def cost(self) -> ModelCost:
         """Optional: FLOPs for ``TrainingMonitor`` and for the log line of a growth."""

@@ -19,7 +19,7 @@ from lit_tokenformer.models import param_tokens
 
 
 def new_model() -> nn.Module:
-    sizes = {"image_size": 8, "patch_size": 2, "dim": 64, "num_heads": 2, "depth": 2, "param_tokens": 16}
+    sizes = {"image_size": 8, "patch_size": 4, "dim": 64, "num_heads": 2, "depth": 2, "param_tokens": 16}
     return create_backbone("tokenformer_vit_tiny_patch16_224", in_chans=1, num_classes=10, **sizes)
 
 
@@ -37,7 +37,8 @@ def main(steps: int = 300) -> float:
     train, test = order[360:], order[:360]
 
     model = new_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     schedule = {steps // 3: {"qkv": 32, "proj": 32, "ffn": 128}, 2 * steps // 3: {"depth": 4}}
     for step in range(steps):
         if step in schedule:
@@ -48,6 +49,7 @@ def main(steps: int = 300) -> float:
         F.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
+        warmup.step()
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "grown.pt"
