@@ -2,11 +2,16 @@
 
 import configparser
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lit_tokenformer import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,11 +28,34 @@ def test_setup_lists_every_package():
     assert listed == found | {"lit_tokenformer.configs"}
 
 
+def test_one_version_everywhere():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    recipe = (ROOT / "conda" / "meta.yaml").read_text()
+    assert f'version = "{__version__}"' in recipe
+    needed = {re.match(r"[\w-]+", line)[0] for line in setup["options"]["install_requires"].split("\n") if line}
+    listed = set(re.findall(r"(?m)^    - ([\w-]+)", recipe.partition("  run:")[2]))
+    assert {{"torch": "pytorch"}.get(name, name) for name in needed} <= listed
+
+
+def test_workflows_call_scripts_that_exist():
+    for path in (*(ROOT / ".github").rglob("*.yml"), *(ROOT / ".github").rglob("*.yaml")):
+        text = path.read_text()
+        assert isinstance(yaml.safe_load(text), dict), path
+        for script in re.findall(r"\.ci/\w+", text):
+            assert os.access(ROOT / script, os.X_OK), f"{path.name}: {script}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_run_and_are_stored_without_output(notebook, few_digits):
+def test_notebooks_run_and_are_stored_with_outputs(notebook, few_digits):
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(cell["execution_count"] for cell in cells)
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not re.search(r"/(tmp|home|root|work)/", json.dumps(outputs))
     exec("\n".join("".join(cell["source"]) for cell in cells), {})
 
 
