@@ -217,7 +217,7 @@ def test_scripts_exist(path):
     for module in re.findall(r"python -m ((?:benchmarks|examples)[a-z0-9_.]*)", text):
         assert module.endswith("speed.") or importlib.util.find_spec(module.rstrip(".")), module
     for file in re.findall(
-        r"python ([\w/]+\.py)|((?:benchmarks|examples|\.ci|tests)/[a-z_/]+\.(?:py|sh|json|yaml|png))", text
+        r"python ([\w/]+\.py)|((?:benchmarks|examples|\.ci)/[a-z_/]+\.(?:py|sh|json|yaml|png))", text
     ):
         name = next(filter(None, file))
         assert (ROOT / name).exists(), name
