@@ -137,7 +137,7 @@ def test_configs_name_classes_and_their_arguments(path):
 
 
 def commands():
-    """Every command of lit-tokenformer in the documents, once, with the file."""
+    """Every command of lit-tokenformer in the documents, once."""
     found = {}
     for path in DOCUMENTS:
         for _, code in blocks(path, "bash"):
@@ -145,27 +145,18 @@ def commands():
             for line in code.splitlines():
                 line = re.sub(r"\s#.*$", "", line)
                 for match in re.finditer(r"(?:lit-tokenformer|python -m lit_tokenformer) (.+?)(?=&&|$)", line):
-                    found.setdefault(match[1].strip(), of(path))
+                    found[match[1].strip()] = None
     return found
 
 
+OPTIONS = "config ckpt_path run_name init_from init_ema init_resize_vocab seed_everything plugins images output budget"
+
+
 def known_options(command):
+    names = [*OPTIONS.split(), "model", "data", "batch_size"]
     if command in COMMANDS:
-        return {f"--{name}" for name in inspect.signature(COMMANDS[command]).parameters} | {
-            f"--{name}" for name in TEXTS
-        }
-    own = {
-        "config",
-        "ckpt_path",
-        "run_name",
-        "init_from",
-        "init_ema",
-        "init_resize_vocab",
-        "seed_everything",
-        "plugins",
-    }
-    own |= {"images", "output", "budget", "model", "data", "batch_size"}
-    return {f"--{name}" for name in own}
+        names = [*inspect.signature(COMMANDS[command]).parameters, *TEXTS]
+    return {f"--{name}" for name in names}
 
 
 def arguments(kinds):
