@@ -68,5 +68,6 @@ def _help(command: str) -> str:
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
-    lines = [line for line in output.getvalue().splitlines() if not line.startswith("  ENV: ")]
+    text = ROLE.sub(r"\1", output.getvalue())
+    lines = [line for line in text.splitlines() if not line.startswith("  ENV: ")]
     return "```text\n" + "\n".join(lines).replace("  ARG:   ", "  ").strip() + "\n```"

@@ -103,7 +103,7 @@ def test_the_site_builds_without_a_warning_and_without_network(tmp_path):
     commands = pages["command_line/index.html"]
     assert all(f"lit-tokenformer [options] {name}" in commands for name in ("fit", *COMMANDS))
     assert "ParameterGrowthCallback" in pages["api/callbacks/index.html"]
-    assert not re.search(r":(class|func|mod|meth):", "".join(pages.values()))
+    assert not any(re.search(r":(class|func|mod|meth):", page) for name, page in pages.items() if "api/" in name)
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if list(blocks(path, "python"))], ids=of)
