@@ -1,13 +1,18 @@
-"""The examples run end to end at a size of seconds; their figures are committed, and come from the whole runs."""
+"""The examples run end to end at a size of seconds; figures are committed, and come from the whole runs."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_configs import fashion_mnist
+
+from examples import own_module, plain_loop, timm_model, transformers_model
 
 ROOT = Path(__file__).parents[1]
 ARMS = {"base", "grown", "continued", "scratch, same FLOPs", "scratch, FLOPs of base and growth"}
@@ -48,3 +53,52 @@ def test_committed_results_have_three_seeds_and_equal_flops(name):
     assert spent["scratch, FLOPs of base and growth"] == pytest.approx(spent["base"] + spent["grown"], rel=0.01)
     sizes = {arm: {run["block_parameters"] for run in runs} for arm, runs in arms.items()}
     assert sizes["grown"] == sizes["scratch, same FLOPs"] and sizes["continued"] == sizes["base"]
+
+
+@pytest.mark.slow
+def test_a_module_of_the_user_grows_with_the_callback():
+    assert own_module.main(epochs=6) > 0.6
+
+
+@pytest.mark.slow
+def test_a_plain_loop_grows_and_reloads_the_grown_model():
+    assert plain_loop.main(steps=90) > 0.6
+
+
+@pytest.mark.slow
+def test_a_model_of_timm_is_given_back_at_its_grown_size(tmp_path):
+    assert timm_model.main(str(tmp_path)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_grown_in_a_fit_and_given_back(tmp_path, text_cache):
+    before, after = transformers_model.main(str(tmp_path), steps=4)
+    assert after > 1.5 * before
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_and_resumes(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"imagenet-{split}-0000.tar", "w") as tar:
+            for number in range(8):
+                image = io.BytesIO()
+                Image.new("RGB", (16, 16), (255 * (number % 2), 128, 0)).save(image, "JPEG")
+                for ending, content in (("jpg", image.getvalue()), ("cls", str(number % 2).encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    sizes = "{dim: 16, depth: 2, num_heads: 2, patch_size: 8, param_tokens: 8}"
+    given = [f"--model.overrides={sizes}", "--model.compile=false", "--model.schedule.warmup=1"]
+    given += ["--data.image_size=16", "--data.loader.num_workers=0", "--data.loader.batch_size=4"]
+    given += ["--trainer.callbacks+=ParameterGrowthCallback", "--trainer.callbacks.schedule={1: 16}"]
+    given += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    environment = {**os.environ, "DATA": str(folder), "OUTPUT": str(tmp_path / "runs"), "LAUNCH": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for epochs in (2, 3):
+        command = [str(ROOT / "examples" / "imagenet_slurm" / "job.sh"), *given, f"--trainer.max_epochs={epochs}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed = done.stdout + done.stderr
+        assert ("qkv 8 -> 16" in printed) == (epochs == 2)  # the second start resumes after the growth
