@@ -259,6 +259,14 @@ class RecurrentState:
     last: Tensor | None = None
     sums: WKVState | None = None
 
+    def keep_last(self, last: Tensor) -> None:
+        """Keep the input of the last data token, (B, 1, D)."""
+        self.last = last
+
+    def keep_sums(self, sums: WKVState) -> None:
+        """Keep the sums after the last data token."""
+        self.sums = sums
+
     def select(self, rows: Tensor) -> None:
         """Select sequences by index (B',), in place."""
         self.last = None if self.last is None else self.last.index_select(0, rows)
@@ -284,9 +292,10 @@ def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None)
     if present is not None:
         x = x * present
     before = state.last if state is not None and state.last is not None else torch.zeros_like(x[:, :1])
+    shifted = torch.cat([before, x[:, :-1]], dim=1)
     if state is not None:
-        state.last = x[:, -1:]
-    return torch.cat([before, x[:, :-1]], dim=1)
+        state.keep_last(x[:, -1:])
+    return shifted
 
 
 def mixed(x: Tensor, shifted: Tensor, share: Tensor) -> Tensor:
@@ -358,7 +367,7 @@ class TimeMix(Mixer):
             key, value = key.masked_fill(~context.present, -torch.inf), value * context.present
         averaged, sums = wkv(self.time_decay, self.time_first, key, value, None if state is None else state.sums)
         if state is not None:
-            state.sums = sums
+            state.keep_sums(sums)
         return self.dropout(self.proj(gate * averaged))
 
 

@@ -1,0 +1,114 @@
+"""Continuous batching and compiled decoding: the tokens of each prompt alone, whatever shares its batch."""
+
+import pytest
+import torch
+
+from lit_tokenformer.data.text.tokenizer import Tokenizer
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth import grow
+from lit_tokenformer.inference.batching import SlotDecoder
+from lit_tokenformer.inference.sampling import Sampling, generate_tokens
+from lit_tokenformer.inference.text import TextGenerator
+from lit_tokenformer.models import create_backbone, list_presets, preset_config
+
+GREEDY, FREE = Sampling(temperature=0), Sampling(temperature=1.5, top_k=40, top_p=0.95, repetition_penalty=1.3)
+PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 3], [8, 1, 4, 4, 2], [6], [2, 9, 9, 9]]
+SEEDS = list(range(10, 10 + len(PROMPTS)))
+CAUSAL = [name for name in list_presets() if preset_config(name).causal]
+
+
+def make(preset="tokenformer_lm_tiny", **overrides):
+    """Model in float64 with random weights that are large enough for no rounding to decide a token."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 16, "vocab_size": 264, "context_length": 24}
+    pattern = preset_config(preset).layers
+    sizes |= {"depth": len(pattern)} if pattern else {}
+    model = create_backbone(preset, **{**sizes, **overrides}).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.4)
+    return model.requires_grad_(False)
+
+
+def alone(model, sampling, new=6, **settings):
+    """Tokens of each prompt continued alone."""
+    return [
+        [int(step) for step in generate_tokens(model, [prompt], new, sampling, seed=[seed], **settings)]
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+
+
+def together(model, sampling, slots, new=6, **settings):
+    """Tokens of each prompt, decoded in slots."""
+    found = [[] for _ in PROMPTS]
+    for pairs in SlotDecoder(model, PROMPTS, slots, new, sampling, seed=SEEDS, **settings):
+        for row, token in pairs:
+            found[row].append(token)
+    return found
+
+
+@pytest.mark.parametrize("preset", CAUSAL)
+def test_every_architecture_continues_each_prompt_as_alone(preset):
+    model = make(preset)
+    assert together(model, GREEDY, 3) == alone(model, GREEDY)
+
+
+@pytest.mark.parametrize("overrides", [{"positions": "alibi"}, {"positions": "learned"}, {"positions": "none"}])
+@pytest.mark.parametrize("slots", [2, 50])
+def test_every_position_encoding_and_number_of_slots(overrides, slots):
+    model = make(**overrides)
+    assert together(model, GREEDY, slots) == alone(model, GREEDY)
+    assert together(model, FREE, slots, 4) == alone(model, FREE, 4)
+
+
+def test_slots_are_refilled_at_stop_tokens_and_at_the_end_of_the_context():
+    model = make()
+    stop = [alone(model, GREEDY)[2][1], alone(model, GREEDY)[0][4]]
+    prompts_in_steps = list(SlotDecoder(model, PROMPTS, 2, 30, GREEDY, stop))
+    assert together(model, GREEDY, 2, 30, stop=stop) == alone(model, GREEDY, 30, stop=stop)
+    assert max(map(len, prompts_in_steps)) == 2
+    first = {row: number for number, pairs in reversed(list(enumerate(prompts_in_steps))) for row, _ in pairs}
+    assert sorted(first, key=lambda row: (first[row], row))[:2] == [2, 4]  # the longest prompts
+
+
+def test_a_growth_and_more_than_one_token_are_rejected():
+    model = make()
+    decoder = SlotDecoder(model, PROMPTS, 2, 9, GREEDY, seed=SEEDS)
+    next(decoder)
+    grow(model, 32)
+    with pytest.raises(UserError, match="^state: created before a growth"):
+        next(decoder)
+    state = model.new_slots(2, 9)
+    with pytest.raises(UserError, match=r"^state: slots read one data token at a time \(got 2\)"):
+        model(torch.ones(2, 2, dtype=torch.int64), state=state)
+    with pytest.raises(UserError, match="^state: slots cannot be cropped"):
+        state.crop(1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_completions_come_in_order_with_stop_texts_and_adapters(batch_size):
+    from lit_tokenformer.adapters import add_adapter
+
+    model = make()
+    for name in ("docs", "law"):
+        add_adapter(model, name, 4)
+    for name, parameter in model.named_parameters():
+        if "groups" in name:
+            parameter.data.normal_(std=0.4)
+    generator = TextGenerator(model.eval(), Tokenizer.bytes())
+    prompts = ["One", "", "Two of them", "3", "a" * 24, "Four", "b"]
+    names = ["docs", None, "law", None, "docs", "docs", "law"]
+    expected = []
+    for number, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        generator.set_adapter(name)
+        (*_, (one,)) = generator.run([prompt], 9, FREE, None, [5 + number])
+        expected.append(one)
+    stop = next(one.text[2:4] for one in expected if len(one.text) > 6)
+    for number, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        generator.set_adapter(name)
+        (*_, (expected[number],)) = generator.run([prompt], 9, FREE, stop, [5 + number])
+    found = list(generator.complete(prompts, batch_size, 9, FREE, stop, 5, names))
+    parts = [[(one.prompt, one.text, one.tokens, one.stopped) for one in many] for many in (found, expected)]
+    assert parts[0] == parts[1] and {one.stopped for one in found} >= {"stop", "length", "context"}
+    with pytest.raises(UserError, match="^batch_size: expected a whole number of at least 1, got 0"):
+        next(generator.complete(prompts, 0))
