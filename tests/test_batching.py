@@ -7,6 +7,7 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.batching import SlotDecoder
+from lit_tokenformer.inference.readers import compile_step
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import create_backbone, list_presets, preset_config
@@ -83,6 +84,35 @@ def test_a_growth_and_more_than_one_token_are_rejected():
         model(torch.ones(2, 2, dtype=torch.int64), state=state)
     with pytest.raises(UserError, match="^state: slots cannot be cropped"):
         state.crop(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "quantization"), [("hybrid_tiny", None), ("tokenformer_lm_tiny", "int8")])
+def test_a_compiled_step_writes_the_same_text_and_compiles_once(preset, quantization):
+    model = make(preset)
+    if quantization:
+        pytest.importorskip("torchao")
+        from lit_tokenformer.inference.quantization import quantize
+
+        model = quantize(model.float(), quantization)
+    torch._dynamo.utils.counters.clear()
+    step = compile_step(model)
+    assert together(model, GREEDY, 3, 4, step=step) == alone(model, GREEDY, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    steps = generate_tokens(model, PROMPTS[:3], 6, FREE, seed=SEEDS[:3], step=step)  # another sampling and length
+    assert torch.stack(list(steps), 1).tolist() == alone(model, FREE)[:3]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_rejects_a_draft_and_states_without_slots(monkeypatch):
+    generator = TextGenerator(make(), Tokenizer.bytes())
+    generator.use_draft(0.5)
+    with pytest.raises(UserError, match="^compile: unsupported with a draft"):
+        generator.compile()
+    model = make()
+    monkeypatch.setattr(type(model.blocks[0].attn), "new_state", lambda self, length: object())
+    with pytest.raises(UserError, match="^state: object has no form with slots"):
+        compile_step(model)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

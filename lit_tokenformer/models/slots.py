@@ -1,4 +1,4 @@
-"""Decoding state with slots: sequences at positions of their own, in tensors whose shapes and addresses do not change."""
+"""Decoding state with slots: sequences at positions of their own, in tensors that stay where they are."""
 
 from __future__ import annotations
 
