@@ -142,3 +142,38 @@ def test_completions_come_in_order_with_stop_texts_and_adapters(batch_size):
     assert parts[0] == parts[1] and {one.stopped for one in found} >= {"stop", "length", "context"}
     with pytest.raises(UserError, match="^batch_size: expected a whole number of at least 1, got 0"):
         next(generator.complete(prompts, 0))
+
+
+def test_the_output_appears_when_it_is_complete_and_replaces_nothing(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "id": 1}\n')
+    output, found = tmp_path / "out.jsonl", []
+    generator = TextGenerator(make(), Tokenizer.bytes())
+    complete = TextGenerator.complete
+
+    def watched(self, *given):
+        for completion in complete(self, *given):
+            found.append(output.exists())
+            if len(found) == 4:
+                output.write_text("of another process")
+            yield completion
+
+    monkeypatch.setattr(TextGenerator, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(TextGenerator, "complete", watched)
+    given = {"prompts": str(tmp_path / "in.jsonl"), "max_new_tokens": 2, "output": str(output)}
+    generate_text("a.ckpt", **given)
+    assert [json.loads(row).get("id") for row in output.read_text().splitlines()] == [None, 1] and found == [False] * 2
+    output.unlink()
+    with pytest.raises(UserError, match="^output: cannot write .*out.jsonl .File exists"):
+        generate_text("a.ckpt", **given)
+    assert output.read_text() == "of another process"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_the_command_compiles(tmp_path, monkeypatch):
+    generator, compiled = TextGenerator(make(), Tokenizer.bytes()), []
+    monkeypatch.setattr(TextGenerator, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(TextGenerator, "compile", compiled.append)
+    generate_text("a.ckpt", prompt="a", max_new_tokens=1, output=str(tmp_path / "out"))
+    assert not compiled
+    generate_text("a.ckpt", prompt="a", max_new_tokens=1, output=str(tmp_path / "out2"), compile=True)
+    assert compiled == [generator]

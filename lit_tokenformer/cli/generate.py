@@ -62,7 +62,7 @@ def generate_text(
         output: New file for the output, which appears once it is complete; defaults to the standard output.
         batch_size: Rows of "prompts" decoded at once: where a text ends, the next row begins, the longest first. The
             output is in the order of the rows, and the same for every batch size.
-        quantize: Weight-only quantization: "int8", by torchao.
+        quantize: Weight-only quantization of the blocks: "int8" or, on CPUs, "int4"; needs torchao.
         adapter: Adapters, NAME=FOLDER or FOLDER: one for all prompts, or one per prompt in their order. "none" is the
             model alone; "auto" picks that with the least loss on the prompt, or none, of those given with it.
         draft: Path to a checkpoint of a smaller model with the same tokenizer, for speculative decoding: it proposes
