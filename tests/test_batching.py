@@ -1,8 +1,11 @@
 """Continuous batching and compiled decoding: the tokens of each prompt alone, whatever shares its batch."""
 
+import json
+
 import pytest
 import torch
 
+from lit_tokenformer.cli.generate import generate_text
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
@@ -11,6 +14,7 @@ from lit_tokenformer.inference.readers import compile_step
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import create_backbone, list_presets, preset_config
+from lit_tokenformer.models.mixers import attend_wide
 
 GREEDY, FREE = Sampling(temperature=0), Sampling(temperature=1.5, top_k=40, top_p=0.95, repetition_penalty=1.3)
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 3], [8, 1, 4, 4, 2], [6], [2, 9, 9, 9]]
@@ -60,6 +64,17 @@ def test_every_position_encoding_and_number_of_slots(overrides, slots):
     model = make(**overrides)
     assert together(model, GREEDY, slots) == alone(model, GREEDY)
     assert together(model, FREE, slots, 4) == alone(model, FREE, 4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_in_half_precision_is_that_of_float32(masked):
+    query, key, value = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    mask = torch.arange(9) <= torch.tensor([3, 8, 0])[:, None, None, None] if masked else None
+    scores = query.float() @ key.float().repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ value.float().repeat_interleave(2, 1)).bfloat16()
+    torch.testing.assert_close(attend_wide(query, key, value, mask, enable_gqa=True), expected, rtol=0.01, atol=1e-3)
 
 
 def test_slots_are_refilled_at_stop_tokens_and_at_the_end_of_the_context():
@@ -172,7 +187,7 @@ def test_the_output_appears_when_it_is_complete_and_replaces_nothing(tmp_path, m
 def test_the_command_compiles(tmp_path, monkeypatch):
     generator, compiled = TextGenerator(make(), Tokenizer.bytes()), []
     monkeypatch.setattr(TextGenerator, "load", lambda *_, **__: generator)
-    monkeypatch.setattr(TextGenerator, "compile", compiled.append)
+    monkeypatch.setattr(TextGenerator, "compile", lambda self: compiled.append(self))
     generate_text("a.ckpt", prompt="a", max_new_tokens=1, output=str(tmp_path / "out"))
     assert not compiled
     generate_text("a.ckpt", prompt="a", max_new_tokens=1, output=str(tmp_path / "out2"), compile=True)

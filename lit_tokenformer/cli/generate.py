@@ -86,6 +86,8 @@ def generate_text(
         raise UserError(f"output: {output} exists already")
     if draft is not None and draft_tokens is not None:
         raise UserError("draft_tokens: conflicts with draft (expected one of them)")
+    if compile and (draft is not None or draft_tokens is not None):
+        raise UserError("compile: conflicts with draft and draft_tokens")
     if draft_length < 1:
         raise UserError(f"draft_length: expected a whole number of at least 1, got {draft_length}")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -94,8 +96,6 @@ def generate_text(
     adapters = AdapterChoice(adapter)
     if prompts is None:
         adapters.check(prompt)
-    if compile and (draft is not None or draft_tokens is not None):
-        raise UserError("compile: conflicts with draft and draft_tokens")
     generator = TextGenerator.load(ckpt_path, device, quantize=quantize, adapters=adapters.folders)
     if compile:
         generator.compile()
