@@ -332,7 +332,7 @@ class TextGenerator:
             max_new_tokens: Maximum number of new tokens per prompt.
             sampling: Sampling settings.
             stop: Stop strings.
-            seed: Sampling seed of each prompt; one seed stands for itself, plus 1, plus 2 and so on. A completion
+            seed: Sampling seed of each prompt; with a single seed, prompt i uses ``seed + i``. A completion
                 equals its prompt continued alone with its seed.
             adapters: Adapter of each prompt, by name; ``None`` for the one selected for all. Prompts with the same
                 adapter are decoded together.

@@ -37,6 +37,8 @@ class SlotState(DecodingState):
         UserError: If the state of a mixer or feed-forward has no form with slots.
     """
 
+    position_ids: Tensor
+
     def __init__(self, model: Tokenformer, slots: int, length: int) -> None:
         super().__init__([], length, None, model)
         device = next(model.parameters()).device
