@@ -192,7 +192,7 @@ def compare(dtype: str, given: argparse.Namespace) -> list[Line]:
     bound = [TURN * size / matrix.nbytes * one for one in taken["pass"]]
     speed = [given.batch * TURN / median(one) for one in (bare, bound)]
     limit = f"bandwidth / weights ({bandwidth / 1e9:.1f} GB/s / {size / 1e6:.0f} MB)"
-    return [*lines, Line(f"bare products, {what}", limit, *speed, "tokens/s", ratio(bound, bare))]
+    return [*lines, Line(f"bare products, {what}", limit, speed[0], speed[1], "tokens/s", ratio(bound, bare))]
 
 
 def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:

@@ -288,7 +288,7 @@ class TextGenerator:
         stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
         given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
         if self._draft is None:
-            steps = generate_tokens(self.backbone, *given, step=self._step)
+            steps = generate_tokens(self.backbone, *given, True, self._step)
         else:
             draft, length = self._draft
             more: Any = {"draft_length": length, "counts": self.speculation}
