@@ -111,6 +111,7 @@ class SlotReader:
         lengths: Data tokens read so far in each slot; 0 for a slot that is not used, which saves time.
     """
 
+    @torch.inference_mode()  # a compiled step is specific to it
     def __init__(
         self, model: Tokenformer, slots: int, length: int, step: Step | None = None, prompts: Sequence[Tensor] = ()
     ) -> None:
