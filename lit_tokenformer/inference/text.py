@@ -288,10 +288,11 @@ class TextGenerator:
         stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
         given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
         if self._draft is None:
-            steps = generate_tokens(self.backbone, *given, True, self._step)
+            more: Any = {"step": self._step}
+            steps = generate_tokens(self.backbone, *given, **more)
         else:
             draft, length = self._draft
-            more: Any = {"draft_length": length, "counts": self.speculation}
+            more = {"draft_length": length, "counts": self.speculation}
             steps = speculate_tokens(self.backbone, draft, *given, **more)
         completions = [row.completion for row in rows]
         yield completions
