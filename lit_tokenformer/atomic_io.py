@@ -6,6 +6,7 @@ symbolic link under the target's name is replaced, never followed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -26,11 +27,12 @@ since Lightning counts ``hpc_ckpt_N`` by substring."""
 
 
 @contextmanager
-def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(target: str | os.PathLike[str], replace: bool = True) -> Iterator[BinaryIO]:
     """Open a new file that replaces ``target`` when the block ends, and is removed if the block raises.
 
     Args:
         target: File to write, in an existing folder.
+        replace: Replace an existing target; otherwise raise ``FileExistsError`` at the end of the block.
 
     Yields:
         The file, open for writing bytes.
@@ -55,7 +57,10 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(part, target)
+            if replace:
+                os.replace(part, target)
+            else:
+                _rename_new(part, target)
         _sync(Path(target).parent)
     finally:
         part.unlink(missing_ok=True)
@@ -120,6 +125,18 @@ def clear_parts(folder: Path) -> None:
         with suppress(OSError), part.open("r+b") as file:  # some network file systems lock only files open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
+
+
+def _rename_new(part: Path, target: str | os.PathLike[str]) -> None:
+    """Rename a file unless the target exists."""
+    try:
+        os.link(part, target)  # unlike a rename, this never replaces
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no hard links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target)) from None
+        os.replace(part, target)
 
 
 def _part_path(target: str | os.PathLike[str]) -> Path:

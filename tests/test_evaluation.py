@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.instance import Instance
 
+from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.inference.lm_eval import HarnessModel, evaluate
@@ -176,6 +177,26 @@ def test_a_local_multiple_choice_task_gives_the_accuracy_by_hand(generator, incl
     assert by_pattern["tiny_choice"]["acc,none"] == results["acc,none"]
     assert results["acc_norm,none"] == normed / len(QUESTIONS)
     assert not math.isnan(results["acc_stderr,none"])
+
+
+def test_the_command_scores_quantized_weights(include_path, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    task = LitCausalLM("tokenformer_lm_tiny", 320, 32, overrides={"dim": 32, "depth": 1, "num_heads": 2})
+    trainer = Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(task)
+    task.tokenizer_json = Tokenizer.bytes().to_json()
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    args = {"ckpt_path": str(tmp_path / "one.ckpt"), "tasks": "tiny_rolling", "include_path": include_path}
+    found = evaluate_checkpoint(**args, quantize="int8")
+    assert found["config"]["model_args"] == {"ckpt_path": str(tmp_path / "one.ckpt"), "quantize": "int8"}
+    scores = []
+    for scheme in ("int8", None):
+        loaded = TextGenerator.load(tmp_path / "one.ckpt", quantize=scheme)
+        results = evaluate(loaded, ["tiny_rolling"], include_path=include_path)["results"]["tiny_rolling"]
+        scores.append(next(value for name, value in results.items() if name.startswith("word_perplexity,")))
+    (own,) = (value for name, value in found["results"]["tiny_rolling"].items() if name.startswith("word_perplexity,"))
+    assert own == scores[0] != scores[1] == pytest.approx(own, rel=0.05)
+    assert "word_perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -65,6 +65,51 @@ def test_the_quantized_weights_are_those_of_the_formula():
             assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_for_few_rows_computes_what_torchao_does_for_many(dtype):
+    quantized = quantize(model().to(dtype))
+    layer = quantized.blocks[0].mlp.keys
+    rows = torch.randn(40, 32, dtype=dtype)
+    few = torch.cat([layer(part) for part in rows.split(2)])
+    weight = layer.weight.qdata.float() * layer.weight.scale.float()
+    for found in (few, layer(rows)):
+        torch.testing.assert_close(found.float(), rows.float() @ weight.T, rtol=0.02, atol=0.02)
+
+
+def test_int4_weights_are_those_of_the_formula():
+    sizes = {"dim": 64, "param_tokens": 96}
+    made, quantized = as_linear(model(**sizes)), quantize(model(**sizes), "int4")
+    assert any(quantized_parameters(quantized))
+    for layer, twin in zip(made.blocks.modules(), quantized.blocks.modules(), strict=True):
+        if isinstance(layer, nn.Linear):
+            group = 64 if layer.in_features % 64 == 0 else 32
+            groups = layer.weight.unflatten(1, (-1, group))
+            low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = ((high - low) / 15).bfloat16().float()
+            zero = (low + 8 * scale).bfloat16().float()
+            weight = ((((groups - zero) / scale).round().clamp(-8, 7)) * scale + zero).flatten(1)
+            x = torch.randn(5, layer.in_features)
+            expected = x @ weight.T
+            assert (twin(x) - expected).norm() < 0.01 * expected.norm()
+            assert (weight - layer.weight).abs().max() < 0.6 * scale.max()
+            assert twin.weight.qdata.nbytes * 8 == layer.weight.nbytes
+
+
+@pytest.mark.parametrize("preset", ["rwkv4_tiny", "tokenformer_lm_tiny", "gpt2_tiny"])
+def test_int4_computes_roughly_the_same(preset):
+    made = model(preset, dim=64)
+    with torch.no_grad():
+        expected = made(inputs(made))
+        error = (quantize(made, "int4")(inputs(made)) - expected).norm() / expected.norm()
+    kinds = {type(layer.weight.data).__name__ for layer in made.blocks.modules() if isinstance(layer, nn.Linear)}
+    assert 0.01 < error < 0.5 and "Int4Tensor" in kinds
+
+
+def test_int4_is_for_cpus():
+    with pytest.raises(UserError, match=r"^quantize: int4 is for CPUs \(got meta\); use int8"):
+        quantize(model().to("meta"), "int4")
+
+
 @pytest.mark.slow
 def test_digits_are_classified_as_before():
     torch.manual_seed(0)
@@ -97,8 +142,8 @@ def test_generate_takes_quantized_weights(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*args, "--temperature", "0", "--quantize", "int8"])
     assert capsys.readouterr().out == f"{expected}\n"
-    assert main([*args, "--quantize", "int4"]) == 2
-    assert capsys.readouterr().err.startswith("error: quantize: unknown value 'int4'")
+    assert main([*args, "--quantize", "int5"]) == 2
+    assert capsys.readouterr().err.startswith("error: quantize: unknown value 'int5'")
 
 
 @pytest.mark.parametrize("totals", [32, {"depth": 4}])

@@ -442,6 +442,7 @@ def test_command_continues_a_file(checkpoint, end, tmp_path, capsys, monkeypatch
         (["--prompt=", "--prompt_file=a.txt"], "prompt_file: conflicts with prompt "),
         (["--prompt_file=a.txt", "--prompts=a.jsonl"], "prompts: conflicts with prompt_file "),
         (["--prompts=a.jsonl", "--batch_size=0"], "batch_size: expected a whole number of at least 1, got 0"),
+        (["--prompt=a", "--compile=true", "--draft_tokens=0.5"], "compile: conflicts with draft and draft_tokens"),
         (["--prompts=no.jsonl"], "prompts: cannot read no.jsonl (No such file or directory)"),
         (["--prompt_file=."], "prompt_file: cannot read . (Is a directory)"),
         (["--prompt=a", "--output=."], "output: . exists already"),

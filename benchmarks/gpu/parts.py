@@ -158,8 +158,9 @@ def decode(findings: Findings) -> None:
         if findings.fits(20, f"batch {batch}"):
             preset, last, rows = ("tokenformer_lm_tiny", 64, 256) if findings.tiny else (PRESET, 256, PASS[0])
             dtype = "float32" if findings.tiny else "bfloat16"
-            rounds = 1 if findings.tiny else 2
-            findings.add(*compare(dtype, findings.device, rounds, batch, preset, last, rows))
+            given = {"rounds": 1 if findings.tiny else 2, "batch": batch, "preset": preset, "last": last, "rows": rows}
+            more = {"compile": findings.device != "cpu", "quantize": [], "together": 1, "device": findings.device}
+            findings.add(*compare(dtype, argparse.Namespace(**given, **more)))
 
 
 def growth(findings: Findings) -> None:

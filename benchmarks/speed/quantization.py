@@ -1,4 +1,4 @@
-"""Weight-only int8: perplexity, tokens per second and size of the weights, against the unquantized weights.
+"""Weight-only int8 and int4: perplexity, tokens per second and size of the weights, against the unquantized weights.
 
     python -m benchmarks.speed.quantization [--ckpt_path CHECKPOINT]
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.speed.lines import Line
 from benchmarks.speed.timing import arguments, main, median, ratio, take_turns
 from lit_tokenformer.data import TextDataModule
-from lit_tokenformer.inference.quantization import quantize
+from lit_tokenformer.inference.quantization import SCHEMES, quantize
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import Tokenformer, create_backbone
@@ -52,7 +52,8 @@ def perplexity(model: Tokenformer, batches: list[Tensor]) -> float:
 def decoding(dtype: str, device: str, rounds: int) -> list[Line]:
     """Measure tokens per second and the size of the weights."""
     plain = create_backbone(PRESET).eval().requires_grad_(False).to(device, getattr(torch, dtype))
-    models = {"int8": quantize(copy.deepcopy(plain)), "plain": plain}
+    schemes = SCHEMES if device == "cpu" else ("int8",)
+    models = {**{scheme: quantize(copy.deepcopy(plain), scheme) for scheme in schemes}, "plain": plain}
     prompt = torch.randint(plain.config.vocab_size, (FIRST,))
     steps = {
         name: generate_tokens(model, [prompt], TURN * (rounds + 2), Sampling(temperature=0))
@@ -66,15 +67,18 @@ def decoding(dtype: str, device: str, rounds: int) -> list[Line]:
     taken = take_turns({name: partial(turn, name) for name in models}, rounds)
     speed = {name: TURN / median(one) for name, one in taken.items()}
     size = {name: weight_bytes(model) / 1e6 for name, model in models.items()}
-    what, faster = f"{PRESET}, int8", ratio(taken["plain"], taken["int8"])
-    return [
-        Line(f"{what}, decoding", dtype, speed["int8"], speed["plain"], "tokens/s", faster),
-        Line(f"{what}, weights", dtype, size["int8"], size["plain"], "MB", size["int8"] / size["plain"]),
-    ]
+    lines = []
+    for scheme in schemes:
+        what, faster = f"{PRESET}, {scheme}", ratio(taken["plain"], taken[scheme])
+        lines += [
+            Line(f"{what}, decoding", dtype, speed[scheme], speed["plain"], "tokens/s", faster),
+            Line(f"{what}, weights", dtype, size[scheme], size["plain"], "MB", size[scheme] / size["plain"]),
+        ]
+    return lines
 
 
-def quality(ckpt_path: str, device: str) -> Line:
-    """Measure the perplexity of a checkpoint."""
+def quality(ckpt_path: str, device: str) -> list[Line]:
+    """Measure the perplexity of a checkpoint with each scheme."""
     generator = TextGenerator.load(ckpt_path, device)
     model = generator.backbone
     data = TextDataModule("python_stdlib", val_fraction=0.05, block_size=model.config.context_length)
@@ -82,14 +86,17 @@ def quality(ckpt_path: str, device: str) -> Line:
     data.setup("validate")
     batches = [batch.to(device) for batch, _ in zip(data.val_dataloader(), range(BATCHES), strict=False)]
     before = perplexity(model, batches)
-    after = perplexity(quantize(model), batches)
-    return Line("perplexity, int8", "float32", after, before, "per token", after / before)
+    lines = []
+    for scheme in SCHEMES if device == "cpu" else ("int8",):
+        after = perplexity(quantize(copy.deepcopy(model), scheme), batches)
+        lines.append(Line(f"perplexity, {scheme}", "float32", after, before, "per token", after / before))
+    return lines
 
 
 def measure(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
     """Measure each dtype, and the perplexity of a checkpoint."""
     lines = [line for dtype in given.dtypes for line in decoding(dtype, given.device, given.rounds)]
-    return [*lines, *([quality(given.ckpt_path, given.device)] if given.ckpt_path else [])], []
+    return [*lines, *(quality(given.ckpt_path, given.device) if given.ckpt_path else [])], []
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def evaluate_checkpoint(
         log_samples: Also write the documents and the model's responses, as CHECKPOINT/samples_TASK_DATE.jsonl below
             output_path.
         device: Device of the model, such as "cpu" or "cuda:0"; "auto" selects the accelerator if available.
-        quantize: Weight-only quantization: "int8", by torchao.
+        quantize: Weight-only quantization of the blocks: "int8" or, on CPUs, "int4"; needs torchao.
 
     Returns:
         Results in the harness's format.

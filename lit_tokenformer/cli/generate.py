@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.adapters import read_adapter_config
+from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.data.image_text.datamodule import to_tensor
 from lit_tokenformer.data.images.samples import decode_image
 from lit_tokenformer.errors import UserError, unknown_name
@@ -44,6 +45,7 @@ def generate_text(
     draft_tokens: Tokens | float | None = None,
     draft_length: int = 4,
     image: str | list[str] | None = None,
+    compile: bool = False,
 ) -> None:
     """Generate text with a language model and stream it to the standard output.
 
@@ -63,9 +65,10 @@ def generate_text(
         prompt_file: Text file that is one prompt, without the line break at its end; "-" for the standard input.
         prompts: JSON-lines file of prompts: objects with a text "prompt", whose other fields are copied to the output;
             "-" for the standard input.
-        output: New file for the output, written as it is generated; defaults to the standard output.
-        batch_size: Rows of "prompts" decoded as one batch.
-        quantize: Weight-only quantization: "int8", by torchao.
+        output: New file for the output, which appears once it is complete; defaults to the standard output.
+        batch_size: Rows of "prompts" decoded at once: where a text ends, the next row begins, the longest first. The
+            output is in the order of the rows, and the same for every batch size.
+        quantize: Weight-only quantization of the blocks: "int8" or, on CPUs, "int4"; needs torchao.
         adapter: Adapters, NAME=FOLDER or FOLDER: one for all prompts, or one per prompt in their order. "none" is the
             model alone; "auto" picks that with the least loss on the prompt, or none, of those given with it.
         draft: Path to a checkpoint of a smaller model with the same tokenizer, for speculative decoding: it proposes
@@ -74,6 +77,7 @@ def generate_text(
         draft_length: Tokens that the draft proposes before each call of the model.
         image: Image files, for a checkpoint of LitVisionLanguage: one for all prompts, which are questions about it, or
             one per prompt in their order.
+        compile: Compile the decoding step (Inductor on a CPU, CUDA graphs on a GPU), which takes up to minutes.
 
     Raises:
         UserError: If the checkpoint cannot be used, a setting is out of range, more than one of prompt, prompt_file and
@@ -90,6 +94,8 @@ def generate_text(
         raise UserError(f"output: {output} exists already")
     if draft is not None and draft_tokens is not None:
         raise UserError("draft_tokens: conflicts with draft (expected one of them)")
+    if compile and (draft is not None or draft_tokens is not None):
+        raise UserError("compile: conflicts with draft and draft_tokens")
     if draft_length < 1:
         raise UserError(f"draft_length: expected a whole number of at least 1, got {draft_length}")
     if image and prompts is not None:
@@ -101,10 +107,12 @@ def generate_text(
     if prompts is None:
         adapters.check(prompt)
     generator = TextGenerator.load(ckpt_path, device, quantize=quantize, adapters=adapters.folders)
+    if compile:
+        generator.compile()
     if draft is not None or draft_tokens is not None:
         smaller: Any = draft_tokens if draft is None else TextGenerator.load(draft, device)
         generator.use_draft(smaller, draft_length)
-    if prompts not in (None, "-") and not Path(prompts).is_fifo():
+    if prompts is not None and not _is_pipe(prompts):
         for _ in _read_prompts(prompts, generator):  # an invalid row fails before the first completion
             pass
     with _writer(output) as write:
@@ -176,7 +184,13 @@ class AdapterChoice:
             raise UserError(f"adapter: expected one, or one for each of {count} prompts, got {len(self.names)}")
 
     def select(self, generator: TextGenerator, prompts: list[str]) -> None:
-        """Select the adapters of a batch of prompts, and report those picked by ``auto``."""
+        """Select the adapters of a batch of prompts."""
+        names = self.names_of(generator, prompts)
+        if self.folders:
+            generator.set_adapter(names)
+
+    def names_of(self, generator: TextGenerator, prompts: list[str]) -> list[str | None]:
+        """Adapter of each prompt; those picked by ``auto`` are reported."""
         if self.auto:
             names = generator.best_adapters(prompts)
             print(f"note: adapters picked: {', '.join(name or 'none' for name in names)}", file=sys.stderr)
@@ -185,8 +199,7 @@ class AdapterChoice:
             names = self.names
         else:
             names = (self.names or [None]) * len(prompts)
-        if self.folders:
-            generator.set_adapter(names)
+        return names
 
 
 def _continue_rows(
@@ -198,27 +211,29 @@ def _continue_rows(
     write: Callable[[str], Any],
     adapters: AdapterChoice,
 ) -> None:
-    """Continue the prompts of a JSON-lines file in batches; each completion equals its prompt continued alone."""
+    """Continue the prompts of a JSON-lines file; each completion equals its prompt continued alone."""
     rows = _read_prompts(path, generator)
-    while batch := list(islice(rows, batch_size)):
-        seeds = [seed + i for i in range(len(batch))]
-        adapters.select(generator, [row["prompt"] for row in batch])
-        *_, completions = generator.run([row["prompt"] for row in batch], *settings, seeds)
-        for row, completion, own in zip(batch, completions, seeds, strict=True):
-            write(json.dumps(row | _results(completion, own)) + "\n")
-        seed += len(batch)
+    size = batch_size * (1 if _is_pipe(path) else _SORTED)  # the other end of a pipe may wait for answers
+    while window := list(islice(rows, size)):
+        prompts = [row["prompt"] for row in window]
+        names = adapters.names_of(generator, prompts) if adapters.folders else None
+        for row, completion in zip(
+            window, generator.complete(prompts, batch_size, *settings, seed, names), strict=True
+        ):
+            write(json.dumps(row | _results(completion, seed)) + "\n")
+            seed += 1
 
 
 @contextmanager
 def _writer(output: str | None) -> Iterator[Callable[[str], Any]]:
-    """Return a function that writes to a new file, or to the standard output, at once."""
+    """Return a function that writes to the standard output at once, or to a new file that appears when complete."""
     if output is None:
         yield lambda text: print(text, end="", flush=True)
         return
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with open(output, "x", encoding="utf-8", buffering=1) as file:
-            yield file.write
+        with atomic_write(output, replace=False) as file:
+            yield lambda text: file.write(text.encode())
     except OSError as error:
         raise UserError(f"output: cannot write {output} ({error.strerror or error})") from None
 
@@ -240,6 +255,10 @@ def _read_images(paths: str | list[str], prompt: str | list[str], generator: Tex
         except Exception as error:  # damaged bytes raise any exception in a decoder
             raise UserError(f"image: cannot read {name} ({' '.join(str(error).split())})") from None
     return torch.stack(found * (count if len(names) == 1 else 1))
+
+
+def _is_pipe(path: str) -> bool:
+    return path == "-" or Path(path).is_fifo()
 
 
 def _read_prompt(path: str) -> str:
@@ -335,5 +354,8 @@ def _results(completion: Completion, seed: int) -> dict[str, Any]:
 
 _RESULTS = ("completion", "tokens", "stopped", "seconds", "tokens_per_second", "seed")
 """Fields of a completion in JSON output."""
+
+_SORTED = 64
+"""Rows of "prompts" that are sorted by length together, as a multiple of the batch size."""
 
 _FORMATS = {"text": _as_text, "json": _as_json}

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.inference.readers import Reader, Rereader, SlotReader, Step
 from lit_tokenformer.models.backbone import Tokenformer
 from lit_tokenformer.models.image_text import ImageTextReader
 
@@ -141,6 +143,7 @@ def generate_tokens(
     seed: int | Sequence[int] | None = None,
     cache: bool = True,
     images: Tensor | None = None,
+    step: Step | None = None,
 ) -> Generator[Tensor, None, None]:
     """Decode continuations of prompts, token by token.
 
@@ -159,6 +162,7 @@ def generate_tokens(
         cache: Whether to use the decoding state (KV caches or recurrent states); without it, every row is recomputed
             alone for each token.
         images: Image before each prompt, (B, C, height, width), for a model with the stem ``image_text``.
+        step: Compiled decoding step, the result of :func:`~lit_tokenformer.inference.readers.compile_step`.
 
     Yields:
         Next token id of each row, (B,) int64 on the CPU; ``ENDED`` (-1) for rows that have already ended.
@@ -175,7 +179,17 @@ def generate_tokens(
     """
     rows, limits, size, generators = prepare(model, prompts, max_new_tokens, sampling, vocab_size, seed)
     check_images(model, images, len(rows))
-    return _generate(model, rows, limits, sampling, frozenset(stop), size, generators, cache, images)
+    length = max(len(row) for row in rows) + max(limits)
+
+    def new_reader() -> Callable[[Tensor | None], Tensor]:
+        if images is not None:
+            weight = next(model.parameters())
+            return ImageTextReader(model, images.to(weight.device, weight.dtype), rows, length, cache)
+        if not cache:
+            return Rereader(model, rows)
+        return Reader(model, rows, length) if step is None else SlotReader(model, len(rows), length, step, rows)
+
+    return _generate(model, new_reader, rows, limits, sampling, frozenset(stop), size, generators)
 
 
 class Request(NamedTuple):
@@ -262,70 +276,24 @@ def check_finite(tokens: Collection[int], name: str = "model") -> None:
         raise UserError(f"{name}: non-finite logits; the weights may come from a diverged fit")
 
 
-class _Reader:
-    """Incremental decoder with a decoding state (KV caches or recurrent states)."""
-
-    def __init__(self, model: Tokenformer, rows: list[Tensor], length: int, device: torch.device) -> None:
-        longest = max(len(row) for row in rows)
-        padding = torch.tensor([longest - len(row) for row in rows], device=device)  # (B,)
-        self.model = model
-        self.state = model.new_state(length, padding if len({len(row) for row in rows}) > 1 else None)
-        self.prompt = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows]).to(device)
-
-    def __call__(self, tokens: Tensor | None) -> Tensor:
-        """Prefill the prompts (``None``) or decode the last tokens (B, 1), and return the next logits (B, V)."""
-        # not model(...): a compiled model would be recompiled for each length
-        features = self.model.forward_features(self.prompt if tokens is None else tokens, state=self.state)
-        return self.model.forward_head(features[:, -1:])[:, 0]
-
-
-class _Rereader:
-    """Reference decoder without a state, which recomputes each row alone for every token."""
-
-    def __init__(self, model: Tokenformer, rows: list[Tensor], device: torch.device) -> None:
-        self.model = model
-        self.rows = [row.to(device) for row in rows]
-
-    def __call__(self, tokens: Tensor | None) -> Tensor:
-        """As :meth:`_Reader.__call__`."""
-        if tokens is not None:
-            limit = self.model.config.length_limit  # a row that fills the context has ended
-            self.rows = [torch.cat([row, new])[:limit] for row, new in zip(self.rows, tokens, strict=True)]
-        features = torch.cat([self.model.forward_features(row[None])[:, -1] for row in self.rows])
-        return self.model.forward_head(features[:, None])[:, 0]
-
-
 def _generate(
     model: Tokenformer,
+    new_reader: Callable[[], Callable[[Tensor | None], Tensor]],
     rows: list[Tensor],
     limits: list[int],
     sampling: Sampling,
     stop: frozenset[int],
     vocab_size: int,
     generators: list[torch.Generator],
-    cache: bool,
-    images: Tensor | None,
 ) -> Generator[Tensor, None, None]:
-    device = next(model.parameters()).device
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
-        for occurred, row in zip(seen, rows, strict=True):
-            occurred[row] = True
-        seen = seen.to(device)
-    were_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        length = max(len(row) for row in rows) + max(limits)
-        read: Callable[[Tensor | None], Tensor]
-        if images is not None:
-            read = ImageTextReader(model, images.to(device, next(model.parameters()).dtype), rows, length, cache)
-        else:
-            read = _Reader(model, rows, length, device) if cache else _Rereader(model, rows, device)
+    seen = seen_tokens(rows, vocab_size, sampling, next(model.parameters()).device)
+    with evaluation_mode(model):
+        read = new_reader()
         tokens: Tensor | None = None
         alive = [limit > 0 for limit in limits]
         for count in range(1, max(limits) + 1):
-            tokens = _next_tokens(read, tokens, sampling, seen, vocab_size, generators)  # (B, 1)
+            with torch.inference_mode():
+                tokens = choose(read(tokens)[:, :vocab_size], sampling, seen, generators)[:, None]  # (B, 1)
             chosen = tokens[:, 0].tolist()
             check_finite(chosen)
             chosen = [token if lives else ENDED for token, lives in zip(chosen, alive, strict=True)]
@@ -336,23 +304,41 @@ def _generate(
             yield torch.tensor(chosen)
             if not any(alive):
                 return
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode within the block."""
+    were_training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
     finally:
         for module in were_training:
             module.training = True
 
 
-@torch.inference_mode()
-def _next_tokens(
-    read: Callable[[Tensor | None], Tensor],
-    tokens: Tensor | None,
-    sampling: Sampling,
-    seen: Tensor | None,
-    vocab_size: int,
-    generators: list[torch.Generator],
-) -> Tensor:
-    """Decode the last tokens (B, 1) and sample the next, (B, 1)."""
-    logits = read(tokens)[:, :vocab_size]  # (B, V)
-    scores = sampling.scores(logits, None if seen is None else seen[:, :vocab_size])
+def seen_tokens(rows: Sequence[Tensor], vocab_size: int, sampling: Sampling, device: torch.device) -> Tensor | None:
+    """Mask of the token ids in each prompt, (B, V) bool; ``None`` without a repetition penalty."""
+    if sampling.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
+    for occurred, row in zip(seen, rows, strict=True):
+        occurred[row[row < vocab_size]] = True
+    return seen.to(device)
+
+
+def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
+    """Sample token ids, (B,), -2 for a row with non-finite scores.
+
+    Args:
+        logits: Logits, (B, V).
+        sampling: Sampling settings.
+        seen: Mask of token ids that occurred before, (B, V) bool, updated in place; ``None`` for none.
+        generators: Random generator of each row; none for greedy decoding.
+    """
+    scores = sampling.scores(logits, seen)
     if sampling.greedy:
         best, chosen = scores.max(dim=-1)
         chosen = torch.where(best.isfinite(), chosen, NOT_FINITE)
@@ -361,7 +347,7 @@ def _next_tokens(
         chosen = draw(scores, uniform.to(logits.device))
     if seen is not None:
         seen.scatter_(1, chosen.clamp_min(0)[:, None], True)
-    return chosen[:, None]
+    return chosen
 
 
 def _row_generator(seed: int, row: int) -> torch.Generator:

@@ -24,6 +24,7 @@ from lit_tokenformer.inference.sampling import (
     check_causal_lm,
     check_finite,
     draw,
+    evaluation_mode,
     prepare,
 )
 from lit_tokenformer.models.backbone import DecodingState, Tokenformer
@@ -144,11 +145,7 @@ def check_draft(model: Tokenformer, draft: Tokenformer, vocab_size: int) -> None
 
 
 def _generate(rows: list[_Row], stop: frozenset[int], counts: Speculation) -> Generator[Tensor, None, None]:
-    models = [rows[0].model, rows[0].draft]
-    were_training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
+    with evaluation_mode(rows[0].model, rows[0].draft):
         alive = [row.left > 0 for row in rows]
         while any(alive):
             chosen = [row.next() if lives else ENDED for row, lives in zip(rows, alive, strict=True)]
@@ -158,9 +155,6 @@ def _generate(rows: list[_Row], stop: frozenset[int], counts: Speculation) -> Ge
                 for row, lives, token in zip(rows, alive, chosen, strict=True)
             ]
             yield torch.tensor(chosen)
-    finally:
-        for module in were_training:
-            module.training = True
 
 
 class _Row:

@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +29,19 @@ from lit_tokenformer.data.text.vocabulary import read_text
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import shrink
 from lit_tokenformer.growth.shrink import Prefix
+from lit_tokenformer.inference.batching import SlotDecoder
+from lit_tokenformer.inference.completion import Completion, Text
 from lit_tokenformer.inference.quantization import quantize as quantize_weights
-from lit_tokenformer.inference.sampling import ENDED, Sampling, check_causal_lm, generate_tokens
+from lit_tokenformer.inference.readers import Step, compile_step
+from lit_tokenformer.inference.sampling import Sampling, check_causal_lm, evaluation_mode, generate_tokens
 from lit_tokenformer.inference.speculative import Speculation, check_draft, speculate_tokens
 from lit_tokenformer.models import Tokenformer
+from lit_tokenformer.models.slots import has_slots
 from lit_tokenformer.tasks.language import TOKENIZER_FILE
 from lit_tokenformer.tasks.rebuild import rebuild_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Supported dtypes of the weights, by name."""
-
-
-@dataclass
-class Completion:
-    """Completion of one prompt, possibly unfinished.
-
-    Args:
-        prompt: Prompt as passed.
-        text: Generated text, without stop strings and separator.
-        tokens: Number of new tokens, including the one that ended the text.
-        stopped: Reason of the end: ``stop`` (the separator or a stop string), ``length`` (``max_new_tokens``) or
-            ``context`` (prompt and new tokens fill the model's context); ``None`` while unfinished.
-        seconds: Time from the start to the last token, including prefill, in seconds.
-    """
-
-    prompt: str
-    text: str = ""
-    tokens: int = 0
-    stopped: str | None = None
-    seconds: float = 0.0
 
 
 class TextGenerator:
@@ -94,6 +77,7 @@ class TextGenerator:
         self.speculation = Speculation()
         """Counts of speculative decoding so far."""
         self._draft: tuple[Tokenformer, int] | None = None
+        self._step: Step | None = None
 
     def use_draft(self, draft: TextGenerator | Prefix, length: int = 4) -> None:
         """Decode with a smaller model that proposes tokens; see :mod:`~lit_tokenformer.inference.speculative`.
@@ -115,6 +99,19 @@ class TextGenerator:
             raise UserError("draft: its tokenizer differs from the model's (expected the same vocabulary)")
         check_draft(self.backbone, draft.backbone, self.tokenizer.size)
         self._draft = draft.backbone, length
+
+    def compile(self) -> None:
+        """Compile the decoding step; the text stays the same, except where rounding decides a tie.
+
+        See :func:`~lit_tokenformer.inference.readers.compile_step`. The first token of each batch size compiles.
+
+        Raises:
+            ValueError: If there is a draft, if a part of the model has a decoding state without slots, or if torch
+                cannot compile here.
+        """
+        if self._draft is not None:
+            raise UserError("compile: unsupported with a draft")
+        self._step = compile_step(self.backbone)
 
     @classmethod
     def load(
@@ -290,23 +287,23 @@ class TextGenerator:
         Raises:
             ValueError: As :meth:`generate`, before the first yield.
         """
-        stops = [stop] if isinstance(stop, str) else list(stop or [])
-        if "" in stops:
-            raise UserError("stop: expected texts of at least one character, got ''")
         texts = [prompts] if isinstance(prompts, str) else prompts
-        rows = [_Row(self.tokenizer, text, stops) for text in texts]
+        rows = self._texts(texts, stop)
         if images is not None:
             if self._draft is not None:
                 raise UserError("draft: cannot read images (expected none)")
+            if self._step is not None:
+                raise UserError("compile: cannot read images (expected none)")
             for row, text in zip(rows, texts, strict=True):
                 row.ids = [*(row.ids if len(text) else []), self.tokenizer.separator_id]
         stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
         given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
         if self._draft is None:
-            steps = generate_tokens(self.backbone, *given, images=images)
+            more: Any = {"step": self._step, "images": images}
+            steps = generate_tokens(self.backbone, *given, **more)
         else:
             draft, length = self._draft
-            more: Any = {"draft_length": length, "counts": self.speculation}
+            more = {"draft_length": length, "counts": self.speculation}
             steps = speculate_tokens(self.backbone, draft, *given, **more)
         completions = [row.completion for row in rows]
         yield completions
@@ -326,64 +323,104 @@ class TextGenerator:
             row.end("context")
         yield completions
 
+    def complete(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        batch_size: int = 32,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008  (frozen)
+        stop: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        adapters: Sequence[str | None] | None = None,
+    ) -> Iterator[Completion]:
+        """Continue many prompts, a fixed number of them at once: where a text ends, the next prompt begins.
 
-class _Row:
-    """Decoding state of one completion: streamed text and stop strings.
+        The longest prompts come first. A draft, and parts of plugins whose decoding state has no form with slots, are
+        decoded batch by batch instead.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        prompt: Prompt to continue, as text or token ids.
-        stops: Stop strings.
-    """
+        Args:
+            prompts: Prompts to continue, as text or token ids.
+            batch_size: Number of prompts decoded at once.
+            max_new_tokens: Maximum number of new tokens per prompt.
+            sampling: Sampling settings.
+            stop: Stop strings.
+            seed: Sampling seed of each prompt; with a single seed, prompt i uses ``seed + i``. A completion
+                equals its prompt continued alone with its seed.
+            adapters: Adapter of each prompt, by name; ``None`` for the one selected for all. Prompts with the same
+                adapter are decoded together.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str | Sequence[int], stops: list[str]) -> None:
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt))
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"prompt: {text!r} is not valid Unicode") from None
-        self.completion = Completion(text)
-        self.ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.separator_id]
-        self.separator_id = tokenizer.separator_id
-        self.stops = stops
-        self.held = ""  # a possible prefix of a stop string
-        self.streamer = tokenizer.stream()
-        # Some vocabularies drop the space before the first word of a text, so the stream starts with the prompt.
-        shown = "".join(self.streamer.step(token) for token in self.ids)
-        self.hidden = len(tokenizer.decode(self.ids)) - len(shown)  # characters of the prompt that are still to come
+        Yields:
+            Completions in the order of the prompts, as soon as all before them have ended.
 
-    def add(self, token: int, seconds: float) -> None:
-        """Append the next token."""
-        if token == ENDED:
-            self.end("context")
+        Raises:
+            ValueError: As :meth:`generate`, before the first completion.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        groups: dict[str | None, list[int]] = {}
+        for number, name in enumerate(adapters or [None] * len(prompts)):
+            groups.setdefault(name, []).append(number)
+        found: dict[int, Completion] = {}
+        number = 0
+        with evaluation_mode(self.backbone):
+            for name, numbers in groups.items():
+                if adapters is not None:
+                    self.set_adapter(name)
+                given = [prompts[n] for n in numbers], batch_size, max_new_tokens, sampling, stop
+                for place, completion in self._complete(*given, [seeds[n] for n in numbers]):
+                    found[numbers[place]] = completion
+                    while number in found:
+                        yield found.pop(number)
+                        number += 1
+
+    def _complete(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str] | None,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, Completion]]:
+        """Continue prompts with the same adapter, and yield their indices and completions as they end."""
+        if self._draft is not None or not has_slots(self.backbone):
+            for first in range(0, len(prompts), batch_size):
+                some = slice(first, first + batch_size)
+                *_, completions = self.run(prompts[some], max_new_tokens, sampling, stop, seeds[some])
+                yield from enumerate(completions, start=first)
             return
-        self.completion.tokens += 1
-        self.completion.seconds = seconds
-        if token == self.separator_id:
-            self.end("stop")
-        else:
-            self._write(self.streamer.step(token))
+        rows = self._texts(prompts, stop)
+        ids, stop_ids = [row.ids for row in rows], [self.tokenizer.separator_id]
+        given: Any = (max_new_tokens, sampling, stop_ids, self.tokenizer.size, seeds, self._step)
+        decoder = SlotDecoder(self.backbone, ids, batch_size, *given)
+        starts = [time.perf_counter()] * len(rows)
+        before = time.perf_counter()
+        for tokens in decoder:
+            now = time.perf_counter()
+            for number, token in tokens:
+                row = rows[number]
+                if row.completion.tokens == 0:
+                    starts[number] = before
+                row.add(token, now - starts[number])
+                if row.completion.tokens == max_new_tokens:
+                    row.end("length")
+                elif len(row.ids) + row.completion.tokens == self.backbone.config.length_limit:
+                    row.end("context")
+                if row.completion.stopped is not None:
+                    decoder.end(number)
+                    yield number, row.completion
+            before = now
+        for number, row in enumerate(rows):
+            if row.completion.tokens == 0:  # the prompt fills the context
+                row.end("context")
+                yield number, row.completion
 
-    def end(self, reason: str) -> None:
-        """Flush the held text and set the stop reason, unless the text has ended."""
-        if self.completion.stopped is None:
-            self._write(self.streamer.finish())
-        if self.completion.stopped is None:
-            self.completion.text += self.held
-            self.completion.stopped = reason
-
-    def _write(self, piece: str) -> None:
-        self.held += piece[self.hidden :]
-        self.hidden = max(0, self.hidden - len(piece))
-        found = [place for place in (self.held.find(stop) for stop in self.stops) if place >= 0]
-        if found:
-            self.completion.text += self.held[: min(found)]
-            self.completion.stopped = "stop"
-            return
-        begun = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
-        certain = len(self.held) - max(begun, default=0)
-        self.completion.text += self.held[:certain]
-        self.held = self.held[certain:]
+    def _texts(self, prompts: Sequence[str | Sequence[int]], stop: str | Sequence[str] | None) -> list[Text]:
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        if "" in stops:
+            raise UserError("stop: expected texts of at least one character, got ''")
+        return [Text(self.tokenizer, prompt, stops) for prompt in prompts]
 
 
 def find_device(name: str | torch.device) -> torch.device:

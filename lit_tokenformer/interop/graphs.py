@@ -201,11 +201,16 @@ class _TracedCache(KeyValueCache):
 class _TracedState:
     """Decoding state of a graph, with a length that may be symbolic."""
 
+    position_ids = None
+
     def __init__(self, blocks: list[Any], start: int, padding: Tensor | None) -> None:
         self.blocks, self.start, self.padding = blocks, start, padding
 
     def check(self, more: int, positions: bool = True) -> None:
         """Accept any length."""
+
+    def advance(self, more: int) -> None:
+        """Do nothing: the state is read once."""
 
 
 def _continue(

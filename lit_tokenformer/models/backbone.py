@@ -32,6 +32,7 @@ from lit_tokenformer.models.mixers import Attend, Context, Packing
 from lit_tokenformer.models.norms import make_norm
 from lit_tokenformer.models.pattention import Pattention
 from lit_tokenformer.models.positions import token_positions
+from lit_tokenformer.models.slots import SlotState
 from lit_tokenformer.models.stems import make_stem
 from lit_tokenformer.registry import POSITIONS
 
@@ -231,6 +232,18 @@ class Tokenformer(HubMixin, nn.Module):
         blocks: list[Any] = list(self.blocks)
         return DecodingState([block.new_state(length) for block in blocks], length, padding, self)
 
+    def new_slots(self, slots: int, length: int) -> SlotState:
+        """Create a decoding state with slots, for sequences that enter and leave one by one.
+
+        Args:
+            slots: Number of slots.
+            length: Capacity of each slot in data tokens.
+
+        Raises:
+            UserError: If the state of a mixer or feed-forward has no form with slots.
+        """
+        return SlotState(self, slots, length)
+
     def forward_features(
         self,
         x: Tensor | None = None,
@@ -270,6 +283,9 @@ class Tokenformer(HubMixin, nn.Module):
         if state is not None:
             length = x.shape[1] if x is not None else inputs_embeds.shape[1]  # type: ignore[union-attr]
             state.check(length, positions=position_ids is None)
+            if state.position_ids is not None:
+                position_ids = state.position_ids
+                more |= {"position_ids": position_ids} if self._positions.learned else {}
         x = self.patch_drop(self.stem(x, start, padding, **more))
         context = self._context(x, documents, state, lengths, attention_mask, position_ids, attend)
         if context.packing is not None:
@@ -277,7 +293,7 @@ class Tokenformer(HubMixin, nn.Module):
         for number, block in enumerate(self.blocks):
             x = self._run(block, x, context, (None, None) if state is None else state.blocks[number])
         if state is not None:
-            state.start += x.shape[1]
+            state.advance(x.shape[1])
         if self.loss_names:
             self.aux_losses = context.aux_losses or {}
         x = self.norm(x)
@@ -404,7 +420,7 @@ class Tokenformer(HubMixin, nn.Module):
             present = check_mask(attention_mask, x, state, recurrent=not self.keeps_documents_apart)
         mask = attention_mask
         if attend is None:
-            mask = self._mask(x, documents, start, padding, None if alone else lengths, attention_mask)
+            mask = self._mask(x, documents, state, None if alone else lengths, attention_mask)
         return Context(
             rotary,
             mask,
@@ -442,8 +458,7 @@ class Tokenformer(HubMixin, nn.Module):
         self,
         x: Tensor,
         documents: Tensor | None,
-        start: int,
-        padding: Tensor | None,
+        state: DecodingState | None,
         lengths: Tensor | None,
         given: Tensor | None,
     ) -> Tensor | None:
@@ -451,13 +466,20 @@ class Tokenformer(HubMixin, nn.Module):
         if not self._uses_mask:
             return None
         config, bias = self.config, self._positions.bias
-        mask = make_mask(x, config.causal, start, padding, documents, lengths, given, always=bias is not None)
+        slots = state if isinstance(state, SlotState) else None
+        start, padding = (0, None) if state is None else (state.start, state.padding)
+        mask = None
+        if slots is None:
+            mask = make_mask(x, config.causal, start, padding, documents, lengths, given, always=bias is not None)
         if bias is None:
-            return mask
+            return mask if slots is None else slots.mask()
         mixers: Any = [block.attn for block in self.blocks]
         heads = next((mixer.slope_of_head for mixer in mixers if hasattr(mixer, "slope_of_head")), None)
-        scores = bias(config.num_heads, start, x.shape[1], x, heads)  # (1, H, T, S)
-        scores = scores if mask is None else restricted(scores, mask)
+        if slots is None:
+            scores = bias(config.num_heads, start, x.shape[1], x, heads)  # (1, H, T, S)
+            scores = scores if mask is None else restricted(scores, mask)
+        else:
+            scores = slots.mask(lambda length: bias(config.num_heads, 0, length, x, heads))
         autocast = torch.is_autocast_enabled(x.device.type)
         return scores.to(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
 

@@ -28,6 +28,9 @@ class DecodingState:
         start: Data tokens read so far, including padding.
     """
 
+    position_ids: Tensor | None = None
+    """Position of the next data token of each sequence, if these differ; see :mod:`~lit_tokenformer.models.slots`."""
+
     def __init__(self, blocks: list[State], length: int, padding: Tensor | None, model: Tokenformer) -> None:
         self.blocks = blocks
         self.length = length
@@ -80,6 +83,10 @@ class DecodingState:
         if missing is not None:
             raise UserError(f"state: {type(missing).__name__} defines no {method!r}")
         return states
+
+    def advance(self, more: int) -> None:
+        """Count ``more`` data tokens as read."""
+        self.start += more
 
     def check(self, more: int, positions: bool = True) -> None:
         """Check that the model has not grown and that ``more`` data tokens fit.

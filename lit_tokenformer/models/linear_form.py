@@ -11,11 +11,13 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.axes import Axis, AxisTensor
 from lit_tokenformer.models.pattention import SCORE_NORMS, Pattention
+from lit_tokenformer.models.pattention_kernels import is_one_row, l2_gelu, one_row_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,6 +63,8 @@ class LinearHalves:
     def attend(self, x: Tensor) -> Tensor:
         """Attend to the layer's own tokens, (..., D_in) -> (..., D_out)."""
         norm = SCORE_NORMS[self.score_norm]  # type: ignore[attr-defined]
+        if norm.whole is l2_gelu and self.activation is F.gelu and is_one_row(x):  # type: ignore[attr-defined]
+            return self.values(one_row_weights(self.keys(x), self.tau))  # type: ignore[attr-defined]
         return self.values(norm.function(self.keys(x), self.tau, self.activation))  # type: ignore[attr-defined]
 
 

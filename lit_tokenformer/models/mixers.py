@@ -244,8 +244,27 @@ class Attention(Mixer):
             context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(query.dtype)
         )
         grouped = {"enable_gqa": True} if self._queries > 1 else {}
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, **grouped)  # (B, H, T, d)
+        if state is not None and _is_slow(query):
+            mixed = attend_wide(query, key, value, mask, **grouped)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, **grouped)  # (B, H, T, d)
         return mixed.transpose(1, 2).flatten(2)  # (B, T, H d)
+
+
+def _is_slow(query: Tensor) -> bool:
+    """Check for a single query (B, H, 1, d) in half precision on a CPU, where torch's kernel is slow."""
+    half = query.shape[2] == 1 and query.dtype.itemsize == 2 and query.device.type == "cpu"
+    return half and not torch.is_autocast_enabled("cpu")
+
+
+def attend_wide(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **grouped: bool) -> Tensor:
+    """Attend in float32, one sequence after another, whose copies fit into the cache."""
+    size = len(query) if torch.compiler.is_compiling() else 1
+    wide = [one.float() if one.dtype.itemsize == 2 else one for one in (query, *([] if mask is None else [mask]))]
+    masks = [None] * len(query) if mask is None else wide[1].expand(len(query), -1, -1, -1).split(size)
+    parts = zip(wide[0].split(size), key.split(size), value.split(size), masks, strict=False)
+    mixed = [F.scaled_dot_product_attention(q, k.float(), v.float(), m, **grouped) for q, k, v, m in parts]
+    return torch.cat(mixed).to(query.dtype)
 
 
 class RecurrentState:
@@ -258,6 +277,14 @@ class RecurrentState:
 
     last: Tensor | None = None
     sums: WKVState | None = None
+
+    def keep_last(self, last: Tensor) -> None:
+        """Keep the input of the last data token, (B, 1, D)."""
+        self.last = last
+
+    def keep_sums(self, sums: WKVState) -> None:
+        """Keep the sums after the last data token."""
+        self.sums = sums
 
     def select(self, rows: Tensor) -> None:
         """Select sequences by index (B',), in place."""
@@ -284,9 +311,10 @@ def token_shift(x: Tensor, present: Tensor | None, state: RecurrentState | None)
     if present is not None:
         x = x * present
     before = state.last if state is not None and state.last is not None else torch.zeros_like(x[:, :1])
+    shifted = torch.cat([before, x[:, :-1]], dim=1)
     if state is not None:
-        state.last = x[:, -1:]
-    return torch.cat([before, x[:, :-1]], dim=1)
+        state.keep_last(x[:, -1:])
+    return shifted
 
 
 def mixed(x: Tensor, shifted: Tensor, share: Tensor) -> Tensor:
@@ -358,7 +386,7 @@ class TimeMix(Mixer):
             key, value = key.masked_fill(~context.present, -torch.inf), value * context.present
         averaged, sums = wkv(self.time_decay, self.time_first, key, value, None if state is None else state.sums)
         if state is not None:
-            state.sums = sums
+            state.keep_sums(sums)
         return self.dropout(self.proj(gate * averaged))
 
 

@@ -43,7 +43,7 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
     device = x.device.type
     if torch._C._are_functorch_transforms_active():  # vmap, jvp and others need operations without side effects
         return _plain(x, key_tokens, value_tokens, tau)
-    if not torch.is_grad_enabled() and _on_cpu(x) and x.numel() == x.shape[-1] and not torch.is_autocast_enabled("cpu"):
+    if is_one_row(x):
         return _one_row(x.reshape(-1), key_tokens, value_tokens, tau).view(*x.shape[:-1], -1)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -124,12 +124,23 @@ def _normalized(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return scores.mul_(scale), scale
 
 
+def is_one_row(x: Tensor) -> bool:
+    """Check for a single data token on a CPU, without gradients and autocast."""
+    alone = not torch.is_grad_enabled() and _on_cpu(x) and x.numel() == x.shape[-1]
+    return alone and not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+
+
+def one_row_weights(scores: Tensor, tau: Tensor) -> Tensor:
+    """Compute ``GELU(tau s / ||s||)`` of the scores of a single data token, in float32 or wider inside."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide).item()
+    wide = wide.mul_(tau.item() / norm if norm > NORM_EPS else 0.0)
+    return wide.mul_(torch.special.ndtr(wide)).to(scores.dtype)  # GELU without oneDNN's set-up on each call
+
+
 def _one_row(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
     """Compute a single data token, (D_in,) -> (D_out,), on a CPU; K and V are read once."""
-    scores = torch.mv(key_tokens, x).to(torch.promote_types(x.dtype, torch.float32))  # (N,)
-    norm = torch.linalg.vector_norm(scores).item()
-    scores.mul_(tau.item() / norm if norm > NORM_EPS else 0.0)
-    weights = scores.mul_(torch.special.ndtr(scores)).to(x.dtype)  # GELU without oneDNN's set-up on each call
+    weights = one_row_weights(torch.mv(key_tokens, x), tau)  # (N,)
     if value_tokens.dtype.itemsize > 2:
         return weights @ value_tokens
     # a half-precision product would reorder V first, at twice the time
