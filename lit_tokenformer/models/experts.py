@@ -106,7 +106,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def step(self, load: Tensor, entropy: Tensor) -> None:
-        """Balance the experts after an optimizer step's last backward pass, and start to count anew.
+        """Balance the experts after an optimizer step's last backward pass, and reset its counts.
 
         Args:
             load: Data tokens of each expert, over all processes, (E,).
