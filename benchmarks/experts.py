@@ -9,6 +9,7 @@ seed. Arms, each at every rate of its grid:
 ``split``    growth to 4 times the parameter tokens of the feed-forward, four times its FLOPs
 ``experts``  growth to 4 experts, top-1
 ``top2``     growth to 4 experts, top-2
+``shards``   growth to 4 experts for each of 4 shards of the tokens, under one norm
 ``scratch``  4 experts from scratch, for as many FLOPs as the base and ``experts`` together
 
 A figure is the mean over the seeds at the best rate of the arm. ``time`` compares a training step of 2,048 data tokens
@@ -44,9 +45,10 @@ GROWTHS: dict[str, dict[str, int]] = {
     "split": {"ffn": 1024},
     "experts": {"experts": 4},
     "top2": {"experts": 4},
+    "shards": {"experts": 4},
     "scratch": {"experts": 4},
 }
-CONFIG = {"top2": {"experts_top_k": 2}}
+CONFIG = {"top2": {"experts_top_k": 2}, "shards": {"expert_groups": 4}}
 RATES = (1e-3, 2e-3, 4e-3)
 WARMUP = 20
 
@@ -148,7 +150,7 @@ def step_time(text: Text, repeats: int) -> dict[str, float]:
     """Time of a training step of 16 x 128 data tokens, in seconds: the least of several."""
     found = {}
     tokens = torch.cat([next(batches) for batches in [text.batches(0)] for _ in range(2)])
-    for arm in ("dense", "split", "experts", "top2"):
+    for arm in ("dense", "split", "experts", "top2", "shards"):
         torch.manual_seed(0)
         model = create_backbone("tokenformer_lm_tiny", **SIZES, **CONFIG.get(arm, {}))
         optimizer = make_optimizer(model, 1e-3)

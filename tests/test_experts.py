@@ -151,8 +151,9 @@ def test_growth_into_experts_preserves_the_function(preset, top_k, shared, group
 
 def test_one_growth_adds_experts_blocks_and_tokens():
     model = shaken()
-    before = model(TOKENS)
+    before, state = model(TOKENS), torch.get_rng_state()
     grow(model, {"experts": 4, "depth": 4, "ffn": 64})
+    assert torch.equal(torch.get_rng_state(), state)  # it has a generator of its own
     assert change(model, before) <= 1e-6
     assert model.size == {"heads": 2, "qkv": 8, "proj": 8, "ffn": 64, "depth": 4, "experts": 4}
     assert all(len(expert.key_tokens) == 64 for block in model.blocks for expert in block.mlp.experts)

@@ -101,7 +101,8 @@ def _copy(
     share = 1 / experts  # of the data tokens, and thus of the gradient, in the mean
     inserted += [Inserted(one, one, False, share) for one in dense.parameters()]
     copies = [dense, *(_twin(dense, inserted, share=share) for _ in range(experts - 1))]
-    layer = with_experts(copies, config, shared).train(dense.training)
+    with torch.random.fork_rng(devices=[]):  # its router is drawn below
+        layer = with_experts(copies, config, shared).train(dense.training)
     origin = next(one for one in dense.parameters() if one.ndim > 1)
     weight = layer.router.weight
     drawn = torch.empty(weight.shape).normal_(0, ROUTER_STD, generator=draw)

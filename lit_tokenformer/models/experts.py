@@ -106,7 +106,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def step(self, load: Tensor, entropy: Tensor) -> None:
-        """Balance the experts after an optimizer step's last backward pass, and start to count anew.
+        """Balance the experts after an optimizer step's last backward pass, and reset its counts.
 
         Args:
             load: Data tokens of each expert, over all processes, (E,).
@@ -360,15 +360,15 @@ def finish_step(module: nn.Module) -> None:
     counts = torch.cat([part for one in layers for part in (one.router.load, one.router.entropy[None])])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
-    parts = iter(counts.split([size for one in layers for size in (len(one.router.load), 1)]))
-    for layer in layers:
-        load, entropy = next(parts), next(parts)[0]
-        if not load.any():
+    sizes = [len(one.router.load) + 1 for one in layers]
+    # one transfer to the host for all layers
+    for layer, own, on_host in zip(layers, counts.split(sizes), counts.cpu().split(sizes), strict=True):
+        used = on_host[:-1].view(layer.router.groups, -1).sum(dim=0).tolist()
+        if not any(used):
             continue
-        layer.router.step(load, entropy)
-        every = load.view(layer.router.groups, -1).sum(dim=0).tolist()
-        for expert, used in zip(layer.experts, every, strict=True):
-            for parameter in expert.parameters() if not used else ():
+        layer.router.step(own[:-1], own[-1])
+        for expert in (expert for expert, tokens in zip(layer.experts, used, strict=True) if not tokens):
+            for parameter in expert.parameters():
                 parameter.grad = None
 
 
