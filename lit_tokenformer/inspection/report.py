@@ -22,8 +22,8 @@ PAGE, TABLE = "index.html", "tokens.csv"
 _HEIGHT = 28
 """Height of a strip of bars, in units of its view box; a bar is one unit wide."""
 
-_MOST_PAIRS = 100
-"""Maximum number of pairs of keys alike on the page; the table has all of them."""
+_MOST_PAIRS = 10
+"""Maximum number of pairs of keys alike per layer on the page; the table has the nearest key of every token."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def render(report: TokenReport, source: Source, top: int) -> str:
     total = sum(float(layer.statistics.importance.clamp_min(0).sum()) for layer in report.layers)
     for view, layer in zip(layers, report.layers, strict=True):
         view["share"] = float(layer.statistics.importance.clamp_min(0).sum()) / max(total, 1e-30)
+    alike = [(layer, pairs) for layer in report.layers if (pairs := layer.alike)]
     return environment.get_template("report.html").render(
         source=source,
         report=report,
@@ -75,7 +76,9 @@ def render(report: TokenReport, source: Source, top: int) -> str:
         tokens=tokens,
         rare=sum(int(layer.rare.sum()) for layer in report.layers),
         dead=[(layer, layer.dead) for layer in report.layers if layer.dead],
-        alike=[(layer, layer.alike[:_MOST_PAIRS]) for layer in report.layers if layer.alike],
+        alike=[(layer, pairs[:_MOST_PAIRS]) for layer, pairs in alike],
+        alike_count=sum(len(pairs) for _, pairs in alike),
+        copies=sum(copy for _, pairs in alike for *_, copy in pairs),
         growths=_growths(report, source),
         limits={"active": ACTIVE, "rare": RARE, "dead": TOLERANCE, "alike": ALIKE, "blocks": LENS_BLOCKS},
     )
