@@ -47,7 +47,7 @@ class Counts(NamedTuple):
 
     def since(self, earlier: Counts) -> Counts:
         """Return the difference to earlier counts."""
-        return Counts(*(now - then for now, then in zip(self, earlier, strict=True)))
+        return Counts(*(now - then for now, then in zip(self, earlier, strict=True)))  # type: ignore[arg-type]
 
 
 class Throughput:

@@ -31,6 +31,12 @@ def l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
     return torch.where(norm > NORM_EPS, tau / norm, 0.0)  # with sharded tokens, one all-reduce
 
 
+def _plain(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
+    """Compute Pattention by the formula, in differentiable operations out of place; all that follows equals it."""
+    scores = F.linear(x, key_tokens)  # (..., N)
+    return F.gelu((scores * l2_scale(scores, tau)).to(scores.dtype)) @ value_tokens  # (..., D_out)
+
+
 def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
     """Compute Pattention (..., D_in) -> (..., D_out), in autocast's precision if enabled.
 
@@ -56,12 +62,6 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
             scores, _ = _normalized(F.linear(rows, key_tokens), tau)
             out = torch.ops.aten.gelu_(scores) @ value_tokens
     return out.view(*x.shape[:-1], value_tokens.shape[1])
-
-
-def _plain(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-    """Compute Pattention by differentiable operations out of place."""
-    scores = F.linear(x, key_tokens)
-    return F.gelu((scores * l2_scale(scores, tau)).to(scores.dtype)) @ value_tokens
 
 
 class _L2GELU(torch.autograd.Function):
