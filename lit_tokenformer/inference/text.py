@@ -303,7 +303,8 @@ class TextGenerator:
         stop_ids, size = [self.tokenizer.separator_id], self.tokenizer.size
         given: Any = ([row.ids for row in rows], max_new_tokens, sampling, stop_ids, size, seed)
         if self._draft is None:
-            steps = generate_tokens(self.backbone, *given, images=images)
+            own: Any = {"images": images}
+            steps = generate_tokens(self.backbone, *given, **own)
         else:
             draft, length = self._draft
             more: Any = {"draft_length": length, "counts": self.speculation}
