@@ -198,7 +198,7 @@ def _text(name: object) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def _join(parts: Iterable[Path], whole: Path, columns: Sequence[str]) -> int:
+def _join(parts: Iterable[Path], whole: Path, columns: Sequence[str] = ()) -> int:
     """Merge the sorted rows of all parts into a file with a header; return the number of images."""
     files = [part.open(encoding="utf-8", errors="surrogateescape", newline="") for part in parts]
     images, last = 0, None

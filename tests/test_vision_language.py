@@ -20,6 +20,7 @@ from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
 from lit_tokenformer.cli.preflight import check_data_fit
+from lit_tokenformer.cli.weights import export_weights
 from lit_tokenformer.data import (
     ImageDataModule,
     MultiTaskDataModule,
@@ -455,3 +456,15 @@ def test_data_of_another_kind_are_rejected(tmp_path, task, data, message):
         trainer.datamodule = data
         task._trainer = trainer
         task.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("onnx", "format: no graph for text after an image (got stem 'image_text')"),
+        ("transformers", "stem: not in TokenFormer's class in transformers (got 'image_text', expected 'token')"),
+    ],
+)
+def test_formats_without_images_are_refused(trained, format, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export_weights(str(trained), str(trained.with_suffix("")), format)

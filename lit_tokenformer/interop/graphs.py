@@ -77,6 +77,8 @@ def make_graph(model: Tokenformer, cache: bool | None = None) -> Graph:
         UserError: For a cache of a model that does not decode, or a model that cannot be exported.
     """
     model = _dense(model)
+    if hasattr(model.stem, "image"):
+        raise UserError(f"format: no graph for text after an image (got stem {model.config.stem!r})")
     if model.config.head not in _GRAPHS:
         raise unknown_name("head", model.config.head, _GRAPHS)
     return _GRAPHS[model.config.head](model, cache)

@@ -263,7 +263,7 @@ def _config(architecture: Architecture) -> TokenformerConfig:
         raise UserError(f"image_size: not in TokenFormer's class in transformers (got {architecture.image_size})")
     config = TokenformerConfig(**named_settings(architecture))
     back = _architecture(architecture.head, config)
-    free = TRAINING | {"param_tokens", "head_dim"} | UNUSED_BY_STEM[architecture.stem]
+    free = TRAINING | {"param_tokens", "head_dim"} | UNUSED_BY_STEM.get(architecture.stem, set())
     for field in dataclasses.fields(Architecture):
         ours, theirs = getattr(architecture, field.name), getattr(back, field.name)
         if ours != theirs and field.name not in free:

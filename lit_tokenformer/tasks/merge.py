@@ -44,7 +44,7 @@ def merge_tasks(image: LitImageClassifier, text: LitCausalLM) -> LitVisionLangua
         if config.stem != stem or (name == "text" and not config.causal):
             raise UserError(f"{name}: expected a model with stem {stem!r}, got {config.stem!r}, causal {config.causal}")
     initial = text.backbone.config
-    overrides = {**text.plain(text.hparams["overrides"]), "depth": ours.depth}
+    overrides: Any = {**text.plain(text.hparams["overrides"]), "depth": ours.depth}
     overrides |= {"class_token": theirs.class_token, "global_pool": theirs.global_pool, "patch_size": theirs.patch_size}
     merged = LitVisionLanguage(
         text.hparams["preset"],
