@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -137,12 +135,13 @@ class RunSummary(Callback):
                 stage["best"] = {"path": path, "monitor": callback.monitor, "score": score}
 
     def _print(self) -> None:
-        from rich.console import Console
+        from rich import get_console
         from rich.table import Table
 
-        table = Table(title="Run summary")
-        for name in ("stage", "tokens", "steps", "seconds", "training FLOPs", "score", "best checkpoint"):
-            table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
+        score = next((stage["best"]["monitor"] for stage in self.stages if stage["best"]), "score")
+        table = Table(title="Run summary", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for name in ("stage", "size", "steps", "seconds", "FLOPs", score):
+            table.add_column(name, justify="left" if name == "size" else "right", overflow="fold")
         sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
         constant = {kind for kind in sizes[-1] if len({size.get(kind) for size in sizes}) == 1} if sizes else set()
         for number, stage in enumerate(self.stages):
@@ -154,10 +153,14 @@ class RunSummary(Callback):
                 str(stage["steps"]),
                 f"{stage['seconds']:.0f}",
                 "-" if flops is None else f"{flops:.3g}",
-                f"{best['monitor']} {best['score']:.4g}" if best else "-",
-                Path(best["path"]).name if best else "-",
+                f"{best['score']:.4g}" if best else "-",
             )
-        Console(width=None if sys.stdout.isatty() else 150).print(table)
+        console = get_console()
+        console.print(table)
+        for number, stage in enumerate(self.stages):
+            if stage["best"]:
+                path = f"best checkpoint of stage {number}: {stage['best']['path']}"
+                console.print(path, soft_wrap=True, highlight=False, markup=False)
 
 
 def _training_flops(trainer: Trainer) -> int | None:
