@@ -47,9 +47,13 @@ class TerminalProgress(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self.seconds = seconds
         self._batches = 0  # of the current epoch, done
-        self._step = 0
+        self._epoch = self._step = 0
         self._since = self._printed = 0.0
         self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._printed = time.monotonic()
 
     @property
     def is_enabled(self) -> bool:
@@ -88,7 +92,7 @@ class TerminalProgress(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches = batch_idx + 1
+        self._batches, self._epoch = batch_idx + 1, trainer.current_epoch
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._is_due():
             self._print_step(trainer, pl_module)
@@ -120,7 +124,7 @@ class TerminalProgress(RichProgressBar):
     def _print_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now, step, total = time.monotonic(), trainer.global_step, trainer.estimated_stepping_batches
         rate = (step - self._step) / max(now - self._since, 1e-9)
-        facts = [f"epoch {trainer.current_epoch}, step {step}" + (f" of {total}" if math.isfinite(total) else "")]
+        facts = [f"epoch {self._epoch}, step {step}" + (f" of {total}" if math.isfinite(total) else "")]
         if rate > 0:
             facts.append(f"{rate:.3g} steps/s")
             if step < total < math.inf:

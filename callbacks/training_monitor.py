@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +17,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from callbacks.growth_steps import latest_rows
-from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text
+from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text, table_settings
+from callbacks.pictures import confusion_picture, prediction_picture
+from callbacks.run_report import (
+    MAX_CLASSES,
+    Confusion,
+    add_layout,
+    log_growth,
+    log_overview,
+    log_scores,
+    sample_text,
+)
 from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
 from lit_tokenformer.growth.shards import gather, like, local
-from lit_tokenformer.models import Pattention, param_tokens
-from lit_tokenformer.models.axes import axis_sizes
+from lit_tokenformer.models import Pattention, model_size, param_tokens
+from lit_tokenformer.tasks import LitImageClassifier
 
 
 class TrainingMonitor(Callback):
@@ -56,15 +63,21 @@ class TrainingMonitor(Callback):
 
     Every logger also receives the settings of trainer, data and growth as hyper-parameters, and after each validation
     a grid of validation images with their predictions (``val/predictions``: green if correct, red if wrong; a PNG file
-    in the run folder for loggers without pictures). TensorBoard, W&B, MLflow and Comet receive the run's
-    ``config.yaml`` as text. TensorBoard's HPARAMS tab shows the current validation metrics, size and FLOPs.
+    in the run folder for loggers without pictures), a confusion matrix of up to 100 classes, and for causal language
+    models a sample of text that continues the first validation block (``val/sample``). Each growth is a text with
+    sizes, cost and output difference. TensorBoard, W&B, MLflow and Comet receive the run's ``config.yaml`` as text.
+
+    TensorBoard also has a first group ``Overview`` with loss, scores and size, the validation loss over the compute
+    (x axis in MFLOPs), marks of the growths (``growth/at_STEP``), charts in CUSTOM SCALARS, and in HPARAMS the current
+    validation metrics, size and FLOPs.
 
     Args:
         log_images: Number of images in the grid, evenly spaced over the validation set; 0 disables it.
         row_norms: Whether to measure norms of gradients and updates.
+        log_text: Number of tokens of the text sample; 0 disables it.
 
     Raises:
-        ValueError: If ``log_images`` is negative.
+        ValueError: If ``log_images`` or ``log_text`` is negative.
 
     Note:
         FLOPs and data tokens require a module method ``cost()``, whose result has ``training_flops`` and
@@ -77,10 +90,12 @@ class TrainingMonitor(Callback):
         >>> trainer = Trainer(callbacks=[TrainingMonitor(log_images=8)], logger=False)
     """
 
-    def __init__(self, log_images: int = 16, row_norms: bool = True) -> None:
-        if log_images < 0:
-            raise UserError(f"log_images: expected at least 0, got {log_images}")
+    def __init__(self, log_images: int = 16, row_norms: bool = True, log_text: int = 64) -> None:
+        for name, number in (("log_images", log_images), ("log_text", log_text)):
+            if number < 0:
+                raise UserError(f"{name}: expected at least 0, got {number}")
         self.log_images = log_images
+        self.log_text = log_text
         self.row_norms = row_norms
         self.training_flops = 0
         """FLOPs of all training steps so far, as an exact integer."""
@@ -95,6 +110,8 @@ class TrainingMonitor(Callback):
         self._held: list[tuple[Tensor, AgedRows]] = []  # local shards before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
+        self._confusion: Confusion | None = None
+        self._text: str | None = None
         self._hparams_logged = False
         self._folder = ""
 
@@ -119,12 +136,13 @@ class TrainingMonitor(Callback):
         log_hyper_parameters(trainer, hyper_parameters(trainer))
         files = sorted(Path(self._folder).glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
         for file in files[-1:]:  # a folder may contain configs of several runs
-            log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name)
+            log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name, language="yaml")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measure(pl_module)
         self._begun, self._tokens_before_fit = time.perf_counter(), self.data_tokens
         _log(trainer, self._totals())
+        add_layout(trainer)
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Measure the model at its new size.
@@ -135,8 +153,10 @@ class TrainingMonitor(Callback):
             event: The growth; see :func:`~callbacks.growth_steps.latest_rows`.
         """
         self._growth = {key: event[key] for key in ("before", "after", "rows", "method") if key in event}
+        before = {"parameters": self._sizes["size/parameters"], "flops": getattr(self._costs.get(""), "flops", None)}
         self._measure(pl_module)
         _log(trainer, self._totals())
+        log_growth(trainer, event, before, self._folder, _log_step(trainer))
 
     def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the cost of a sample after a change without growth."""
@@ -176,10 +196,15 @@ class TrainingMonitor(Callback):
             rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
         self._samples, self._tokens, self._since = 0, 0, now
         _log(trainer, {**self._totals(), **rates, **norms})
+        loss = {"3_train_loss": float(trainer.callback_metrics.get("train/loss", math.nan))}
+        log_overview(trainer, {**loss, "4_parameters": self._sizes["size/parameters"]}, _log_step(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
-        self._examples = []
+        self._examples, self._text, self._confusion = [], None, None
+        classes = pl_module.backbone.num_classes if isinstance(pl_module, LitImageClassifier) else 0
+        if self.log_images and trainer.loggers and _is_fit(trainer) and 0 < classes <= MAX_CLASSES:
+            self._confusion = Confusion(classes)
 
     def on_validation_batch_end(
         self,
@@ -193,6 +218,10 @@ class TrainingMonitor(Callback):
         # not in on_validation_end: averaged weights are swapped out before it
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
             self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
+            if self._confusion is not None:
+                self._confusion.add(outputs["label"], outputs["predicted"])
+        if self.log_text and _is_fit(trainer) and batch_idx == dataloader_idx == 0 and trainer.loggers:
+            self._text = sample_text(pl_module, getattr(trainer, "datamodule", None), batch, self.log_text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pause = time.perf_counter() - self._paused
@@ -201,9 +230,19 @@ class TrainingMonitor(Callback):
         if not _is_fit(trainer):
             return
         if self._examples and trainer.is_global_zero:
-            picture = _picture(self._examples, getattr(trainer, "datamodule", None))
+            picture = prediction_picture(self._examples, getattr(trainer, "datamodule", None))
             log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
-        self._examples = []
+        if self._confusion is not None:
+            counts: Any = trainer.strategy.reduce(self._confusion.counts, reduce_op="sum")
+            names = (getattr(pl_module, "image_data", None) or {}).get("class_names", ())
+            if trainer.is_global_zero:
+                picture = confusion_picture(counts.cpu(), names)
+                log_picture(trainer, "val/confusion_matrix", picture, _log_step(trainer), self._folder)
+        if self._text is not None and trainer.is_global_zero:
+            name = f"sample-step={_log_step(trainer)}.txt"
+            log_text(trainer, "val/sample", self._text, name, _log_step(trainer), self._folder, "text")
+        self._examples, self._text, self._confusion = [], None, None
+        log_scores(trainer, list(_monitored(trainer)), self.training_flops, _log_step(trainer))
         self._log_hparams(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,7 +261,7 @@ class TrainingMonitor(Callback):
         self._costs = costs() if callable(costs) else {"": cost()} if callable(cost) else {}
         self._sizes = {"size/parameters": sum(parameter.numel() for parameter in pl_module.parameters())}
         tokens = param_tokens(pl_module)
-        for kind, total in axis_sizes(pl_module).items():
+        for kind, total in model_size(pl_module).items():
             self._sizes[f"size/tokens_{kind}" if kind in tokens else f"size/{kind}"] = total
         self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
 
@@ -249,7 +288,11 @@ class TrainingMonitor(Callback):
         metrics = {**scores, **best, **self._totals(), **_best_scores(trainer)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
+                found = dict(logger.hparams)
+                logger.hparams.clear()
+                logger.log_hyperparams(table_settings(found, trainer.optimizers), metrics, step=_log_step(trainer))
+                logger.hparams.clear()
+                logger.hparams.update(found)  # for hparams.yaml
 
 
 class AgedRows(NamedTuple):
@@ -360,42 +403,3 @@ def _predict(
         return []
     labels = label[chosen] if label.ndim == 1 else label[chosen].argmax(dim=1)
     return list(zip(image[chosen].float().cpu(), labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
-
-
-def _picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
-    """Draw a grid of images with their predictions below, (3, height, width) uint8."""
-    images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
-    if mean is not None and std is not None:
-        mean, std = (torch.as_tensor(one, dtype=torch.float32).reshape(1, -1, 1, 1) for one in (mean, std))
-        images = images * std + mean
-    else:
-        images = (images - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
-    names = getattr(datamodule, "class_names", None) or ()
-    tiles = [
-        _tile(image, _class_name(names, label), _class_name(names, guess))
-        for image, (_, label, guess) in zip(images.clamp(0, 1), examples, strict=True)
-    ]
-    return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=4, pad_value=255)
-
-
-def _class_name(names: Sequence[str], label: int) -> str:
-    return str(names[label]) if 0 <= label < len(names) else str(label)
-
-
-def _tile(image: Tensor, name: str, guess: str) -> Tensor:
-    """Draw one image (3, H, W) in [0, 1] above its prediction, framed in green or red, (3, height, width) uint8."""
-    right, border, line = name == guess, 3, 14
-    zoom = math.ceil(96 / min(image.shape[1:]))
-    enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
-    color = (0, 128, 0) if right else (200, 0, 0)
-    tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
-    tile.paste(color, (0, 0, tile.width, enlarged.height + 2 * border))
-    tile.paste(enlarged, (border, border))
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
-    for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
-        while draw.textlength(text, font) > tile.width and len(text) > 1:
-            text = text[:-1]
-        draw.text((border, enlarged.height + 2 * border + number * line), text, color, font)
-    return pil_to_tensor(tile)
