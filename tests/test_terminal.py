@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import termios
@@ -24,16 +25,17 @@ tiny = ["dim", "32", "depth", "1", "num_heads", "2", "param_tokens", "8"]
 options = [f"--model.overrides.{name}={value}" for name, value in zip(tiny[::2], tiny[1::2])]
 limits = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
 places = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={sys.argv[1]}"]
-sys.exit(main(["fit", "--config", "vit_small", *options, *limits, *places, "--growth.schedule", "{1: 16}"]))
+growth = ["--growth.schedule", "{1: 16}"]
+sys.exit(main(["fit", "--config", "vit_small", *options, *limits, *places, *growth, *sys.argv[2:]]))
 """
 
 
-def in_terminal(folder, columns, **environment):
-    """Runs a fit in a pseudo-terminal; returns its output without control sequences, and those that set colors."""
+def in_terminal(folder, columns, *options, interrupt=False, **environment):
+    """Runs a fit in a pseudo-terminal, interrupted after its growth; returns exit status, plain output and colors."""
     process, terminal = pty.fork()
     if process == 0:
         os.environ.update(environment, TERM="xterm-256color", HF_HUB_OFFLINE="1")
-        os.execv(sys.executable, [sys.executable, "-c", FIT, str(folder)])
+        os.execv(sys.executable, [sys.executable, "-c", FIT, str(folder), *options])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     shown = b""
     while True:
@@ -44,10 +46,13 @@ def in_terminal(folder, columns, **environment):
         if not part:
             break
         shown += part
+        if interrupt and b"Growth at" in shown:
+            os.kill(process, signal.SIGTERM)
+            interrupt = False
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, shown.decode()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     text = shown.decode()
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text), re.findall(r"\x1b\[(?:\d+;)*3\d[;\d]*m", text)
+    return status, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text), re.findall(r"\x1b\[(?:\d+;)*3\d[;\d]*m", text)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,8 @@ def in_terminal(folder, columns, **environment):
     ids=["80", "180", "80-no-color"],
 )
 def test_growth_and_summary_are_whole_lines_in_a_terminal(columns, environment, tmp_path):
-    shown, colors = in_terminal(tmp_path, columns, **environment)
+    status, shown, colors = in_terminal(tmp_path, columns, **environment)
+    assert status == 0, shown
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
     assert bool(colors) is not bool(environment)
     (start,) = (number for number, line in enumerate(lines) if line.startswith("Growth at epoch 1, step 3 by split"))
@@ -72,6 +78,16 @@ def test_growth_and_summary_are_whole_lines_in_a_terminal(columns, environment, 
     assert not any("Epoch" in line for line in lines[summary:])  # the bar has ended
     assert "Tip" not in shown and "Total FLOPs" not in shown and "v_num" not in shown
     assert max(len(line) for line in lines if "━" in line) <= columns
+
+
+@pytest.mark.slow
+def test_interruption_is_a_whole_line_in_a_terminal(tmp_path):
+    endless = ("--trainer.max_epochs=500", "--trainer.num_sanity_val_steps=0")
+    status, shown, _ = in_terminal(tmp_path, 80, *endless, interrupt=True)
+    assert status == 143, shown
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
+    assert any(re.match(r"Interrupted at epoch \d+, step \d+: saved", line) for line in lines)
+    assert not any("━" in line for line in lines[-2:])  # the bar has ended
 
 
 class Line(LightningModule):
