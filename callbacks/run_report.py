@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from callbacks.log_media import log_text
+from lit_tokenformer.checkpoints.run_folder import write_if_space
 from lit_tokenformer.tasks import LitCausalLM
 
 MAX_CLASSES = 100
@@ -40,19 +41,20 @@ _LAYOUT: dict[str, dict[str, list[Any]]] = {
 def add_layout(trainer: Trainer) -> None:
     """Add the charts of TensorBoard's tab CUSTOM SCALARS."""
     for logger in _tensorboards(trainer):
-        logger.experiment.add_custom_scalars(_LAYOUT)
+        write_if_space(logger, logger.experiment.add_custom_scalars, _LAYOUT)
 
 
-def log_overview(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log values a second time under ``Overview``, the first group of TensorBoard, in their order.
-
-    Args:
-        trainer: Trainer of the fit.
-        values: Values by name.
-        step: Position on the x axis: optimizer step, or compute.
-    """
+def _log_overview(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Log values under ``Overview``, the first group of TensorBoard."""
     for logger in _tensorboards(trainer):
         logger.log_metrics({f"Overview/{name}": value for name, value in values.items()}, step=step)
+
+
+def log_training(trainer: Trainer, parameters: int, step: int) -> None:
+    """Log training loss and number of parameters to the overview."""
+    loss = trainer.callback_metrics.get("train/loss")
+    known = {} if loss is None else {"3_train_loss": float(loss)}
+    _log_overview(trainer, {**known, "4_parameters": parameters}, step)
 
 
 def log_scores(trainer: Trainer, monitored: Sequence[str], flops: int, step: int) -> None:
@@ -60,10 +62,10 @@ def log_scores(trainer: Trainer, monitored: Sequence[str], flops: int, step: int
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     loss = {"val/loss": found["val/loss"]} if "val/loss" in found else {}
     scores = {name: found[name] for name in monitored if name in found and name != "val/loss"}
-    log_overview(trainer, {f"1_{_flat(name)}": value for name, value in loss.items()}, step)
-    log_overview(trainer, {f"2_{_flat(name)}": value for name, value in scores.items()}, step)
+    _log_overview(trainer, {f"1_{_flat(name)}": value for name, value in loss.items()}, step)
+    _log_overview(trainer, {f"2_{_flat(name)}": value for name, value in scores.items()}, step)
     if flops:
-        log_overview(trainer, {f"5_{_flat(name)}_by_MFLOPs": one for name, one in loss.items()}, int(flops // 1e6))
+        _log_overview(trainer, {f"5_{_flat(name)}_by_MFLOPs": one for name, one in loss.items()}, int(flops // 1e6))
 
 
 def log_growth(trainer: Trainer, event: Mapping[str, Any], before: Mapping[str, Any], folder: str, step: int) -> None:

@@ -28,8 +28,8 @@ from callbacks.run_report import (
     Confusion,
     add_layout,
     log_growth,
-    log_overview,
     log_scores,
+    log_training,
     sample_text,
 )
 from lit_tokenformer.checkpoints.run_folder import run_folder
@@ -196,8 +196,7 @@ class TrainingMonitor(Callback):
             rates["compute/data_tokens_per_second"] = self._tokens / (now - self._since)
         self._samples, self._tokens, self._since = 0, 0, now
         _log(trainer, {**self._totals(), **rates, **norms})
-        loss = {"3_train_loss": float(trainer.callback_metrics.get("train/loss", math.nan))}
-        log_overview(trainer, {**loss, "4_parameters": self._sizes["size/parameters"]}, _log_step(trainer))
+        log_training(trainer, self._sizes["size/parameters"], _log_step(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -218,7 +217,7 @@ class TrainingMonitor(Callback):
         # not in on_validation_end: averaged weights are swapped out before it
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
             self._examples += _predict(trainer, pl_module, batch, batch_idx, self.log_images)
-            if self._confusion is not None:
+            if self._confusion is not None and isinstance(outputs, Mapping):  # a subclass may return none
                 self._confusion.add(outputs["label"], outputs["predicted"])
         if self.log_text and _is_fit(trainer) and batch_idx == dataloader_idx == 0 and trainer.loggers:
             self._text = sample_text(pl_module, getattr(trainer, "datamodule", None), batch, self.log_text)
@@ -233,7 +232,7 @@ class TrainingMonitor(Callback):
             picture = prediction_picture(self._examples, getattr(trainer, "datamodule", None))
             log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
         if self._confusion is not None:
-            counts: Any = trainer.strategy.reduce(self._confusion.counts, reduce_op="sum")
+            counts: Any = trainer.strategy.reduce(self._confusion.counts.to(pl_module.device), reduce_op="sum")
             names = (getattr(pl_module, "image_data", None) or {}).get("class_names", ())
             if trainer.is_global_zero:
                 picture = confusion_picture(counts.cpu(), names)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import ArgumentParser
-from jsonargparse._formatters import DefaultHelpFormatter  # what formatter_class has to derive from
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from lit_tokenformer import data, tasks
 
@@ -113,7 +112,7 @@ class BriefHelpParser(ArgumentParser):
     def _brief_settings(self) -> Iterator[None]:
         command = self.prog.replace(" [options]", "")
         settings: dict[str, Any] = {
-            "_default_env": False,
+            "default_env": False,
             "usage": f"{command} COMMAND [options]" if self._subcommands_action else f"{command} [options]",
             "formatter_class": BriefFormatter,
         }
