@@ -107,7 +107,7 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
     """Continue the beginning of the first text of a batch; sampling has its own generator.
 
     Args:
-        pl_module: A causal language model; of others there is no text.
+        pl_module: A causal language model; the result of others is None.
         datamodule: Its data, with the tokenizer.
         batch: Validation batch of tokens (B, T + 1).
         length: Number of tokens to sample.
@@ -131,7 +131,7 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
 
 
 class Confusion:
-    """Counts of predicted classes by label over a validation.
+    """Confusion matrix of a validation: number of samples by label and predicted class.
 
     Args:
         classes: Number of classes.

@@ -38,7 +38,7 @@ def apply_growth_options(config: Namespace) -> None:
         config: Settings of a command, changed in place.
 
     Raises:
-        UserError: If there is no growth callback and no schedule.
+        UserError: Without a growth callback and without a schedule.
     """
     options: Any = config.pop(GROUP, None)
     given = {name: value for name, value in vars(options).items() if value is not None} if options else {}
