@@ -167,7 +167,7 @@ def _print_table(
     table.add_row(name, size, str(total), "", *row, "")
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
     console.print(table)
-    console.print(f"all stages: {sum_flops / scratch:.1%} of scratch", highlight=False)
+    console.print(f"FLOPs of all stages: {sum_flops / scratch:.1%} of scratch", highlight=False)
 
 
 def _steps_per_epoch(trainer: Trainer, batches: int) -> int:
