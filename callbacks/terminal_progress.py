@@ -57,7 +57,7 @@ class TerminalProgress(RichProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether there is a bar."""
+        """Return whether there is a bar."""
         return super().is_enabled and _draws()
 
     @property
