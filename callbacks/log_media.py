@@ -67,7 +67,9 @@ def table_settings(found: Mapping[str, Any], optimizers: Sequence[Optimizer] = (
 
     plain = (str, int, float)
     data, growth = group("data"), group("ParameterGrowthCallback")
-    table = {name: value for name, value in found.items() if isinstance(value, plain) and value is not False}
+    table: dict[str, Any] = {
+        name: value for name, value in found.items() if isinstance(value, plain) and value is not False
+    }
     table |= {"data": data.get("dataset"), **{name: data.get(name) for name in _DATA}}
     table |= {f"overrides/{name}": value for name, value in group("overrides").items() if isinstance(value, plain)}
     for optimizer in optimizers[:1]:
