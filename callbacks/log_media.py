@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from torchvision.transforms.functional import to_pil_image
 
 from lit_tokenformer.checkpoints.run_folder import write_if_space
@@ -20,6 +21,9 @@ _TRAINER = (
     *("precision", "limit_train_batches", "overfit_batches", "num_devices", "num_nodes"),
 )
 """Settings of the trainer that are logged as hyper-parameters."""
+
+_LENGTH = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "num_devices")
+_DATA = ("batch_size", "tokenizer", "block_size")
 
 
 def hyper_parameters(trainer: Trainer) -> dict[str, Any]:
@@ -40,6 +44,43 @@ def hyper_parameters(trainer: Trainer) -> dict[str, Any]:
         if isinstance(callback, HyperparametersMixin):
             found[type(callback).__name__] = dict(callback.hparams)
     return _with_text_keys(found)
+
+
+def table_settings(found: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+    """Select the settings that TensorBoard's tab HPARAMS compares runs by.
+
+    Args:
+        found: All hyper-parameters: those of the module, and the groups of :func:`hyper_parameters`.
+        optimizers: Optimizers of the fit.
+
+    Returns:
+        Data, batch size, sizes, optimizer, length and growth by short names, and other plain values of the module.
+
+    Example:
+        >>> table_settings({"trainer": {"max_steps": 9}, "ParameterGrowthCallback": {"schedule": {"3": 96}}, "_a": 1})
+        {'max_steps': 9, 'growth/schedule': '3: 96'}
+    """
+
+    def group(name: str) -> Mapping[str, Any]:
+        value = found.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+    plain = (str, int, float)
+    data, growth = group("data"), group("ParameterGrowthCallback")
+    table: dict[str, Any] = {
+        name: value for name, value in found.items() if isinstance(value, plain) and value is not False
+    }
+    table |= {"data": data.get("dataset"), **{name: data.get(name) for name in _DATA}}
+    table |= {f"overrides/{name}": value for name, value in group("overrides").items() if isinstance(value, plain)}
+    for optimizer in optimizers[:1]:
+        first = optimizer.param_groups[0]
+        table |= {"optimizer": type(optimizer).__name__, "lr": first.get("initial_lr", first["lr"])}
+    table |= {f"schedule/{name}": group("schedule").get(name) for name in ("name", "warmup")}
+    table |= {name: group("trainer").get(name) for name in _LENGTH}
+    table |= {f"growth/{name}": growth.get(name) for name in ("unit", "method", "trigger")}
+    if "schedule" in growth:
+        table["growth/schedule"] = ", ".join(f"{key}: {size}" for key, size in growth["schedule"].items())
+    return {name: value for name, value in table.items() if value is not None and not name.startswith("_")}
 
 
 def log_hyper_parameters(trainer: Trainer, values: Mapping[str, Any]) -> None:
@@ -83,25 +124,39 @@ def log_picture(trainer: Trainer, name: str, picture: Tensor, step: int, folder:
             write_if_space(logger, _write_png, path, image)
 
 
-def log_text(trainer: Trainer, name: str, text: str, file_name: str) -> None:
-    """Log a text to every logger that takes texts or files.
+def log_text(
+    trainer: Trainer,
+    name: str,
+    text: str,
+    file_name: str,
+    step: int = 0,
+    folder: str | None = None,
+    language: str | None = None,
+) -> None:
+    """Log a text to every logger that takes texts or files; others get a file in the run folder.
 
     Args:
         trainer: Trainer of the fit; call on rank zero only.
         name: Name of the text.
-        text: Content, in YAML.
+        text: Content, in Markdown or in ``language``.
         file_name: File name of the text, for loggers with files.
+        step: Optimizer step.
+        folder: Folder of the run; ``None`` if loggers without texts get none.
+        language: Language of the content, such as ``yaml``.
     """
     for logger in trainer.loggers:
         client: Any = getattr(logger, "experiment", None)
         if hasattr(client, "add_text"):  # TensorBoard
-            write_if_space(logger, client.add_text, name, f"```yaml\n{text}\n```", 0)
+            shown = f"```{language}\n{text}\n```" if language else text
+            write_if_space(logger, client.add_text, name, shown, step)
         elif hasattr(logger, "log_text"):  # W&B
-            logger.log_text(name, columns=[file_name], data=[[text]], step=0)
+            logger.log_text(name, columns=[file_name], data=[[text]], step=step)
         elif hasattr(client, "log_text") and hasattr(logger, "run_id"):  # MLflow
             client.log_text(logger.run_id, text, file_name)
         elif hasattr(client, "log_asset_data"):  # Comet
             client.log_asset_data(text, name=file_name)
+        elif folder is not None:
+            write_if_space(logger, _write, f"{folder}/texts/{file_name}", text.encode())
 
 
 def _with_text_keys(value: Any) -> Any:
@@ -114,5 +169,9 @@ def _with_text_keys(value: Any) -> Any:
 def _write_png(path: str, image: Any) -> None:
     data = BytesIO()
     image.save(data, format="PNG")
+    _write(path, data.getvalue())
+
+
+def _write(path: str, data: bytes) -> None:
     with fsspec.open(path, "wb", auto_mkdir=True) as file:
-        file.write(data.getvalue())
+        file.write(data)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -161,14 +159,13 @@ class RunSummary(Callback):
         self._counted = counts
 
     def _print(self) -> None:
-        from rich.console import Console
-        from rich.table import Table
+        from rich import get_console
 
-        table = Table(title="Run summary")
+        score = next((stage["best"]["monitor"] for stage in self.stages if stage["best"]), "score")
+        table = _table("Run summary")
         sparse = any(stage.get("active_parameters") for stage in self.stages)
-        names = ("stage", "tokens", *(["parameters"] if sparse else []), "steps", "seconds", "training FLOPs", "score")
-        for name in (*names, "best checkpoint"):
-            table.add_column(name, justify="left" if name == "best checkpoint" else "right", overflow="fold")
+        for name in ("stage", "size", *(["parameters"] if sparse else []), "steps", "seconds", "FLOPs", score):
+            table.add_column(name, justify="left" if name == "size" else "right", overflow="fold")
         sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
         constant = {kind for kind in sizes[-1] if len({size.get(kind) for size in sizes}) == 1} if sizes else set()
         for number, stage in enumerate(self.stages):
@@ -181,12 +178,11 @@ class RunSummary(Callback):
                 str(stage["steps"]),
                 f"{stage['seconds']:.0f}",
                 "-" if flops is None else f"{flops:.3g}",
-                f"{best['monitor']} {best['score']:.4g}" if best else "-",
-                Path(best["path"]).name if best else "-",
+                f"{best['score']:.4g}" if best else "-",
             )
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = get_console()
         console.print(table)
-        speeds = Table(title="Throughput, without validation")
+        speeds = _table("Throughput, without validation")
         for name in ("stage", "samples/s", "data tokens/s", "MFU", "waiting for data", "peak memory"):
             speeds.add_column(name, justify="right")
         for number, stage in enumerate(self.stages):
@@ -201,6 +197,16 @@ class RunSummary(Callback):
                 )
         if speeds.rows:
             console.print(speeds)
+        for number, stage in enumerate(self.stages):
+            if stage["best"]:
+                path = f"best checkpoint of stage {number}: {stage['best']['path']}"
+                console.print(path, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(title: str) -> Any:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
 def _monitor(trainer: Trainer) -> TrainingMonitor | None:

@@ -20,17 +20,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from callbacks.growth_steps import latest_rows
-from callbacks.image_grid import draw_examples, predict_examples
-from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text
+from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text, table_settings
+from callbacks.pictures import confusion_picture, predict_examples, prediction_picture
+from callbacks.run_report import (
+    MAX_CLASSES,
+    Confusion,
+    add_layout,
+    log_growth,
+    log_scores,
+    log_training,
+    sample_text,
+)
 from callbacks.throughput import Counts, Throughput, peak_flops, peak_memory
 from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
 from lit_tokenformer.growth.shards import gather, like, local
-from lit_tokenformer.models import Pattention, param_tokens
-from lit_tokenformer.models.axes import axis_sizes
+from lit_tokenformer.models import Pattention, model_size, param_tokens
 from lit_tokenformer.models.experts import expert_metrics
+from lit_tokenformer.tasks import LitImageClassifier
 
 
 class TrainingMonitor(Callback):
@@ -66,17 +75,23 @@ class TrainingMonitor(Callback):
 
     Every logger also receives the settings of trainer, data and growth as hyper-parameters, and after each validation
     a grid of validation images with their predictions (``val/predictions``: green if correct, red if wrong; a PNG file
-    in the run folder for loggers without pictures). TensorBoard, W&B, MLflow and Comet receive the run's
-    ``config.yaml`` as text. TensorBoard's HPARAMS tab shows the current validation metrics, size and FLOPs.
+    in the run folder for loggers without pictures), a confusion matrix of up to 100 classes, and for causal language
+    models a sample of text that continues the first validation block (``val/sample``). Each growth is a text with
+    sizes, cost and output difference. TensorBoard, W&B, MLflow and Comet receive the run's ``config.yaml`` as text.
+
+    TensorBoard also has a first group ``Overview`` with loss, scores and size, the validation loss over the compute
+    (x axis in MFLOPs), marks of the growths (``growth/at_STEP``), charts in CUSTOM SCALARS, and in HPARAMS the current
+    validation metrics, size and FLOPs.
 
     Args:
         log_images: Number of images in the grid, evenly spaced over the validation set; 0 disables it.
         row_norms: Whether to measure norms of gradients and updates.
         peak_flops: Peak FLOPs per second of one device, for ``train/mfu``; by default that of its data sheet (NVIDIA,
             dense bf16) or of a short matrix product, timed at the start of the fit.
+        log_text: Number of tokens of the text sample; 0 disables it.
 
     Raises:
-        ValueError: If ``log_images`` is negative, or ``peak_flops`` is not positive.
+        ValueError: If ``log_images`` or ``log_text`` is negative, or ``peak_flops`` is not positive.
 
     Note:
         The command line adds this callback, without images and row norms, to every fit without one. FLOPs and data
@@ -90,12 +105,16 @@ class TrainingMonitor(Callback):
         >>> trainer = Trainer(callbacks=[TrainingMonitor(log_images=8)], logger=False)
     """
 
-    def __init__(self, log_images: int = 16, row_norms: bool = True, peak_flops: float | None = None) -> None:
-        if log_images < 0:
-            raise UserError(f"log_images: expected at least 0, got {log_images}")
+    def __init__(
+        self, log_images: int = 16, row_norms: bool = True, peak_flops: float | None = None, log_text: int = 64
+    ) -> None:
+        for name, number in (("log_images", log_images), ("log_text", log_text)):
+            if number < 0:
+                raise UserError(f"{name}: expected at least 0, got {number}")
         if peak_flops is not None and not 0 < peak_flops < math.inf:
             raise UserError(f"peak_flops: expected a positive number of FLOPs per second, got {peak_flops}")
         self.log_images = log_images
+        self.log_text = log_text
         self.row_norms = row_norms
         self.training_flops = 0
         """FLOPs of all training steps so far, as an exact integer."""
@@ -112,6 +131,8 @@ class TrainingMonitor(Callback):
         self._held: list[tuple[Tensor, AgedRows]] = []  # local shards before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
+        self._confusion: Confusion | None = None
+        self._text: str | None = None
         self._hparams_logged = False
         self._folder = ""
 
@@ -136,7 +157,7 @@ class TrainingMonitor(Callback):
         log_hyper_parameters(trainer, hyper_parameters(trainer))
         files = sorted(Path(self._folder).glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
         for file in files[-1:]:  # a folder may contain configs of several runs
-            log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name)
+            log_text(trainer, "config", file.read_text(encoding="utf-8"), file.name, language="yaml")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._devices = trainer.world_size
@@ -146,6 +167,7 @@ class TrainingMonitor(Callback):
         self.throughput = Throughput(trainer)
         self._measure(pl_module)
         _log(trainer, self._totals())
+        add_layout(trainer)
 
     def on_parameter_growth(self, trainer: Trainer, pl_module: LightningModule, event: dict[str, Any]) -> None:
         """Measure the model at its new size.
@@ -156,8 +178,10 @@ class TrainingMonitor(Callback):
             event: The growth; see :func:`~callbacks.growth_steps.latest_rows`.
         """
         self._growth = {key: event[key] for key in ("before", "after", "rows", "method") if key in event}
+        before = {"parameters": self._sizes["size/parameters"], "flops": getattr(self._costs.get(""), "flops", None)}
         self._measure(pl_module)
         _log(trainer, self._totals())
+        log_growth(trainer, event, before, self._folder, _log_step(trainer))
 
     def on_cost_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the cost of a sample after a change without growth."""
@@ -195,13 +219,17 @@ class TrainingMonitor(Callback):
         self._held, self._row_norms = [], {}
         rates = self._rates(trainer)
         _log(trainer, {**self._totals(), **rates, **norms, **expert_metrics(pl_module)})
+        log_training(trainer, self._sizes["size/parameters"], _log_step(trainer))
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_metrics.update(_short(rates))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.throughput is not None and _is_fit(trainer):
             self.throughput.pause()
-        self._examples = []
+        self._examples, self._text, self._confusion = [], None, None
+        classes = pl_module.backbone.num_classes if isinstance(pl_module, LitImageClassifier) else 0
+        if self.log_images and trainer.loggers and _is_fit(trainer) and 0 < classes <= MAX_CLASSES:
+            self._confusion = Confusion(classes)
 
     def on_validation_batch_end(
         self,
@@ -215,6 +243,10 @@ class TrainingMonitor(Callback):
         # not in on_validation_end: averaged weights are swapped out before it
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
             self._examples += predict_examples(trainer, pl_module, batch, batch_idx, self.log_images)
+            if self._confusion is not None and isinstance(outputs, Mapping):  # a subclass may return none
+                self._confusion.add(outputs["label"], outputs["predicted"])
+        if self.log_text and _is_fit(trainer) and batch_idx == dataloader_idx == 0 and trainer.loggers:
+            self._text = sample_text(pl_module, getattr(trainer, "datamodule", None), batch, self.log_text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _is_fit(trainer):
@@ -222,9 +254,19 @@ class TrainingMonitor(Callback):
         if self.throughput is not None:
             self.throughput.resume()
         if self._examples and trainer.is_global_zero:
-            picture = draw_examples(self._examples, getattr(trainer, "datamodule", None))
+            picture = prediction_picture(self._examples, getattr(trainer, "datamodule", None))
             log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
-        self._examples = []
+        if self._confusion is not None:
+            counts: Any = trainer.strategy.reduce(self._confusion.counts.to(pl_module.device), reduce_op="sum")
+            names = (getattr(pl_module, "image_data", None) or {}).get("class_names", ())
+            if trainer.is_global_zero:
+                picture = confusion_picture(counts.cpu(), names)
+                log_picture(trainer, "val/confusion_matrix", picture, _log_step(trainer), self._folder)
+        if self._text is not None and trainer.is_global_zero:
+            name = f"sample-step={_log_step(trainer)}.txt"
+            log_text(trainer, "val/sample", self._text, name, _log_step(trainer), self._folder, "text")
+        self._examples, self._text, self._confusion = [], None, None
+        log_scores(trainer, list(_monitored(trainer)), self.training_flops, _log_step(trainer))
         self._log_hparams(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,7 +300,7 @@ class TrainingMonitor(Callback):
         if inactive := max((cost.inactive for cost in self._costs.values()), default=0):
             self._sizes["size/active_parameters"] = self._sizes["size/parameters"] - inactive
         tokens = param_tokens(pl_module)
-        for kind, total in axis_sizes(pl_module).items():
+        for kind, total in model_size(pl_module).items():
             self._sizes[f"size/tokens_{kind}" if kind in tokens else f"size/{kind}"] = total
         if self.throughput is not None:
             self._reported = self.throughput.counts()
@@ -318,7 +360,11 @@ class TrainingMonitor(Callback):
         metrics = {**scores, **best, **self._totals(), **_best_scores(trainer)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(dict(logger.hparams), metrics, step=_log_step(trainer))
+                found = dict(logger.hparams)
+                logger.hparams.clear()
+                logger.log_hyperparams(table_settings(found, trainer.optimizers), metrics, step=_log_step(trainer))
+                logger.hparams.clear()
+                logger.hparams.update(found)  # for hparams.yaml
 
 
 class AgedRows(NamedTuple):

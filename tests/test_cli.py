@@ -246,11 +246,15 @@ def test_plan_takes_the_config_of_a_run(fitted, tmp_path, capsys):
     assert "optimizer steps of 28 samples" in capsys.readouterr().out
 
 
-def test_plan_shows_what_each_stage_costs(tmp_path, capsys):
+def test_plan_shows_what_each_stage_costs(tmp_path, capsys, monkeypatch):
     assert run("plan", tmp_path, *growth(tmp_path, {1: 16, 2: 32}), "--trainer.max_epochs", 4) == 0
     shown = capsys.readouterr().out
     assert "16 optimizer steps of 32 samples" in shown
     assert "qkv 32, proj 32, ffn 128" in shown and "of scratch" in shown
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("plan", tmp_path, *growth(tmp_path, {1: 16, 2: 32}), "--trainer.max_epochs", 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
 
 
 def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
@@ -262,7 +266,8 @@ def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
     def sums(callbacks, *args):
         assert plan(callbacks, *args) == 0
         shown = capsys.readouterr().out
-        return [float(re.search(rf"│ +{row} │.*?([\d.]+e\+\d+) │[^│]*│\n", shown)[1]) for row in ("all", "scratch")]
+        lines = {line.split()[0]: re.findall(r"[\d.]+e\+\d+", line) for line in shown.splitlines() if line.strip()}
+        return [float(lines[row][-1]) for row in ("all", "scratch")]
 
     schedule = [{"class_path": "callbacks.PatchDropSchedule", "init_args": {"schedule": {2: 0.0}}}]
     half = ["--model.overrides.patch_drop_rate", 0.5]
@@ -280,9 +285,39 @@ def shown_help(capsys, *args):
     return capsys.readouterr().out
 
 
+def main_status(*args):
+    try:
+        return main(list(args))
+    except SystemExit as stop:
+        return stop.code
+
+
 def test_help_names_every_command(capsys):
     shown = shown_help(capsys, "--help")
     assert all(f"\n    {name} " in shown for name in ("fit", "validate", "test", "predict", "plan", "grow"))
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "plan", "generate", "evaluate", "compare", "grow", "list"])
+def test_help_of_a_command_fits_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shown_help(capsys, command, "--help").splitlines()
+    assert len(lines) <= 90 and max(map(len, lines)) <= 80
+    assert "--help-all" in "".join(lines) and "ENV:" not in "".join(lines)
+
+
+def test_help_shows_common_options_and_their_choices(capsys):
+    shown = shown_help(capsys, "fit", "--help")
+    assert all(option in shown for option in ("--trainer.max_epochs", "--growth.schedule", "LitCausalLM", "fsdp2"))
+    assert "--trainer.barebones" not in shown
+    assert "--trainer.barebones" in shown_help(capsys, "fit", "--help-all")
+
+
+def test_names_are_listed(capsys):
+    listed = {what: shown_help(capsys, "list", what) for what in ("presets", "configs", "datasets")}
+    assert re.search(r"^gpt2_124m +124.4 M parameters, width 768, depth 12, language$", listed["presets"], re.M)
+    assert [line.split()[0] for line in listed["configs"].splitlines()] == list(shipped_configs())
+    assert re.search(r"^digits +images$", listed["datasets"], re.M)
+    assert main_status("list", "preset") == 2 and "expected 'presets', 'configs' or" in capsys.readouterr().err
 
 
 CALLBACKS = ("ParameterGrowthCallback", "GrowingEMA", "TrainingMonitor")
@@ -291,9 +326,9 @@ CALLBACKS = ("ParameterGrowthCallback", "GrowingEMA", "TrainingMonitor")
 @pytest.mark.parametrize(
     "args",
     [
-        ["grow", "--help"],
-        ["fit", "--help"],
-        ["predict", "--help"],
+        ["grow", "--help-all"],
+        ["fit", "--help-all"],
+        ["predict", "--help-all"],
         ["fit", "--data.help", "ImageDataModule"],
         ["fit", "--model.help", "LitImageClassifier"],
         *(["fit", "--trainer.callbacks.help", f"callbacks.{name}"] for name in CALLBACKS),
@@ -441,6 +476,29 @@ def test_a_growth_schedule_of_the_command_line_replaces_that_of_the_config(tmp_p
     args = ["--trainer.callbacks+=ParameterGrowthCallback", "--trainer.callbacks.schedule", "{1: 24}"]
     assert run("fit", tmp_path, *schedule, *args, "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 1) == 0
     assert torch.load(last(tmp_path), weights_only=True)["param_tokens"] == {"qkv": 24, "proj": 24, "ffn": 96}
+
+
+def test_growth_options_change_the_callback_of_the_config(tmp_path, few_digits):
+    """Its other settings remain, here the unit."""
+    schedule = growth(tmp_path, {1: 16}, unit="step")
+    steps = ["--trainer.max_epochs", 2, "--trainer.limit_train_batches", 1]
+    assert run("fit", tmp_path, *schedule, "--growth.schedule", "{0: 24}", "--growth.method", "zero", *steps) == 0
+    assert torch.load(last(tmp_path), weights_only=True)["param_tokens"] == {"qkv": 24, "proj": 24, "ffn": 96}
+    saved = yaml.safe_load((last(tmp_path).parents[1] / "config.yaml").read_text())
+    settings = saved["trainer"]["callbacks"][0]["init_args"]
+    assert [settings[name] for name in ("schedule", "unit", "method")] == [{0: 24}, "step", "zero"]
+    assert "growth" not in saved
+
+
+def test_growth_options_add_a_callback(tmp_path, few_digits, capsys):
+    config = tmp_path / "none.yaml"
+    config.write_text("trainer: {callbacks: null}\n")
+    args = ["--config", config, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1]
+    assert run("fit", tmp_path, *args, "--growth.unit", "step") == 2
+    assert "growth.schedule: expected a value" in capsys.readouterr().err
+    assert run("fit", tmp_path, *args, "--growth.schedule", "{0: 24}") == 0
+    path = next(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+    assert torch.load(path, weights_only=True)["param_tokens"]["qkv"] == 24
 
 
 def test_a_schedule_for_another_callback_names_what_is_missing(tmp_path, capsys):

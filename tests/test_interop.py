@@ -520,7 +520,7 @@ def test_numbers_too_large_for_the_precision_are_refused(tmp_path):
 
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_every_option_is_documented(command, capsys):
-    assert run(command, "--help") == 0
+    assert run(command, "--help-all") == 0
     options = [" ".join(block.split()) for block in re.split(r"\n  (?:ARG:   )?--", capsys.readouterr().out)[1:]]
     options = [option for option in options if "type: " in option]
     assert len(options) == {"import": 5, "export": 7}[command]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,22 +17,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG as LAYOUT_TAG
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, parse_experiment_plugin_data
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.growing_ema import GrowingEMA
-from callbacks.image_grid import draw_examples
 from callbacks.parameter_growth import ParameterGrowthCallback
+from callbacks.pictures import confusion_picture, prediction_picture
+from callbacks.run_report import Confusion
 from callbacks.run_summary import RunSummary
 from callbacks.throughput import peak_flops
 from callbacks.training_monitor import TrainingMonitor
 from lit_tokenformer.checkpoints.run_folder import run_folder
+from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.growth import Rows, grow
 from lit_tokenformer.growth.shards import like
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.tasks import LitImageClassifier
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier
 
 TINY: Any = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "param_tokens": 8}
 SCALARS = {
@@ -112,6 +117,24 @@ def test_events_across_a_growth(tmp_path: Path) -> None:
     assert all(event.value > 0 for event in found.Scalars("rows/update_norm_new"))
     assert all(event.value > 0 for event in found.Scalars("compute/samples_per_second"))
 
+    assert {event.value for event in found.Scalars("size/depth")} == {2}
+    for name, first in {"1_val_loss": "val/loss", "2_val_acc1": "val/acc1", "3_train_loss": "train/loss"}.items():
+        shown, known = ({one.step: one.value for one in found.Scalars(tag)} for tag in (f"Overview/{name}", first))
+        assert shown == known
+    costs = [event.step for event in found.Scalars("Overview/5_val_loss_by_MFLOPs")]
+    totals = {event.step: event.value for event in found.Scalars("compute/training_flops")}
+    assert costs == [int(totals[step] // 1e6) for step in (3, 7)]
+    assert sorted(found.Tags()["scalars"])[0].startswith("Overview/")  # the order of TensorBoard
+    (low, high) = found.Scalars("growth/at_4")
+    assert low.step == high.step == 4 and 0 < low.value < high.value
+    layout = layout_pb2.Layout.FromString(found.Tensors(LAYOUT_TAG)[0].tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    patterns = [pattern for chart in charts for pattern in chart.multiline.tag]
+    assert all(any(re.search(pattern, tag) for tag in found.Tags()["scalars"]) for pattern in patterns)
+    text = found.Tensors("growth/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| ffn | 32 | 64 |" in text and "relative output difference" in text and "GFLOPs per sample" in text
+
+    assert [event.step for event in found.Images("val/confusion_matrix")] == [3, 7]
     pictures = found.Images("val/predictions")
     assert [event.step for event in pictures] == [3, 7]
     assert pictures[0].width > 4 * 96
@@ -121,12 +144,16 @@ def test_events_across_a_growth(tmp_path: Path) -> None:
 
 def test_hparams_tab_has_hyperparameters_and_metrics(tmp_path: Path) -> None:
     save = ModelCheckpoint(dirpath=tmp_path, monitor="val/acc1", mode="max")
-    build_trainer(tmp_path, TrainingMonitor(), save, enable_checkpointing=True).fit(build_task(), datamodule=Images())
+    growth = ParameterGrowthCallback({1: 16})
+    trainer = build_trainer(tmp_path, growth, TrainingMonitor(), save, enable_checkpointing=True)
+    trainer.fit(build_task(), datamodule=Images())
     content = events(tmp_path).SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
     experiment = parse_experiment_plugin_data(content)
-    assert {"preset", "num_classes", "overrides/dim", "trainer/max_epochs"} <= {
-        info.name for info in experiment.hparam_infos
-    }
+    names = {info.name for info in experiment.hparam_infos}
+    assert {"preset", "num_classes", "overrides/dim", "max_epochs", "lr", "growth/schedule", "growth/method"} <= names
+    assert not [name for name in names if name.startswith("_") or "Callback" in name or "compile" in name]
+    kept = yaml.unsafe_load((tmp_path / "run" / "hparams.yaml").read_text())
+    assert kept["trainer"]["max_epochs"] == 2 and "growth/method" not in kept
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"val/acc1", "val/loss", "best/val/acc1", "size/parameters", "compute/training_flops"} <= metrics
 
@@ -293,14 +320,14 @@ def test_picture_shows_the_averaged_model_and_spreads_over_the_set(tmp_path: Pat
 
 def test_picture_marks_right_and_wrong(tmp_path: Path) -> None:
     image = torch.full((3, 8, 8), 2.0)
-    picture = draw_examples([(image, 1, 1), (image, 1, 2)], Images())
+    picture = prediction_picture([(image, 1, 1), (image, 1, 2)], Images())
     assert picture.dtype == torch.uint8
     pixels = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     frame_right, frame_wrong = pixels[5, 10], pixels[5, pixels.shape[1] // 2 + 10]
     assert frame_right.tolist() == [0, 128, 0]
     assert frame_wrong.tolist() == [200, 0, 0]
     assert pixels[50, 50].tolist() == [255] * 3  # 2 x 0.25 + 0.5
-    plain = draw_examples([(image * torch.rand(1, 8, 8), 11, 2)], None)  # no names, no mean, one image
+    plain = prediction_picture([(image * torch.rand(1, 8, 8), 11, 2)], None)  # no names, no mean, one image
     assert plain.shape[0] == 3
 
 
@@ -383,12 +410,16 @@ def test_every_logger_receives_settings_and_pictures(kind: str, tmp_path: Path) 
     assert (growth["schedule"], growth["ramp_steps"], growth["method"]) == ({"1": 16}, 3, "split")
     assert settings["preset"] == "tokenformer_vit_tiny_patch16_224"  # the model's, by Lightning
     if experiment is not None:
-        assert [picture[:2] for picture in experiment.pictures] == [("val/predictions", 3), ("val/predictions", 7)]
-        assert experiment.files == {"config.yaml": "seed_everything: 7\n"}
+        names = ("val/predictions", "val/confusion_matrix")
+        assert [picture[:2] for picture in experiment.pictures] == [(name, step) for step in (3, 7) for name in names]
+        assert experiment.files.keys() == {"config.yaml", "growth-step=4.md"}
+        assert experiment.files["config.yaml"] == "seed_everything: 7\n"
         return
     files = sorted((Path(run_folder(trainer)) / "pictures").iterdir())
-    assert [file.name for file in files] == ["val_predictions-step=3.png", "val_predictions-step=7.png"]
-    assert Image.open(files[0]).width > 4 * 96
+    names = ("val_confusion_matrix", "val_predictions")
+    assert [file.name for file in files] == [f"{name}-step={step}.png" for name in names for step in (3, 7)]
+    assert Image.open(files[2]).width > 4 * 96
+    assert "| ffn | 32 | 64 |" in (Path(run_folder(trainer)) / "texts" / "growth-step=4.md").read_text()
 
 
 def test_weights_and_biases_receives_settings_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +430,8 @@ def test_weights_and_biases_receives_settings_and_pictures(tmp_path: Path, monke
     wandb.finish()
     assert config["data"]["batch_size"] == 8 and config["trainer"]["max_epochs"] == 2
     assert config["ParameterGrowthCallback"]["schedule"] == {"1": 16}
-    assert len([*(folder / "media" / "images" / "val").iterdir()]) == 2
+    assert len([*(folder / "media" / "images" / "val").iterdir()]) == 4
+    assert [*(folder / "media" / "table").rglob("growth*.json")]
     assert [*(folder / "media" / "table").rglob("config*.json")]
     assert not (Path(run_folder(trainer)) / "pictures").exists()
 
@@ -416,11 +448,46 @@ def test_mlflow_receives_settings_and_pictures_and_a_changed_setting_is_a_warnin
     assert params["data/batch_size"] == "8" and params["trainer/max_epochs"] == "2"
     assert params["ParameterGrowthCallback/schedule/1"] == "16"
     artifacts = Path(logger.experiment.get_run(logger.run_id).info.artifact_uri.removeprefix("file://"))
-    assert len([*(artifacts / "images").glob("*.png")]) == 2
+    assert len([*(artifacts / "images").glob("*.png")]) == 4
+    assert "| ffn | 32 | 64 |" in (artifacts / "growth-step=4.md").read_text()
     assert (artifacts / "config.yaml").read_text() == "seed_everything: 7\n"
     with pytest.warns(UserWarning, match="MLFlowLogger: hyper-parameters not logged"):
         again = MLFlowLogger(tracking_uri=place, run_id=logger.run_id)
         fit_with(again, tmp_path, ParameterGrowthCallback({1: 16}, ramp_steps=4))
+
+
+def test_confusion_matrix_counts_labels_by_row() -> None:
+    counts = Confusion(3)
+    counts.add(torch.tensor([0, 0, 2, -100]), torch.tensor([0, 1, 2, 1]))
+    assert counts.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    picture = confusion_picture(counts.counts, ["zero", "one"])
+    pixels = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+    left = pixels.shape[0] - 8 - 3 * 38
+    assert pixels[left + 2, left + 2].tolist() == [128, 192, 128]  # half of the zeros
+    assert pixels[left + 2, left + 40].tolist() == [228, 128, 128]
+    assert pixels[left + 78, left + 78].tolist() == [0, 128, 0]
+
+
+def test_text_samples_do_not_disturb_training(tmp_path: Path) -> None:
+    class Bytes(LightningDataModule):
+        tokenizer = Tokenizer.bytes()
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(torch.arange(4 * 17).reshape(4, 17) % 100, batch_size=2)
+
+        val_dataloader = train_dataloader
+
+    trained = []
+    for length in (0, 8):
+        seed_everything(0, verbose=False)
+        task = LitCausalLM("tokenformer_lm_tiny", vocab_size=Bytes.tokenizer.size, context_length=16)
+        folder = tmp_path / str(length)
+        build_trainer(folder, TrainingMonitor(log_text=length), max_epochs=1).fit(task, datamodule=Bytes())
+        trained.append(task.state_dict())
+        assert ("val/sample/text_summary" in events(folder).Tags()["tensors"]) is bool(length)
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+    text = events(folder).Tensors("val/sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "[...]" in text
 
 
 def test_wrong_setting_is_named() -> None:

@@ -57,6 +57,8 @@ from lit_tokenformer.checkpoints.run_folder import (
     unversioned_loggers,
     write_new,
 )
+from lit_tokenformer.cli.growth_options import add_growth_options, apply_growth_options
+from lit_tokenformer.cli.listing import list_names
 from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
 from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.predict import predict_images
@@ -75,6 +77,7 @@ from lit_tokenformer.cli.preflight import (
 )
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
+from lit_tokenformer.cli.terminal import add_displays, hide_advertisements
 from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.version import __version__
@@ -91,8 +94,17 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export_weights,
     "inspect": inspect_checkpoint,
     "prune": prune_checkpoint,
+    "list": list_names,
 }
 """Commands that build neither model nor data from the options of ``fit``."""
+
+TRAINING = {
+    "fit": "Train a model, which grows on a schedule.",
+    "validate": "Evaluate a checkpoint on the validation data.",
+    "test": "Evaluate a checkpoint on the test data.",
+    "predict": "Write predictions of a checkpoint to a CSV file.",
+}
+"""Descriptions of the commands of Lightning."""
 
 _ENV_PREFIX = "LIT_TOKENFORMER"
 """Prefix of the environment variables that set options."""
@@ -131,6 +143,7 @@ def main(args: Sequence[str] | None = None) -> int:
         its traceback; 130, 129 or 143 for a fit ended by Ctrl-C, SIGHUP or another signal; 141 for a closed output.
     """
     # addressed to Lightning, not to its users
+    hide_advertisements()
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     log, preemption = ErrorLog(), PreemptionCheckpoint()
     try:
@@ -219,10 +232,16 @@ class TokenformerCLI(LightningCLI):
         self._images = named == "predict" and any(arg.partition("=")[0] == "--images" for arg in args)
         super().__init__(*settings, args=args, **more)  # type: ignore[misc]
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser: Any = super().init_parser(**kwargs)
+        parser.make_brief()
+        return parser
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Add options to the requested command only; those of all commands take a second."""
         if self._images and subcommand == "predict":
             parser = Parser(description=(predict_images.__doc__ or "").splitlines()[0])
+            parser.make_brief()
             self._subcommand_method_arguments[subcommand] = parser.add_function_arguments(predict_images)
             return parser
         if self._asked in (None, subcommand):
@@ -243,10 +262,13 @@ class TokenformerCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         # linked from ``data`` itself: jsonargparse would open every loader to describe ``data.sizes``
         parser.link_arguments("data", "model.init_args.sizes", _task_sizes, apply_on="instantiate")
+        add_growth_options(parser)
         add_arguments(parser)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+            self._subcommand_parsers[choice.dest].description = choice.help = TRAINING[choice.dest]
         planning = self._subcommand_parsers["plan"] = self.init_parser()
         planning.description = (plan.__doc__ or "").splitlines()[0]
         if self._asked in (None, "plan"):
@@ -273,7 +295,8 @@ class TokenformerCLI(LightningCLI):
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = _repeatable(function)
-            own.add_function_arguments(function, skip={*texts})
+            own.make_brief()
+            own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
             for text in sorted(texts):
                 own.add_argument(f"--{text}", action="append", help=TEXTS[text])
             parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
@@ -300,11 +323,12 @@ class TokenformerCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         config["callbacks"] = replace_repeated(config.get("callbacks"))
         check_trainer_settings(config)
+        add_displays(config)
         if self._identity is not None:
             callbacks = [*callbacks, self._identity]
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         if self.subcommand == "fit" and not any(isinstance(one, TrainingMonitor) for one in given):
-            callbacks = [*callbacks, TrainingMonitor(log_images=0, row_norms=False)]
+            callbacks = [*callbacks, TrainingMonitor(log_images=0, row_norms=False, log_text=0)]
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except Exception as error:
@@ -324,6 +348,7 @@ class TokenformerCLI(LightningCLI):
             (predict_images if self._images else COMMANDS[name])(**self.config[name].as_dict())
             sys.stdout.flush()
             sys.exit(0)
+        apply_growth_options(self.config[name])
         if self.config[name].get("images"):
             raise UserError("images: expected on the command line, got it from a config")
         check_settings(self.config[name], resumes=name == "fit")

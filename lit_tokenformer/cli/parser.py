@@ -23,6 +23,7 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 
 import callbacks
 from lit_tokenformer import data, models, tasks
+from lit_tokenformer.cli.brief_help import BriefHelpParser
 from lit_tokenformer.data.settings import FlatNameParser
 from lit_tokenformer.errors import UserError, nearest_name, raised_by_user_code, unwrap
 
@@ -33,7 +34,7 @@ _INTERPOLATES = ContextVar("interpolates", default=True)
 _PACKAGES = (tasks, data, models, callbacks)
 
 
-class Parser(FlatNameParser, LightningArgumentParser):
+class Parser(BriefHelpParser, FlatNameParser, LightningArgumentParser):
     """Report errors in one line, with the nearest known name for a typo."""
 
     def dump(self, *args: Any, **kwargs: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -169,34 +170,35 @@ def _print_table(
 
     sum_flops = sum(stage.training_flops for stage in stages)
     gibibytes = [f"{size / 2**30:.2f} GiB" for size in memory]
-    table = Table(title=title)
-    for name in ("stage", "tokens", "steps", "epochs", "parameters", "FLOPs/sample", "memory", "FLOPs", "share"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("stage", "size", "steps", "epochs", "params", "FLOPs\n/sample", "memory", "FLOPs", "share"):
+        is_size = name == "size"
+        table.add_column(name, justify="left" if is_size else "right", no_wrap=not is_size, vertical="bottom")
     for number, stage in enumerate(stages):
         table.add_row(
             str(number),
             ", ".join(f"{kind} {n}" for kind, n in stage.tokens.items() if kind in kinds) or "-",
             f"{stage.steps}",
             "-" if per_epoch is None else f"{stage.steps / per_epoch:.3g}",
-            _parameters(stage.cost),
+            _shown_parameters(stage.cost),
             f"{stage.cost.flops:.3g}",
             gibibytes[number],
             f"{stage.training_flops:.3g}",
             f"{stage.training_flops / sum_flops:.1%}",
         )
     last = stages[-1].cost
-    table.add_section()
-    share = f"{sum_flops / scratch:.1%} of scratch"
-    table.add_row("all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", share)
+    table.add_row("all", "", str(total), "", "", "", "", f"{sum_flops:.3g}", "")
     name, size = "scratch", "the final size from the start"
-    row = (_parameters(last), f"{last.flops:.3g}", gibibytes[-1], f"{scratch:.3g}")
+    row = (_shown_parameters(last), f"{last.flops:.3g}", gibibytes[-1], f"{scratch:.3g}")
     table.add_row(name, size, str(total), "", *row, "")
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
+    console.print(table)
+    console.print(f"FLOPs of all stages: {sum_flops / scratch:.1%} of scratch", highlight=False)
 
 
-def _parameters(cost: ModelCost) -> str:
-    active = f" ({cost.active_parameters:,} active)" if cost.inactive else ""
-    return f"{cost.parameters:,}{active}"
+def _shown_parameters(cost: ModelCost) -> str:
+    active = f" ({cost.active_parameters / 1e6:,.1f} M active)" if cost.inactive else ""
+    return f"{cost.parameters / 1e6:,.1f} M{active}"
 
 
 def _steps_per_epoch(trainer: Trainer, batches: int) -> int:

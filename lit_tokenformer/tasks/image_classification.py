@@ -201,11 +201,13 @@ class LitImageClassifier(LitTask):
     def feature_logits(self, features: Tensor) -> Tensor:
         return features
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_acc1, self.val_acc5)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Evaluate a batch, and return its labels (B,) and predicted classes (B,)."""
+        return self._evaluate(batch, "val", self.val_acc1, self.val_acc5)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_acc1, self.test_acc5)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Evaluate a batch, and return its labels (B,) and predicted classes (B,)."""
+        return self._evaluate(batch, "test", self.test_acc1, self.test_acc5)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Compute class probabilities (B, C)."""
@@ -261,7 +263,7 @@ class LitImageClassifier(LitTask):
                 number += 1
         self.train(training)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, acc1: Metric, acc5: Metric) -> dict[str, Tensor]:
         logits, label = self.batch_features(batch)
         acc1.update(logits, label)
         acc5.update(logits, label)
@@ -269,6 +271,7 @@ class LitImageClassifier(LitTask):
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=self.log_weight(count))
         self.log(f"{stage}/acc1", acc1, prog_bar=True, batch_size=count)
         self.log(f"{stage}/acc5", acc5, batch_size=count)
+        return {"label": label, "predicted": logits.argmax(dim=1)}
 
 
 # a lambda, so that the command line shows its body; named, so that `ddp_spawn` can pickle it

@@ -1,4 +1,4 @@
-"""Grid of validation images with their predictions."""
+"""Pictures of predictions: images with their classes, confusion matrix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predict_examples(
     return list(zip(image[chosen].float().cpu(), labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
 
 
-def draw_examples(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
+def prediction_picture(examples: Sequence[tuple[Tensor, int, int]], datamodule: Any) -> Tensor:
     """Draw a grid of images with their predictions below, (3, height, width) uint8."""
     images = torch.stack([image for image, _, _ in examples])  # (B, C, H, W)
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
@@ -66,16 +66,51 @@ def _class_name(names: Sequence[str], label: int) -> str:
 
 def _tile(image: Tensor, name: str, guess: str) -> Tensor:
     """Draw one image (3, H, W) in [0, 1] above its prediction, framed in green or red, (3, height, width) uint8."""
-    right, border, line = name == guess, 3, 14
+    right, border, line = name == guess, 3, 18
     zoom = math.ceil(96 / min(image.shape[1:]))
     enlarged = to_pil_image(image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2))
     color = (0, 128, 0) if right else (200, 0, 0)
     tile = Image.new("RGB", (enlarged.width + 2 * border, enlarged.height + 2 * border + 2 * line), "white")
     tile.paste(color, (0, 0, tile.width, enlarged.height + 2 * border))
     tile.paste(enlarged, (border, border))
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(15)
     for number, text in enumerate([guess] if right else [guess, f"not {name}"]):
         while draw.textlength(text, font) > tile.width and len(text) > 1:
             text = text[:-1]
         draw.text((border, enlarged.height + 2 * border + number * line), text, color, font)
     return pil_to_tensor(tile)
+
+
+def confusion_picture(counts: Tensor, names: Sequence[str]) -> Tensor:
+    """Draw a confusion matrix, one row per label, (3, height, width) uint8.
+
+    Args:
+        counts: Samples by label and predicted class, (C, C).
+        names: Class names; numbers beyond them.
+    """
+    classes = len(counts)
+    cell, font = (38 if classes <= 20 else 14), ImageFont.load_default(14 if classes <= 20 else 11)
+    texts = [str(names[index]) if index < len(names) else str(index) for index in range(classes)]
+    texts = [text if len(text) <= 14 else f"{text[:13]}." for text in texts]
+    left = max(90, 24 + max(int(font.getlength(text)) for text in texts))
+    picture = Image.new("RGB", (left + classes * cell + 8, left + classes * cell + 8), "white")
+    draw = ImageDraw.Draw(picture)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    for row in range(classes):
+        for column in range(classes):
+            share = float(shares[row, column])
+            x, y = left + column * cell, left + row * cell
+            hue = (0, 128, 0) if row == column else (200, 0, 0)
+            color = tuple(round(255 + share * (one - 255)) for one in hue)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
+            if classes <= 20 and counts[row, column]:
+                number = str(int(counts[row, column]))
+                place = (x + (cell - font.getlength(number)) / 2, y + cell / 2 - 8)
+                draw.text(place, number, "white" if share > 0.5 else "black", font)
+        middle = left + row * cell + cell // 2 - 8
+        draw.text((8, middle), texts[row], "black", font)
+        name = Image.new("RGB", (left - 28, 16), "white")
+        ImageDraw.Draw(name).text((0, 0), texts[row], "black", font)
+        picture.paste(name.rotate(90, expand=True), (middle, 24))
+    draw.text((8, 4), "rows: labels", "black", font)
+    return pil_to_tensor(picture)
