@@ -142,7 +142,8 @@ class Tokenformer(HubMixin, nn.Module):
             experts: Number of experts, 1 for a feed-forward without a router.
         """
         reference, config = next(self.blocks.parameters()), dataclasses.replace(self.config, experts=experts)
-        for number, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for number, block in enumerate(blocks):
             if num_experts(block.mlp) != experts:
                 with torch.device(reference.device), torch.random.fork_rng(devices=[]):
                     block.mlp = make_feed_forward(config, number).to(reference.dtype).train(self.training)
