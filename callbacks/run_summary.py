@@ -12,6 +12,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from rich import get_console
 
 from callbacks.throughput import Counts, peak_memory
 from callbacks.training_monitor import TrainingMonitor
@@ -94,7 +95,8 @@ class RunSummary(Callback):
         self._print()
         path = _latest_checkpoint(trainer)
         if path and param_tokens(pl_module):
-            print(f"Inspect its tokens: lit-tokenformer inspect --ckpt_path {shlex.quote(path)} --output report")
+            text = f"Inspect its tokens: lit-tokenformer inspect --ckpt_path {shlex.quote(path)} --output report"
+            get_console().print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _continues(self, summary: str) -> bool:
         """Return whether this fit continues the one of a summary; a second fit from its checkpoint does not."""
@@ -159,8 +161,6 @@ class RunSummary(Callback):
         self._counted = counts
 
     def _print(self) -> None:
-        from rich import get_console
-
         score = next((stage["best"]["monitor"] for stage in self.stages if stage["best"]), "score")
         table = _table("Run summary")
         sparse = any(stage.get("active_parameters") for stage in self.stages)

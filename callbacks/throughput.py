@@ -73,7 +73,8 @@ class Throughput:
             after()
             self._add(waiting=time.perf_counter() - begun)
 
-        self._loop._on_before_fetch, self._loop._on_after_fetch = start, stop
+        loop: Any = self._loop
+        loop._on_before_fetch, loop._on_after_fetch = start, stop
 
     def close(self) -> None:
         """Stop counting."""

@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
             rows = datasets.Dataset.from_dict({"text": texts})
             library = Tokenizer.from_json(corpus.tokenizer.to_json(), corpus.tokenizer.separator)
             vars(library)["_words"] = None  # no table
-            work = {"ours": partial(ours, folder, numbers, texts, corpus.tokenizer)}
+            work: dict[str, partial[Any]] = {"ours": partial(ours, folder, numbers, texts, corpus.tokenizer)}
             if corpus.tokenizer._words is not None:
                 work["library"] = partial(ours, folder, numbers, texts, library)
                 assert len({cache.counts["train"].checksum for cache in (work["ours"](), work["library"]())}) == 1

@@ -117,7 +117,7 @@ class BriefHelpParser(ArgumentParser):
             "formatter_class": BriefFormatter,
         }
         trains = any(action.dest == "trainer.max_epochs" for action in self._actions)
-        changed = [(self, name, value) for name, value in settings.items()]
+        changed: list[tuple[Any, str, Any]] = [(self, name, value) for name, value in settings.items()]
         for group in self._action_groups:
             names = {action.dest.partition(".")[0] for action in group._group_actions}
             if group not in self._action_groups[:2] and self._subcommands_action not in group._group_actions:

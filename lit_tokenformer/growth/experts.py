@@ -85,7 +85,7 @@ def check_expert_growth(model: Tokenformer, experts: int, setting: str = "expert
         if experts % present:
             raise UserError(f"{setting}: expected a multiple of {present}, the present number, got {experts}")
         check_experts(layer.experts[0] if isinstance(layer, Experts) else layer, experts, model.config, setting)
-    held = sum(parameter.nbytes for block in model.blocks for parameter in block.mlp.parameters())  # type: ignore[union-attr]
+    held = sum(parameter.nbytes for block in model.blocks for parameter in block.mlp.parameters())  # type: ignore[union-attr, misc]
     present = min(num_experts(block.mlp) for block in model.blocks)  # type: ignore[arg-type]
     check_memory(held * (experts - present) // present, next(model.parameters()).device, setting)
 

@@ -179,9 +179,11 @@ class Lens:
 
     @torch.no_grad()
     def __init__(self, model: Any, batch: Any) -> None:
-        self._backbone: Any = find_backbone(model)
+        backbone = find_backbone(model)
+        assert backbone is not None
+        self._backbone: Any = backbone
         seen: list[Tensor] = []
-        hook = self._backbone.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hook = backbone.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
             with torch.compiler.set_stance("force_eager"):
                 task_loss(model, batch)

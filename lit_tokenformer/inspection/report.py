@@ -60,7 +60,8 @@ def render(report: TokenReport, source: Source, top: int) -> str:
     """Render the page; all text of the model and of the data is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"signed": _signed, "compact": _compact, "label": _label}
+    filters: dict[str, Any] = {"signed": _signed, "compact": _compact, "label": _label}
+    environment.filters |= filters
     layers = [_layer(layer, report, top) for layer in report.layers]
     tokens = sum(map(len, report.layers))
     total = sum(float(layer.statistics.importance.clamp_min(0).sum()) for layer in report.layers)

@@ -71,11 +71,11 @@ class TokenStatistics:
     def empty(layer: Pattention, top: int, classes: int) -> TokenStatistics:
         """Create the statistics of a layer over no data."""
         count, device = layer.num_tokens, layer.key_tokens.device
-        sums = [torch.zeros(count, dtype=torch.float64) for _ in range(7)]
+        sums: Any = [torch.zeros(count, dtype=torch.float64) for _ in range(7)]
         sums[2].fill_(-torch.inf)
         places = torch.full((top, count), -1, dtype=torch.int64, device=device)
         weights = torch.full((top, count), -torch.inf, device=device)
-        found = TokenStatistics(*sums, weights, places)
+        found = TokenStatistics(*sums, weights=weights, places=places)
         if classes:
             found.by_class = torch.zeros(classes, count, dtype=torch.float64)
             found.samples = torch.zeros(classes, dtype=torch.float64)
@@ -259,8 +259,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         yield
     finally:
-        for part, mode in training.items():
-            part.training = mode
+        for module, mode in training.items():
+            module.training = mode
         for part in checkpointed:
             part.set_grad_checkpointing(True)
         for parameter in frozen:
