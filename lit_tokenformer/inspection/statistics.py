@@ -74,8 +74,8 @@ class TokenStatistics:
         sums: Any = [torch.zeros(count, dtype=torch.float64) for _ in range(7)]
         sums[2].fill_(-torch.inf)
         places = torch.full((top, count), -1, dtype=torch.int64, device=device)
-        weights = torch.full((top, count), -torch.inf, device=device)
-        found = TokenStatistics(*sums, weights=weights, places=places)
+        rows: Any = [torch.full((top, count), -torch.inf, device=device), places]
+        found = TokenStatistics(*sums, *rows)
         if classes:
             found.by_class = torch.zeros(classes, count, dtype=torch.float64)
             found.samples = torch.zeros(classes, dtype=torch.float64)
