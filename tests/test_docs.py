@@ -16,6 +16,7 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+from callbacks import ParameterGrowthCallback
 from lit_tokenformer import data, models, registry, tasks
 from lit_tokenformer.cli.main import COMMANDS, TEXTS, TokenformerCLI
 from lit_tokenformer.cli.parser import shipped_configs
@@ -153,7 +154,7 @@ OPTIONS = "config ckpt_path run_name init_from init_ema init_resize_vocab seed_e
 
 
 def known_options(command):
-    names = [*OPTIONS.split(), "model", "data", "batch_size"]
+    names = [*OPTIONS.split(), "model", "data", "batch_size", "help", "help-all", "print_config"]
     if command in COMMANDS:
         names = [*inspect.signature(COMMANDS[command]).parameters, *TEXTS]
     return {f"--{name}" for name in names}
@@ -172,13 +173,13 @@ def arguments(kinds):
 MODEL = arguments(getattr(tasks, name) for name in tasks.__all__)
 DATA = arguments(getattr(data, name) for name in data.__all__) | {"hf_name", "tokenizer"}
 FIELDS = set(inspect.signature(models.TokenformerConfig).parameters)
-CONFIGS = {"CONFIG", "base.yaml"} | set(shipped_configs())
+CONFIGS = {"CONFIG", "base.yaml", "joint.yaml"} | set(shipped_configs())
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda one: one[:60])
 def test_commands_exist_with_their_options_and_configs(command):
     given = shlex.split(re.sub(r"[$]\{?\w+\}?", "VALUE", command))
-    if given[0] in ("--version", "--help", "COMMAND"):
+    if given[0] in ("--version", "--help", "COMMAND") or given[0].startswith("--print_completion="):
         return
     assert given[0] in {*COMMANDS, *TokenformerCLI.subcommands(), "plan"}
     known = known_options(given[0])
@@ -193,6 +194,8 @@ def test_commands_exist_with_their_options_and_configs(command):
         elif part == "model" and name:
             assert name == "help" or name in MODEL or "--plugins" in given, option
             assert name != "overrides" or rest.partition(".")[2] in FIELDS, option
+        elif part == "growth":
+            assert name in inspect.signature(ParameterGrowthCallback).parameters, option
         elif part == "data" and name:
             assert name == "help" or name in DATA, option
         else:
