@@ -83,22 +83,30 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def compare(
+    part: str,
     base: nn.Module,
     batches: Batches,
     scores: Callable[[nn.Module], dict[str, float]],
     args: argparse.Namespace,
     also_train: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Train every arm at every rate with every seed; the scores are those of the trained models."""
+    """Train every arm at every rate with every seed; the scores are those of the trained models.
+
+    Each fit is written to the output at once, and not repeated after an interruption.
+    """
     found: dict[str, Any] = {}
     for arm, rates in RATES.items():
         for rate in rates:
             for seed in range(args.seeds):
                 model, parameters = adapt(base, arm, seed, also_train)
                 count = sum(one.numel() for one in parameters)
-                train(model, parameters, batches(seed), args.steps, rate)
+                name = f"{part}, {args.base_steps} + {args.steps} steps, {arm}, {rate:g}, seed {seed}"
+                if name not in args.fits:
+                    train(model, parameters, batches(seed), args.steps, rate)
+                    args.fits[name] = scores(model)
+                    args.write()
                 rows = found.setdefault(arm, {"trained": count, "rates": {}})["rates"]
-                rows.setdefault(f"{rate:g}", []).append(scores(model))
+                rows.setdefault(f"{rate:g}", []).append(args.fits[name])
                 print(f"{arm} {rate:g} seed {seed}: {rows[f'{rate:g}'][-1]}", flush=True)
     return found
 
@@ -136,7 +144,7 @@ def text(args: argparse.Namespace) -> dict[str, Any]:
         return found
 
     start = {"new": loss_on(base, new_set), "old": loss_on(base, old_set)}
-    found = {"zero_shot": start, **compare(base, new, scores, args)}
+    found = {"zero_shot": start, **compare("text", base, new, scores, args)}
     model, parameters = adapt(base, "tokens", 0)
     train(model, parameters, new(0), args.steps, float(best(found["tokens"], "new", min)[0]))
     generator: Any = TextGenerator(model, Tokenizer.bytes())  # type: ignore[arg-type]
@@ -184,7 +192,7 @@ def images(args: argparse.Namespace) -> dict[str, Any]:
     base = image_base((0, 1, 2, 3, 4), args.base_steps // 5)
     base.reset_classifier(5)
     learned, held = digits((5, 6, 7, 8, 9))
-    return compare(base, shuffled(*learned), lambda model: {"new": accuracy(model, *held)}, args, ("head",))
+    return compare("images", base, shuffled(*learned), lambda model: {"new": accuracy(model, *held)}, args, ("head",))
 
 
 def forgetting(args: argparse.Namespace) -> dict[str, Any]:
@@ -273,11 +281,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     known = json.loads(args.output.read_text()) if args.output.exists() else {}
+    args.fits = known.setdefault("fits", {})
+    args.write = lambda: args.output.write_text(json.dumps(known, indent=1) + "\n")
     for part in args.parts:
         found = PARTS[part](args)
         settings = {"steps": args.steps, "base_steps": args.base_steps, "seeds": args.seeds}
         known[part] = {"settings": settings, "torch": torch.__version__, "results": found}
-        args.output.write_text(json.dumps(known, indent=1) + "\n")
+        args.write()
         print(f"\n## {part}\n", *report(part, found), sep="\n", flush=True)
 
 
