@@ -116,7 +116,9 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
         Prompt and continuation, or ``None``.
     """
     tokenizer = getattr(datamodule, "tokenizer", None)
-    if tokenizer is None or not isinstance(pl_module, LitCausalLM) or not isinstance(batch, Tensor):
+    if not callable(getattr(tokenizer, "decode", None)) or not isinstance(pl_module, LitCausalLM):
+        return None
+    if not isinstance(batch, Tensor):
         return None
     window = batch.shape[1] - 1
     prompt = batch[:1, : min(_PROMPT, window)].clamp_min(0)
@@ -124,6 +126,8 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
     with torch.compiler.set_stance("force_eager"):
         for _ in range(length):
             logits = pl_module(tokens[:, -window:])[:, -1].float().cpu()
+            if not logits.isfinite().all():  # a diverged model; not this callback's to report
+                return None
             chosen = torch.multinomial((logits / 0.8).softmax(dim=-1), 1, generator=draw)
             tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
     start, rest = tokenizer.decode(prompt[0].tolist()), tokenizer.decode(tokens[0, prompt.shape[1] :].tolist())

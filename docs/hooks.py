@@ -67,7 +67,7 @@ def _help(command: str) -> str:
     output = io.StringIO()
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
+        main([*command.split(), "--help-all"])
     text = ROLE.sub(r"\1", output.getvalue())
     lines = [line for line in text.splitlines() if not line.startswith("  ENV: ")]
     return "```text\n" + "\n".join(lines).replace("  ARG:   ", "  ").strip() + "\n```"

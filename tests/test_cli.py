@@ -247,6 +247,7 @@ def test_plan_takes_the_config_of_a_run(fitted, tmp_path, capsys):
 
 
 def test_plan_shows_what_each_stage_costs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     assert run("plan", tmp_path, *growth(tmp_path, {1: 16, 2: 32}), "--trainer.max_epochs", 4) == 0
     shown = capsys.readouterr().out
     assert "16 optimizer steps of 32 samples" in shown

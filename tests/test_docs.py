@@ -102,7 +102,7 @@ def test_the_site_builds_without_a_warning_and_without_network(tmp_path):
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)', page)
         assert not loaded, f"{name} loads {loaded}"
     commands = pages["command_line/index.html"]
-    assert all(f"lit-tokenformer [options] {name}" in commands for name in ("fit", *COMMANDS))
+    assert all(f"lit-tokenformer [options] {name}" in commands for name in ("fit", *COMMANDS.keys() - {"list"}))
     assert "ParameterGrowthCallback" in pages["api/callbacks/index.html"]
     assert not any(re.search(r":(class|func|mod|meth):", page) for name, page in pages.items() if "api/" in name)
 

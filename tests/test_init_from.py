@@ -155,7 +155,8 @@ def test_a_requeued_job_resumes_its_own_checkpoint(digits, folder_of_images, tmp
     )  # nothing to resume, nothing to start from
 
 
-def test_the_schedule_continues_from_the_size_of_the_checkpoint(digits, tmp_path, logged, capsys):
+def test_the_schedule_continues_from_the_size_of_the_checkpoint(digits, tmp_path, logged, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     config = image_config(tmp_path, {0: {"qkv": 12, "depth": 3}, 1: 32})
     assert run("plan", *config, "--init_from", digits) == 0
     shown = capsys.readouterr().out

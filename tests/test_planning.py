@@ -162,7 +162,8 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
     assert "no Pattention layer" in capsys.readouterr().err
 
 
-def test_plan_of_hidden_units_and_heads_equals_the_models_they_lead_to(tmp_path, capsys, text_cache):
+def test_plan_of_hidden_units_and_heads_equals_the_models_they_lead_to(tmp_path, capsys, text_cache, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     schedule = {2: {"hidden": 64, "heads": 4}, 4: {"hidden": 96, "depth": 3}}
     growth = {"class_path": "ParameterGrowthCallback", "init_args": {"unit": "step", "schedule": schedule}}
     overrides = {"dim": 16, "depth": 2, "num_heads": 2}
@@ -181,4 +182,4 @@ def test_plan_of_hidden_units_and_heads_equals_the_models_they_lead_to(tmp_path,
     for size in sizes:
         config = preset_config("gpt2_tiny", **overrides, vocab_size=257, context_length=16).at_size(size)
         assert f"hidden {size['hidden']}" in shown and f"heads {size['heads']}" in shown
-        assert f"{sum(one.numel() for one in Tokenformer(config).parameters()):,}" in shown
+        assert f"{sum(one.numel() for one in Tokenformer(config).parameters()) / 1e3:,.1f} k" in shown

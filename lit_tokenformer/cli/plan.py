@@ -197,8 +197,12 @@ def _print_table(
 
 
 def _shown_parameters(cost: ModelCost) -> str:
-    active = f" ({cost.active_parameters / 1e6:,.1f} M active)" if cost.inactive else ""
-    return f"{cost.parameters / 1e6:,.1f} M{active}"
+    active = f" ({_count(cost.active_parameters)} active)" if cost.inactive else ""
+    return f"{_count(cost.parameters)}{active}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:,.1f} k"
 
 
 def _steps_per_epoch(trainer: Trainer, batches: int) -> int:

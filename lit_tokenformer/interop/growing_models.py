@@ -181,13 +181,16 @@ class _CachedLayer:
 class _CachedState:
     """Cache of transformers, as our decoding state; positions and masks are given with each call."""
 
-    start, padding = 0, None
+    start, padding, position_ids = 0, None, None
 
     def __init__(self, cache: Cache, depth: int) -> None:
         self.blocks = [(_CachedLayer(cache, layer), None) for layer in range(depth)]
 
     def check(self, more: int, positions: bool) -> None:
         """Caches of transformers have no limit of their own."""
+
+    def advance(self, more: int) -> None:
+        """Caches of transformers count their data tokens."""
 
 
 class GrowingTokenformerPreTrainedModel(modeling.TokenformerPreTrainedModel):

@@ -62,9 +62,9 @@ def read_native(source: str | os.PathLike[str], config_json: str | os.PathLike[s
     try:
         config = TokenformerConfig(**fields)
         state = with_tie(config, state)
-        for name in ("depth", "experts", "shared_experts"):
+        for name, units in {"depth": "blocks", "experts": "experts", "shared_experts": "experts"}.items():
             if getattr(config, name) > len(state):
-                raise UserError(f"{name}: {getattr(config, name)} modules, but only {len(state)} tensors")
+                raise UserError(f"{name}: {getattr(config, name)} {units}, but only {len(state)} tensors")
         with torch.device("meta"):
             Tokenformer(config).load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
     except (TypeError, ValueError, RuntimeError) as error:

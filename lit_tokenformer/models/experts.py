@@ -293,7 +293,7 @@ def can_group(experts: Sequence[nn.Module], rows: Tensor) -> bool:
     dtype = _compute_dtype(rows)
     if not _has_product(dtype) or not hasattr(experts[0], "grouped"):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return False
     step = _step(dtype)
     return all(_is_plain(module, step) for expert in experts for module in expert.modules())

@@ -54,7 +54,7 @@ def part_cost(part: nn.Module, length: int) -> Cost:
 
     Example:
         >>> part_cost(nn.Linear(4, 8), length=1)
-        Cost(parameters=40, flops=64, kept=4, spared=64)
+        Cost(parameters=40, flops=64, kept=4, spared=64, inactive=0)
     """
     own: Any = getattr(part, "cost", None)
     if own is not None:
