@@ -115,7 +115,7 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
     Returns:
         Prompt and continuation, or ``None``.
     """
-    tokenizer = getattr(datamodule, "tokenizer", None)
+    tokenizer: Any = getattr(datamodule, "tokenizer", None)
     if not callable(getattr(tokenizer, "decode", None)) or not isinstance(pl_module, LitCausalLM):
         return None
     if not isinstance(batch, Tensor):
