@@ -56,13 +56,14 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same numbers on one thread, whichever ran before it.
+    """Every test draws the same numbers on one thread and compiles anew, whichever ran before it.
 
     Lightning's launchers set another number of threads for the whole process, and a process that forks after it used
     several hangs in the child's first convolution.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

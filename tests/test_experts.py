@@ -442,17 +442,27 @@ def test_a_load_of_half_a_step_is_saved_and_restored():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_with_experts_equals_itself():
-    model = shaken(experts=4, experts_top_k=2)
+@pytest.mark.parametrize("config", [{"experts_top_k": 2}, {"expert_groups": 2}], ids=["top_k", "shards"])
+def test_a_compiled_model_with_experts_equals_itself(config):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    model = shaken(experts=4, **config)
     before = model(TOKENS)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend=backend)
     torch.testing.assert_close(compiled(TOKENS), before, rtol=1e-4, atol=1e-5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     plain = copy.deepcopy(model)
     again = torch.optim.AdamW(plain.parameters(), lr=1e-3)
-    for _ in range(2):
+    counts = []
+    for _ in range(4):  # another routing in each step
         train_step(compiled, optimizer)
         train_step(plain, again)
+        counts.append(len(graphs))
+    assert counts[1:] == counts[1:2] * 3  # the first step creates the counts of the routers
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(expert_load(model), expert_load(plain))

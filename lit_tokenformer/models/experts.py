@@ -216,6 +216,7 @@ class Experts(nn.Module):
             total = total + expert(x)
         return total
 
+    @torch.compiler.disable  # shapes follow the routing: a graph for each would exceed the recompile limit
     def _by_expert(self, rows: Tensor, groups: Grouped) -> Tensor:
         """Apply each expert to its rows: all at once, or one by one."""
         experts: Any = list(self.experts)
@@ -226,6 +227,7 @@ class Experts(nn.Module):
         parts = zip(experts, rows.split(groups.sizes.tolist()), strict=True)
         return torch.cat([expert(part[None])[0] for expert, part in parts if every or len(part)])
 
+    @torch.compiler.disable
     def _by_shard(self, rows: Tensor, gates: Tensor, order: Tensor, place: Tensor, groups: Grouped) -> Tensor:
         """Attend from each data token to the chosen shards, under one norm: rows (M G, D) by expert -> (M, D)."""
         experts: Any = list(self.experts)
@@ -293,7 +295,7 @@ def can_group(experts: Sequence[nn.Module], rows: Tensor) -> bool:
     dtype = _compute_dtype(rows)
     if not _has_product(dtype) or not hasattr(experts[0], "grouped"):
         return False
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch._C._are_functorch_transforms_active():
         return False
     step = _step(dtype)
     return all(_is_plain(module, step) for expert in experts for module in expert.modules())
