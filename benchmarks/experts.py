@@ -1,9 +1,9 @@
 """Growth into experts against other uses of the same compute, from the same trained base.
 
-    python -m benchmarks.experts [--steps 500] [--base_steps 1500] [--seeds 3] [--arms dense split experts ...]
+    python -m benchmarks.experts [--steps 500] [--base_steps 3000] [--seeds 3] [--arms dense split experts ...]
 
-A byte-level language model (width 64, depth 4, 278,656 parameters) is trained on Python's standard library, once per
-seed. Arms, each at every rate of its grid:
+A byte-level language model (width 32, depth 2) is trained on Python's standard library until more steps gain little,
+once per seed. Arms, each at every rate of the same grid:
 
 ``dense``    the base is trained on
 ``split``    growth to 4 times the parameter tokens of the feed-forward, four times its FLOPs
@@ -13,7 +13,7 @@ seed. Arms, each at every rate of its grid:
 ``scratch``  4 experts from scratch, for as many FLOPs as the base and ``experts`` together
 
 A figure is the mean over the seeds at the best rate of the arm. ``time`` compares a training step of 2,048 data tokens
-with that of the base. Results are printed as Markdown and written to ``benchmarks/results/experts.json`` after every
+with that of the base, in a model of width 128 and depth 4. Results are printed as Markdown and written to ``benchmarks/results/experts.json`` after every
 run; a run that is already there is skipped, so an interrupted command continues.
 """
 
@@ -39,10 +39,11 @@ from lit_tokenformer.models import create_backbone
 from lit_tokenformer.models.experts import expert_metrics, finish_step
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"
-SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "param_tokens": 64, "vocab_size": 257, "context_length": 128}
+SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 32, "vocab_size": 257, "context_length": 128}
+TIMED_SIZES = {**SIZES, "dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 128}
 GROWTHS: dict[str, dict[str, int]] = {
     "dense": {},
-    "split": {"ffn": 1024},
+    "split": {"ffn": 16 * SIZES["param_tokens"]},
     "experts": {"experts": 4},
     "top2": {"experts": 4},
     "shards": {"experts": 4},
@@ -146,23 +147,24 @@ def flops(model: Any) -> int:
     return model_cost(model.config, model.size).flops
 
 
-def step_time(text: Text, repeats: int) -> dict[str, float]:
-    """Time of a training step of 16 x 128 data tokens, in seconds: the least of several."""
-    found = {}
+def step_times(text: Text, rounds: int) -> dict[str, float]:
+    """Time of a training step of 16 x 128 data tokens, in seconds: the median over rounds of all arms in turn."""
     tokens = torch.cat([next(batches) for batches in [text.batches(0)] for _ in range(2)])
+    arms = {}
     for arm in ("dense", "split", "experts", "top2", "shards"):
         torch.manual_seed(0)
-        model = create_backbone("tokenformer_lm_tiny", **SIZES, **CONFIG.get(arm, {}))
+        model = create_backbone("tokenformer_lm_tiny", **TIMED_SIZES, **CONFIG.get(arm, {}))
         optimizer = make_optimizer(model, 1e-3)
-        if GROWTHS[arm]:
-            grow(model, GROWTHS[arm], optimizer=optimizer)
-        times = []
-        for _ in range(repeats + 2):
+        growth = {"ffn": 16 * TIMED_SIZES["param_tokens"]} if arm == "split" else GROWTHS[arm]
+        grow(model, growth, optimizer=optimizer) if growth else None
+        arms[arm] = (model, optimizer)
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds + 2):
+        for arm, (model, optimizer) in arms.items():
             start = time.perf_counter()
             train(model, optimizer, iter([tokens]), 1, 1e-3)
-            times.append(time.perf_counter() - start)
-        found[arm] = min(times[2:])
-    return found
+            times[arm].append(time.perf_counter() - start)
+    return {arm: statistics.median(seconds[2:]) for arm, seconds in times.items()}
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
@@ -192,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--base_steps", type=int, default=1500)
+    parser.add_argument("--base_steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--arms", nargs="+", default=list(GROWTHS), choices=list(GROWTHS))
@@ -223,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{arm} {rate:g} seed {seed}: {one}", flush=True)
             write()
     if "time" not in found:
-        found["time"] = step_time(text, 10)
+        found["time"] = step_times(text, 15)
         write()
     print("", *report(found), sep="\n", flush=True)
 
