@@ -7,6 +7,7 @@ once per seed. Arms, each at every rate of the same grid:
 
 ``dense``    the base is trained on
 ``split``    growth to 4 times the parameter tokens of the feed-forward, four times its FLOPs
+``short``    the same for fewer steps, so that it takes the FLOPs of ``dense``
 ``experts``  growth to 4 experts, top-1
 ``top2``     growth to 4 experts, top-2
 ``shards``   growth to 4 experts for each of 4 shards of the tokens, under one norm
@@ -44,6 +45,7 @@ TIMED_SIZES = {**SIZES, "dim": 128, "depth": 4, "num_heads": 4, "param_tokens": 
 GROWTHS: dict[str, dict[str, int]] = {
     "dense": {},
     "split": {"ffn": 16 * SIZES["param_tokens"]},
+    "short": {"ffn": 16 * SIZES["param_tokens"]},
     "experts": {"experts": 4},
     "top2": {"experts": 4},
     "shards": {"experts": 4},
@@ -129,6 +131,8 @@ def run_arm(
             outputs = model(sample)
             grow(model, GROWTHS[arm], seed=seed, optimizer=optimizer) if GROWTHS[arm] else None
             before_change = ((model(sample) - outputs).norm() / outputs.norm()).item()
+        if arm == "short":
+            steps = steps * flops(base[0]) // flops(model)
     train(model, optimizer, text.batches(1000 + seed), steps, rate)
     cost = model_cost(model.config, model.size)
     return {
