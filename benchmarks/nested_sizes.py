@@ -1,11 +1,11 @@
 """Compare one fit of nested sizes with fits of each size alone, and count the calls of the model with a draft.
 
 Each seed trains the whole model without nesting, the whole model with :class:`~callbacks.NestedSizes`, and each smaller
-size alone, for the same number of steps on the embedded Python documentation (bytes). With ``--base_steps``, the two
+size alone, for the same number of steps on Python's standard library (bytes). With ``--base_steps``, the two
 whole models continue from the same trained weights, and the smaller ones train as long in total. The draft of the whole
 model is a nested size of it. ``docs/nested_sizes.md`` has the figures.
 
-    python -m benchmarks.nested_sizes --base_steps 1000 --steps 500 --output nested_sizes.json
+    python -m benchmarks.nested_sizes [--base_steps 3000] [--steps 1500] [--output nested_sizes.json]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DRAFT_LENGTH = 4
 
 def build_task(tokens: int, smoke: bool) -> LitCausalLM:
     """Build a language model over bytes with ``tokens`` parameter tokens in the query, key and value projections."""
-    sizes = {"dim": 16 if smoke else 64, "depth": 1 if smoke else 3, "num_heads": 4, "param_tokens": tokens}
+    sizes = {"dim": 16 if smoke else 32, "depth": 1 if smoke else 2, "num_heads": 2, "param_tokens": tokens}
     return LitCausalLM(
         "tokenformer_lm_tiny",
         vocab_size=257,
@@ -70,7 +70,7 @@ def train(task: LitCausalLM, steps: int, seed: int, sizes: tuple[float, ...], di
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(task, TextDataModule(block_size=128, batch_size=8))
+        trainer.fit(task, TextDataModule("python_stdlib", block_size=128, batch_size=8))
         found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/loss")}
     return {**found, "seconds": time.perf_counter() - start}
 
@@ -117,10 +117,10 @@ def run(seed: int, base_steps: int, steps: int, tokens: int, distill: float, smo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base_steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--base_steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--distill", type=float, default=1.0)
     parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each seed")
     parser.add_argument("--smoke", action="store_true", help="two steps of a tiny model")
