@@ -62,8 +62,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         noise: Scale of the difference between the copies of a split, in standard deviations of the value
             initialization.
         new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
-            ``reset`` drops the whole state of each grown parameter. ``reset_copies`` starts all new rows and the copies
-            of blocks without state; originals keep theirs.
+            ``reset`` drops the whole state of each grown parameter, and starts the copies of blocks without state.
+            ``reset_copies`` starts all new rows and the copies of blocks without state; originals keep theirs.
         tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
         ramp_steps: Optimizer steps over which the updates of new rows ramp up from zero to full size.
         freeze_old_steps: Optimizer steps for which old rows are frozen; -1 until the end.
