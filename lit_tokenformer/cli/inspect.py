@@ -15,9 +15,9 @@ from lit_tokenformer.cli.checkpoint_data import evaluation_batches
 from lit_tokenformer.cli.commands import describe_size
 from lit_tokenformer.cli.generate import AdapterChoice
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.rows import record_kept
 from lit_tokenformer.inference.text import find_device
 from lit_tokenformer.inspection import find_dead, prune, token_report
-from lit_tokenformer.inspection.origins import KEPT
 from lit_tokenformer.inspection.record import token_layers
 from lit_tokenformer.inspection.report import PAGE, Source, write_report
 from lit_tokenformer.tasks.rebuild import rebuild_task
@@ -219,11 +219,6 @@ def _facts(task: Any, checkpoint: Mapping[str, Any], dataset: str) -> list[tuple
 def _record_kept(checkpoint: dict[str, Any], dead: Mapping[str, list[int]], sizes: Mapping[str, int]) -> None:
     """Record which rows remain in the last growth, whose row map refers to the size before the removal."""
     events = _events(checkpoint)
-    if not events:
-        return
-    kept = dict(events[-1].get(KEPT, {}))
-    for name, removed in dead.items():
-        key = f"{name}.key_tokens"
-        rows = kept.get(key, list(range(sizes[name])))
-        kept[key] = [row for number, row in enumerate(rows) if number not in {*removed}]
-    events[-1][KEPT] = kept
+    for name, removed in dead.items() if events else ():
+        gone = {*removed}
+        record_kept(events[-1], f"{name}.key_tokens", [row for row in range(sizes[name]) if row not in gone])
