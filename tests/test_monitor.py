@@ -571,7 +571,7 @@ def test_throughput_mfu_and_waiting_across_growth_accumulation_and_validation(
         assert (rates["samples"], rates["seconds"], rates["waiting"]) == (32, time, waiting)
         assert rates["mfu"] == pytest.approx(flops * 32 / time / 1e6) and rates["data_wait"] == waiting / time
     assert "29.4%" in capsys.readouterr().out
-    assert not {"_on_before_fetch", "_on_after_fetch"} & vars(trainer.fit_loop.epoch_loop).keys()
+    assert not {"start", "stop"} & vars(trainer.profiler).keys()
 
 
 def test_throughput_of_several_processes_is_also_told_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
