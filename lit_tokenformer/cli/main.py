@@ -402,6 +402,9 @@ class TokenformerCLI(LightningCLI):
         elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
+        if resumes and self._identity is not None and self.subcommand in ("validate", "test", "predict"):
+            path = self._identity.last(self.trainer, self.model)
+            self._shapes = {} if path is None else read_shapes(path)
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
