@@ -64,7 +64,7 @@ class Throughput:
         self._counts = Counts()
         self._since: float | None = time.perf_counter()
         self._device = trainer.strategy.root_device
-        self._profiler: Any = trainer.profiler
+        self._profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         before, after, begun = self._profiler.start, self._profiler.stop, 0.0
 
         def start(action_name: str) -> None:
