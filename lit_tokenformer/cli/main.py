@@ -404,7 +404,7 @@ class TokenformerCLI(LightningCLI):
             initialize_from(self.model, base, self.datamodule, **options)
         if resumes and self._identity is not None and self.subcommand in ("validate", "test", "predict"):
             path = self._identity.last(self.trainer, self.model)
-            self._shapes = {} if path is None else read_shapes(path)
+            self._shapes = read_shapes(path) if path is not None and not Path(path).is_dir() else {}
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
