@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint
-from lit_tokenformer.cli.main import main, shipped_configs
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitImageClassifier
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import select
@@ -27,6 +26,7 @@ from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_u
 from lit_tokenformer.checkpoints.load import ADAPTER
 from lit_tokenformer.cli.adapter_base import base_of, use_as_base
 from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
+from lit_tokenformer.cli.arguments import TEXTS, repeatable, with_shipped_configs, with_texts, without_plugins
 from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
@@ -40,7 +40,7 @@ from lit_tokenformer.cli.generate import generate_text
 from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
 from lit_tokenformer.cli.merge import merge_checkpoints
 from lit_tokenformer.distributed.checkpoint import is_sharded
-from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
+from lit_tokenformer.errors import UserError, from_process, raised_by_library, unwrap
 
 try:
     from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
@@ -59,7 +59,7 @@ from lit_tokenformer.checkpoints.run_folder import (
 )
 from lit_tokenformer.cli.growth_options import add_growth_options, apply_growth_options
 from lit_tokenformer.cli.listing import list_names
-from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
+from lit_tokenformer.cli.parser import MODE, Parser, with_environment
 from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.predict import predict_images
 from lit_tokenformer.cli.preflight import (
@@ -119,18 +119,6 @@ PREDICT = {
 }
 """Options of ``predict`` in addition to those of the trainer."""
 
-TEXTS = {
-    "config": "Config with model and data: a YAML file or the name of a shipped config (repeatable; later ones "
-    "override).",
-    "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
-    "image": "Image file that the prompts ask about (repeatable): one for all prompts, or one per prompt in their "
-    "order.",
-    "stop": "String that ends a completion (repeatable). The document separator ends it too.",
-    "adapter": "Adapter, NAME=FOLDER or FOLDER (repeatable): one for all prompts, or one per prompt in their order. "
-    "'none' is the model alone; 'auto' picks the adapter with the least loss on the prompt, or none.",
-}
-"""Repeatable options whose values are plain text, such as ``[x]`` or ``a: b``, and not parsed as YAML."""
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command-line interface.
@@ -171,11 +159,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
     """Run a command; fits get an error log, and a checkpoint on preemption."""
-    plugins, args = _without_plugins(args)
+    plugins, args = without_plugins(args)
     if plugins:
         sys.path.append(os.getcwd())  # may contain a module of the user; the console script does not add it
         import_plugins(plugins)
-    arguments = _with_texts(_with_shipped_configs(args))
+    arguments = with_texts(with_shipped_configs(args), COMMANDS.get(args[0]) if args else None)
     if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -294,7 +282,7 @@ class TokenformerCLI(LightningCLI):
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
-            texts = _repeatable(function)
+            texts = repeatable(function)
             own.make_brief()
             own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
             for text in sorted(texts):
@@ -469,74 +457,3 @@ def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | 
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
     with torch.device("meta"):
         return kind(*args, **kwargs)
-
-
-def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into the modules of ``--plugins`` and the rest.
-
-    Example:
-        >>> _without_plugins(["fit", "--plugins", "a,b", "--config", "c.yaml", "--plugins=d"])
-        (['a', 'b', 'd'], ['fit', '--config', 'c.yaml'])
-    """
-    modules: list[str] = []
-    rest: list[str] = []
-    given = iter(args)
-    for arg in given:
-        option, _, value = arg.partition("=")
-        if option == "--plugins":
-            names = (value or next(given, "")).strip("[]").split(",")
-            modules += [name.strip() for name in names if name.strip()]
-        else:
-            rest.append(arg)
-    return modules, rest
-
-
-def _with_shipped_configs(args: list[str]) -> list[str]:
-    """Replace the names of shipped configs by their paths.
-
-    Raises:
-        UserError: If a config is neither a file nor the name of a shipped config.
-    """
-    found = list(args)
-    for i, arg in enumerate(args):
-        option, _, value = arg.partition("=")
-        if option not in ("--config", "-c"):
-            continue
-        at, value = (i, value) if value else (i + 1, args[i + 1] if i + 1 < len(args) else "")
-        if not value:
-            continue
-        if os.path.exists(value):
-            check_config(value)
-            continue
-        name = Path(value).stem if value.startswith("configs/") else value
-        if name not in shipped_configs():
-            raise unknown_name("--config", value, shipped_configs())
-        path = str(shipped_configs()[name])
-        found[at] = f"{option}={path}" if at == i else path
-    return found
-
-
-def _repeatable(command: Callable[..., Any]) -> set[str]:
-    """Return the options of a command that are in ``TEXTS``; an argument of the same name may be a single path."""
-    parameters = inspect.signature(command).parameters
-    return {name for name in TEXTS.keys() & parameters if parameters[name].annotation != "str"}
-
-
-def _with_texts(args: list[str]) -> list[str]:
-    """Join text options to values that begin with dashes, which argparse would read as options.
-
-    Example:
-        >>> _with_texts(["generate", "--stop", "---", "--seed", "1"])
-        ['generate', '--stop=---', '--seed', '1']
-    """
-    found: list[str] = []
-    command = COMMANDS.get(args[0]) if args else None
-    options = {} if command is None else inspect.signature(command).parameters
-    texts = set() if command is None else _repeatable(command)
-    for arg in args:
-        is_text = bool(found) and found[-1] in {f"--{name}" for name in texts}
-        if is_text and arg.startswith("-") and arg.partition("=")[0] not in {f"--{name}" for name in options}:
-            found[-1] += f"={arg}"
-        else:
-            found.append(arg)
-    return found
