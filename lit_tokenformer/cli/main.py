@@ -21,9 +21,24 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+try:
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
+except ImportError as error:
+    raise ImportError(
+        f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
+        "lit-tokenformer); run from another folder or with `python -P`, or uninstall it"
+    ) from error
+
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
 from lit_tokenformer.checkpoints.load import ADAPTER
+from lit_tokenformer.checkpoints.run_folder import (
+    claim_log_folder,
+    keep_logging,
+    run_folder,
+    unversioned_loggers,
+    write_new,
+)
 from lit_tokenformer.cli.adapter_base import base_of, use_as_base
 from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
 from lit_tokenformer.cli.arguments import TEXTS, repeatable, with_shipped_configs, with_texts, without_plugins
@@ -37,28 +52,10 @@ from lit_tokenformer.cli.commands import (
 from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.generate import generate_text
-from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
-from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.distributed.checkpoint import is_sharded
-from lit_tokenformer.errors import UserError, from_process, raised_by_library, unwrap
-
-try:
-    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
-except ImportError as error:
-    raise ImportError(
-        f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
-        "lit-tokenformer); run from another folder or with `python -P`, or uninstall it"
-    ) from error
-
-from lit_tokenformer.checkpoints.run_folder import (
-    claim_log_folder,
-    keep_logging,
-    run_folder,
-    unversioned_loggers,
-    write_new,
-)
 from lit_tokenformer.cli.growth_options import add_growth_options, apply_growth_options
+from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
 from lit_tokenformer.cli.listing import list_names
+from lit_tokenformer.cli.merge import merge_checkpoints
 from lit_tokenformer.cli.parser import MODE, Parser, with_environment
 from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.predict import predict_images
@@ -78,6 +75,8 @@ from lit_tokenformer.cli.preflight import (
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
 from lit_tokenformer.cli.terminal import add_displays, hide_advertisements
+from lit_tokenformer.distributed.checkpoint import is_sharded
+from lit_tokenformer.errors import UserError, from_process, raised_by_library, unwrap
 from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.version import __version__
