@@ -30,8 +30,10 @@ from lit_tokenformer.growth.depth import check_depth
 from lit_tokenformer.growth.experts import check_expert_growth
 from lit_tokenformer.growth.methods import check_rows
 from lit_tokenformer.growth.optimizer import NEW_STATES
+from lit_tokenformer.growth.rows import record_kept
 from lit_tokenformer.growth.shards import ShardedParameters
-from lit_tokenformer.models import Tokenformer, Tokens
+from lit_tokenformer.growth.shrink import Order
+from lit_tokenformer.models import Pattention, Tokenformer, Tokens
 from lit_tokenformer.models.axes import find_axes, follow_sizes
 from lit_tokenformer.models.backbone import growable_size
 from lit_tokenformer.models.config import KINDS, OTHER
@@ -62,8 +64,8 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         noise: Scale of the difference between the copies of a split, in standard deviations of the value
             initialization.
         new_state: Optimizer state of rows that are not copies: second moments ``mean`` of the old rows or ``zeros``;
-            ``reset`` drops the whole state of each grown parameter. ``reset_copies`` starts all new rows and the copies
-            of blocks without state; originals keep theirs.
+            ``reset`` drops the whole state of each grown parameter, and starts the copies of blocks without state.
+            ``reset_copies`` starts all new rows and the copies of blocks without state; originals keep theirs.
         tau_steps: Optimizer steps over which tau moves to the square root of the number of tokens; 0 keeps it.
         ramp_steps: Optimizer steps over which the updates of new rows ramp up from zero to full size.
         freeze_old_steps: Optimizer steps for which old rows are frozen; -1 until the end.
@@ -324,6 +326,13 @@ class ParameterGrowthCallback(HyperparametersMixin, Callback):
         """Update the cost of a sample, which the compute of a trigger depends on."""
         if self._signal is not None:
             self._signal.measure(trainer, pl_module)
+
+    def on_unit_order(self, trainer: Trainer, pl_module: LightningModule, order: Order) -> None:
+        """Record the order of parameter tokens that were sorted after a growth; see :class:`~callbacks.NestedSizes`."""
+        for key, units in order.items() if self.events else ():
+            name = key.rpartition("/")[0]
+            if isinstance(pl_module.get_submodule(name), Pattention):
+                record_kept(self.events[-1], f"{name}.key_tokens".lstrip("."), units.tolist())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._signal is not None and self._next < len(self.schedule):

@@ -134,25 +134,6 @@ def sample_text(pl_module: LightningModule, datamodule: Any, batch: Any, length:
     return f"{start}[...]{rest}"
 
 
-class Confusion:
-    """Confusion matrix of a validation: number of samples by label and predicted class.
-
-    Args:
-        classes: Number of classes.
-    """
-
-    def __init__(self, classes: int) -> None:
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
-
-    def add(self, labels: Tensor, predicted: Tensor) -> None:
-        """Count a batch of labels (B,) and predicted classes (B,); labels out of range are ignored."""
-        classes = len(self.counts)
-        known = (labels >= 0) & (labels < classes) & (predicted < classes)
-        places = labels[known] * classes + predicted[known]
-        counts = torch.bincount(places, minlength=classes**2).reshape(classes, classes)
-        self.counts = self.counts.to(counts.device) + counts
-
-
 def _tensorboards(trainer: Trainer) -> list[Any]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 

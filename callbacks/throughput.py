@@ -27,6 +27,9 @@ sparse figures for the H100 NVL.
 
 _MEASURING_SECONDS = 0.1
 
+_NEXT_BATCH = ".train_dataloader_next"
+"""End of the name of the action that Lightning's profilers time while a fit waits for its next batch."""
+
 
 class Counts(NamedTuple):
     """Training since the start of a fit, over all processes.
@@ -61,26 +64,27 @@ class Throughput:
         self._counts = Counts()
         self._since: float | None = time.perf_counter()
         self._device = trainer.strategy.root_device
-        self._loop: Any = trainer.fit_loop.epoch_loop
-        before, after, begun = self._loop._on_before_fetch, self._loop._on_after_fetch, 0.0
+        self._profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        before, after, begun = self._profiler.start, self._profiler.stop, 0.0
 
-        def start() -> None:
+        def start(action_name: str) -> None:
             nonlocal begun
-            begun = time.perf_counter()
-            before()
+            if action_name.endswith(_NEXT_BATCH):
+                begun = time.perf_counter()
+            before(action_name)
 
-        def stop() -> None:
-            after()
-            self._add(waiting=time.perf_counter() - begun)
+        def stop(action_name: str) -> None:
+            after(action_name)
+            if action_name.endswith(_NEXT_BATCH):
+                self._add(waiting=time.perf_counter() - begun)
 
-        loop: Any = self._loop
-        loop._on_before_fetch, loop._on_after_fetch = start, stop
+        self._profiler.start, self._profiler.stop = start, stop
 
     def close(self) -> None:
         """Stop counting."""
         self._stop()
-        for name in ("_on_before_fetch", "_on_after_fetch"):
-            vars(self._loop).pop(name, None)
+        for name in ("start", "stop"):
+            vars(self._profiler).pop(name, None)
 
     def pause(self) -> None:
         """Stop the clock, as during validation."""

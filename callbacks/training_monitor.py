@@ -18,13 +18,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from callbacks.growth_steps import latest_rows
 from callbacks.log_media import hyper_parameters, log_hyper_parameters, log_picture, log_text, table_settings
 from callbacks.pictures import confusion_picture, predict_examples, prediction_picture
 from callbacks.run_report import (
     MAX_CLASSES,
-    Confusion,
     add_layout,
     log_growth,
     log_scores,
@@ -131,7 +131,7 @@ class TrainingMonitor(Callback):
         self._held: list[tuple[Tensor, AgedRows]] = []  # local shards before the step
         self._row_norms: dict[str, Tensor] = {}
         self._examples: list[tuple[Tensor, int, int]] = []
-        self._confusion: Confusion | None = None
+        self._confusion: MulticlassConfusionMatrix | None = None
         self._text: str | None = None
         self._hparams_logged = False
         self._folder = ""
@@ -229,7 +229,7 @@ class TrainingMonitor(Callback):
         self._examples, self._text, self._confusion = [], None, None
         classes = pl_module.backbone.num_classes if isinstance(pl_module, LitImageClassifier) else 0
         if self.log_images and trainer.loggers and _is_fit(trainer) and 0 < classes <= MAX_CLASSES:
-            self._confusion = Confusion(classes)
+            self._confusion = MulticlassConfusionMatrix(classes, validate_args=False).to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -244,7 +244,9 @@ class TrainingMonitor(Callback):
         if self.log_images and _is_fit(trainer) and dataloader_idx == 0 and trainer.loggers:
             self._examples += predict_examples(trainer, pl_module, batch, batch_idx, self.log_images)
             if self._confusion is not None and isinstance(outputs, Mapping):  # a subclass may return none
-                self._confusion.add(outputs["label"], outputs["predicted"])
+                label, predicted, classes = outputs["label"], outputs["predicted"], self._confusion.num_classes
+                known = (label >= 0) & (label < classes) & (predicted < classes)
+                self._confusion.update(predicted[known], label[known])
         if self.log_text and _is_fit(trainer) and batch_idx == dataloader_idx == 0 and trainer.loggers:
             self._text = sample_text(pl_module, getattr(trainer, "datamodule", None), batch, self.log_text)
 
@@ -256,8 +258,8 @@ class TrainingMonitor(Callback):
         if self._examples and trainer.is_global_zero:
             picture = prediction_picture(self._examples, getattr(trainer, "datamodule", None))
             log_picture(trainer, "val/predictions", picture, _log_step(trainer), self._folder)
-        if self._confusion is not None:
-            counts: Any = trainer.strategy.reduce(self._confusion.counts.to(pl_module.device), reduce_op="sum")
+        if self._confusion is not None and self._confusion.update_called:
+            counts = self._confusion.compute()  # of all processes
             names = (getattr(pl_module, "image_data", None) or {}).get("class_names", ())
             if trainer.is_global_zero:
                 picture = confusion_picture(counts.cpu(), names)

@@ -36,7 +36,7 @@ from lit_tokenformer.atomic_io import atomic_write
 from lit_tokenformer.errors import UserError, unknown_name
 from lit_tokenformer.growth import target_sizes
 from lit_tokenformer.growth.shards import gather
-from lit_tokenformer.models import Tokenformer, Tokens
+from lit_tokenformer.models import Pattention, Tokenformer, Tokens
 from lit_tokenformer.models.axes import refresh
 from lit_tokenformer.models.token_groups import (
     NamedGate,
@@ -92,17 +92,15 @@ def add_adapter(
         raise UserError("tokens: expected either tokens or lora")
     sizes = {} if tokens is None else _adapter_sizes(model, tokens)
     parts = {path: _part(model, path) for path in also_train}
-    layers = [(layer_name, layer) for layer_name, layer in group_layers(model) if layer.kind in sizes]
-    for layer_name, layer in layers:
-        if not isinstance(layer.gate, NamedGate | None):
-            raise UserError(f"tokens: {layer_name} has a {type(layer.gate).__name__}, which no adapter can extend")
+    layers = {layer_name: layer for layer_name, layer in group_layers(model) if layer.kind in sizes}
+    _check_gates(layers, "tokens")
     gate, digest = NamedGate(), hashlib.sha256(f"{seed}/{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):  # the same tokens in all processes
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         if lora is not None:
             peft_lora.add(model, name, lora)
-        for _, layer in layers:
-            add_group(layer, name, sizes[layer.kind], layer.gate or gate)  # type: ignore[arg-type]
+        for layer in layers.values():
+            add_group(layer, name, sizes[layer.kind], layer.gate or gate)
     _add_parts(model, name, parts)
     train_adapter(module, name)
 
@@ -262,6 +260,8 @@ def load_adapter(
     also_train = config["also_train"]
     if config["peft_type"] == TOKENS_TYPE:
         sizes, taus = _checked_tokens(model, tensors, also_train, folder)
+        layers = {layer_name: layer for layer_name, layer in group_layers(model) if layer_name in sizes}
+        _check_gates(layers, f"adapter: {folder}")
     for path in also_train:
         _part(model, path, f"adapter: {folder}")
     if config["base_hash"] != base_hash(model, also_train):
@@ -277,10 +277,9 @@ def load_adapter(
         own = {key: one for key, one in tensors.items() if not _is_below(key, also_train)}
         peft_lora.load(model, name, config, own, folder)
     else:
-        layers, gate = dict(group_layers(model)), NamedGate()
-        gate = next((layer.gate for layer in layers.values() if isinstance(layer.gate, NamedGate)), gate)
-        for layer_name, total in sizes.items():
-            group = add_group(layers[layer_name], name, total, gate)
+        gate = NamedGate()
+        for layer_name, layer in layers.items():
+            group = add_group(layer, name, sizes[layer_name], layer.gate or gate)
             own = {key: tensors[f"{layer_name}.{key}".lstrip(".")] for key in group.state_dict() if key != "tau"}
             group.load_state_dict({**own, "tau": taus[layer_name]})
     _add_parts(model, name, parts)
@@ -369,6 +368,13 @@ def _adapter_sizes(model: nn.Module, tokens: Tokens) -> dict[str, int]:
         raise UserError("tokens: the model has no parameter tokens (projection: linear); set lora, such as {r: 8}")
     sizes = target_sizes(tokens, kinds)
     return {kind: sizes[kind] for kind in (tokens if isinstance(tokens, Mapping) else sizes)}
+
+
+def _check_gates(layers: Mapping[str, Pattention], setting: str) -> None:
+    """Raise a ``UserError`` if the groups of a layer are not adapters."""
+    for name, layer in layers.items():
+        if not isinstance(layer.gate, NamedGate | None):
+            raise UserError(f"{setting}: {name} has a {type(layer.gate).__name__}, which no adapter can extend")
 
 
 def _is_of_adapter(key: str, name: str, also_train: Iterator[str] | Any) -> bool:

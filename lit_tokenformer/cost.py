@@ -58,7 +58,7 @@ def _measured(fields: tuple[tuple[str, Any], ...], length: int, groups: Groups) 
     for name, total in groups:
         kind, _, group = name.partition(":")
         for layer in [layer for _, layer in group_layers(model) if layer.kind == kind]:
-            add_group(layer, group, total, NamedGate())
+            add_group(layer, group, total, layer.gate or NamedGate())
     blocks = [part_cost(block, length) for block in model.blocks]
     kinds = [{kind: _projections(block, kind, length) for kind in KINDS} for block in model.blocks]
     stem, head = _for_sample(model.stem, length), _for_sample(model.head, length)

@@ -36,7 +36,7 @@ from lit_tokenformer.checkpoints import checkpoint_io
 from lit_tokenformer.checkpoints.checkpoint_io import last_checkpoint
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.main import main as lit_tokenformer
-from lit_tokenformer.cli.main import shipped_configs
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.comparison.meter import environment
 
 COMPARED = (

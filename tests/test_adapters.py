@@ -1,5 +1,6 @@
 """Adapters: what they leave untouched, what is saved of them, and which sample uses which."""
 
+import copy
 import json
 import os
 import subprocess
@@ -30,7 +31,9 @@ from lit_tokenformer.data.text.tokenizer import Tokenizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.inference.text import TextGenerator
 from lit_tokenformer.models import create_backbone
+from lit_tokenformer.models.modalities import add_modalities
 from lit_tokenformer.models.pattention import Pattention
+from lit_tokenformer.models.token_groups import group_layers
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier
 
 SIZES = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8}
@@ -254,6 +257,18 @@ def test_bad_settings_are_rejected_in_one_line():
             call()
         assert "\n" not in str(error.value)
     assert list_adapters(model) == {"docs": TOKENS} and not Path("x").exists()
+
+
+def test_tokens_by_modality_are_not_replaced_by_an_adapter(tmp_path):
+    plain = language_model(stem="image_text", image_size=16, patch_size=8, rotary_fraction=0.5)
+    model = copy.deepcopy(plain)
+    add_modalities(model, 4)
+    save_adapter(adapted(model=plain), tmp_path)
+    state, gates = model.state_dict(), [layer.gate for _, layer in group_layers(model)]
+    for call in (lambda: add_adapter(model, "docs", TOKENS), lambda: load_adapter(model, tmp_path)):
+        with pytest.raises(UserError, match="has a ModalityGate, which no adapter can extend"):
+            call()
+        assert [layer.gate for _, layer in group_layers(model)] == gates and model.state_dict().keys() == state.keys()
 
 
 def test_a_head_of_other_classes_comes_and_goes_with_its_adapter(tmp_path):

@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint
-from lit_tokenformer.cli.main import main, shipped_configs
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitImageClassifier
 
@@ -522,7 +523,7 @@ def test_another_callbacks_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli.main."))]:
+    for name in [name for name in sys.modules if f"{name}.".startswith(("callbacks.", "lit_tokenformer.cli."))]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match="callbacks: shadowed by another package") as caught:
         importlib.import_module("lit_tokenformer.cli.main")

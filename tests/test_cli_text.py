@@ -221,6 +221,7 @@ def test_the_tokenizer_of_the_checkpoint_is_taken(padded, tmp_path, capsys, monk
     (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
     (tmp_path / "a.txt").write_text("Another text, zebras and all: nobody trained on it. " * 20)
     fit = ["fit", "--config", tmp_path / "given.yaml", "--data.tokenizer", "bpe:300", "--trainer.max_steps", 2]
+    fit += ["--run_name", "own"]
     assert run(*fit) == 0
     monkeypatch.setattr("lit_tokenformer.data.text.tokenizer.Tokenizer.train_bpe", lambda *_: pytest.fail("trained"))
     where = ["--config", tmp_path / "given.yaml", "--ckpt_path", last(tmp_path)]
@@ -231,8 +232,13 @@ def test_the_tokenizer_of_the_checkpoint_is_taken(padded, tmp_path, capsys, monk
         scores.append(re.search(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[1])
     assert scores[0] == scores[1]
     assert run("test", *where, "--data.test_fraction", 0.1) == 0
-    assert run("validate", *where, *others, "--data.tokenizer", "bytes") == 2
-    assert "data.tokenizer: " in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(TextDataModule, "prepare_data", lambda _: pytest.fail("prepared"))
+    newest = [*where[:-1], "last", "--run_name", "own"]
+    for given in (where, newest):
+        assert run("validate", *given, *others, "--data.tokenizer", "bytes") == 2
+        assert "data.tokenizer: does not match" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert run("validate", *newest[:-1], "other") == 2
+    assert "ckpt_path: no last checkpoint (none of " in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_each_task_takes_its_own_tokenizer(tmp_path):

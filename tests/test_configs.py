@@ -14,7 +14,8 @@ from lightning.pytorch import Callback
 from PIL import Image as PillowImage
 
 from lit_tokenformer.checkpoints.load import write_checkpoint
-from lit_tokenformer.cli.main import main, shipped_configs
+from lit_tokenformer.cli.main import main
+from lit_tokenformer.cli.parser import shipped_configs
 from lit_tokenformer.data import Tokenizer
 from lit_tokenformer.tasks import LitCausalLM
 from lit_tokenformer.tasks.rebuild import fresh_checkpoint

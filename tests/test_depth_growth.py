@@ -125,13 +125,14 @@ def test_the_optimizer_holds_new_parameters_where_a_new_one_would_and_copies_go_
             torch.testing.assert_close(again.state[other]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
-def test_reset_copies_starts_inserted_blocks_without_state():
+@pytest.mark.parametrize("new_state", ["reset", "reset_copies"])
+def test_inserted_blocks_start_without_state_after_a_reset(new_state):
     model = shaken("gpt2_tiny", depth=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(TOKENS).logsumexp(dim=-1).sum().backward()
     optimizer.step()
     before = {parameter: state["exp_avg"].clone() for parameter, state in optimizer.state.items()}
-    grow(model, {"depth": 4}, optimizer=optimizer, new_state="reset_copies")
+    grow(model, {"depth": 4}, optimizer=optimizer, new_state=new_state)
     assert len(optimizer.param_groups[0]["params"]) > len(before)
     assert optimizer.state.keys() == before.keys()
     assert all(torch.equal(optimizer.state[parameter]["exp_avg"], moment) for parameter, moment in before.items())

@@ -373,6 +373,7 @@ def planted():
     return task, batches
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of torch, at the first derivative of a process
 def test_a_planted_token_is_found():
     task, batches = planted()
     report = token_report(task, batches, top=3, ablate=4)

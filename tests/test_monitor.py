@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks.growing_ema import GrowingEMA
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.pictures import confusion_picture, prediction_picture
-from callbacks.run_report import Confusion
 from callbacks.run_summary import RunSummary
 from callbacks.throughput import peak_flops
 from callbacks.training_monitor import TrainingMonitor
@@ -456,11 +455,23 @@ def test_mlflow_receives_settings_and_pictures_and_a_changed_setting_is_a_warnin
         fit_with(again, tmp_path, ParameterGrowthCallback({1: 16}, ramp_steps=4))
 
 
-def test_confusion_matrix_counts_labels_by_row() -> None:
-    counts = Confusion(3)
-    counts.add(torch.tensor([0, 0, 2, -100]), torch.tensor([0, 1, 2, 1]))
-    assert counts.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
-    picture = confusion_picture(counts.counts, ["zero", "one"])
+def test_confusion_matrix_counts_known_labels_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Task(LitImageClassifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"label": torch.tensor([0, 0, 2, -100]), "predicted": torch.tensor([0, 1, 2, 1])}
+
+    drawn: list[torch.Tensor] = []
+
+    def draw(counts: torch.Tensor, names: Any) -> torch.Tensor:
+        drawn.append(counts)
+        return confusion_picture(counts, ["zero", "one"])
+
+    monkeypatch.setattr("callbacks.training_monitor.confusion_picture", draw)
+    task = Task("tokenformer_vit_tiny_patch16_224", num_classes=10, image_size=8, overrides=TINY)
+    build_trainer(tmp_path, TrainingMonitor(), limit_val_batches=1, max_epochs=1).fit(task, datamodule=Images())
+    (counts,) = drawn
+    assert counts.sum() == 3 and counts[:3, :3].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    picture = draw(counts[:3, :3], ())
     pixels = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     left = pixels.shape[0] - 8 - 3 * 38
     assert pixels[left + 2, left + 2].tolist() == [128, 192, 128]  # half of the zeros
@@ -571,7 +582,7 @@ def test_throughput_mfu_and_waiting_across_growth_accumulation_and_validation(
         assert (rates["samples"], rates["seconds"], rates["waiting"]) == (32, time, waiting)
         assert rates["mfu"] == pytest.approx(flops * 32 / time / 1e6) and rates["data_wait"] == waiting / time
     assert "29.4%" in capsys.readouterr().out
-    assert not {"_on_before_fetch", "_on_after_fetch"} & vars(trainer.fit_loop.epoch_loop).keys()
+    assert not {"start", "stop"} & vars(trainer.profiler).keys()
 
 
 def test_throughput_of_several_processes_is_also_told_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.cli.commands import shrink_checkpoint
 from lit_tokenformer.growth import grow, prefix, shrink
 from lit_tokenformer.growth.shrink import reorder_units, unit_importance
+from lit_tokenformer.inspection.origins import trace
 from lit_tokenformer.models import Pattention, create_backbone, model_size, param_tokens
 from lit_tokenformer.models.axes import find_axes
 from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM, LitMultiTask
@@ -283,6 +284,22 @@ def test_the_most_important_units_come_first(tmp_path):
     fitted(task, tmp_path, NestedSizes([0.5]), Remember(), max_steps=1)
     for name, idle in planted.items():
         assert set(order[f"{name}/{task.get_submodule(name).kind}"][-len(idle) :].tolist()) == idle, name
+
+
+def test_origins_follow_a_sort_after_a_growth(tmp_path):
+    task = text_task(partial(torch.optim.SGD, lr=0.0))
+    before = copy.deepcopy(task)
+    growth = ParameterGrowthCallback({0: {"qkv": 16, "ffn": 48}}, unit="step")  # 8 -> 16, 32 -> 32 + 16 zero units
+    fitted(task, tmp_path, growth, NestedSizes([0.5]), max_steps=1)
+    for name, layer in task.named_modules():
+        if isinstance(layer, Pattention):
+            found, keys = trace(growth.events, name, layer.num_tokens), layer.key_tokens
+            old, copies = found.source >= 0, found.original >= 0
+            assert torch.equal(keys[old], before.get_submodule(name).key_tokens[found.source[old]])
+            assert torch.equal(keys[copies], keys[found.original[copies]])
+            assert (found.growth == 0).sum() == before.get_submodule(name).num_tokens
+    order = growth.events[-1]["kept"]["backbone.blocks.0.attn.query.key_tokens"]
+    assert order != sorted(order)
 
 
 def test_nested_training_teaches_the_small_size(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from callbacks import GrowingEMA, ParameterGrowthCallback
 from lit_tokenformer.data import Augmentation, ImageDataModule
@@ -106,6 +107,19 @@ def test_resume_with_moving_average_mixup_and_workers_is_bit_equal(tmp_path):
         _, resumed = run(
             tmp_path / name, BY_EPOCH, ckpt_path=tmp_path / "whole" / name, ema=True, data=make_data(**data)
         )
+        assert_equal_weights(resumed, whole)
+
+
+def test_a_resume_at_the_end_of_an_epoch_is_bit_equal_with_plain_loaders(tmp_path):
+    def data():  # its seeds are drawn from the global generator, like drop paths
+        generator = torch.Generator().manual_seed(1)
+        samples = [(torch.randn(3, 8, 8, generator=generator), number % 10) for number in range(8)]
+        return DataLoader(samples, batch_size=4, shuffle=True)
+
+    never = {"schedule": {}}
+    _, whole = run(tmp_path, never, data=data(), max_epochs=2)
+    for name in ("step2.ckpt", "end0.ckpt"):
+        _, resumed = run(tmp_path / "again", never, tmp_path / name, data=data(), max_epochs=2)
         assert_equal_weights(resumed, whole)
 
 

@@ -14,6 +14,7 @@ from lit_tokenformer.interop.timm_format import write_timm
 from lit_tokenformer.interop.tokenformer import write_published
 from lit_tokenformer.interop.transformers_format import write_transformers
 from lit_tokenformer.models import Pattention, as_linear, as_pattention, create_backbone
+from lit_tokenformer.models.modalities import ModalityGate
 from lit_tokenformer.models.token_groups import (
     BASE,
     NamedGate,
@@ -241,6 +242,8 @@ def test_bad_groups_are_rejected():
     add_group(layer, "docs", 1, NamedGate())
     with pytest.raises(UserError, match="has a group 'docs' already"):
         add_group(layer, "docs", 1, NamedGate())
+    with pytest.raises(UserError, match="gate: expected the NamedGate of the layer, got a ModalityGate"):
+        add_group(layer, "image", 1, ModalityGate())
 
 
 def test_groups_have_a_linear_form_too():

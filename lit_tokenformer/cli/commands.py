@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.load import read_checkpoint, state_errors, write_checkpoint
 from lit_tokenformer.cli.weights import export_weights, import_weights, new_folder  # noqa: F401  (commands too)
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth import grow, grow_with_optimizers, shrink
+from lit_tokenformer.growth import grow_with_optimizers, shrink
 from lit_tokenformer.growth.axes import describe_sizes, grown_sizes
 from lit_tokenformer.growth.optimizer import NEW_STATES
 from lit_tokenformer.models import TokenformerConfig, Tokens
@@ -19,7 +20,7 @@ from lit_tokenformer.models.axes import axis_sizes
 from lit_tokenformer.models.config import KINDS
 from lit_tokenformer.registry import POSITIONS
 from lit_tokenformer.tasks.language import LitLanguageTask
-from lit_tokenformer.tasks.rebuild import fresh_checkpoint, rebuild_task
+from lit_tokenformer.tasks.rebuild import change_checkpoint, fresh_checkpoint, rebuild_task
 
 
 def grow_checkpoint(
@@ -59,25 +60,13 @@ def grow_checkpoint(
     task = rebuild_task(ckpt_path, checkpoint)
     settings: dict[str, Any] = {"method": method, "noise": noise, "seed": seed}
     before = grown_sizes(task, tokens)
-
-    averaged = checkpoint.get("current_model_state") is not None  # then state_dict is the moving average
-    if averaged:
-        grow(task, tokens, **settings)
-        checkpoint["state_dict"] = task.state_dict()
-        task = rebuild_task(ckpt_path, checkpoint)
-        task.load_state_dict(checkpoint["current_model_state"])
-    optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    with state_errors(ckpt_path, "optimizer_states"):
-        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
-            optimizer.load_state_dict(state)
     rows: dict[str, list[int]] = {}
-    with state_errors(ckpt_path, "optimizer_states"):
+
+    def change(task: tasks.LitTask, optimizers: Sequence[Any]) -> None:
         for grown in grow_with_optimizers(task, tokens, optimizers, new_state=new_state, **settings):
-            rows |= row_map(grown.name, grown.grown)
-    checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
-    if "optimizer_states" in checkpoint:  # else a weights-only checkpoint stays one
-        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
-    task.save_size(checkpoint)
+            rows.update(row_map(grown.name, grown.grown))
+
+    task = change_checkpoint(ckpt_path, checkpoint, task, change)
     after = grown_sizes(task, tokens)
     event = {"step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0), "before": before}
     event |= {**settings, "after": after, "rows": rows}

@@ -15,12 +15,12 @@ from lit_tokenformer.cli.checkpoint_data import evaluation_batches
 from lit_tokenformer.cli.commands import describe_size
 from lit_tokenformer.cli.generate import AdapterChoice
 from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.rows import record_kept
 from lit_tokenformer.inference.text import find_device
 from lit_tokenformer.inspection import find_dead, prune, token_report
-from lit_tokenformer.inspection.origins import KEPT
 from lit_tokenformer.inspection.record import token_layers
 from lit_tokenformer.inspection.report import PAGE, Source, write_report
-from lit_tokenformer.tasks.rebuild import rebuild_task
+from lit_tokenformer.tasks.rebuild import change_checkpoint, rebuild_task
 
 
 def inspect_checkpoint(
@@ -124,22 +124,10 @@ def prune_checkpoint(
         raise UserError(f"tolerance: no token can be removed within {tolerance:g} nats (expected a larger tolerance)")
     sizes = {name: layer.num_tokens for name, layer in token_layers(task).items()}
     parameters = sum(parameter.numel() for parameter in task.parameters())
-
-    averaged = checkpoint.get("current_model_state") is not None  # then state_dict is the moving average
-    if averaged:
-        prune(task, dead.tokens, dead.energy)
-        checkpoint["state_dict"] = task.state_dict()
-        task = rebuild_task(ckpt_path, checkpoint)
-        task.load_state_dict(checkpoint["current_model_state"])
-    optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
-    with state_errors(ckpt_path, "optimizer_states"):
-        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
-            optimizer.load_state_dict(state)
-    removed = prune(task, dead.tokens, dead.energy, optimizers)
-    checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
-    if "optimizer_states" in checkpoint:
-        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
-    task.save_size(checkpoint)
+    task = change_checkpoint(
+        ckpt_path, checkpoint, task, lambda one, optimizers: prune(one, dead.tokens, dead.energy, optimizers)
+    )
+    removed = parameters - sum(parameter.numel() for parameter in task.parameters())
     initial = task.backbone.config
     smaller = {kind: size for kind, size in task.backbone.param_tokens.items() if size < initial.size.get(kind, 0)}
     if smaller:  # a checkpoint must not describe a larger model than its tensors
@@ -219,11 +207,6 @@ def _facts(task: Any, checkpoint: Mapping[str, Any], dataset: str) -> list[tuple
 def _record_kept(checkpoint: dict[str, Any], dead: Mapping[str, list[int]], sizes: Mapping[str, int]) -> None:
     """Record which rows remain in the last growth, whose row map refers to the size before the removal."""
     events = _events(checkpoint)
-    if not events:
-        return
-    kept = dict(events[-1].get(KEPT, {}))
-    for name, removed in dead.items():
-        key = f"{name}.key_tokens"
-        rows = kept.get(key, list(range(sizes[name])))
-        kept[key] = [row for number, row in enumerate(rows) if number not in {*removed}]
-    events[-1][KEPT] = kept
+    for name, removed in dead.items() if events else ():
+        gone = {*removed}
+        record_kept(events[-1], f"{name}.key_tokens", [row for row in range(sizes[name]) if row not in gone])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import select
@@ -22,11 +21,27 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+try:
+    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
+except ImportError as error:
+    raise ImportError(
+        f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
+        "lit-tokenformer); run from another folder or with `python -P`, or uninstall it"
+    ) from error
+
 from lit_tokenformer import tasks
 from lit_tokenformer.checkpoints.checkpoint_io import WholeCheckpointIO, clear_unfinished, read_shapes
 from lit_tokenformer.checkpoints.load import ADAPTER
+from lit_tokenformer.checkpoints.run_folder import (
+    claim_log_folder,
+    keep_logging,
+    run_folder,
+    unversioned_loggers,
+    write_new,
+)
 from lit_tokenformer.cli.adapter_base import base_of, use_as_base
 from lit_tokenformer.cli.adopted import adopt_architecture, adopt_tokenizer, adopts
+from lit_tokenformer.cli.arguments import TEXTS, repeatable, with_shipped_configs, with_texts, without_plugins
 from lit_tokenformer.cli.commands import (
     export_weights,
     grow_checkpoint,
@@ -37,29 +52,11 @@ from lit_tokenformer.cli.commands import (
 from lit_tokenformer.cli.compare import compare_presets
 from lit_tokenformer.cli.evaluate import evaluate_checkpoint
 from lit_tokenformer.cli.generate import generate_text
-from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
-from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.distributed.checkpoint import is_sharded
-from lit_tokenformer.errors import UserError, from_process, raised_by_library, unknown_name, unwrap
-
-try:
-    from callbacks import ErrorLog, ParameterGrowthCallback, PredictionWriter, PreemptionCheckpoint, TrainingMonitor
-except ImportError as error:
-    raise ImportError(
-        f"callbacks: shadowed by another package (got {sys.modules.get('callbacks', 'none')}, expected that of "
-        "lit-tokenformer); run from another folder or with `python -P`, or uninstall it"
-    ) from error
-
-from lit_tokenformer.checkpoints.run_folder import (
-    claim_log_folder,
-    keep_logging,
-    run_folder,
-    unversioned_loggers,
-    write_new,
-)
 from lit_tokenformer.cli.growth_options import add_growth_options, apply_growth_options
+from lit_tokenformer.cli.inspect import inspect_checkpoint, prune_checkpoint
 from lit_tokenformer.cli.listing import list_names
-from lit_tokenformer.cli.parser import MODE, Parser, check_config, shipped_configs, with_environment
+from lit_tokenformer.cli.merge import merge_checkpoints
+from lit_tokenformer.cli.parser import MODE, Parser, with_environment
 from lit_tokenformer.cli.plan import plan
 from lit_tokenformer.cli.predict import predict_images
 from lit_tokenformer.cli.preflight import (
@@ -78,6 +75,8 @@ from lit_tokenformer.cli.preflight import (
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
 from lit_tokenformer.cli.terminal import add_displays, hide_advertisements
+from lit_tokenformer.distributed.checkpoint import is_sharded
+from lit_tokenformer.errors import UserError, from_process, raised_by_library, unwrap
 from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.version import __version__
@@ -119,18 +118,6 @@ PREDICT = {
 }
 """Options of ``predict`` in addition to those of the trainer."""
 
-TEXTS = {
-    "config": "Config with model and data: a YAML file or the name of a shipped config (repeatable; later ones "
-    "override).",
-    "prompt": "Prompt to continue (repeatable). Without one, a new document is generated.",
-    "image": "Image file that the prompts ask about (repeatable): one for all prompts, or one per prompt in their "
-    "order.",
-    "stop": "String that ends a completion (repeatable). The document separator ends it too.",
-    "adapter": "Adapter, NAME=FOLDER or FOLDER (repeatable): one for all prompts, or one per prompt in their order. "
-    "'none' is the model alone; 'auto' picks the adapter with the least loss on the prompt, or none.",
-}
-"""Repeatable options whose values are plain text, such as ``[x]`` or ``a: b``, and not parsed as YAML."""
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command-line interface.
@@ -171,11 +158,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> None:
     """Run a command; fits get an error log, and a checkpoint on preemption."""
-    plugins, args = _without_plugins(args)
+    plugins, args = without_plugins(args)
     if plugins:
         sys.path.append(os.getcwd())  # may contain a module of the user; the console script does not add it
         import_plugins(plugins)
-    arguments = _with_texts(_with_shipped_configs(args))
+    arguments = with_texts(with_shipped_configs(args), COMMANDS.get(args[0]) if args else None)
     if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -294,7 +281,7 @@ class TokenformerCLI(LightningCLI):
             )
         for name, function in COMMANDS.items():
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
-            texts = _repeatable(function)
+            texts = repeatable(function)
             own.make_brief()
             own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
             for text in sorted(texts):
@@ -402,6 +389,9 @@ class TokenformerCLI(LightningCLI):
         elif base and (resumes or start.get("ckpt_path") is None):
             options = {"ema": start["init_ema"], "resize_vocab": start["init_resize_vocab"]}
             initialize_from(self.model, base, self.datamodule, **options)
+        if resumes and self._identity is not None and self.subcommand in ("validate", "test", "predict"):
+            path = self._identity.last(self.trainer, self.model)
+            self._shapes = read_shapes(path) if path is not None and not Path(path).is_dir() else {}
         saved = self._shapes if isinstance(self.model, tasks.LitTask) and self.subcommand != "plan" else {}
         if saved and self.subcommand != "predict":
             self.model.check_data(saved, self.datamodule)
@@ -466,74 +456,3 @@ def _task_sizes(datamodule: LightningDataModule) -> dict[str, dict[str, Any]] | 
 def _without_weights(kind: type, *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
     with torch.device("meta"):
         return kind(*args, **kwargs)
-
-
-def _without_plugins(args: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into the modules of ``--plugins`` and the rest.
-
-    Example:
-        >>> _without_plugins(["fit", "--plugins", "a,b", "--config", "c.yaml", "--plugins=d"])
-        (['a', 'b', 'd'], ['fit', '--config', 'c.yaml'])
-    """
-    modules: list[str] = []
-    rest: list[str] = []
-    given = iter(args)
-    for arg in given:
-        option, _, value = arg.partition("=")
-        if option == "--plugins":
-            names = (value or next(given, "")).strip("[]").split(",")
-            modules += [name.strip() for name in names if name.strip()]
-        else:
-            rest.append(arg)
-    return modules, rest
-
-
-def _with_shipped_configs(args: list[str]) -> list[str]:
-    """Replace the names of shipped configs by their paths.
-
-    Raises:
-        UserError: If a config is neither a file nor the name of a shipped config.
-    """
-    found = list(args)
-    for i, arg in enumerate(args):
-        option, _, value = arg.partition("=")
-        if option not in ("--config", "-c"):
-            continue
-        at, value = (i, value) if value else (i + 1, args[i + 1] if i + 1 < len(args) else "")
-        if not value:
-            continue
-        if os.path.exists(value):
-            check_config(value)
-            continue
-        name = Path(value).stem if value.startswith("configs/") else value
-        if name not in shipped_configs():
-            raise unknown_name("--config", value, shipped_configs())
-        path = str(shipped_configs()[name])
-        found[at] = f"{option}={path}" if at == i else path
-    return found
-
-
-def _repeatable(command: Callable[..., Any]) -> set[str]:
-    """Return the options of a command that are in ``TEXTS``; an argument of the same name may be a single path."""
-    parameters = inspect.signature(command).parameters
-    return {name for name in TEXTS.keys() & parameters if parameters[name].annotation != "str"}
-
-
-def _with_texts(args: list[str]) -> list[str]:
-    """Join text options to values that begin with dashes, which argparse would read as options.
-
-    Example:
-        >>> _with_texts(["generate", "--stop", "---", "--seed", "1"])
-        ['generate', '--stop=---', '--seed', '1']
-    """
-    found: list[str] = []
-    command = COMMANDS.get(args[0]) if args else None
-    options = {} if command is None else inspect.signature(command).parameters
-    texts = set() if command is None else _repeatable(command)
-    for arg in args:
-        is_text = bool(found) and found[-1] in {f"--{name}" for name in texts}
-        if is_text and arg.startswith("-") and arg.partition("=")[0] not in {f"--{name}" for name in options}:
-            found[-1] += f"={arg}"
-        else:
-            found.append(arg)
-    return found

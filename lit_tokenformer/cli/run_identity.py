@@ -153,6 +153,7 @@ class RunIdentity(Callback):
         self.needed: str | None = None
         """Problem that prevents a fresh start; raised unless a checkpoint can be resumed."""
         self._world_size = 1
+        self._found: tuple[str | None, str] | None = None
         self._ended: list[str] = []
         self._resumed_at: tuple[str, int] | None = None
 
@@ -246,8 +247,25 @@ class RunIdentity(Callback):
             log.warning(f"Starting fresh: {report}")
         return path
 
+    def last(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Find the checkpoint ``last`` to evaluate before data are prepared; ``None`` if this process sees none.
+
+        Raises:
+            UserError: If there is none, and this process selects it.
+        """
+        path, report = self._find(trainer, pl_module)
+        if path is None and trainer.is_global_zero:
+            raise UserError(f"ckpt_path: no last checkpoint ({report})")
+        return path
+
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
-        """Find the newest intact checkpoint of this experiment, and describe it for the log."""
+        """Find the newest intact checkpoint of this experiment, once, and describe it for the log."""
+        if self._found is None:
+            self._world_size = trainer.world_size
+            self._found = self._search(trainer, pl_module)
+        return self._found
+
+    def _search(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
         roots, folders = _places(trainer)
         found = resumable_checkpoints(roots, folders)
         known = [one for one in found if isinstance(one.content.get(RUN), Mapping)]

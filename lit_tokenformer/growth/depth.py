@@ -124,8 +124,8 @@ def insert_parameters(
         optimizer: Optimizer of the module.
         module: Module that has grown.
         inserted: Inserted parameters, as returned by :func:`deepen`.
-        new_state: ``reset`` drops the state of copies with another gradient, ``reset_copies`` that of all copies; see
-            :func:`grow_optimizer`.
+        new_state: ``reset`` and ``reset_copies`` drop the state of copies, ``reset`` also that of origins whose
+            gradient changes; see :func:`grow_optimizer`.
     """
     place = {parameter: number for number, parameter in enumerate(module.parameters())}
     inserted = list(inserted)
@@ -137,7 +137,7 @@ def insert_parameters(
     before = {one.origin: optimizer.state[one.origin] for one in inserted if one.origin in optimizer.state}
     for one in inserted:
         copy = one.parameter is not one.origin
-        if (one.share != 1 and new_state == "reset") or (copy and new_state == "reset_copies"):
+        if (copy and new_state.startswith("reset")) or (one.share != 1 and new_state == "reset"):
             optimizer.state.pop(one.parameter, None)
         elif not one.zero and one.origin in before:
             optimizer.state[one.parameter] = copied_state(before[one.origin], one.share)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,21 @@ from lit_tokenformer.growth.shards import gather, local, moves_no_rows, owned_ro
 Fill = Callable[[Tensor, Tensor, Tensor, slice], None]
 """Writer of grown units: ``(copies, appended, old, place)``, with uninitialized copies (n, copies, ...), uninitialized
 appended units (m, ...), old units (n, ...) and their slice of all old units. m is 0 unless the slice is the whole."""
+
+KEPT = "kept"
+"""Entry of a growth's record with the rows that later removals and sorts left, in their present order, by parameter."""
+
+
+def record_kept(event: dict[str, Any], name: str, rows: Sequence[int]) -> None:
+    """Record a removal or a sort of the rows of a parameter since a growth.
+
+    Args:
+        event: Record of the latest growth.
+        name: Name of the parameter.
+        rows: Indices of the rows that remain, in their new order.
+    """
+    kept = event.setdefault(KEPT, {})
+    kept[name] = [kept[name][row] for row in rows] if name in kept else list(rows)
 
 
 @dataclass(frozen=True)

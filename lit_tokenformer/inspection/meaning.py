@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +201,10 @@ class Lens:
             out = self._backbone.forward_head(self._backbone.norm(state.expand(1, length, -1)))
             return out.flatten(0, -2)[-1]
 
-        found = torch.stack([torch.func.jvp(logits, (self._state,), (value,))[1] for value in values])
+        with warnings.catch_warnings():
+            # of torch's own scripts, which it loads at the first jvp
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+            found = torch.stack([torch.func.jvp(logits, (self._state,), (value,))[1] for value in values])
         return found - found.mean(dim=-1, keepdim=True)
 
     def written(self, layer: Pattention, tokens: Sequence[int], contexts: Contexts) -> Mapping[int, Written]:

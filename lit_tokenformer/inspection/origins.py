@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from lit_tokenformer.growth import growth_method
+from lit_tokenformer.growth.rows import KEPT
 
 Event = Mapping[str, Any]
 """A growth as :class:`~callbacks.ParameterGrowthCallback` records it."""
-
-KEPT = "kept"
-"""Entry of an event with the indices of the rows that a later removal kept, by parameter name."""
 
 _BLOCK = re.compile(r"(.*?\bblocks\.)(\d+)(\..*)")
 

@@ -174,7 +174,7 @@ def add_group(layer: Pattention, name: str, num_tokens: int, gate: Gate) -> Patt
         The group, (..., D_in) -> (..., D_out).
 
     Raises:
-        UserError: If the number of tokens is below 1, or the layer has such a group.
+        UserError: If the number of tokens is below 1, or the layer has such a group, or another gate.
 
     Example:
         >>> from lit_tokenformer.models import Pattention
@@ -190,6 +190,8 @@ def add_group(layer: Pattention, name: str, num_tokens: int, gate: Gate) -> Patt
 
     if layer.groups is not None and name in layer.groups:
         raise UserError(f"name: the layer has a group {name!r} already")
+    if layer.gate not in (None, gate):
+        raise UserError(f"gate: expected the {type(layer.gate).__name__} of the layer, got a {type(gate).__name__}")
     keys, values = layer.key_tokens, layer.value_tokens
     settings: dict[str, Any] = {key: getattr(layer, key) for key in ("score_norm", "key_std", "value_std", "series")}
     with torch.device("meta" if keys.is_meta else "cpu"):  # the same draws on every device

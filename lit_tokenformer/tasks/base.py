@@ -26,7 +26,14 @@ from lit_tokenformer.models.config import MAY_CHANGE, config_changes
 from lit_tokenformer.models.experts import saved_experts
 from lit_tokenformer.optim import MuonWithAuxAdam
 from lit_tokenformer.tasks.optimization import LRSchedule, LRSchedulerConfig, OptimizedTask
-from lit_tokenformer.tasks.resume import fit_settings, report_changes, report_nothing_left, rng_state, set_rng_state
+from lit_tokenformer.tasks.resume import (
+    fit_settings,
+    redraw_iterators,
+    report_changes,
+    report_nothing_left,
+    rng_state,
+    set_rng_state,
+)
 
 _SIZES = {
     *("dim", "depth", "num_heads", "vocab_size", "context_length"),
@@ -455,6 +462,9 @@ class LitTask(OptimizedTask):
         if self._rng_states is not None and len(self._rng_states) == self.trainer.world_size:
             set_rng_state(self._rng_states[self.global_rank], str(self.trainer.ckpt_path))
         self._rng_states = None
+
+    def on_train_epoch_start(self) -> None:
+        redraw_iterators(self.trainer.fit_loop)
 
 
 def state_dict_problems(module: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[str]:

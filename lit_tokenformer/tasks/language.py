@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lit_tokenformer.checkpoints.run_folder import write_new
@@ -54,13 +55,21 @@ class LitLanguageTask(LitTask):
         checkpoint["tokenizer"] = self._tokenizer_of_data()
 
     def load_extras(self, checkpoint: dict[str, Any]) -> None:
-        saved, present = checkpoint.get("tokenizer"), self._tokenizer_of_data()
+        self._check_tokenizer(checkpoint, self._tokenizer_of_data())
+        self.tokenizer_json = checkpoint.get("tokenizer")
+
+    def check_data(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """Raise a ``UserError`` if the data have another tokenizer than a checkpoint."""
+        tokenizer = getattr(data, "tokenizer", None)
+        self._check_tokenizer(checkpoint, None if tokenizer is None else tokenizer.to_json())
+
+    def _check_tokenizer(self, checkpoint: Mapping[str, Any], present: str | None) -> None:
+        saved = checkpoint.get("tokenizer")
         if saved is not None and present is not None and json.loads(saved) != json.loads(present):
             raise UserError(
                 "data.tokenizer: does not match the checkpoint's tokenizer; "
                 f"set it to the {self.tokenizer_file} in the checkpoint's folder"
             )
-        self.tokenizer_json = saved
 
     def on_train_start(self) -> None:
         super().on_train_start()

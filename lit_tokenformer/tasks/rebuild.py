@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning
 import torch
 
 from lit_tokenformer import tasks
-from lit_tokenformer.checkpoints.load import ADAPTER, read_checkpoint
+from lit_tokenformer.checkpoints.load import ADAPTER, read_checkpoint, state_errors
 from lit_tokenformer.checkpoints.trust import MADE, check_class_paths, trusted_optimizer
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.registry import TASKS
@@ -86,6 +86,45 @@ def rebuild_task(path: str | os.PathLike[str], checkpoint: dict[str, Any], devic
     except Exception as error:  # such as arguments of wrong types
         raise UserError(f"ckpt_path: cannot rebuild a {name} from {path}: {' '.join(str(error).split())}") from None
     task.hparams.update(made)  # as plain values
+    return task
+
+
+def change_checkpoint(
+    path: str | os.PathLike[str],
+    checkpoint: dict[str, Any],
+    task: tasks.LitTask,
+    change: Callable[[tasks.LitTask, Sequence[torch.optim.Optimizer]], Any],
+) -> tasks.LitTask:
+    """Apply a change of size to weights, moving average and optimizer state of a checkpoint, in place.
+
+    Args:
+        path: The file or folder.
+        checkpoint: Result of :func:`read_checkpoint` for it.
+        task: Result of :func:`rebuild_task` for it; changed in place.
+        change: Changes a task and its optimizers. With a moving average, it is called for that first, without
+            optimizers.
+
+    Returns:
+        The changed task, with the trained weights.
+
+    Raises:
+        UserError: If the optimizer state does not fit the task.
+    """
+    averaged = checkpoint.get("current_model_state") is not None  # then state_dict is the moving average
+    if averaged:
+        change(task, [])
+        checkpoint["state_dict"] = task.state_dict()
+        task = rebuild_task(path, checkpoint)
+        task.load_state_dict(checkpoint["current_model_state"])
+    optimizers = [task.build_optimizer() for _ in checkpoint.get("optimizer_states", [])]
+    with state_errors(path, "optimizer_states"):
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=True):
+            optimizer.load_state_dict(state)
+        change(task, optimizers)
+    checkpoint["current_model_state" if averaged else "state_dict"] = task.state_dict()
+    if "optimizer_states" in checkpoint:  # else a weights-only checkpoint stays one
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    task.save_size(checkpoint)
     return task
 
 

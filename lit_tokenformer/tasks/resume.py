@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import Tokenformer
@@ -155,3 +156,18 @@ def set_rng_state(state: dict[str, Any], ckpt_path: str) -> None:
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
     except Exception as error:  # wrong types raise no common class
         raise UserError(f"ckpt_path: {ckpt_path}: rng_states: unexpected values ({error})") from None
+
+
+def redraw_iterators(loop: Any) -> None:
+    """Draw the seeds of plain loaders again in the first epoch after a resume, from the restored random state.
+
+    Lightning creates the iterators of that epoch before it restores the state. Loaders with a state of their own, which
+    draw nothing from the global generators, keep theirs.
+
+    Args:
+        loop: The fit loop, at the start of an epoch.
+    """
+    loaders = loop._combined_loader.flattened
+    plain = all(isinstance(one, DataLoader) and not hasattr(one, "load_state_dict") for one in loaders)
+    if plain and getattr(loop, "is_resuming", False):
+        iter(loop._data_fetcher)
