@@ -1,0 +1,102 @@
+"""Expert parallelism on gloo processes: equal to one process, whole checkpoints, and what is refused."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_tokenformer.checkpoints.load import read_checkpoint
+from lit_tokenformer.distributed import GrowingModelParallelStrategy
+from lit_tokenformer.distributed.expert_parallel import shard_experts
+from lit_tokenformer.models import create_backbone
+from tests.expert_parallel_scenarios import SIZES, fit
+
+
+def run(folder, processes, *scenarios):
+    script = Path(__file__).parent / "expert_parallel_scenarios.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), str(folder), *scenarios]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_equal(path, expected):
+    found, wanted = (read_checkpoint(one)["state_dict"] for one in (path, expected))
+    assert found.keys() == wanted.keys()
+    limit = 1e-12 if path.name.startswith("tokens") else 5e-6  # float64 or float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=limit, msg=lambda text: f"{path.name}: {text}")
+
+
+def logged(folder):
+    """Return the norms and loads of each optimizer step; the same on all processes."""
+    with open(folder / "metrics.csv") as file:
+        steps = [step for step in csv.DictReader(file) if step["experts/load_max"]]
+    return [
+        {name: float(value) for name, value in step.items() if value and name.startswith(("rows/", "experts/"))}
+        for step in steps
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_of_the_experts_train_as_one_does(tmp_path):
+    """Gradients have the scale of one process (SGD), an expert is idle, or a process has no data tokens."""
+    for name in ("tokens", "mlp", "grown"):
+        fit(tmp_path, name, 1)
+    fit(tmp_path, "tokens", 2, tmp_path / "tokens-1.ckpt")
+    run(tmp_path, 2, "forward", "tokens", "mlp", "grown", "tokens:tokens-2.ckpt", "tokens:tokens-1.ckpt")
+    for name in ("tokens", "mlp", "grown"):
+        assert_equal(tmp_path / f"{name}-2.ckpt", tmp_path / f"{name}-1.ckpt")
+        own, other = (logged(tmp_path / f"{name}-{processes}") for processes in (1, 2))
+        assert len(own) == len(other) == 3
+        assert ({"rows/grad_norm_old", "rows/update_norm_old"} <= {*own[-1]}) == (name != "mlp")
+        for one, two in zip(own, other, strict=True):
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    fit(tmp_path, "tokens", 2, tmp_path / "tokens-2.ckpt")  # a process with all experts
+    whole = tmp_path / "tokens-1-from-tokens-1.ckpt.ckpt"
+    for resumed in ("1-from-tokens-2.ckpt", "2-from-tokens-2.ckpt", "2-from-tokens-1.ckpt"):
+        assert_equal(tmp_path / f"tokens-{resumed}.ckpt", whole)
+
+
+@pytest.mark.slow
+def test_owners_of_the_same_experts_shard_them(tmp_path):
+    fit(tmp_path, "tokens", 1)
+    run(tmp_path, 4, "tokens")
+    assert_equal(tmp_path / "tokens-4.ckpt", tmp_path / "tokens-1.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_parallel_size": 0}, "expected a number of at least 1, got 0"),
+        ({"expert_parallel_size": 2, "tensor_parallel_size": 2}, "expected tensor_parallel_size 1, got 2"),
+        ({"expert_parallel_size": 2, "save_distributed_checkpoint": False}, "each process saves its experts"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(ValueError, match=rf"^trainer.strategy.expert_parallel_size: {message}"):
+        GrowingModelParallelStrategy(**settings)
+
+
+def test_processes_must_divide_data_parallel_size():
+    strategy = GrowingModelParallelStrategy(data_parallel_size=4, expert_parallel_size=3)
+    with pytest.raises(ValueError, match=r"expected a divisor of data_parallel_size 4, got 3$"):
+        strategy.setup_environment()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, "the model has no experts"),
+        ({"experts": 3}, "expected a divisor of 3 experts, got 2"),
+        ({"experts": 4, "expert_groups": 2}, "expert_groups share a norm over their experts"),
+    ],
+)
+def test_models_without_divisible_experts_are_refused(overrides, message):
+    model = create_backbone("tokenformer_lm_tiny", vocab_size=31, context_length=12, **SIZES, **overrides)
+    with pytest.raises(ValueError, match=rf"^trainer.strategy.expert_parallel_size: {message}"):
+        shard_experts(model, None, 2)  # before the mesh is read
