@@ -1,6 +1,6 @@
 """Fits with experts divided among processes, and the same fits on one process; run by test_expert_parallel.py.
 
-Usage: expert_parallel_scenarios.py FOLDER NAME...; started by torchrun for several processes, or alone.
+Usage: expert_parallel_scenarios.py FOLDER NAME[:ckpt_path=FILE|:tensor=PROCESSES]...; started by torchrun.
 """
 
 import os
@@ -31,7 +31,7 @@ FITS = {  # preset, overrides, routing bias
 }
 
 
-def fit(folder, name, epochs, ckpt_path=None):
+def fit(folder, name, epochs=1, ckpt_path=None, tensor=1):
     """Fit epochs of 3 optimizer steps of 2 micro-batches, and save FOLDER/NAME-WORLD.ckpt.
 
     Args:
@@ -39,8 +39,10 @@ def fit(folder, name, epochs, ckpt_path=None):
         name: A key of FITS.
         epochs: Number of epochs.
         ckpt_path: Checkpoint to resume from, which is then part of the name.
+        tensor: Tensor-parallel processes, part of the name if there are several.
     """
     preset, overrides, bias = FITS[name]
+    data, division = WORLD // tensor, f"{WORLD // tensor}x{tensor}" if tensor > 1 else str(WORLD)
     seed_everything(0)
     task = LitCausalLM(
         preset,
@@ -57,8 +59,8 @@ def fit(folder, name, epochs, ckpt_path=None):
         block.mlp.router.bias += torch.tensor(bias)
         nn.init.normal_(block.mlp.router.weight)
     words = torch.randint(31, (24, 13), generator=torch.Generator().manual_seed(1))
-    sampler = DistributedSampler(words, num_replicas=WORLD, rank=RANK, shuffle=False)
-    strategy = GrowingModelParallelStrategy(process_group_backend="gloo", expert_parallel_size=2)
+    sampler = DistributedSampler(words, num_replicas=data, rank=RANK // tensor, shuffle=False)
+    strategy = GrowingModelParallelStrategy(data, tensor, process_group_backend="gloo", expert_parallel_size=2)
     grows = [ParameterGrowthCallback({1: {"qkv": 16, "ffn": 48}}, unit="step", check=False)] if name == "grown" else []
     trainer = Trainer(
         accelerator="cpu",
@@ -70,13 +72,15 @@ def fit(folder, name, epochs, ckpt_path=None):
         callbacks=[*grows, TrainingMonitor(log_images=0, log_text=0)],
         plugins=[WholeCheckpointIO()],
         use_distributed_sampler=False,
-        logger=CSVLogger(folder, name=f"{name}-{WORLD}", version="" if ckpt_path is None else f"from-{ckpt_path.name}"),
+        logger=CSVLogger(
+            folder, name=f"{name}-{division}", version="" if ckpt_path is None else f"from-{ckpt_path.name}"
+        ),
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(words, batch_size=4 // WORLD, sampler=sampler)
+    loader = DataLoader(words, batch_size=4 // data, sampler=sampler)
     trainer.fit(task, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     sent = [block.mlp.router.last_load.view(2, 2).sum(dim=1).tolist() for block in task.backbone.blocks]
     assert name != "mlp" or all(share == [1, 0] for share in sent), sent
@@ -84,7 +88,8 @@ def fit(folder, name, epochs, ckpt_path=None):
         held = {sum(one.to_local().numel() for one in layer.experts.parameters()) for layer in layers(task)}
         total = {sum(one.numel() for one in layer.experts.parameters()) for layer in layers(task)}
         assert held == {total.pop() // WORLD}, held
-    trainer.save_checkpoint(folder / f"{name}-{WORLD}{'' if ckpt_path is None else f'-from-{ckpt_path.name}'}.ckpt")
+    origin = "" if ckpt_path is None else f"-from-{ckpt_path.name}"
+    trainer.save_checkpoint(folder / f"{name}-{division}{origin}.ckpt")
 
 
 def layers(model):
@@ -115,9 +120,12 @@ def forward():
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for scenario in sys.argv[2:]:
-        name, _, kind = scenario.partition(":")
+        name, *more = scenario.split(":")
+        given = dict(one.split("=") for one in more)
         if name == "forward":
             torch.distributed.init_process_group("gloo")
             forward()
+        elif "ckpt_path" in given:
+            fit(folder, name, 2, folder / given["ckpt_path"])
         else:
-            fit(folder, name, 2 if kind else 1, folder / kind if kind else None)
+            fit(folder, name, tensor=int(given.get("tensor", 1)))

@@ -11,7 +11,7 @@ import torch
 
 from lit_tokenformer.checkpoints.load import read_checkpoint
 from lit_tokenformer.distributed import GrowingModelParallelStrategy
-from lit_tokenformer.distributed.expert_parallel import shard_experts
+from lit_tokenformer.distributed.expert_parallel import expert_mesh
 from lit_tokenformer.models import create_backbone
 from tests.expert_parallel_scenarios import SIZES, fit
 
@@ -46,9 +46,17 @@ def logged(folder):
 def test_two_processes_with_half_of_the_experts_train_as_one_does(tmp_path):
     """Gradients have the scale of one process (SGD), an expert is idle, or a process has no data tokens."""
     for name in ("tokens", "mlp", "grown"):
-        fit(tmp_path, name, 1)
+        fit(tmp_path, name)
     fit(tmp_path, "tokens", 2, tmp_path / "tokens-1.ckpt")
-    run(tmp_path, 2, "forward", "tokens", "mlp", "grown", "tokens:tokens-2.ckpt", "tokens:tokens-1.ckpt")
+    run(
+        tmp_path,
+        2,
+        "forward",
+        "tokens",
+        "mlp",
+        "grown",
+        *(f"tokens:ckpt_path=tokens-{processes}.ckpt" for processes in (1, 2)),
+    )
     for name in ("tokens", "mlp", "grown"):
         assert_equal(tmp_path / f"{name}-2.ckpt", tmp_path / f"{name}-1.ckpt")
         own, other = (logged(tmp_path / f"{name}-{processes}") for processes in (1, 2))
@@ -63,17 +71,20 @@ def test_two_processes_with_half_of_the_experts_train_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_owners_of_the_same_experts_shard_them(tmp_path):
-    fit(tmp_path, "tokens", 1)
-    run(tmp_path, 4, "tokens")
-    assert_equal(tmp_path / "tokens-4.ckpt", tmp_path / "tokens-1.ckpt")
+def test_owners_of_the_same_experts_shard_them_by_data_or_tensor_parallelism(tmp_path):
+    run(tmp_path, 4, "tokens", "grown", "tokens:tensor=2", "grown:tensor=2")
+    for name in ("tokens", "grown"):
+        fit(tmp_path, name)
+        for division in ("4", "2x2"):
+            assert_equal(tmp_path / f"{name}-{division}.ckpt", tmp_path / f"{name}-1.ckpt")
+            expected = [pytest.approx(one, rel=1e-4) for one in logged(tmp_path / f"{name}-1")]
+            assert logged(tmp_path / f"{name}-{division}") == expected
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"expert_parallel_size": 0}, "expected a number of at least 1, got 0"),
-        ({"expert_parallel_size": 2, "tensor_parallel_size": 2}, "expected tensor_parallel_size 1, got 2"),
         ({"expert_parallel_size": 2, "save_distributed_checkpoint": False}, "each process saves its experts"),
     ],
 )
@@ -99,4 +110,4 @@ def test_processes_must_divide_data_parallel_size():
 def test_models_without_divisible_experts_are_refused(overrides, message):
     model = create_backbone("tokenformer_lm_tiny", vocab_size=31, context_length=12, **SIZES, **overrides)
     with pytest.raises(ValueError, match=rf"^trainer.strategy.expert_parallel_size: {message}"):
-        shard_experts(model, None, 2)  # before the mesh is read
+        expert_mesh(model, None, 2)  # rejected before the mesh is read

@@ -3,8 +3,8 @@
 Data-parallel processes form groups of P, in which each process has E / P consecutive experts. Rows sorted by expert are
 sent to the processes of their experts by an all-to-all with unequal parts, after one of their numbers, and the outputs
 return by a second one; the backward pass sends gradients the opposite ways. Processes with the same experts, one of
-each group, shard them with FSDP2. Source: GShard (arXiv 2006.16668); the order of operations is that of torchtitan's
-``AllToAllTokenDispatcher``. No data token is dropped.
+each group, shard them with FSDP2, and processes of a tensor-parallel group their parameter tokens. No data token is
+dropped. Source: GShard (arXiv 2006.16668); the order of operations is that of torchtitan's ``AllToAllTokenDispatcher``.
 
 An expert of other processes is a DTensor on their mesh: its name and shape are known here, and its rows are not.
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.shards import OWNERS, elsewhere
@@ -31,22 +32,23 @@ EXPERTS = "expert_parallel"
 """Dimension of the mesh along which experts differ."""
 
 
-def shard_experts(root: nn.Module, data: DeviceMesh, processes: int) -> None:
-    """Divide the experts of a model among groups of data-parallel processes, in place.
+def expert_mesh(root: nn.Module, mesh: DeviceMesh, processes: int) -> DeviceMesh:
+    """Create the mesh of the experts of a model: Lightning's, with data-parallel processes in groups.
 
     Args:
         root: Module that contains the model.
-        data: Mesh of all data-parallel processes.
-        processes: Processes of a group, P.
+        mesh: Two-dimensional device mesh, data-parallel by tensor-parallel.
+        processes: Data-parallel processes of a group, P.
+
+    Returns:
+        Three-dimensional device mesh, ``OWNERS`` by ``EXPERTS`` by the tensor-parallel dimension.
 
     Raises:
-        UserError: If the model has no experts, or a number that cannot be divided.
+        UserError: If the model has no experts, or experts that cannot be divided.
     """
     layers = [layer for layer in root.modules() if isinstance(layer, Experts)]
     if not layers:
-        raise UserError(
-            f"{SETTING}: the model has no experts (got {processes}, expected 1, or model.overrides.experts)"
-        )
+        raise UserError(f"{SETTING}: the model has no experts (got {processes}, expected 1)")
     for layer in layers:
         if len(layer.experts) % processes:
             raise UserError(f"{SETTING}: expected a divisor of {len(layer.experts)} experts, got {processes}")
@@ -54,19 +56,31 @@ def shard_experts(root: nn.Module, data: DeviceMesh, processes: int) -> None:
             raise UserError(f"{SETTING}: expert_groups share a norm over their experts (got {processes}, expected 1)")
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise UserError(f"{SETTING}: torch {torch.__version__} cannot shard a part of a module (expected 2.8 or newer)")
-    mesh = init_device_mesh(data.device_type, (data.size() // processes, processes), mesh_dim_names=(OWNERS, EXPERTS))
-    for layer in layers:
-        _shard_layer(layer, mesh)
+    data, tokens = mesh.mesh.shape
+    names = (OWNERS, EXPERTS, (mesh.mesh_dim_names or ())[1])
+    return init_device_mesh(mesh.device_type, (data // processes, processes, tokens), mesh_dim_names=names)
 
 
-def _shard_layer(layer: Experts, mesh: DeviceMesh) -> None:
+def shard_experts(layer: Experts, mesh: DeviceMesh) -> None:
+    """Divide the experts of a layer among groups of data-parallel processes, in place.
+
+    Args:
+        layer: The layer; its parameter tokens may be sharded over the tensor-parallel dimension of ``mesh``.
+        mesh: Result of :func:`expert_mesh`.
+
+    Raises:
+        UserError: With tensor parallelism, if an expert has other parameters than tokens.
+    """
+    names: Any = mesh.mesh_dim_names
     dispatch = AllToAll(mesh[EXPERTS], len(layer.experts))
+    if mesh.size(2) > 1 and not all(isinstance(one, DTensor) for one in layer.experts.parameters()):
+        raise UserError(f"{SETTING}: expected experts of parameter tokens with tensor_parallel_size {mesh.size(2)}")
     absent: set[nn.Parameter] = set()
     for number, expert in enumerate(layer.experts):
         if (owner := number // dispatch.experts) == mesh.get_local_rank(EXPERTS):
             continue
         # of other processes: torch needs no process group for a mesh without this one
-        owners = DeviceMesh(mesh.device_type, mesh.mesh[:, owner], mesh_dim_names=(OWNERS,), _init_backend=False)
+        owners = DeviceMesh(mesh.device_type, mesh.mesh[:, owner], mesh_dim_names=names[::2], _init_backend=False)
         for module in expert.modules():
             for name, old in module._parameters.items():
                 if old is not None:

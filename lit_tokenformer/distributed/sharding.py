@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from lit_tokenformer.distributed.expert_parallel import shard_experts
+from lit_tokenformer.distributed.expert_parallel import expert_mesh, shard_experts
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth.shards import gather, local, num_owners, shares, sum_over_experts
 from lit_tokenformer.models import Pattention, Tokenformer
@@ -44,6 +44,8 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...], e
     """
     if isinstance(root, FSDPModule):
         return
+    experts = expert_mesh(root, mesh, expert_parallel) if expert_parallel > 1 else mesh
+    divided = [layer for layer in root.modules() if isinstance(layer, Experts) and expert_parallel > 1]
     if mesh[TOKENS].size() > 1:
         layers = [layer for layer in root.modules() if isinstance(layer, Pattention)]
         if not layers:
@@ -55,10 +57,11 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...], e
             raise UserError(
                 "trainer.strategy.tensor_parallel_size: expert_groups divide the parameter tokens already (expected 1)"
             )
+        of_experts = {part for layer in divided for part in layer.experts.modules()}
         for layer in layers:
-            _shard_tokens(layer, mesh[TOKENS])
-    if expert_parallel > 1:
-        shard_experts(root, mesh[DATA], expert_parallel)
+            _shard_tokens(layer, (experts if layer in of_experts else mesh)[TOKENS])
+    for layer in divided:
+        shard_experts(layer, experts)
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
     for block in (module for module in root.modules() if module in blocks):  # the same order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
@@ -107,7 +110,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for group in by_mesh.values():
         norm = gather(torch.nn.utils.get_total_norm(group))
         if num_owners(group[0]):
-            of_experts = norm.square()
+            of_experts += norm.square()
         else:
             norms.append(norm)
     if owners:

@@ -54,18 +54,16 @@ class GrowingModelParallelStrategy(ModelParallelStrategy):
             return
         if expert_parallel_size < 1:
             raise UserError(f"{SETTING}: expected a number of at least 1, got {expert_parallel_size}")
-        if tensor_parallel_size != 1:
-            raise UserError(f"{SETTING}: expected tensor_parallel_size 1, got {tensor_parallel_size}")
         if not save_distributed_checkpoint:
             raise UserError(f"{SETTING}: each process saves its experts (expected save_distributed_checkpoint: true)")
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto" and self._tensor_parallel_size != "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
-        if self.expert_parallel_size > 1 and self._data_parallel_size % self.expert_parallel_size:  # type: ignore
+        data = self.num_nodes if self._data_parallel_size == "auto" else self._data_parallel_size
+        if data % self.expert_parallel_size:
             raise UserError(
-                f"{SETTING}: expected a divisor of data_parallel_size {self._data_parallel_size}, got "
-                f"{self.expert_parallel_size}"
+                f"{SETTING}: expected a divisor of data_parallel_size {data}, got {self.expert_parallel_size}"
             )
         super().setup_environment()
 

@@ -29,7 +29,9 @@ def elsewhere(reference: Tensor, owners: DeviceMesh, shape: Sequence[int]) -> DT
     """
     whole = torch.empty(tuple(shape), device="meta")
     here = torch.empty(0, dtype=reference.dtype, device=owners.device_type)
-    return DTensor.from_local(here, owners, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(
+        here, owners, [Shard(0)] * owners.ndim, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def is_elsewhere(tensor: Tensor) -> bool:
@@ -39,7 +41,7 @@ def is_elsewhere(tensor: Tensor) -> bool:
 
 def num_owners(tensor: Tensor) -> int:
     """Return the number of processes that share a tensor of an expert; 0 for any other tensor."""
-    divided = isinstance(tensor, DTensor) and tensor.device_mesh.mesh_dim_names == (OWNERS,)
+    divided = isinstance(tensor, DTensor) and OWNERS in (tensor.device_mesh.mesh_dim_names or ())
     return tensor.device_mesh.size() if divided else 0  # type: ignore[attr-defined]
 
 
