@@ -5,6 +5,7 @@ Usage: expert_parallel_scenarios.py FOLDER NAME[:ckpt_path=FILE|:tensor=PROCESSE
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from lit_tokenformer.tasks import LitCausalLM, LRSchedule
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SIZES = {"dim": 16, "depth": 2, "num_heads": 2, "param_tokens": 8}
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+"""Optimizer whose steps depend on the scale of gradients, unlike Adam's."""
 FITS = {  # preset, overrides, routing bias
     "tokens": ("tokenformer_lm_tiny", {"experts_top_k": 2, "shared_experts": 1}, [0, -5, 0, 0]),  # one is idle
     "mlp": ("gpt2_tiny", {}, [5, 5, 0, 0]),  # all data tokens of process 1 are sent to process 0, which sends none
@@ -49,11 +52,10 @@ def fit(folder, name, epochs=1, ckpt_path=None, tensor=1):
         vocab_size=31,
         context_length=12,
         overrides={**SIZES, "experts": 4, **overrides},
-        # unlike those of Adam, steps depend on the scale of gradients
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
+        optimizer=partial(torch.optim.AdamW, lr=0.01) if name == "grown" else SGD,
         schedule=LRSchedule("constant"),
     )
-    if name == "tokens":
+    if name != "mlp":
         task.double()  # later steps enlarge the rounding of earlier ones
     for block in task.backbone.blocks:
         block.mlp.router.bias += torch.tensor(bias)
