@@ -350,7 +350,9 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
                 yield f"of {kind} of new rows", float(appended)
         rest = [tensor for parameter in others if (tensor := _part(kind, parameter)) is not None]
         if rest:  # gather norms, not tensors: the unsharded model may not fit
-            squares = [gather(local(one).sum() if is_elsewhere(one) else one.float().norm().square()) for one in rest]
+            squares = [
+                gather(local(one).float().sum() if is_elsewhere(one) else one.float().norm().square()) for one in rest
+            ]
             yield f"of other {kind}", float(sum_over_model([*zip(rest, squares, strict=True)]).sqrt())
 
 

@@ -55,7 +55,9 @@ def expert_mesh(root: nn.Module, mesh: DeviceMesh, processes: int) -> DeviceMesh
         if layer.router.groups > 1:
             raise UserError(f"{SETTING}: expert_groups share a norm over their experts (got {processes}, expected 1)")
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise UserError(f"{SETTING}: torch {torch.__version__} cannot shard a part of a module (expected 2.8 or newer)")
+        raise UserError(
+            f"{SETTING}: fully_shard of torch {torch.__version__} lacks ignored_params (expected a later one)"
+        )
     data, tokens = mesh.mesh.shape
     names = (OWNERS, EXPERTS, (mesh.mesh_dim_names or ())[1])
     return init_device_mesh(mesh.device_type, (data // processes, processes, tokens), mesh_dim_names=names)

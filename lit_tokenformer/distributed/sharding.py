@@ -60,8 +60,8 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...], e
         of_experts = {part for layer in divided for part in layer.experts.modules()}
         for layer in layers:
             _shard_tokens(layer, (experts if layer in of_experts else mesh)[TOKENS])
-    for layer in divided:
-        shard_experts(layer, experts)
+    for one in divided:
+        shard_experts(one, experts)
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
     for block in (module for module in root.modules() if module in blocks):  # the same order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
