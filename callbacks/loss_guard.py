@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.training_monitor import norms_by_age, rows_by_age
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth.shards import gather, local
+from lit_tokenformer.growth.shards import gather, is_elsewhere, local, sum_over_model
 
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _SHOWN = 64
@@ -350,9 +350,12 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
                 yield f"of {kind} of new rows", float(appended)
         rest = [tensor for parameter in others if (tensor := _part(kind, parameter)) is not None]
         if rest:  # gather norms, not tensors: the unsharded model may not fit
-            yield f"of other {kind}", float(torch.stack([gather(tensor.float().norm()) for tensor in rest]).norm())
+            squares = [
+                gather(local(one).float().sum() if is_elsewhere(one) else one.float().norm().square()) for one in rest
+            ]
+            yield f"of other {kind}", float(sum_over_model([*zip(rest, squares, strict=True)]).sqrt())
 
 
 def _part(kind: str, parameter: Tensor) -> Tensor | None:
     """Return a parameter or its gradient; a sharded parameter yields its local shard."""
-    return parameter.detach() if kind == "weights" else parameter.grad
+    return parameter.detach() if kind == "weights" or is_elsewhere(parameter) else parameter.grad

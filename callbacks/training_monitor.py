@@ -36,7 +36,7 @@ from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
-from lit_tokenformer.growth.shards import gather, like, local
+from lit_tokenformer.growth.shards import gather, is_elsewhere, like, local, sum_over_model
 from lit_tokenformer.models import Pattention, model_size, param_tokens
 from lit_tokenformer.models.experts import expert_metrics
 from lit_tokenformer.tasks import LitImageClassifier
@@ -190,9 +190,13 @@ class TrainingMonitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if not (self.row_norms and trainer.loggers and _is_log_step(trainer)):
             return
-        rows = [one for one in rows_by_age(pl_module, self._growth) if one.tensor.grad is not None]
+        rows = [
+            one
+            for one in rows_by_age(pl_module, self._growth)
+            if one.tensor.grad is not None or is_elsewhere(one.tensor)
+        ]
         self._held = [(local(one.tensor).to("cpu", copy=True), one) for one in rows]
-        gradients: Any = (one._replace(tensor=one.tensor.grad) for one in rows)  # type: ignore[arg-type]
+        gradients: Any = (one if one.tensor.grad is None else one._replace(tensor=one.tensor.grad) for one in rows)
         self._row_norms = self._norms("grad", gradients) if rows else {}
 
     def on_train_batch_end(
@@ -407,14 +411,18 @@ def rows_by_age(pl_module: nn.Module, growth: Mapping[str, Any] | None) -> Itera
 
 def norms_by_age(tensors: Iterable[AgedRows]) -> tuple[Tensor, Tensor]:
     """Compute the L2 norms over all old units and over all new ones."""
-    squares = []
+    found = []
     for tensor, dim, new in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
+        if is_elsewhere(tensor):
+            found.append((tensor, torch.zeros(2, dtype=wide, device=tensor.device)))
+            continue
         others = [other for other in range(tensor.ndim) if other != dim]
         norms = torch.linalg.vector_norm(tensor, dim=others, dtype=wide) if others else tensor.to(wide)
         entries = gather(norms).square()
-        squares.append(torch.stack([entries.masked_fill(new, 0).sum(), entries.masked_fill(~new, 0).sum()]))
-    old, appended = torch.stack(squares).sum(dim=0).sqrt().unbind()
+        squares = torch.stack([entries.masked_fill(new, 0).sum(), entries.masked_fill(~new, 0).sum()])
+        found.append((tensor, squares))
+    old, appended = sum_over_model(found).sqrt().unbind()
     return old, appended
 
 

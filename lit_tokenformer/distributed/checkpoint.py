@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_tokenformer.distributed.sharding import reshard
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth.shards import ShardedParameters, like, local, owned_rows
+from lit_tokenformer.growth.shards import ShardedParameters, is_elsewhere, like, local, owned_rows
 from lit_tokenformer.models.axes import find_axes, refresh, resize, resized_shape
 from lit_tokenformer.tensor_files import check_archive, check_size, load_pickle, reading_errors
 
@@ -464,7 +464,7 @@ def _take_state(task: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[s
         for label, parameter in zip(old["params"], group["params"], strict=True):
             owner = by_name[label] if isinstance(label, str) else parameter
             values = saved["state"].get(label)
-            if values:
+            if values and not is_elsewhere(owner):
                 optimizer.state[owner] = {key: _fitted(key, value, owner, group) for key, value in values.items()}
         group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():

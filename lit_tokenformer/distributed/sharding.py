@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
+from lit_tokenformer.distributed.expert_parallel import expert_mesh, shard_experts
 from lit_tokenformer.errors import UserError
-from lit_tokenformer.growth.shards import gather, shares
+from lit_tokenformer.growth.shards import gather, local, num_owners, shares, sum_over_experts
 from lit_tokenformer.models import Pattention, Tokenformer
 from lit_tokenformer.models.experts import Experts
 
@@ -28,19 +29,23 @@ DATA, TOKENS = "data_parallel", "tensor_parallel"
 """Dimensions of Lightning's device mesh."""
 
 
-def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
+def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...], expert_parallel: int = 1) -> None:
     """Shard a model over a device mesh in place: block by block, with the remaining parameters at the root.
 
     Args:
         root: Module that contains the model; methods other than ``forward`` may be called too.
         mesh: Two-dimensional device mesh, ``data_parallel`` by ``tensor_parallel``.
         forward_methods: Methods of ``root`` that compute with its parameters.
+        expert_parallel: Data-parallel processes among which the experts of each layer are divided.
 
     Raises:
-        ValueError: If tensor parallelism is requested for a model without parameter tokens.
+        ValueError: If tensor parallelism is requested for a model without parameter tokens, or expert parallelism for
+            experts that cannot be divided.
     """
     if isinstance(root, FSDPModule):
         return
+    experts = expert_mesh(root, mesh, expert_parallel) if expert_parallel > 1 else mesh
+    divided = [layer for layer in root.modules() if isinstance(layer, Experts) and expert_parallel > 1]
     if mesh[TOKENS].size() > 1:
         layers = [layer for layer in root.modules() if isinstance(layer, Pattention)]
         if not layers:
@@ -52,8 +57,11 @@ def shard(root: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -
             raise UserError(
                 "trainer.strategy.tensor_parallel_size: expert_groups divide the parameter tokens already (expected 1)"
             )
+        of_experts = {part for layer in divided for part in layer.experts.modules()}
         for layer in layers:
-            _shard_tokens(layer, mesh[TOKENS])
+            _shard_tokens(layer, (experts if layer in of_experts else mesh)[TOKENS])
+    for one in divided:
+        shard_experts(one, experts)
     blocks = {block for model in root.modules() if isinstance(model, Tokenformer) for block in model.blocks}
     for block in (module for module in root.modules() if module in blocks):  # the same order on every process
         fully_shard(block, mesh=mesh[DATA], reshard_after_forward=True)
@@ -90,13 +98,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     Returns:
         Total norm before clipping, ().
     """
+    parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    owners = max(map(num_owners, parameters), default=0)
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    if not gradients:
+    if not (gradients or owners):
         return torch.zeros(())
-    norms = [gather(torch.nn.utils.get_total_norm(group)) for group in by_mesh.values()]
+    norms, of_experts = [], local(parameters[0]).new_zeros(())
+    for group in by_mesh.values():
+        norm = gather(torch.nn.utils.get_total_norm(group))
+        if num_owners(group[0]):
+            of_experts += norm.square()
+        else:
+            norms.append(norm)
+    if owners:
+        norms.append(sum_over_experts(of_experts, owners).sqrt())
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for gradient in gradients:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

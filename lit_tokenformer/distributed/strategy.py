@@ -10,6 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.constants import default_pg_timeout
 
 from lit_tokenformer.distributed.checkpoint import NON_FINITE, load_into, save_folder
+from lit_tokenformer.distributed.expert_parallel import SETTING
+from lit_tokenformer.errors import UserError
+from lit_tokenformer.growth.shards import is_elsewhere
 
 
 class GrowingModelParallelStrategy(ModelParallelStrategy):
@@ -21,6 +24,8 @@ class GrowingModelParallelStrategy(ModelParallelStrategy):
     Args:
         data_parallel_size: Processes of a data-parallel group; ``auto`` takes all that ``tensor_parallel_size`` leaves.
         tensor_parallel_size: Processes that share the parameter tokens of each layer; ``auto`` takes those of a node.
+        expert_parallel_size: Data-parallel processes among which the experts of each layer are divided; data tokens
+            travel to their experts. 1 divides none.
         save_distributed_checkpoint: Whether each process saves its shard, into a folder, instead of one file.
         process_group_backend: Backend of ``torch.distributed``; ``None`` chooses by the device.
         timeout: Timeout of collectives.
@@ -39,15 +44,34 @@ class GrowingModelParallelStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        expert_parallel_size: int = 1,
     ) -> None:
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
+        self.expert_parallel_size = expert_parallel_size
+        if expert_parallel_size == 1:
+            return
+        if expert_parallel_size < 1:
+            raise UserError(f"{SETTING}: expected a number of at least 1, got {expert_parallel_size}")
+        if not save_distributed_checkpoint:
+            raise UserError(f"{SETTING}: each process saves its experts (expected save_distributed_checkpoint: true)")
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto" and self._tensor_parallel_size != "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        data = self.num_nodes if self._data_parallel_size == "auto" else self._data_parallel_size
+        if data % self.expert_parallel_size:
+            raise UserError(
+                f"{SETTING}: expected a divisor of data_parallel_size {data}, got {self.expert_parallel_size}"
+            )
         super().setup_environment()
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        for parameter in self.lightning_module.parameters() if self.lightning_module is not None else ():
+            if is_elsewhere(parameter):  # in the same parameter group as with one process, and never updated
+                parameter.requires_grad_(False)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None

@@ -20,7 +20,7 @@ from lit_tokenformer.growth.depth import Inserted
 from lit_tokenformer.growth.rows import GrownTensor, Rows
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
 from lit_tokenformer.models.block import Block
-from lit_tokenformer.models.experts import ROUTER_STD, Experts, num_experts, output_parameters
+from lit_tokenformer.models.experts import ROUTER_STD, ExpertList, Experts, num_experts, output_parameters
 from lit_tokenformer.models.feed_forward import check_experts, with_experts
 
 
@@ -117,7 +117,7 @@ def _copy_again(layer: Experts, experts: int, name: str, inserted: list[Inserted
     router, before = layer.router, len(layer.experts)
     copies = experts // before
     order = [expert if number == 0 else _twin(expert, inserted) for expert in layer.experts for number in range(copies)]
-    layer.experts = nn.ModuleList(order)
+    layer.experts = ExpertList(order)
     old = router.weight
     router.weight = nn.Parameter(old.detach().repeat_interleave(copies, dim=0), requires_grad=old.requires_grad)
     rows = Rows(router.groups * before, router.groups * experts, copies)

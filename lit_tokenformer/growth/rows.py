@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_tokenformer.growth.shards import gather, local, moves_no_rows, owned_rows
+from lit_tokenformer.growth.shards import gather, is_elsewhere, local, moves_no_rows, owned_rows
 
 Fill = Callable[[Tensor, Tensor, Tensor, slice], None]
 """Writer of grown units: ``(copies, appended, old, place)``, with uninitialized copies (n, copies, ...), uninitialized
@@ -93,6 +93,8 @@ def regrown(old: Tensor, grown: GrownTensor, fill: Fill) -> Tensor:
         grown: Growth of the tensor.
         fill: Writer of the new units.
     """
+    if is_elsewhere(old):
+        return local(old)
     rows, dim, block = grown.rows, grown.dim, grown.block
     by_rows = dim == 0 and block == 1
     stays = by_rows and moves_no_rows(old, rows.before, rows.copies) and rows.after == rows.copies * rows.before

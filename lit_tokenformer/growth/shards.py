@@ -4,15 +4,69 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lit_tokenformer.errors import UserError
+
+OWNERS = "expert_owners"
+"""Dimension of the mesh of an expert's parameters, if it is not on all processes: those that have this expert."""
+
+
+def elsewhere(reference: Tensor, owners: DeviceMesh, shape: Sequence[int]) -> DTensor:
+    """Build a tensor of an expert that other processes have: shape and dtype, without rows.
+
+    Args:
+        reference: Tensor with the dtype and device.
+        owners: Mesh of these processes.
+        shape: Shape of the whole tensor.
+    """
+    whole = torch.empty(tuple(shape), device="meta")
+    here = torch.empty(0, dtype=reference.dtype, device=owners.device_type)
+    return DTensor.from_local(
+        here, owners, [Shard(0)] * owners.ndim, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Check whether a tensor is of an expert that other processes have."""
+    return isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None
+
+
+def num_owners(tensor: Tensor) -> int:
+    """Return the number of processes that share a tensor of an expert; 0 for any other tensor."""
+    divided = isinstance(tensor, DTensor) and OWNERS in (tensor.device_mesh.mesh_dim_names or ())
+    return tensor.device_mesh.size() if divided else 0  # type: ignore[attr-defined]
+
+
+def sum_over_experts(own: Tensor, owners: int) -> Tensor:
+    """Sum a value over the experts of all processes, in place; all of them must call this.
+
+    Args:
+        own: Sum over the experts of this process.
+        owners: Processes with this sum, those that have the same experts.
+    """
+    torch.distributed.all_reduce(own)
+    return own.div_(owners)
+
+
+def sum_over_model(values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum a value of each tensor over a model; all processes must call this.
+
+    Args:
+        values: Tensors, and the value of each whole tensor; 0 for experts of other processes.
+    """
+    found = [value for tensor, value in values if not num_owners(tensor)]
+    if owners := max(num_owners(tensor) for tensor, _ in values):
+        own = torch.stack([value for tensor, value in values if num_owners(tensor)])
+        found.append(sum_over_experts(own.sum(dim=0), owners))
+    return torch.stack(found).sum(dim=0)
 
 
 def owned_rows(tensor: Tensor, total: int) -> range:
@@ -22,6 +76,8 @@ def owned_rows(tensor: Tensor, total: int) -> range:
         tensor: Reference tensor, replicated or sharded by rows.
         total: Rows of the whole tensor.
     """
+    if is_elsewhere(tensor):
+        return range(0)
     return shares(total, _divisions(tensor) if isinstance(tensor, DTensor) else [])
 
 
@@ -48,6 +104,8 @@ def shares(total: int, divisions: list[tuple[int, int]]) -> range:
 
 def local(tensor: Tensor) -> Tensor:
     """Get the local shard of a tensor, detached, in the same memory."""
+    if is_elsewhere(tensor):
+        return tensor.to_local().detach().view(0, *tensor.shape[1:])  # type: ignore[attr-defined]
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -107,6 +165,10 @@ class ShardedParameters:
             New parameter.
         """
         old = getattr(module, name)
+        if is_elsewhere(old):
+            new = nn.Parameter(elsewhere(old, old.device_mesh, shape), requires_grad=old.requires_grad)
+            setattr(module, name, new)
+            return new
         if (module, name) not in self._places:
             new = nn.Parameter(local, requires_grad=old.requires_grad)
             setattr(module, name, new)

@@ -32,6 +32,9 @@ from lit_tokenformer.registry import SCORE_NORMS
 ROUTER_STD = 0.02
 """Initial standard deviation of a router's weights."""
 
+Dispatch = Callable[["ExpertList", Tensor, "Grouped"], Tensor]
+"""Function that applies experts to rows by expert, (M, D) -> (M, D), wherever these experts are."""
+
 FEW = 8
 """Data tokens per expert below which experts are computed one by one; a product of all experts reads every weight."""
 
@@ -132,6 +135,26 @@ class Router(nn.Module):
         return self
 
 
+class ExpertList(nn.ModuleList):
+    """Feed-forwards of equal shape, each for its own rows, (M, D) -> (M, D)."""
+
+    def forward(self, rows: Tensor, groups: Grouped, first: int = 0) -> Tensor:
+        """Apply each expert to its rows: all at once, or one by one.
+
+        Args:
+            rows: Rows by expert, (M, D).
+            groups: Numbers of rows; of fewer experts than there are, for consecutive ones.
+            first: Number of the first of these experts.
+        """
+        experts: Any = list(self)[first : first + len(groups.sizes)]
+        if len(rows) >= FEW * len(experts) and can_group(experts, rows):
+            return experts[0].grouped(experts, rows, groups)
+        # an expert without rows gets a gradient of zero, since all processes reduce the same gradients
+        every = torch.is_grad_enabled() or not len(rows)
+        parts = zip(experts, rows.split(groups.sizes.tolist()), strict=True)
+        return torch.cat([expert(part[None])[0] for expert, part in parts if every or len(part)])
+
+
 class Experts(nn.Module):
     """Feed-forwards behind a router, (B, T, D) -> (B, T, D).
 
@@ -146,6 +169,9 @@ class Experts(nn.Module):
         shared: Further feed-forwards, which every data token uses.
         balance: Largest change of a routing bias per optimizer step; see :class:`Router`.
         groups: Shards of the parameter tokens, G.
+
+    Attributes:
+        dispatch: Sends rows to the processes of their experts; ``None`` if this process has all experts.
 
     Example:
         >>> layer = Experts([nn.Linear(4, 4) for _ in range(3)], dim=4)
@@ -166,7 +192,8 @@ class Experts(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(experts)
+        self.experts = ExpertList(experts)
+        self.dispatch: Dispatch | None = None
         self.shared = nn.ModuleList(shared)
         self.router = Router(dim, len(self.experts), top_k, balance, groups)
         for expert in self.experts if groups > 1 else ():
@@ -218,14 +245,8 @@ class Experts(nn.Module):
 
     @torch.compiler.disable  # shapes follow the routing: a graph for each would exceed the recompile limit
     def _by_expert(self, rows: Tensor, groups: Grouped) -> Tensor:
-        """Apply each expert to its rows: all at once, or one by one."""
-        experts: Any = list(self.experts)
-        if len(rows) >= FEW * len(experts) and can_group(experts, rows):
-            return experts[0].grouped(experts, rows, groups)
-        # an expert without rows gets a gradient of zero, since all processes reduce the same gradients
-        every = torch.is_grad_enabled()
-        parts = zip(experts, rows.split(groups.sizes.tolist()), strict=True)
-        return torch.cat([expert(part[None])[0] for expert, part in parts if every or len(part)])
+        """Apply each expert to its rows, wherever it is."""
+        return self.experts(rows, groups) if self.dispatch is None else self.dispatch(self.experts, rows, groups)
 
     @torch.compiler.disable
     def _by_shard(self, rows: Tensor, gates: Tensor, order: Tensor, place: Tensor, groups: Grouped) -> Tensor:

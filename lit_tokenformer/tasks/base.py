@@ -225,7 +225,8 @@ class LitTask(OptimizedTask):
                     f"model.overrides.experts: expected {now}, those of the initial weights, got "
                     f"{model.config.experts}; under ModelParallelStrategy the fit could not be resumed"
                 )
-        shard(self, self.device_mesh, COMPUTING_METHODS)
+        experts = getattr(self.trainer.strategy, "expert_parallel_size", 1)
+        shard(self, self.device_mesh, COMPUTING_METHODS, experts)
         make_growing(self.trainer.strategy)  # type: ignore[arg-type]
 
     def configure_gradient_clipping(
