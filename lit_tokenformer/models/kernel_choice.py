@@ -35,7 +35,7 @@ _kernel_is_faster: dict[Hashable, bool] = {}
 
 
 def fixed_choice() -> bool | None:
-    """Whether the kernel is taken, where the setting or the state of torch decides; ``None`` where time decides.
+    """Decide whether a kernel is taken by the setting and the state of torch; ``None`` leaves it to measured time.
 
     Operations of torch are taken under ``torch.compile`` and ``torch.export``, where a compiler fuses them, and with
     ``torch.use_deterministic_algorithms``. The setting overrides both.
