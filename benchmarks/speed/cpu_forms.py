@@ -54,8 +54,12 @@ def measure(shape: tuple[int, int, int], dtype: str, rounds: int) -> Line:
 
 def measure_all(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
     """Measure every shape in each precision."""
-    sizes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
-    return [measure(size, dtype, given.rounds) for dtype in given.dtypes for size in sizes], []
+    lines: list[Line] = []
+    for dtype in given.dtypes:
+        for shape in given.shapes:
+            length, dim, tokens = map(int, shape.split("x"))
+            lines.append(measure((length, dim, tokens), dtype, given.rounds))
+    return lines, []
 
 
 if __name__ == "__main__":
