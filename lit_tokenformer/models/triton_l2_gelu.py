@@ -37,7 +37,7 @@ def _forward_row(scores, tau, weights, scale, size, BLOCK: tl.constexpr):  # typ
 
 @triton.jit
 def _backward_row(  # type: ignore[no-untyped-def]
-    grad, scores, scale, tau, weights, along, size, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr
+    grad, scores, scale, tau, weights, dots, size, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -51,7 +51,7 @@ def _backward_row(  # type: ignore[no-untyped-def]
     dz = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32) * slope
     dot = tl.sum(dz * z, axis=0)
     tl.store(grad + places, (dz - z * (dot / (norm * norm))) * factor, mask=inside)
-    tl.store(along + row, dot)
+    tl.store(dots + row, dot)
     if WEIGHTS:
         tl.store(weights + places, z * cdf, mask=inside)
 
@@ -109,10 +109,10 @@ def l2_gelu_rows_backward_(
     """
     scores = _contiguous(scores)
     weights = torch.empty_like(scores) if with_weights else scores.new_empty(0)
-    along, size = torch.empty_like(scale), int(scores.shape[1])
+    dots, size = torch.empty_like(scale), int(scores.shape[1])
     kernel = wrap_triton(_backward_row)
-    _launch(kernel, len(scores), size, grad, scores, scale, tau, weights, along, WEIGHTS=with_weights)
-    return weights, along
+    _launch(kernel, len(scores), size, grad, scores, scale, tau, weights, dots, WEIGHTS=with_weights)
+    return weights, dots
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -123,8 +123,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
     scores, tau, scale = ctx.saved_tensors
     grad = grad.clone(memory_format=torch.contiguous_format)
-    _, along = l2_gelu_rows_backward_(grad, scores, scale, tau, False)
-    tau_grad = along.sum(dtype=tau.dtype) / tau if ctx.needs_input_grad[1] else None
+    _, dots = l2_gelu_rows_backward_(grad, scores, scale, tau, False)
+    tau_grad = dots.sum(dtype=tau.dtype) / tau if ctx.needs_input_grad[1] else None
     return grad if ctx.needs_input_grad[0] else None, tau_grad
 
 
