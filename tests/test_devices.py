@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks import GrowingEMA, LossGuard, ParameterGrowthCallback, PreemptionCheckpoint
 from lit_tokenformer.growth import grow
 from lit_tokenformer.inference.sampling import Sampling, generate_tokens
-from lit_tokenformer.models import Pattention, create_backbone
+from lit_tokenformer.models import Pattention, create_backbone, kernel_choice
 from lit_tokenformer.models.pattention import pattention
 from lit_tokenformer.tasks import LitImageClassifier, LRSchedule
 
@@ -56,7 +56,9 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(768, 96, 384), (97, 64, 41)], ids=["multiples", "odd"])
 @pytest.mark.parametrize("name", TOLERANCES)
-def test_pattention_and_its_gradients_equal_float64(device, name, shape, seed, record_property):
+@pytest.mark.parametrize("form", ["plain", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_pattention_and_its_gradients_equal_float64(device, form, name, shape, seed, record_property, monkeypatch):
+    monkeypatch.setattr(kernel_choice, "form", form)
     if name == "tf32" and device == "cpu":
         pytest.skip("TF32 exists on CUDA only")
     length, dim, tokens = shape
@@ -85,8 +87,27 @@ def test_pattention_and_its_gradients_equal_float64(device, name, shape, seed, r
     for part, mine, theirs in zip(("input", "keys", "values"), ours, exact, strict=True):
         errors[f"gradient of {part}"] = relative_error(mine.grad, theirs.grad)
     for part, error in errors.items():
-        record_property(f"relative error of Pattention in {name}, {part}", error)
+        record_property(f"relative error of Pattention in {name}, {part}{', Triton' * (form == 'triton')}", error)
     assert max(errors.values()) <= TOLERANCES[name], errors
+
+
+@pytest.mark.gpu
+def test_the_faster_form_is_chosen_once_and_never_in_a_graph_capture(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "form", "auto")
+    monkeypatch.setattr(kernel_choice, "_kernel_is_faster", chosen := {})
+    layer, x = Pattention(64, 64, num_tokens=256).cuda(), torch.randn(512, 64, device="cuda")
+    with torch.no_grad():
+        expected, state = layer(x), torch.cuda.get_rng_state()
+        assert len(chosen) == 1
+        layer(x)
+        assert len(chosen) == 1 and torch.equal(torch.cuda.get_rng_state(), state)
+        chosen.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        graph.replay()
+    assert not chosen
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,11 @@
 """The backward pass by hand: what it keeps, what it computes in every precision, and what a compiler makes of it."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_tokenformer.models import Pattention, create_backbone, pattention
+from lit_tokenformer.models import Pattention, create_backbone, kernel_choice, pattention, pattention_kernels
 
 
 def formula(x, key_tokens, value_tokens, tau):
@@ -222,3 +227,68 @@ def test_forward_mode_equals_reverse_mode():
     output, moved = jvp(layer, (x,), (tangent,))
     torch.testing.assert_close(output, layer(x))
     torch.testing.assert_close(moved, torch.einsum("abcd,cd->ab", jacobian, tangent))
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"),
+    reason="needs Triton, and a torch whose wrap_triton accepts interpreted kernels",
+)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_triton_kernels_in_the_interpreter():
+    """The variable has to be set before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/triton_scenarios.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_a_cpu_uses_no_triton_even_if_forced(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "form", "triton")
+    monkeypatch.setattr(kernel_choice, "INTERPRETED", False)
+    monkeypatch.setattr(pattention_kernels, "_triton", lambda: pytest.fail("loaded"))
+    pattention(*given(dtype=torch.float32)).sum().backward()
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # without a GPU, the graph cannot tell which tensors a kernel writes
+def test_export_and_compile_see_the_triton_kernels(monkeypatch):
+    """Traced as on a GPU, but never run: one kernel in each pass, between which the scores and their scale are kept."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    monkeypatch.setattr(kernel_choice, "form", "triton")
+    monkeypatch.setattr(kernel_choice, "INTERPRETED", True)
+    layer, x = Pattention(6, 4, num_tokens=10), torch.zeros(3, 6, requires_grad=True)
+    for grad, name in (True, "l2_gelu"), (False, "l2_gelu_"):
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(layer, (x,))
+        names = [str(node.target) for node in program.graph.nodes]
+        assert f"lit_tokenformer.{name}.default" in names and not any("aten.gelu" in one for one in names)
+
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        values = [None if one is None else one.meta["val"] for one in outputs]
+
+        def run(inputs):
+            return [None if one is None else torch.zeros(tuple(one.shape), dtype=one.dtype) for one in values]
+
+        run._boxed_call = True
+        return run
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler), fullgraph=True)
+    compiled(x).sum().backward()
+    assert len(graphs) == 2
+    for graph in graphs:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert targets.count("triton_kernel_wrapper_functional") == 1 and not any("gelu" in one for one in targets)
+    outputs = next(node for node in graphs[0].graph.nodes if node.op == "output").args[0]
+    shapes = sorted(tuple(one.meta["val"].shape) for one in outputs if not one.name.startswith(("primals", "view")))
+    assert [shape for shape in shapes if shape] == [(3,), (3, 10)]

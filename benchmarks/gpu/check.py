@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.speed.lines import table
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"right": 80, "pattention": 50, "training": 60, "decode": 40, "growth": 30, "profile": 40, "study": 300}
+PARTS = {"right": 80, "pattention": 60, "training": 60, "decode": 40, "growth": 30, "profile": 40, "study": 300}
 """Parts in the order of their importance, and the seconds that must be left on an H100 for one to be started."""
 GROUPS = {"speed": ("pattention", "training", "decode", "growth")}
 DEFAULT = ("right", "speed", "profile")

@@ -4,13 +4,16 @@
 
 A shape is data tokens x width x parameter tokens. All run forward and backward for input and both weights on the same
 numbers; the MLP has no biases, so the same six products. What is kept for backward is counted in bytes, weights apart.
-In ``compiled``, ``torch.compile`` gets the MLP and Pattention; the formula stays as it is written.
+In ``compiled``, ``torch.compile`` gets the MLP and Pattention; the formula stays as it is written. On a GPU, Pattention
+also runs with its Triton kernels and with operations of torch, between which it chooses by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.speed.lines import Line
 from benchmarks.speed.timing import arguments, kept_bytes, main, median, ratio, take_turns
-from lit_tokenformer.models import pattention
+from lit_tokenformer.models import kernel_choice, pattention
 
 SHAPES = ("2048x384x1536", "2048x768x768", "2048x768x3072", "1024x768x8560")
 
@@ -37,8 +40,14 @@ def formula(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
     return weights @ value_tokens
 
 
-def measure(shape: tuple[int, int, int], dtype: str, mode: str, rounds: int, device: str) -> tuple[list[Line], float]:
-    """Measure one shape; return its lines and the speed-up over the formula."""
+FORMS = {"operations of torch": "plain", "Triton kernels": "triton"}
+"""Forms of Pattention, by setting of ``LIT_TOKENFORMER_KERNELS``."""
+
+
+def measure(
+    shape: tuple[int, int, int], dtype: str, mode: str, rounds: int, device: str, forms: bool = False
+) -> tuple[list[Line], float]:
+    """Measure one shape, also with each of its forms if asked; return its lines and the speed-up over the formula."""
     torch.manual_seed(0)
     length, dim, tokens = shape
     kind = {"device": device, "dtype": getattr(torch, dtype)}
@@ -48,11 +57,20 @@ def measure(shape: tuple[int, int, int], dtype: str, mode: str, rounds: int, dev
     tau = torch.tensor(math.sqrt(tokens), device=device)
     compiled: Any = torch.compile if mode == "compiled" else lambda function: function
     mlp_, pattention_ = compiled(mlp), compiled(pattention)
-    forward = {
+    forward: dict[str, Callable[[], Tensor]] = {
         "MLP": lambda: mlp_(x, keys, out),
         "formula": lambda: formula(x, keys, values, tau),
         "Pattention": lambda: pattention_(x, keys, values, tau),
     }
+
+    def in_form(form: str) -> Tensor:
+        before, kernel_choice.form = kernel_choice.form, form
+        try:
+            return pattention_(x, keys, values, tau)
+        finally:
+            kernel_choice.form = before
+
+    forward |= {name: partial(in_form, form) for name, form in FORMS.items() if forms}
 
     def step(name: str) -> None:
         x.grad = keys.grad = values.grad = out.grad = None
@@ -79,6 +97,7 @@ def measure(shape: tuple[int, int, int], dtype: str, mode: str, rounds: int, dev
         line("MLP", ratio(ours, taken["MLP"]), "<= 1.05"),
         line("formula", faster, ">= 1.0"),
         line("products", ratio(ours, taken["products"]), ""),
+        *(line(name, ratio(ours, taken[name]), "<= 1.03") for name in FORMS if forms),
     ]
     for against, goal in ("MLP", "<= 1.01"), ("formula", "<= 0.45"):
         part = kept["Pattention"] / kept[against]
@@ -95,7 +114,8 @@ def measure_all(given: argparse.Namespace) -> tuple[list[Line], list[str]]:
             for shape in given.shapes:
                 torch.compiler.reset()
                 length, dim, tokens = map(int, shape.split("x"))
-                found, than_formula = measure((length, dim, tokens), dtype, mode, given.rounds, given.device)
+                forms = given.device.startswith("cuda")
+                found, than_formula = measure((length, dim, tokens), dtype, mode, given.rounds, given.device, forms)
                 lines += found
                 faster.append(than_formula)
             lines.append(speedup(f"{dtype} {mode}", faster, ">= 1.25"))

@@ -2,7 +2,8 @@
 
 Source: arXiv 2410.23168, eq. 4 and appendix A, eq. 16. Autograd saves the scores, the normalized scores and their GELU.
 This implementation saves only ``z = tau s / ||s||`` and one scalar per data token, and recomputes the GELU. Operations
-between the matrix products run in place where possible.
+between the matrix products run in place where possible. On CUDA, Triton kernels compute them where they are faster;
+these save the scores instead of z.
 
 With ``w = GELU(z)`` and the output gradient ``dy``: ``dV = w^T dy``, ``dw = dy V^T``, ``dz = dw * GELU'(z)``,
 ``ds = (dz - z (dz . z) / tau^2) tau / ||s||``, ``dK = ds^T x`` and ``dx = ds K``.
@@ -11,17 +12,23 @@ With ``w = GELU(z)`` and the output gradient ``dy``: ``dV = w^T dy``, ``dw = dy 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_tokenformer.models import kernel_choice
+
 NORM_EPS = 1e-12
 """Smallest norm of a row of scores; rows below it are treated as zeros."""
 
 _BLOCK = 2**24
 """Bytes of scores processed at once by blockwise kernels."""
+
+_LARGEST_ROW = 2**14
+"""Largest N whose rows fit into the registers of a Triton program."""
 
 
 def l2_scale(scores: Tensor, tau: Tensor) -> Tensor:
@@ -56,39 +63,45 @@ def l2_gelu(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) ->
         x, key_tokens, value_tokens = x.to(dtype), key_tokens.to(dtype), value_tokens.to(dtype)
     with _without_autocast(device):
         rows = x.reshape(-1, x.shape[-1])
+        fused = (device == "cuda" or kernel_choice.INTERPRETED) and _takes_triton(rows, key_tokens, value_tokens, tau)
         if torch.is_grad_enabled():
-            out = _L2GELU.apply(rows, key_tokens, value_tokens, tau)
+            out = _L2GELU.apply(rows, key_tokens, value_tokens, tau, fused)
         else:
-            scores, _ = _normalized(F.linear(rows, key_tokens), tau)
-            out = torch.ops.aten.gelu_(scores) @ value_tokens
+            out = _weigh_(F.linear(rows, key_tokens), tau, fused) @ value_tokens
     return out.view(*x.shape[:-1], value_tokens.shape[1])
 
 
 class _L2GELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> Tensor:
-        normalized, scale = _normalized(F.linear(x, key_tokens), tau)
-        ctx.save_for_backward(x, key_tokens, value_tokens, tau, normalized, scale)
-        return F.gelu(normalized) @ value_tokens
+    def forward(ctx: Any, x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor, fused: bool) -> Tensor:
+        weights, kept, scale = _weigh(F.linear(x, key_tokens), tau, fused)
+        ctx.save_for_backward(x, key_tokens, value_tokens, tau, kept, scale)
+        return weights @ value_tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, key_tokens, value_tokens, tau, normalized, scale = ctx.saved_tensors
-        for_x, for_keys, for_values, for_tau = ctx.needs_input_grad
+        x, key_tokens, value_tokens, tau, kept, scale = ctx.saved_tensors
+        for_x, for_keys, for_values, for_tau, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
-            return _differentiable_gradients(ctx, grad)
+            return *_differentiable_gradients(ctx, grad), None
         x_grad = keys_grad = values_grad = tau_grad = None
         with _without_autocast(grad.device.type):
-            if for_values:
-                values_grad = F.gelu(normalized).T @ grad
-            if for_x or for_keys or for_tau:
-                scores_grad = _before_gelu(grad @ value_tokens.T, normalized)
-                if for_tau:
-                    tau_grad = (scores_grad * normalized).sum(dtype=tau.dtype) / tau
-                scores_grad = _before_norm(scores_grad, normalized, scale, tau)
-                keys_grad = scores_grad.T @ x if for_keys else None
-                x_grad = scores_grad @ key_tokens if for_x else None
-        return x_grad, keys_grad, values_grad, tau_grad
+            if scale.dim() == 1:  # of the Triton kernel; the scores are kept
+                scores_grad = grad @ value_tokens.T
+                weights, dots = _triton().l2_gelu_rows_backward_(scores_grad, kept, scale, tau, for_values)
+                values_grad = weights.T @ grad if for_values else None
+                tau_grad = dots.sum(dtype=tau.dtype) / tau if for_tau else None
+            else:
+                if for_values:
+                    values_grad = F.gelu(kept).T @ grad
+                if for_x or for_keys or for_tau:
+                    scores_grad = _before_gelu(grad @ value_tokens.T, kept)
+                    if for_tau:
+                        tau_grad = (scores_grad * kept).sum(dtype=tau.dtype) / tau
+                    scores_grad = _before_norm(scores_grad, kept, scale, tau)
+            keys_grad = scores_grad.T @ x if for_keys else None
+            x_grad = scores_grad @ key_tokens if for_x else None
+        return x_grad, keys_grad, values_grad, tau_grad, None
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,14 +110,72 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     x, key_tokens, value_tokens, tau = inputs
     with _without_autocast(grad.device.type):
         out = _plain(x, key_tokens, value_tokens, tau)
-        wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad[:4], strict=True) if needed]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:4])
+
+
+def _triton() -> Any:
+    """Import the module of Triton kernels."""
+    from lit_tokenformer.models import triton_l2_gelu
+
+    return triton_l2_gelu
+
+
+def _takes_triton(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, tau: Tensor) -> bool:
+    """Decide whether Triton kernels compute what is between the products of ``x`` (T, D_in)."""
+    size = len(key_tokens)
+    if size > _LARGEST_ROW or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    fixed = kernel_choice.fixed_choice()
+    if fixed is not None:
+        return fixed
+    training = torch.is_grad_enabled()
+
+    def run(fused: bool) -> None:
+        if training:
+            held = _Held()
+            _L2GELU.backward(held, _L2GELU.forward(held, x, key_tokens, value_tokens, tau, fused))
+        else:
+            _weigh_(F.linear(x, key_tokens), tau, fused) @ value_tokens
+
+    key = ("l2_gelu", len(x).bit_length(), *key_tokens.shape, value_tokens.shape[1], x.dtype, x.device, training)
+    return kernel_choice.is_faster(key, x, partial(run, False), partial(run, True))
+
+
+class _Held:
+    """Context of the autograd function outside of autograd."""
+
+    needs_input_grad = (True, True, True, False, False)
+    saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     enabled = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def _weigh(scores: Tensor, tau: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute weights (T, N), what is kept for the backward pass (T, N), and the scale of each row.
+
+    Torch's operations keep z, in place of the scores, and the scale (T, 1); the Triton kernel the scores and (T,).
+    """
+    if fused:
+        weights, scale = _triton().l2_gelu_rows(scores, tau)
+        return weights, scores, scale
+    normalized, scale = _normalized(scores, tau)
+    return F.gelu(normalized), normalized, scale
+
+
+def _weigh_(scores: Tensor, tau: Tensor, fused: bool) -> Tensor:
+    """Compute weights (T, N) in place of the scores."""
+    if fused:
+        _triton().l2_gelu_rows_(scores, tau)
+        return scores
+    return torch.ops.aten.gelu_(_normalized(scores, tau)[0])
 
 
 def _on_cpu(x: Tensor) -> bool:
