@@ -325,6 +325,13 @@ def test_names_are_listed(capsys, monkeypatch):
     assert main_status("list", "preset") == 2 and "expected 'presets', 'configs' or" in capsys.readouterr().err
 
 
+def test_missing_options_are_named_as_they_are_written(capsys):
+    assert main_status("shrink") == 2
+    assert capsys.readouterr().err == "error: missing: --ckpt_path, --tokens\n"
+    assert main_status("list") == 2
+    assert capsys.readouterr().err == "error: missing: what\n"
+
+
 CALLBACKS = ("ParameterGrowthCallback", "GrowingEMA", "TrainingMonitor")
 
 

@@ -77,7 +77,7 @@ from lit_tokenformer.cli.preflight import (
 )
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
-from lit_tokenformer.cli.terminal import add_displays, hide_advertisements
+from lit_tokenformer.cli.terminal import add_displays, hide_advertisements, shorten_warnings
 from lit_tokenformer.registry import import_plugins
 from lit_tokenformer.tasks.initialization import add_arguments, check_settings, initialize_from
 from lit_tokenformer.version import __version__
@@ -142,9 +142,11 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0 on success; 2 for an invalid setting or input, reported in one line; 1 for any other error, with
         its traceback; 130, 129 or 143 for a fit ended by Ctrl-C, SIGHUP or another signal; 141 for a closed output.
     """
-    # addressed to Lightning, not to its users
     hide_advertisements()
+    shorten_warnings()
+    # addressed to Lightning and torch, not to their users
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     log, preemption = ErrorLog(), PreemptionCheckpoint()
     try:
         _run(sys.argv[1:] if args is None else list(args), log, preemption)
@@ -178,7 +180,8 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
     arguments = _with_texts(_with_shipped_configs(args))
     if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    brief = not {"-h", "--help"}.isdisjoint(arguments)  # its texts are those of COMMON and of Args sections
+    set_parsing_settings(docstring_parse_attribute_docstrings=not brief)
     TokenformerCLI(
         LightningModule,
         LightningDataModule,
