@@ -233,7 +233,7 @@ def _parameters(pl_module: Any) -> dict[str, int]:
 
 def _total_and_active(stage: dict[str, Any]) -> str:
     total, active = stage.get("parameters"), stage.get("active_parameters")
-    return "-" if total is None else f"{total / 1e6:,.4g} M\n({active / 1e6:,.4g} M active)"
+    return "-" if total is None or active is None else f"{total / 1e6:,.4g} M\n({active / 1e6:,.4g} M active)"
 
 
 def _training_flops(trainer: Trainer) -> int | None:

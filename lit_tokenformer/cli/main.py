@@ -299,9 +299,10 @@ class TokenformerCLI(LightningCLI):
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = _repeatable(function)
             own.make_brief()
-            own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
-            for text in sorted(texts):
-                own.add_argument(f"--{text}", action="append", help=TEXTS[text])
+            if self._asked in (None, name):
+                own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
+                for text in sorted(texts):
+                    own.add_argument(f"--{text}", action="append", help=TEXTS[text])
             parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
 
     def _set_seed(self) -> None:
