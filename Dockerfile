@@ -1,4 +1,4 @@
-# CPU image: docker build -t lit-tokenformer . && docker run lit-tokenformer fit --config vit_small --trainer.max_epochs 1
+# CPU image: docker build -t lit-tokenformer . && docker run lit-tokenformer fit --config vit_small
 # GPU image: docker build --build-arg BASE=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime --build-arg TORCH_INDEX= -t lit-tokenformer .
 ARG BASE=python:3.11-slim
 FROM ${BASE}

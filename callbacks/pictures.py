@@ -92,7 +92,7 @@ def confusion_picture(counts: Tensor, names: Sequence[str]) -> Tensor:
     cell, font = (38 if classes <= 20 else 14), ImageFont.load_default(14 if classes <= 20 else 11)
     texts = [str(names[index]) if index < len(names) else str(index) for index in range(classes)]
     texts = [text if len(text) <= 14 else f"{text[:13]}." for text in texts]
-    left = max(90, 24 + max(int(font.getlength(text)) for text in texts))
+    left = max(90, 32 + max(int(font.getlength(text)) for text in texts))
     picture = Image.new("RGB", (left + classes * cell + 8, left + classes * cell + 8), "white")
     draw = ImageDraw.Draw(picture)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
@@ -109,6 +109,9 @@ def confusion_picture(counts: Tensor, names: Sequence[str]) -> Tensor:
                 draw.text(place, number, "white" if share > 0.5 else "black", font)
         middle = left + row * cell + cell // 2 - 8
         draw.text((8, middle), texts[row], "black", font)
+        if (width := font.getlength(texts[row])) <= cell - 4:
+            draw.text((left + (row + 0.5) * cell - width / 2, left - 20), texts[row], "black", font)
+            continue
         name = Image.new("RGB", (left - 28, 16), "white")
         ImageDraw.Draw(name).text((0, 0), texts[row], "black", font)
         picture.paste(name.rotate(90, expand=True), (middle, 24))

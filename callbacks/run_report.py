@@ -25,7 +25,7 @@ _LAYOUT: dict[str, dict[str, list[Any]]] = {
         "Loss, and when the model grew": ["Multiline", [r"^val/(.*/)?loss$", r"^train/loss$", r"^growth/at_\d+$"]],
         "Scores": ["Multiline", [r"^val/(.*/)?(acc1|accuracy|bits_per_byte)$"]],
         "Validation loss by MFLOPs of training": ["Multiline", [r"^Overview/.*_by_MFLOPs$"]],
-        "Parameters": ["Multiline", [r"^size/parameters$"]],
+        "Parameters": ["Multiline", [r"^Overview/4_parameters$"]],
     },
     "Growth": {
         "Size by kind": ["Multiline", [r"^size/(?!parameters)"]],
@@ -96,10 +96,12 @@ def log_growth(trainer: Trainer, event: Mapping[str, Any], before: Mapping[str, 
         text = f"**{title}**: {listed}\n\n| | before | after |\n|---|---:|---:|\n{table}"
         log_text(trainer, "growth", text, f"growth-step={step}.md", step, folder)
     loss = trainer.callback_metrics.get("train/loss")
-    if loss is not None:
+    # vertical lines: a point on each side of the growth, as TensorBoard keeps one point of a step
+    for side, height, size in ((step - 1, 0.5, before["parameters"]), (step, 1.5, event.get("parameters"))):
+        mark = {} if loss is None else {f"growth/at_{trainer.global_step}": height * float(loss)}
+        jump = {} if size is None else {"Overview/4_parameters": size}
         for logger in _tensorboards(trainer):
-            for height in (0.5, 1.5):  # a vertical line
-                logger.log_metrics({f"growth/at_{trainer.global_step}": height * float(loss)}, step=step)
+            logger.log_metrics(mark | jump, step=max(side, 0))
 
 
 @torch.no_grad()

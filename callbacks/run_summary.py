@@ -16,8 +16,13 @@ from rich import get_console
 
 from callbacks.throughput import Counts, peak_memory
 from callbacks.training_monitor import TrainingMonitor
+from lit_tokenformer.adapters import list_adapters
 from lit_tokenformer.checkpoints.run_folder import run_folder, write_new
 from lit_tokenformer.models import model_size, param_tokens
+from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMaskedLM
+
+INSPECTED = (LitCausalLM, LitImageClassifier, LitMaskedLM)
+"""Tasks that the command ``inspect`` supports; a checkpoint of an adapter has no model to inspect."""
 
 
 class RunSummary(Callback):
@@ -94,7 +99,8 @@ class RunSummary(Callback):
             rank_zero_warn(f"cannot write summary.json to {folder}: {error.strerror or error}")
         self._print()
         path = _latest_checkpoint(trainer)
-        if path and param_tokens(pl_module):
+        inspects = isinstance(pl_module, INSPECTED) and param_tokens(pl_module) and not list_adapters(pl_module)
+        if path and inspects:
             text = f"Inspect its tokens: lit-tokenformer inspect --ckpt_path {shlex.quote(path)} --output report"
             get_console().print(text, soft_wrap=True, highlight=False, markup=False)
 
@@ -165,7 +171,9 @@ class RunSummary(Callback):
         table = _table("Run summary")
         sparse = any(stage.get("active_parameters") for stage in self.stages)
         for name in ("stage", "size", *(["parameters"] if sparse else []), "steps", "seconds", "FLOPs", score):
-            table.add_column(name, justify="left" if name == "size" else "right", overflow="fold")
+            is_size = name == "size"
+            header, width = name.replace("/", "/\n") if sparse else name, 12 if is_size else None
+            table.add_column(header, justify="left" if is_size else "right", overflow="fold", min_width=width)
         sizes = [{**stage["tokens"], **stage.get("units", {}), "depth": stage.get("depth")} for stage in self.stages]
         constant = {kind for kind in sizes[-1] if len({size.get(kind) for size in sizes}) == 1} if sizes else set()
         for number, stage in enumerate(self.stages):
@@ -225,7 +233,7 @@ def _parameters(pl_module: Any) -> dict[str, int]:
 
 def _total_and_active(stage: dict[str, Any]) -> str:
     total, active = stage.get("parameters"), stage.get("active_parameters")
-    return "-" if total is None else f"{total:,} ({active:,} active)"
+    return "-" if total is None or active is None else f"{total / 1e6:,.4g} M\n({active / 1e6:,.4g} M active)"
 
 
 def _training_flops(trainer: Trainer) -> int | None:

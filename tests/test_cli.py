@@ -314,12 +314,23 @@ def test_help_shows_common_options_and_their_choices(capsys):
     assert "--trainer.barebones" in shown_help(capsys, "fit", "--help-all")
 
 
-def test_names_are_listed(capsys):
+def test_names_are_listed(capsys, monkeypatch):
     listed = {what: shown_help(capsys, "list", what) for what in ("presets", "configs", "datasets")}
-    assert re.search(r"^gpt2_124m +124.4 M parameters, width 768, depth 12, language$", listed["presets"], re.M)
+    assert re.search(r"^gpt2_124m +124.4 M, 12 x 768, language$", listed["presets"], re.M)
     assert [line.split()[0] for line in listed["configs"].splitlines()] == list(shipped_configs())
     assert re.search(r"^digits +images$", listed["datasets"], re.M)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main_status("list", "configs") == main_status("list", "presets") == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
     assert main_status("list", "preset") == 2 and "expected 'presets', 'configs' or" in capsys.readouterr().err
+
+
+def test_missing_options_are_named_as_they_are_written(capsys):
+    assert main_status("shrink") == 2
+    assert capsys.readouterr().err == "error: missing: --ckpt_path, --tokens\n"
+    assert main_status("list") == 2
+    assert capsys.readouterr().err == "error: missing: what\n"
 
 
 CALLBACKS = ("ParameterGrowthCallback", "GrowingEMA", "TrainingMonitor")

@@ -125,7 +125,10 @@ def test_events_across_a_growth(tmp_path: Path) -> None:
     assert costs == [int(totals[step] // 1e6) for step in (3, 7)]
     assert sorted(found.Tags()["scalars"])[0].startswith("Overview/")  # the order of TensorBoard
     (low, high) = found.Scalars("growth/at_4")
-    assert low.step == high.step == 4 and 0 < low.value < high.value
+    assert (low.step, high.step) == (3, 4) and 0 < low.value < high.value
+    sizes = [(event.step, event.value) for event in found.Scalars("Overview/4_parameters")]
+    before, after = sizes[0][1], sizes[-1][1]
+    assert (3, before) in sizes and (4, after) in sizes and before < after  # a vertical jump
     layout = layout_pb2.Layout.FromString(found.Tensors(LAYOUT_TAG)[0].tensor_proto.string_val[0])
     charts = [chart for category in layout.category for chart in category.chart]
     patterns = [pattern for chart in charts for pattern in chart.multiline.tag]

@@ -31,7 +31,10 @@ def test_setup_lists_every_package():
 def test_one_version_everywhere():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"## {__version__} - {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert setup["metadata"]["version"] == "attr: lit_tokenformer.version.__version__"
     recipe = (ROOT / "conda" / "meta.yaml").read_text()
     assert f'version = "{__version__}"' in recipe
     needed = {re.match(r"[\w-]+", line)[0] for line in setup["options"]["install_requires"].split("\n") if line}

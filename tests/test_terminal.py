@@ -8,6 +8,7 @@ import signal
 import struct
 import sys
 import termios
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import ModelTable, TerminalProgress
+from lit_tokenformer.cli import preflight
+from lit_tokenformer.cli.terminal import shorten_warnings
 from lit_tokenformer.errors import UserError
 
 FIT = """
@@ -156,3 +159,10 @@ def test_table_lists_parts_with_parameters(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^layer +Linear +3\b", shown, re.M) and "3 parameters, 3 trainable" in shown
     assert "FLOPs" not in shown
+
+
+def test_a_warning_of_the_project_is_one_line_without_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    shorten_warnings()
+    assert warnings.formatwarning("too long", UserWarning, preflight.__file__, 1) == "warning: too long\n"
+    assert "module.py:1: UserWarning" in warnings.formatwarning("too long", UserWarning, "/own/module.py", 1)

@@ -56,6 +56,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", opt
     Raises:
         ValueError: If the file is missing, incomplete, contains pickled code or is not a training checkpoint.
     """
+    if not os.path.exists(path):
+        last = max(Path("lightning_logs").glob("*/checkpoints/last.ckpt"), key=os.path.getmtime, default=None)
+        raise UserError(f"ckpt_path: {path} is not a file" + (f"; the newest checkpoint is {last}" if last else ""))
     if is_sharded(path):
         checkpoint = read_folder(path, map_location, optimizers)
     else:

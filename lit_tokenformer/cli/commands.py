@@ -79,7 +79,8 @@ def grow_checkpoint(
 
     write_checkpoint(checkpoint, target)
     pairs = {kind: f"{before[kind]} -> {now}" for kind, now in after.items()}
-    print(f"{target}: {describe_sizes(pairs)}")
+    changed = {kind: pair for kind, pair in pairs.items() if before[kind] != after[kind]}
+    print(f"{target}: {describe_sizes(changed or pairs)}")
     return target
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
 from itertools import takewhile
 from typing import Literal
 
@@ -16,22 +19,26 @@ _TASKS = {"language": "language", "masked_language": "masked language", "image":
 
 
 def list_names(what: Literal["presets", "configs", "datasets"]) -> None:
-    """List the names of presets, shipped configs or data sets.
+    """List the names of presets (with parameters, depth x width and task), shipped configs or data sets.
 
     Args:
         what: Names to list.
     """
     rows = {"presets": _presets, "configs": _configs, "datasets": _datasets}[what]()
     width = max(len(name) for name, _ in rows)
+    columns = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else sys.maxsize
     for name, text in rows:
-        print(f"{name:{width}}  {text}")
+        first, *rest = textwrap.wrap(text, max(columns, 20))
+        print(f"{name:{width}}  {first}")
+        for line in rest:
+            print(f"{'':{width}}  {line}")
 
 
 def _presets() -> list[tuple[str, str]]:
     rows = []
     for name in list_presets():
         config = preset_config(name)
-        size = f"{model_cost(config).parameters / 1e6:8,.1f} M parameters, width {config.dim}, depth {config.depth}"
+        size = f"{model_cost(config).parameters / 1e6:8,.1f} M, {config.depth} x {config.dim}"
         rows.append((name, f"{size}, {_TASKS.get(config.head, config.head)}"))
     return rows
 

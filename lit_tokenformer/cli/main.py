@@ -74,7 +74,7 @@ from lit_tokenformer.cli.preflight import (
 )
 from lit_tokenformer.cli.restored_state import check_restored_state
 from lit_tokenformer.cli.run_identity import RunIdentity, defining_settings
-from lit_tokenformer.cli.terminal import add_displays, hide_advertisements
+from lit_tokenformer.cli.terminal import add_displays, hide_advertisements, shorten_warnings
 from lit_tokenformer.distributed.checkpoint import is_sharded
 from lit_tokenformer.errors import UserError, from_process, raised_by_library, unwrap
 from lit_tokenformer.registry import import_plugins
@@ -129,8 +129,9 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0 on success; 2 for an invalid setting or input, reported in one line; 1 for any other error, with
         its traceback; 130, 129 or 143 for a fit ended by Ctrl-C, SIGHUP or another signal; 141 for a closed output.
     """
-    # addressed to Lightning, not to its users
     hide_advertisements()
+    shorten_warnings()
+    # addressed to Lightning and torch, not to their users
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     log, preemption = ErrorLog(), PreemptionCheckpoint()
     try:
@@ -165,7 +166,8 @@ def _run(args: list[str], log: ErrorLog, preemption: PreemptionCheckpoint) -> No
     arguments = with_texts(with_shipped_configs(args), COMMANDS.get(args[0]) if args else None)
     if arguments and arguments[0] in {*TokenformerCLI.subcommands(), "plan"}:
         arguments = with_environment(arguments, os.environ, _ENV_PREFIX)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    brief = not {"-h", "--help"}.isdisjoint(arguments)  # its texts are those of COMMON and of Args sections
+    set_parsing_settings(docstring_parse_attribute_docstrings=not brief)
     TokenformerCLI(
         LightningModule,
         LightningDataModule,
@@ -283,9 +285,10 @@ class TokenformerCLI(LightningCLI):
             own = Parser(description=(function.__doc__ or "").splitlines()[0])
             texts = repeatable(function)
             own.make_brief()
-            own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
-            for text in sorted(texts):
-                own.add_argument(f"--{text}", action="append", help=TEXTS[text])
+            if self._asked in (None, name):
+                own.add_function_arguments(function, skip={*texts}, as_positional=function is list_names)
+                for text in sorted(texts):
+                    own.add_argument(f"--{text}", action="append", help=TEXTS[text])
             parser._subcommands_action.add_subcommand(name, own, help=own.description)  # type: ignore[union-attr]
 
     def _set_seed(self) -> None:

@@ -73,6 +73,8 @@ class Parser(BriefHelpParser, FlatNameParser, LightningArgumentParser):
         elif "arguments are required" in message and "model" in message:
             shipped = ", ".join(shipped_configs())
             message = f"--config: expected a config with model and data: a YAML file, or a shipped config: {shipped}"
+        elif "arguments are required: " in message:
+            message = f"missing: {', '.join(map(self._option, message.partition('required: ')[2].split(', ')))}"
         elif message.startswith("Key must be a string"):  # of a mapping for an option that does not exist
             message = (
                 "unknown option with a mapping of integer keys; --trainer.callbacks.schedule sets the last callback, "
@@ -84,6 +86,14 @@ class Parser(BriefHelpParser, FlatNameParser, LightningArgumentParser):
             message += "".join(f" (did you mean {name!r}?)" for name in near if name)
         print(f"error: {message}", file=sys.stderr)
         self.exit(2)
+
+    def _option(self, key: str) -> str:
+        """Return the option of a key, which begins with a command, as it is written on the command line."""
+        commands: Any = self._subcommands_action._name_parser_map if self._subcommands_action is not None else {}
+        command, _, name = key.partition(".")
+        actions = commands[command]._actions if command in commands else self._actions
+        dest = name if command in commands else key
+        return next((one.option_strings[0] for one in actions if one.dest == dest and one.option_strings), dest)
 
     def _names(self) -> set[str]:
         """Collect the names of all options, and of public classes and their arguments."""

@@ -169,11 +169,13 @@ def _print_table(
     from rich.table import Table
 
     sum_flops = sum(stage.training_flops for stage in stages)
-    gibibytes = [f"{size / 2**30:.2f} GiB" for size in memory]
+    gibibytes = [f"{size / 2**30:.2f}" for size in memory]
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("stage", "size", "steps", "epochs", "params", "FLOPs\n/sample", "memory", "FLOPs", "share"):
+    for name in ("stage", "size", "steps", "epochs", "params", "FLOPs\n/sample", "memory\n(GiB)", "FLOPs", "share"):
         is_size = name == "size"
-        table.add_column(name, justify="left" if is_size else "right", no_wrap=not is_size, vertical="bottom")
+        width = 11 if is_size else None
+        justify: Any = "left" if is_size else "right"
+        table.add_column(name, justify=justify, no_wrap=not is_size, min_width=width, vertical="bottom")
     for number, stage in enumerate(stages):
         table.add_row(
             str(number),
@@ -197,7 +199,7 @@ def _print_table(
 
 
 def _shown_parameters(cost: ModelCost) -> str:
-    active = f" ({_count(cost.active_parameters)} active)" if cost.inactive else ""
+    active = f"\n({_count(cost.active_parameters)} active)" if cost.inactive else ""
     return f"{_count(cost.parameters)}{active}"
 
 

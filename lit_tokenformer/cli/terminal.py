@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 
+import callbacks as own_callbacks
 from callbacks import ModelTable, TerminalProgress
 
 _ADVERTISEMENT = "💡 Tip"
 """Start of Lightning's log lines about services."""
+
+_OWN = (str(Path(__file__).parents[1]), str(Path(own_callbacks.__file__).parent))
+"""Folders of the modules of this project."""
+
+_format_warning = warnings.formatwarning
 
 
 def add_displays(config: dict[str, Any]) -> None:
@@ -40,6 +48,19 @@ def _has(callbacks: list[Any], kind: type) -> bool:
 def hide_advertisements() -> None:
     """Remove Lightning's advertisements from its log."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def shorten_warnings() -> None:
+    """Print warnings of this project without file and source line."""
+    warnings.formatwarning = _short_warning
+
+
+def _short_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if filename.startswith(_OWN) and issubclass(category, UserWarning):
+        return f"warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_tokenformer.inspection.meaning import LENS_BLOCKS
 from lit_tokenformer.inspection.prune import TOLERANCE
@@ -58,6 +57,8 @@ def write_report(folder: Path, report: TokenReport, source: Source, top: int) ->
 
 def render(report: TokenReport, source: Source, top: int) -> str:
     """Render the page; all text of the model and of the data is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     filters: dict[str, Any] = {"signed": _signed, "compact": _compact, "label": _label}
