@@ -19,7 +19,7 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.cli.preflight import check_data_fit
+from lit_tokenformer.cli.preflight import check_data_fit, check_monitors
 from lit_tokenformer.cli.weights import export_weights
 from lit_tokenformer.data import (
     ImageDataModule,
@@ -45,9 +45,9 @@ def make_task(**settings):
     return LitVisionLanguage("tokenformer_lm_tiny", **{**given, "schedule": LRSchedule("constant"), **settings})
 
 
-def make_data(**settings):
+def make_data(dataset="digits_grid", **settings):
     given = {"train_samples": 48, "val_samples": 12, "batch_size": 8, "seed": 3, "num_workers": 0}
-    return VisionLanguageDataModule("digits_grid", **{**given, **settings})
+    return VisionLanguageDataModule(dataset, **{**given, **settings})
 
 
 def spread(model):
@@ -376,6 +376,15 @@ def test_classes_are_chosen_by_the_probability_of_their_names(tmp_path):
     assert 0 <= scored["val/acc1"] <= 1 and scored["val/exact_match"] <= 1
 
 
+@pytest.mark.parametrize(("dataset", "score"), [("digits_grid", "exact_match/all"), ("images/digits", "acc1")])
+def test_metrics_that_depend_on_the_data_can_be_monitored(tmp_path, dataset, score):
+    task, data = make_task(context_length=32), make_data(dataset, image_size=16, block_size=32)
+    best, typo = ModelCheckpoint(tmp_path, monitor=f"val/{score}"), ModelCheckpoint(tmp_path, monitor=f"val/{score}x")
+    check_monitors(make_trainer(tmp_path, callbacks=[best], enable_checkpointing=True), task, data)
+    with pytest.raises(ValueError, match=f"did you mean 'val/{score}'"):
+        check_monitors(make_trainer(tmp_path, callbacks=[typo], enable_checkpointing=True), task, data)
+
+
 def test_predictions_are_a_table_of_answers(tmp_path):
     task, writer = make_task(), PredictionWriter(str(tmp_path / "answers.csv"))
     make_trainer(tmp_path, callbacks=[writer]).predict(task, make_data(val_samples=6), return_predictions=False)
@@ -409,9 +418,9 @@ def test_plain_text_is_a_second_task_on_the_same_blocks(tmp_path):
     assert task.eyes.backbone.blocks is task.prose.backbone.blocks
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(task, data)
-    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= {
-        *trainer.callback_metrics
-    }
+    logged = {name for name in trainer.callback_metrics if not name.startswith("size/")}
+    assert logged == task.logged_metrics() == LitMultiTask.logged_metrics(task, data)
+    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= logged
     eyes = partial(eyes, image_tokens=8)
     with pytest.raises(ValueError, match="model.tasks.eyes.image_tokens: unsupported with several tasks"):
         LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
