@@ -477,3 +477,21 @@ def test_data_of_another_kind_are_rejected(tmp_path, task, data, message):
 def test_formats_without_images_are_refused(trained, format, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         export_weights(str(trained), str(trained.with_suffix("")), format)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text_cache")
+def test_the_benchmark_runs_and_continues(tmp_path, capsys):
+    from benchmarks import vision_language
+
+    sizes = json.dumps({"dim": 16, "depth": 1, "num_heads": 2, "param_tokens": 8})
+    given = ["--seeds=1", "--steps=4", "--word_steps=4", "--every=2", "--batch_size=8", "--sizes", sizes]
+    vision_language.main([*given, "--output", str(tmp_path / "found.json")])
+    once = (tmp_path / "found.json").read_text()
+    words, merged = (json.loads(once)[part]["fits"] for part in ("words", "merge"))
+    assert [row["step"] for row in next(iter(words.values()))[0]] == [2, 4]
+    (separate, both, joint), (scratch,) = merged["separate, merged, joint"][0], merged["joint from scratch"][0]
+    assert separate["val/bits_per_byte"] == pytest.approx(both["val/bits_per_byte"], abs=1e-3)
+    assert separate["flops"] == both["flops"] < joint["flops"] == pytest.approx(scratch["flops"], rel=0.1)
+    vision_language.main([*given, "--parts", "words", "--output", str(tmp_path / "found.json")])
+    assert (tmp_path / "found.json").read_text() == once and "## zero_shot" in capsys.readouterr().out
