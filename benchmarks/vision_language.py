@@ -37,7 +37,7 @@ from lit_tokenformer.tasks import LitCausalLM, LitImageClassifier, LitMultiTask,
 from lit_tokenformer.tasks.merge import merge_tasks
 
 RESULTS = Path(__file__).parent / "results" / "vision_language.json"
-READER = {"dim": 128, "depth": 3, "num_heads": 4, "param_tokens": 96, "patch_size": 8}
+READER = {"dim": 96, "depth": 3, "num_heads": 4, "param_tokens": 64, "patch_size": 8}
 POSITIONS = {"rotary_fraction": 1.0, "rotary_base": 100.0}
 SMALL = {"dim": 64, "depth": 3, "num_heads": 4, "param_tokens": 48}
 BITS, ACCURACY = "val/bits_per_byte", "val/acc1"
@@ -93,7 +93,9 @@ def text_loss(task: Any, tokens: Tensor) -> Tensor:
 
 def trainer(**settings: Any) -> Trainer:
     """Create a quiet trainer on the CPU."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     return Trainer(accelerator="cpu", num_sanity_val_steps=0, gradient_clip_val=1.0, **quiet, **settings)
 
 
@@ -117,9 +119,8 @@ def recipe(rate: float) -> dict[str, Any]:
 def answers(data: VisionLanguageDataModule, overrides: dict[str, Any], **settings: Any) -> LitVisionLanguage:
     """Build a task for images and answers."""
     sizes: Any = {"image_size": data.image_size, "in_chans": data.in_chans, "context_length": data.block_size}
-    return LitVisionLanguage(
-        "tokenformer_lm_tiny", separator_id=256, overrides={**POSITIONS, **overrides}, **sizes, **settings
-    )
+    sizes["overrides"] = {**POSITIONS, **overrides}
+    return LitVisionLanguage("tokenformer_lm_tiny", separator_id=256, **sizes, **settings)
 
 
 def text_data() -> TextDataModule:
@@ -130,7 +131,7 @@ def text_data() -> TextDataModule:
 def language_model(overrides: dict[str, Any], **settings: Any) -> LitCausalLM:
     """Build a language model of bytes."""
     sizes: Any = {"vocab_size": 257, "context_length": 128, "separator_id": 256}
-    return LitCausalLM("tokenformer_lm_tiny", **sizes, overrides={**POSITIONS, **overrides}, **settings)  # type: ignore[arg-type]
+    return LitCausalLM("tokenformer_lm_tiny", overrides={**POSITIONS, **overrides}, **sizes, **settings)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -224,7 +225,11 @@ def merge(args: argparse.Namespace) -> Fits:
     def train(task: LitVisionLanguage, steps: int, before: int) -> dict[str, float]:
         settings = recipe(rate)
         task.make_optimizer, task.schedule = settings["optimizer"], settings["schedule"]
-        fit(Joint(task), MultiTaskDataModule(tasks={"eyes": digits(), "prose": text_data()}, epoch="prose"), steps)
+        fit(
+            Joint(task.train()),
+            MultiTaskDataModule(tasks={"eyes": digits(), "prose": text_data()}, epoch="prose"),
+            steps,
+        )
         return score(task, before + steps * joint_flops)
 
     def merged() -> list[dict[str, float]]:
@@ -272,10 +277,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="of each fit but those of words")
-    parser.add_argument("--word_steps", type=int, default=1300)
+    parser.add_argument("--word_steps", type=int, default=1800)
     parser.add_argument("--batch_size", type=int, default=64, help="of words")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate for words")
-    parser.add_argument("--every", type=int, default=200, help="steps between validations of words")
+    parser.add_argument("--every", type=int, default=300, help="steps between validations of words")
     parser.add_argument("--sizes", type=json.loads, default={}, help="fields of all architectures, as JSON")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
