@@ -167,18 +167,20 @@ def twin(args: argparse.Namespace) -> Fits:
     def alone() -> list[dict[str, float]]:
         return fit(language_model(sizes, **recipe(2e-3)), text_data(), args.steps)
 
-    def joint() -> list[dict[str, float]]:
+    def joint(weight: float) -> list[dict[str, float]]:
         eyes = VisionLanguageDataModule("digits_grid", batch_size=32, eval_batch_size=250)
         shared: Any = {**POSITIONS, **sizes}
         grid: Any = {"image_size": 16, "context_length": 20, "separator_id": 256, "overrides": {"patch_size": 8}}
         prose = partial(LitCausalLM, vocab_size=257, context_length=128, separator_id=256)
         tasks = {"eyes": partial(LitVisionLanguage, **grid), "prose": prose}
-        task = LitMultiTask("tokenformer_lm_tiny", overrides=shared, tasks=tasks, **recipe(2e-3))  # type: ignore[arg-type]
+        given: dict[str, Any] = {"tasks": tasks, "loss_weights": {"eyes": weight}, **recipe(2e-3)}
+        task = LitMultiTask("tokenformer_lm_tiny", overrides=shared, **given)
         data = MultiTaskDataModule(tasks={"eyes": eyes, "prose": text_data()}, epoch="prose")
         return fit(task, data, args.steps)
 
     yield "text alone", alone
-    yield "text and images", joint
+    for weight in (1.0, 0.1):
+        yield f"text and images, weight of images {weight:g}", partial(joint, weight)
 
 
 def digits() -> VisionLanguageDataModule:
