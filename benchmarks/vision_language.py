@@ -100,7 +100,7 @@ def trainer(**settings: Any) -> Trainer:
 
 
 def fit(task: LightningModule, data: LightningDataModule, steps: int, every: int = 0) -> list[dict[str, float]]:
-    """Train a task, validated every so many steps; 0 for once at the end."""
+    """Train a task and validate it at intervals of ``every`` steps; 0 for once, at the end."""
     curve = Curve()
     intervals: dict[str, Any] = {"val_check_interval": every or steps, "check_val_every_n_epoch": None}
     batches = 0 if isinstance(task, Joint) else 24  # of text; more than image data have
