@@ -19,7 +19,7 @@ from callbacks import GrowingEMA, ParameterGrowthCallback, PredictionWriter
 from lit_tokenformer.checkpoints.load import read_checkpoint, write_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.merge import merge_checkpoints
-from lit_tokenformer.cli.preflight import check_data_fit
+from lit_tokenformer.cli.preflight import check_data_fit, check_monitors
 from lit_tokenformer.cli.weights import export_weights
 from lit_tokenformer.data import (
     ImageDataModule,
@@ -45,9 +45,9 @@ def make_task(**settings):
     return LitVisionLanguage("tokenformer_lm_tiny", **{**given, "schedule": LRSchedule("constant"), **settings})
 
 
-def make_data(**settings):
+def make_data(dataset="digits_grid", **settings):
     given = {"train_samples": 48, "val_samples": 12, "batch_size": 8, "seed": 3, "num_workers": 0}
-    return VisionLanguageDataModule("digits_grid", **{**given, **settings})
+    return VisionLanguageDataModule(dataset, **{**given, **settings})
 
 
 def spread(model):
@@ -376,6 +376,15 @@ def test_classes_are_chosen_by_the_probability_of_their_names(tmp_path):
     assert 0 <= scored["val/acc1"] <= 1 and scored["val/exact_match"] <= 1
 
 
+@pytest.mark.parametrize(("dataset", "score"), [("digits_grid", "exact_match/all"), ("images/digits", "acc1")])
+def test_metrics_that_depend_on_the_data_can_be_monitored(tmp_path, dataset, score):
+    task, data = make_task(context_length=32), make_data(dataset, image_size=16, block_size=32)
+    best, typo = ModelCheckpoint(tmp_path, monitor=f"val/{score}"), ModelCheckpoint(tmp_path, monitor=f"val/{score}x")
+    check_monitors(make_trainer(tmp_path, callbacks=[best], enable_checkpointing=True), task, data)
+    with pytest.raises(ValueError, match=f"did you mean 'val/{score}'"):
+        check_monitors(make_trainer(tmp_path, callbacks=[typo], enable_checkpointing=True), task, data)
+
+
 def test_predictions_are_a_table_of_answers(tmp_path):
     task, writer = make_task(), PredictionWriter(str(tmp_path / "answers.csv"))
     make_trainer(tmp_path, callbacks=[writer]).predict(task, make_data(val_samples=6), return_predictions=False)
@@ -409,9 +418,9 @@ def test_plain_text_is_a_second_task_on_the_same_blocks(tmp_path):
     assert task.eyes.backbone.blocks is task.prose.backbone.blocks
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(task, data)
-    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= {
-        *trainer.callback_metrics
-    }
+    logged = {name for name in trainer.callback_metrics if not name.startswith("size/")}
+    assert logged == task.logged_metrics() == LitMultiTask.logged_metrics(task, data)
+    assert {"val/eyes/exact_match", "val/eyes/exact_match/all", "val/prose/bits_per_byte"} <= logged
     eyes = partial(eyes, image_tokens=8)
     with pytest.raises(ValueError, match="model.tasks.eyes.image_tokens: unsupported with several tasks"):
         LitMultiTask("tokenformer_lm_tiny", overrides=sizes, tasks={"eyes": eyes, "prose": prose})
@@ -468,3 +477,21 @@ def test_data_of_another_kind_are_rejected(tmp_path, task, data, message):
 def test_formats_without_images_are_refused(trained, format, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         export_weights(str(trained), str(trained.with_suffix("")), format)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text_cache")
+def test_the_benchmark_runs_and_continues(tmp_path, capsys):
+    from benchmarks import vision_language
+
+    sizes = json.dumps({"dim": 16, "depth": 1, "num_heads": 2, "param_tokens": 8})
+    given = ["--seeds=1", "--steps=4", "--word_steps=4", "--every=2", "--batch_size=8", "--sizes", sizes]
+    vision_language.main([*given, "--output", str(tmp_path / "found.json")])
+    once = (tmp_path / "found.json").read_text()
+    words, merged = (json.loads(once)[part]["fits"] for part in ("words", "merge"))
+    assert [row["step"] for row in next(iter(words.values()))[0]] == [2, 4]
+    (separate, both, joint), (scratch,) = merged["separate, merged, joint"][0], merged["joint from scratch"][0]
+    assert separate["val/bits_per_byte"] == pytest.approx(both["val/bits_per_byte"], abs=1e-3)
+    assert separate["flops"] == both["flops"] < joint["flops"] == pytest.approx(scratch["flops"], rel=0.1)
+    vision_language.main([*given, "--parts", "words", "--output", str(tmp_path / "found.json")])
+    assert (tmp_path / "found.json").read_text() == once and "## zero_shot" in capsys.readouterr().out

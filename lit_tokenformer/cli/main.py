@@ -405,7 +405,7 @@ class TokenformerCLI(LightningCLI):
             check_optimizer(self.model)
             check_end(self.model, self.trainer)
         if self.subcommand == "fit":
-            check_monitors(self.trainer, self.model)
+            check_monitors(self.trainer, self.model, self.datamodule)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, ParameterGrowthCallback):
                     callback.setup(self.trainer, self.model, "fit")  # only checks its schedule

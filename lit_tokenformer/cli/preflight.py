@@ -144,12 +144,13 @@ def check_warmup(schedule: LRSchedule, trainer: Trainer) -> None:
         )
 
 
-def check_monitors(trainer: Trainer, task: LightningModule) -> None:
+def check_monitors(trainer: Trainer, task: LightningModule, datamodule: LightningDataModule | None) -> None:
     """Reject a callback with a monitored metric that the task does not log.
 
     Args:
         trainer: The trainer.
         task: The task. The check is skipped for a user's own task or callback, which may log other metrics.
+        datamodule: Its data, on which some metrics depend.
 
     Raises:
         UserError: If a metric is unknown; suggests the nearest one.
@@ -158,7 +159,7 @@ def check_monitors(trainer: Trainer, task: LightningModule) -> None:
     own = any(type(part).__module__.partition(".")[0] not in _KNOWN_PACKAGES for part in parts)
     if own or not isinstance(task, LitTask):
         return
-    known = {*task.logged_metrics(), *(f"size/tokens_{kind}" for kind in param_tokens(task))}
+    known = {*task.logged_metrics(datamodule), *(f"size/tokens_{kind}" for kind in param_tokens(task))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         known |= callback.logged_metrics(task) if hasattr(callback, "logged_metrics") else set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -263,8 +263,12 @@ class LitTask(OptimizedTask):
         else:
             self._within[0].log(self.metric(name), value, **{**settings, "add_dataloader_idx": False})
 
-    def logged_metrics(self) -> set[str]:
-        """Return the names of training and validation metrics that a callback can monitor."""
+    def logged_metrics(self, data: Any = None) -> set[str]:
+        """Return the names of training and validation metrics that a callback can monitor.
+
+        Args:
+            data: Data module of the fit; ``None`` for that of the trainer.
+        """
         model = self.backbones.get("")
         own = [f"train/aux/{name}" for name in model.loss_names] if model is not None else []
         return {self.metric(name) for name in ("train/loss", *own, *(f"val/{score}" for score in self.scores))}

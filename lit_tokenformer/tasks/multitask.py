@@ -330,9 +330,10 @@ class LitMultiTask(LitTask):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         list(self.tasks.values())[dataloader_idx].test_step(batch, batch_idx)
 
-    def logged_metrics(self) -> set[str]:
+    def logged_metrics(self, data: Any = None) -> set[str]:
         weights = {f"train/{name}/weight" for name in self.log_variances}
-        return super().logged_metrics().union(weights, *(task.logged_metrics() for task in self.tasks.values()))
+        parts = (task.logged_metrics(getattr(data, name, None)) for name, task in self.tasks.items())
+        return super().logged_metrics(data).union(weights, *parts)
 
     def log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:

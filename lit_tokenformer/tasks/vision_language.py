@@ -140,11 +140,19 @@ class LitVisionLanguage(LitLanguageTask):
             if theirs != own:
                 raise UserError(f"model.{name}: does not match the data (got {own}, expected {theirs})")
         for part in ("val", "test"):
-            names = ["exact_match", "exact_match_blind", *(f"exact_match/{name}" for name in self._groups)]
-            names += ["acc1"] if self._classes else []
-            for name in names:
+            for name in ("exact_match", "exact_match_blind", *self._data_scores(data)):
                 self._add_metric(f"{part}/{name}", MeanMetric())
             self._add_metric(f"{part}/char_error_rate", CharErrorRate())
+
+    def logged_metrics(self, data: Any = None) -> set[str]:
+        scores = self._data_scores(self.task_data if data is None else data)
+        return super().logged_metrics(data) | {self.metric(f"val/{name}") for name in scores}
+
+    @staticmethod
+    def _data_scores(data: Any) -> list[str]:
+        """Return the names of scores that depend on the data: groups of questions, and class names."""
+        groups = [f"exact_match/{name}" for name in getattr(data, "group_names", ())]
+        return [*groups, "acc1"] if getattr(data, "class_names", ()) else groups
 
     def _add_metric(self, name: str, metric: Metric) -> None:
         if name not in self._metrics:
