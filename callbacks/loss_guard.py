@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from callbacks.parameter_growth import ParameterGrowthCallback
 from callbacks.training_monitor import norms_by_age, rows_by_age
 from lit_tokenformer.errors import UserError, unknown_name
-from lit_tokenformer.growth.shards import gather, is_elsewhere, local, sum_over_model
+from lit_tokenformer.growth.shards import gather, is_elsewhere, local, num_owners, sum_over_model
 
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _SHOWN = 64
@@ -353,7 +353,7 @@ def _norms(trainer: Trainer, pl_module: LightningModule, kinds: tuple[str, ...])
             squares = [
                 gather(local(one).float().sum() if is_elsewhere(one) else one.float().norm().square()) for one in rest
             ]
-            yield f"of other {kind}", float(sum_over_model([*zip(rest, squares, strict=True)]).sqrt())
+            yield f"of other {kind}", float(sum_over_model([*zip(map(num_owners, rest), squares, strict=True)]).sqrt())
 
 
 def _part(kind: str, parameter: Tensor) -> Tensor | None:

@@ -36,7 +36,7 @@ from lit_tokenformer.checkpoints.run_folder import run_folder
 from lit_tokenformer.cost import ModelCost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import GrownTensor, Rows
-from lit_tokenformer.growth.shards import gather, is_elsewhere, like, local, sum_over_model
+from lit_tokenformer.growth.shards import gather, is_elsewhere, like, local, num_owners, sum_over_model
 from lit_tokenformer.models import Pattention, model_size, param_tokens
 from lit_tokenformer.models.experts import expert_metrics
 from lit_tokenformer.tasks import LitImageClassifier
@@ -415,13 +415,13 @@ def norms_by_age(tensors: Iterable[AgedRows]) -> tuple[Tensor, Tensor]:
     for tensor, dim, new in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
         if is_elsewhere(tensor):
-            found.append((tensor, torch.zeros(2, dtype=wide, device=tensor.device)))
+            found.append((num_owners(tensor), torch.zeros(2, dtype=wide, device=tensor.device)))
             continue
         others = [other for other in range(tensor.ndim) if other != dim]
         norms = torch.linalg.vector_norm(tensor, dim=others, dtype=wide) if others else tensor.to(wide)
         entries = gather(norms).square()
         squares = torch.stack([entries.masked_fill(new, 0).sum(), entries.masked_fill(~new, 0).sum()])
-        found.append((tensor, squares))
+        found.append((num_owners(tensor), squares))
     old, appended = sum_over_model(found).sqrt().unbind()
     return old, appended
 

@@ -56,15 +56,16 @@ def sum_over_experts(own: Tensor, owners: int) -> Tensor:
     return own.div_(owners)
 
 
-def sum_over_model(values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def sum_over_model(values: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Sum a value of each tensor over a model; all processes must call this.
 
     Args:
-        values: Tensors, and the value of each whole tensor; 0 for experts of other processes.
+        values: Number of owners of each tensor, see :func:`num_owners`, and the value of the whole tensor; 0 for
+            experts of other processes.
     """
-    found = [value for tensor, value in values if not num_owners(tensor)]
-    if owners := max(num_owners(tensor) for tensor, _ in values):
-        own = torch.stack([value for tensor, value in values if num_owners(tensor)])
+    found = [value for owners, value in values if not owners]
+    if owners := max(owners for owners, _ in values):
+        own = torch.stack([value for owners, value in values if owners])
         found.append(sum_over_experts(own.sum(dim=0), owners))
     return torch.stack(found).sum(dim=0)
 
