@@ -14,8 +14,9 @@ once per seed. Arms, each at every rate of the same grid:
 ``scratch``  4 experts from scratch, for as many FLOPs as the base and ``experts`` together
 
 A figure is the mean over the seeds at the best rate of the arm. ``time`` compares a training step of 2,048 data tokens
-with that of the base, in a model of width 128 and depth 4. Results are printed as Markdown and written to ``benchmarks/results/experts.json`` after every
-run; a run that is already there is skipped, so an interrupted command continues.
+with that of the base, in a model of width 128 and depth 4. Results are printed as Markdown and written to
+``benchmarks/results/experts.json`` after every run; a run that is already there is skipped, so an interrupted command
+continues.
 """
 
 from __future__ import annotations
