@@ -153,8 +153,6 @@ def words(args: argparse.Namespace) -> Fits:
         settings: Any = {"in_chans": 1, "batch_size": args.batch_size, "eval_batch_size": 250}
         data = VisionLanguageDataModule("rendered_text", train_samples=args.every * args.batch_size, **settings)
         task = answers(data, {**READER, **args.sizes}, **recipe(args.rate))
-        embed: Any = task.backbone.stem.image.patch_embed.proj
-        embed.bias.data.copy_(embed.weight.data.sum(dim=(1, 2, 3)))  # black, which most pixels are, is embedded as 0
         return fit(task, data, args.word_steps, args.every)
 
     yield f"{args.word_steps} steps of {args.batch_size} at {args.rate:g}", run
@@ -279,10 +277,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="of each fit but those of words")
-    parser.add_argument("--word_steps", type=int, default=1800)
+    parser.add_argument("--word_steps", type=int, default=3600)
     parser.add_argument("--batch_size", type=int, default=64, help="of words")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate for words")
-    parser.add_argument("--every", type=int, default=300, help="steps between validations of words")
+    parser.add_argument("--every", type=int, default=600, help="steps between validations of words")
     parser.add_argument("--sizes", type=json.loads, default={}, help="fields of all architectures, as JSON")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)

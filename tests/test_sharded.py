@@ -166,7 +166,7 @@ class TestTwoProcesses:
         for rank in found[0]:
             memory = rank["memory"][method]
             print(*(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()), sep=", ")
-            assert memory["final"] < memory["peak"] <= memory["allowed"]
+            assert 0.9 * memory["final"] < memory["peak"] <= memory["allowed"]  # freed memory is used again
 
     def test_norms_of_rows_are_those_of_one_process(self, found):
         folder = found[2]
