@@ -21,7 +21,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -154,7 +154,9 @@ def texts(
 def compare(dtype: str, given: argparse.Namespace) -> list[Line]:
     """Measure one dtype: ``given.rounds`` texts up to ``given.last`` data tokens."""
     ours = create_backbone(given.preset).eval().requires_grad_(False).to(given.device, getattr(torch, dtype))
-    config = neox_config(ours.config, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    tokens: Any = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    # tied as ours: an embedding alone is not read whole, and would count as bandwidth
+    config = neox_config(ours.config, tie_word_embeddings=True, **tokens)
     theirs = GPTNeoXForCausalLM(config).eval().requires_grad_(False).to(given.device, getattr(torch, dtype))
     matrix = torch.ones(given.rows, PASS[1], device=given.device)
     taken: dict[str, list[float]] = {}
