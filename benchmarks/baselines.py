@@ -1,19 +1,22 @@
 """Stronger baselines of the growth study: short image sequences for most of the steps, and Muon in place of AdamW.
 
-    python -m benchmarks.baselines {patches,muon} OUTPUT [--reduced] [--root FOLDER] [--seeds 0 1 2] [--jobs 2]
-        [--logs FOLDER] [--draw-only]
+    python -m benchmarks.baselines {patches,muon,family,family_images} OUTPUT [--reduced] [--root FOLDER]
+        [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--draw-only]
 
 Data, architectures and budgets C are those of ``benchmarks.growth_study``, and so is the order of the work: every arm
 tries the domain's learning rates on a quarter of its budget, then the best of them and half of it on all of its budget
 (one seed), then trains with every seed at several budgets. FLOPs of all stages count.
 
 ``patches`` (Fashion-MNIST, read from ``--root``): 2, 4 or 6 of 16 patches for 50 to 90 % of the steps, then all. The
-three best train with every seed. Two controls: all patches, and the same dropping at full cost. Masked patches that are
-computed but excluded from attention and pooling give the run of dropped patches, so the second control is that run with
-as many steps as the first, charged with the FLOPs of all patches. It has the same regularization.
+six best at a quarter of the budget train on all of it, and the two best of those with every seed. Two controls: all
+patches, and the same dropping at full cost. Masked patches that are computed but excluded from attention and pooling
+give the run of dropped patches, so the second control is that run with as many steps as the first, charged with the
+FLOPs of all patches. It has the same regularization.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
-decay over 40 and 65 % of the steps.
+decay over 40 and 65 % of the steps; each keeps the better decay.
+
+``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
 ``--reduced`` takes the most important arms, one seed and one learning rate, in less than ten minutes on two cores.
 Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes.
@@ -30,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import family
 from benchmarks.growth_study import kept_images
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
@@ -77,18 +81,22 @@ def patches(study: Study) -> Iterator[None]:
     yield
     tried = study.with_rates([with_few(control, kept, at) for kept in KEPT for at in PHASE_SHARES])
     yield
-    few = study.halved(tried)
-    losses = {
-        arm.name: min(one.loss for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share)
-        for arm in few
-    }
-    winners = sorted(few, key=lambda arm: losses[arm.name])[:3]
+    winners = lowest(study, study.halved(lowest(study, tried, 6)), 2)
     yield
     study.train("final", [replace(arm, share=share) for arm in winners for share in SHARES], seeds)
     yield
     masked = study.halved([at_full_cost(study, arm, control, 1.0) for arm in winners])
     shorter = [replace(at_full_cost(study, arm, control, 0.5), name=arm.name) for arm in masked]
     study.train("final", [*masked, *shorter], seeds)
+
+
+def lowest(study: Study, arms: Sequence[Arm], count: int) -> list[Arm]:
+    """Find the arms with the lowest loss so far, the best first."""
+    losses = {
+        arm.name: min(one.loss for one in study.outcomes if one.arm.name == arm.name and one.arm.lr == arm.lr)
+        for arm in arms
+    }
+    return sorted(arms, key=lambda arm: losses[arm.name])[:count]
 
 
 def muon(study: Study) -> Iterator[None]:
@@ -103,18 +111,13 @@ def muon(study: Study) -> Iterator[None]:
         few = [replace(arm, lr=rate, share=share) for arm in (arms[0], arms[4]) for share in (0.5, 1.0)]
         study.train("final", [*few, replace(arms[5], lr=rate, share=0.65)], seeds)
         return
-    found = study.with_rates(arms)
+    found = study.halved(study.with_rates(arms))
     yield
-    best = study.halved(found)
-    yield
-    for arm in best:
-        shares = (0.45, 0.65, 0.85) if arm.at else (0.5, 0.65, 1.0)
+    for first in (0, 1, 4, 5):  # and the arm with the other decay
+        (arm,) = lowest(study, [found[first], found[first + 2]], 1)
+        shares = (0.65, 0.85) if arm.at else (0.5, 1.0)
         study.train("final", [replace(arm, share=share) for share in shares], seeds)
         yield
-
-
-STUDIES = {"patches": ("images", patches), "muon": ("text", muon)}
-"""Domain and function of each study."""
 
 
 def cost(found: Findings, one: Outcome) -> float:
@@ -169,6 +172,15 @@ def report(found: Findings) -> str:
     )
 
 
+STUDIES = {
+    "patches": ("images", patches, report),
+    "muon": ("text", muon, report),
+    "family": ("text", family.family, family.report),
+    "family_images": ("images", family.family, family.report),
+}
+"""Domain, function and report of each study."""
+
+
 def write(folder: Path, name: str, study: Study) -> None:
     """Write ``NAME.csv``, ``NAME.json`` and, once the control is trained, ``NAME.md``."""
     run = [one for one in study.outcomes if one.result["failed"] != NOT_RUN]
@@ -188,7 +200,7 @@ def write(folder: Path, name: str, study: Study) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
     found = Findings(study.domain, unique)
     if found.of(found.final, share=1.0):
-        text = report(found)
+        text = STUDIES[name][2](found)
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         print(f"\n{text}", flush=True)
 
@@ -207,7 +219,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     if options.reduced:
         options.seeds = options.seeds[:1]
-    name, run = STUDIES[options.study]
+    name, run, _ = STUDIES[options.study]
     domain = copy.deepcopy(DOMAINS[name])
     if "root" in domain.data["init_args"]:
         domain.data["init_args"]["root"] = options.root

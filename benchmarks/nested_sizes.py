@@ -1,11 +1,14 @@
 """Compare one fit of nested sizes with fits of each size alone, and count the calls of the model with a draft.
 
 Each seed trains the whole model without nesting, the whole model with :class:`~callbacks.NestedSizes`, and each smaller
-size alone, for the same number of steps on Python's standard library (bytes). With ``--base_steps``, the two
-whole models continue from the same trained weights, and the smaller ones train as long in total. The draft of the whole
-model is a nested size of it. ``docs/nested_sizes.md`` has the figures.
+size alone, for the same number of steps on Python's standard library (bytes). The whole model is nested
+twice: with one nested size per step in turn, and with both. In the first fit a nested size takes part in one of two
+steps, so the smaller sizes are also trained alone for as many. With ``--base_steps``, the whole models continue from
+the same trained weights, and the smaller ones train as long in total. The draft is a nested size of the whole model.
+``docs/nested_sizes.md`` has the figures.
 
-    python -m benchmarks.nested_sizes [--base_steps 3000] [--steps 1500] [--output nested_sizes.json]
+    python -m benchmarks.nested_sizes [--steps 4500] [--distill 0.5] [--output nested_sizes.json]
+    python -m benchmarks.nested_sizes --base_steps 3000 --steps 1500 --distill 1
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def build_task(tokens: int, smoke: bool) -> LitCausalLM:
     )
 
 
-def train(task: LitCausalLM, steps: int, seed: int, sizes: tuple[float, ...], distill: float) -> dict[str, float]:
+def train(task: LitCausalLM, steps: int, seed: int, nesting: NestedSizes | None = None) -> dict[str, float]:
     """Train a task and return its validation losses in nats per byte, by metric, and the seconds."""
     seed_everything(seed, verbose=False)
     start = time.perf_counter()
@@ -60,7 +63,7 @@ def train(task: LitCausalLM, steps: int, seed: int, sizes: tuple[float, ...], di
             accelerator="cpu",
             max_steps=steps,
             max_epochs=-1,
-            callbacks=[NestedSizes(list(sizes), distill)] if sizes else [],
+            callbacks=[nesting] if nesting else [],
             limit_val_batches=24,
             val_check_interval=steps,
             check_val_every_n_epoch=None,
@@ -100,28 +103,31 @@ def run(seed: int, base_steps: int, steps: int, tokens: int, distill: float, smo
 
     base = build(tokens)
     if base_steps:
-        arms["base"] = train(base, base_steps, seed, (), distill)
-    nested = copy.deepcopy(base)
-    arms["whole"] = train(base, steps, seed, (), distill)
-    arms["nested"] = train(nested, steps, seed, SIZES, distill)
+        arms["base"] = train(base, base_steps, seed)
+    nested = {per_step: copy.deepcopy(base) for per_step in (1, len(SIZES))}
+    arms["whole"] = train(base, steps, seed)
+    whole, parts = flops(base), [flops(base, size) for size in SIZES]
+    for per_step, task in nested.items():
+        found = train(task, steps, seed, NestedSizes(list(SIZES), distill, per_step=per_step))
+        for size in SIZES:
+            for temperature in (0.0, 1.0):
+                name = f"calls@{size:g},temperature={temperature:g}"
+                found[name] = calls(task, size, temperature, 10 if smoke else 100)
+        found["flops"] = (whole + per_step * mean(parts)) / (whole + sum(parts))
+        arms[f"nested, {per_step} per step"] = found
     for size in SIZES:
-        arms[f"alone@{size:g}"] = train(build(int(size * tokens)), base_steps + steps, seed, (), distill)
-        for temperature in (0.0, 1.0):
-            arms["nested"][f"calls@{size:g},temperature={temperature:g}"] = calls(
-                nested, size, temperature, 10 if smoke else 100
-            )
-    whole, parts = flops(nested), [flops(nested, size) for size in SIZES]
-    arms["flops"] = {"nested": whole + mean(parts), "separate": whole + sum(parts)}
+        for name, length in (("alone", base_steps + steps), ("alone, own steps", base_steps + steps // len(SIZES))):
+            arms[f"{name}@{size:g}"] = train(build(int(size * tokens)), length, seed)
     return arms
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--base_steps", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--distill", type=float, default=1.0)
+    parser.add_argument("--distill", type=float, default=0.5)
     parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each seed")
     parser.add_argument("--smoke", action="store_true", help="two steps of a tiny model")
     given = parser.parse_args()

@@ -31,13 +31,13 @@ RANKED_SAMPLES = 64
 class NestedSizes(Callback):
     """Train the first units of every layer as smaller models, next to the whole model (MatFormer, arXiv 2310.07707).
 
-    Each optimizer step trains the whole model and one nested size, in turn. ``lit-tokenformer shrink --tokens 0.25``
-    then writes a size as an ordinary checkpoint. A fit that starts from trained weights sorts the units of each layer
-    by importance on its first batch, which preserves the function of the whole model
+    Each optimizer step trains the whole model and ``per_step`` nested sizes, in turn. ``lit-tokenformer shrink
+    --tokens 0.25`` then writes a size as an ordinary checkpoint. A fit that starts from trained weights sorts the units
+    of each layer by importance on its first batch, which preserves the function of the whole model
     (:func:`~lit_tokenformer.growth.shrink.unit_importance`); optimizer state and :class:`~callbacks.GrowingEMA` follow.
 
-    A step costs the forward and backward pass of the nested size in addition. ``val/loss@0.25`` (also ``test/...``) is
-    the loss of a size in evaluation, ``train/nested@0.25`` its training loss.
+    A step costs the forward and backward pass of those nested sizes in addition. ``val/loss@0.25`` (also
+    ``test/...``) is the loss of a size in evaluation, ``train/nested@0.25`` its training loss.
 
     Args:
         sizes: Shares of the units of each layer, above 0 and below 1.
@@ -47,6 +47,7 @@ class NestedSizes(Callback):
             parameter tokens, or for the hidden units of a model without any.
         sort: Whether to sort the units by importance, once per fit. Set ``false`` if the order has a meaning already:
             after an earlier fit with nested sizes, or where the first units are a model that must stay as it is.
+        per_step: Number of nested sizes that each optimizer step trains; their losses add up.
 
     Raises:
         UserError: For sizes out of range. When a fit starts, for a size that leaves a layer without units, for a task
@@ -68,15 +69,19 @@ class NestedSizes(Callback):
         distill: float = 1.0,
         kinds: list[str] | None = None,
         sort: bool = True,
+        per_step: int = 1,
     ) -> None:
         if not sizes or any(not 0 < size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
             raise UserError(f"sizes: expected different shares above 0 and below 1, got {sizes}")
         if not 0 <= distill <= 1:
             raise UserError(f"distill: expected a weight from 0 to 1, got {distill}")
+        if not 1 <= per_step <= len(sizes):
+            raise UserError(f"per_step: expected a number from 1 to {len(sizes)}, that of sizes, got {per_step}")
         self.sizes = tuple(sorted(map(float, sizes)))
         self.distill = distill
         self.kinds = kinds
         self.sort = sort
+        self.per_step = per_step
         self._sorted = False
         self._recorded: dict[LitTask, _Recorded] = {}
 
@@ -153,12 +158,16 @@ class NestedSizes(Callback):
             model.set_grad_checkpointing(checkpointing)
 
     def _loss(self, task: LitTask, batch: Any) -> Tensor:
-        """Compute the loss of the nested size of the current optimizer step, ()."""
-        size = self.sizes[self._trainer.global_step % len(self.sizes)]
-        recorded = self._recorded[task]
-        teacher = recorded.last
+        """Compute the loss of the nested sizes of the current optimizer step, ()."""
+        teacher = self._recorded[task].last
+        first = self.per_step * self._trainer.global_step
+        numbers = range(first, first + self.per_step)
+        losses = [self._loss_at(task, batch, self.sizes[one % len(self.sizes)], teacher) for one in numbers]
+        return torch.stack(losses).sum()
+
+    def _loss_at(self, task: LitTask, batch: Any, size: float, teacher: Tensor) -> Tensor:
         with self._nested(task, size):
-            features, target = recorded.compute(batch)
+            features, target = self._recorded[task].compute(batch)
         task.backbone.take_aux_losses()
         loss = torch.zeros((), device=features.device)
         if self.distill > 0:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
@@ -99,14 +100,16 @@ class Scale:
 
 MEASURED = {
     "text": (Scale(49_152, 2_870_784, 0.3), "0.80 of the FLOPs of training from scratch at equal loss"),
-    "images": (Scale(8_192, 7_370_752, 7.7), "no saving over training from scratch"),
+    "images": (Scale(8_192, 7_370_752, 7.7), "0.55 of the FLOPs of training from scratch at equal loss"),
 }
-"""Scale and result of ``benchmarks/growth_study``, in which the rule was measured."""
+"""Scale and result of ``benchmarks/growth_study`` and ``benchmarks/baselines``, in which the rule was measured."""
 
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """Growth schedule as a function of the compute budget, measured in ``benchmarks/growth_study``.
+    """Schedule as a function of the compute budget, measured in ``benchmarks/growth_study`` and ``baselines``.
+
+    Text grows. Images drop patches: growth saved nothing on them.
 
     Args:
         depth: Initial depth as a share of the final depth.
@@ -116,6 +119,8 @@ class GrowthRule:
         data_tokens_per_parameter: Minimum number of data tokens per non-embedding parameter of the final size; below
             it, a smaller size from scratch was better.
         decay: Share of the steps over which the learning rate decays.
+        patch_drop: Patch drop rate of images before the last stage.
+        patches_at: Share of the steps from which all patches are used.
         epochs: Maximum number of epochs over text; more have diminishing returns (arXiv 2305.16264, section 6).
         image_epochs: Maximum number of epochs over augmented images, as in the published ImageNet recipe.
     """
@@ -126,6 +131,8 @@ class GrowthRule:
     tokens_at: tuple[float, ...] = (0.1, 0.25)
     data_tokens_per_parameter: float = 60.0
     decay: float = 0.4
+    patch_drop: float = 0.75
+    patches_at: float = 0.5
     epochs: float = 4.0
     image_epochs: float = 300.0
 
@@ -136,32 +143,49 @@ Size = dict[str, int]
 
 @dataclass(frozen=True)
 class Proposal:
-    """Proposed growth schedule.
+    """Proposed schedule of a fit.
 
     Args:
         sizes: Size of each stage.
         starts: First step of each stage after the first.
         steps: Optimizer steps of the fit.
+        rates: Patch drop rate of each stage.
     """
 
     sizes: list[Size]
     starts: list[int]
     steps: int
+    rates: list[float]
+
+    @property
+    def growths(self) -> list[Growth]:
+        """Growths of parameter tokens and blocks."""
+        changes = zip(self.starts, itertools.pairwise(self.sizes), strict=True)
+        return [(start, start, after) for start, (before, after) in changes if before != after]
+
+    @property
+    def drops(self) -> dict[int, float]:
+        """Patch drop rates by the step from which each applies, where they change."""
+        changes = zip(self.starts, itertools.pairwise(self.rates), strict=True)
+        return {start: after for start, (before, after) in changes if before != after}
 
     def settings(self, rule: GrowthRule) -> str:
         """Format the schedule as settings of a config, in YAML."""
-        changes = [
-            {name: total for name, total in after.items() if before[name] != total}
-            for before, after in itertools.pairwise(self.sizes)
-        ]
-        growth = {"unit": "step", "schedule": dict(zip(self.starts, changes, strict=True))}
+        size, callbacks = self.sizes[0], []
+        schedule = {}
+        for step, _, after in self.growths:
+            schedule[step] = {name: total for name, total in after.items() if size[name] != total}
+            size = after
+        if schedule:
+            growth = {"unit": "step", "schedule": schedule}
+            callbacks.append({"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth})
+        initial: dict[str, Any] = {"depth": self.sizes[0]["depth"], "param_tokens": _tokens(self.sizes[0])}
+        if self.drops:
+            dropping = {"unit": "step", "schedule": self.drops}
+            callbacks.append({"class_path": "callbacks.PatchDropSchedule", "init_args": dropping})
+            initial["patch_drop_rate"] = self.rates[0]
         rate = {"name": "wsd", "warmup": 0.05, "decay": rule.decay, "unit": "share"}
-        trainer = {
-            "max_steps": self.steps,
-            "max_epochs": -1,
-            "callbacks": [{"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth}],
-        }
-        initial = {"depth": self.sizes[0]["depth"], "param_tokens": _tokens(self.sizes[0])}
+        trainer = {"max_steps": self.steps, "max_epochs": -1, "callbacks": callbacks}
         return yaml.safe_dump(
             {"trainer": trainer, "model": {"init_args": {"overrides": initial, "schedule": rate}}}, sort_keys=False
         )
@@ -171,35 +195,37 @@ def propose(
     target: Size,
     deepens: bool,
     budget: float,
-    step_flops: Callable[[Size], float],
+    step_flops: Callable[[Size, float], float],
     step_data_tokens: int,
     parameters: Callable[[Size], int],
     rule: GrowthRule = GrowthRule(),
     max_steps: float = math.inf,
     pattern: int = 1,
+    images: bool = False,
 ) -> Proposal:
-    """Propose the largest number of parameter tokens within a compute budget, and the growth schedule to it.
+    """Propose the largest number of parameter tokens within a compute budget, and the schedule of the fit.
 
     Args:
         target: Final depth, and parameter tokens; the proposal keeps the ratios between kinds.
         deepens: Grow depth by inserting blocks; otherwise grow tokens.
         budget: Compute budget in training FLOPs.
-        step_flops: Training FLOPs per optimizer step at a size.
+        step_flops: Training FLOPs per optimizer step at a size and a patch drop rate.
         step_data_tokens: Data tokens per optimizer step.
         parameters: Non-embedding parameters at a size.
         rule: Growth rule.
         max_steps: Maximum number of optimizer steps, from the limit on epochs.
         pattern: Blocks per repetition of the block pattern; depth grows by whole repetitions.
+        images: Drop patches instead of growing.
 
     Returns:
-        Sizes, growth steps and length of the fit.
+        Stages and length of the fit.
 
     Raises:
         UserError: If the model cannot grow, or the budget is too small.
 
     Example:
         >>> size = {"qkv": 2, "ffn": 8, "depth": 6}
-        >>> flops = lambda size: 100.0 * size["qkv"] * size["depth"]
+        >>> flops = lambda size, patch_drop: 100.0 * size["qkv"] * size["depth"]
         >>> found = propose(size, True, 1e8, flops, 10, lambda size: size["qkv"] * size["depth"], GrowthRule())
         >>> found.sizes, found.starts, found.steps
         ([{'qkv': 72, 'ffn': 288, 'depth': 2}, {'qkv': 72, 'ffn': 288, 'depth': 6}], [868], 2893)
@@ -211,9 +237,12 @@ def propose(
         raise UserError(f"budget: expected a positive number of FLOPs, got {budget}")
     depth = target["depth"]
     first = pattern * max(1, round(rule.depth * depth / pattern))
-    deepens = deepens and first < depth
-    shares, at = (rule.tokens, rule.tokens_at) if not deepens else ((1.0, 1.0), rule.at)
+    deepens = deepens and first < depth and not images
+    shares, at = ((1.0, 1.0), rule.at) if deepens else (rule.tokens, rule.tokens_at)
+    if images:
+        shares, at = (1.0, 1.0), (rule.patches_at,)
     depths = [first, depth] if deepens else [depth] * len(shares)
+    rates = [rule.patch_drop, 0.0] if images else [0.0] * len(shares)
     whole = round(1 / min(shares))  # multiples of it divide exactly into the shares
 
     def at_size(size: int) -> Proposal:
@@ -222,9 +251,9 @@ def propose(
             for share, blocks in zip(shares, depths, strict=True)
         ]
         lengths = [end - start for start, end in zip((0.0, *at), (*at, 1.0), strict=True)]
-        steps = int(budget / sum(length * step_flops(one) for length, one in zip(lengths, sizes, strict=True)))
-        steps = int(min(steps, max_steps))
-        return Proposal(sizes, [round(share * steps) for share in at], steps)
+        mean = sum(length * step_flops(one, rate) for length, one, rate in zip(lengths, sizes, rates, strict=True))
+        steps = int(min(int(budget / mean), max_steps))
+        return Proposal(sizes, [round(share * steps) for share in at], steps, rates)
 
     def is_enough(size: int) -> bool:
         found = at_size(size)

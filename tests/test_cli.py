@@ -276,8 +276,9 @@ def test_plan_counts_the_patches_that_are_left_out(tmp_path, capsys):
     (whole, scratch), (cheap, _) = sums([]), sums([], *half)
     assert cheap < 0.7 * whole == 0.7 * scratch
     assert sums(schedule, *half) == pytest.approx([(whole + cheap) / 2, whole], rel=0.01)
-    assert plan(schedule, *half, "--budget", 1e12) == 2
-    assert "budget: not supported with PatchDropSchedule" in capsys.readouterr().err
+    assert plan(schedule, *half, "--budget", 1e12) == 0
+    shown = capsys.readouterr().out
+    assert "class_path: callbacks.PatchDropSchedule" in shown and "ParameterGrowthCallback" not in shown
 
 
 def shown_help(capsys, *args):

@@ -100,7 +100,7 @@ def test_pattention_arms_are_matched_and_the_others_are_not(config):
     reference = preset_config("transformer_tiny", **TINY, **SIZES)
     for one in found[1:3]:
         own = preset_config(one.arm.preset, **{**TINY, **SIZES, **one.arm.overrides})
-        assert one.final_tokens == match_tokens(own, reference)
+        assert dict(one.final.tokens.items()) == match_tokens(own, reference)
         assert abs(one.differs) < 0.01
     assert found[4].config.param_tokens == 5 and found[4].differs < -0.5
     assert found[0].parameters == model_cost(reference).parameters
@@ -122,6 +122,51 @@ def test_steps_budget_is_the_same_for_all_and_schedules_keep_their_shares(config
         one["class_path"].split(".")[-1] for one in setting.fit_config(found[0], 40, 7, None)["trainer"]["callbacks"]
     ]
     assert names == ["TrainingMonitor", "Meter"]
+
+
+def test_an_arm_has_its_own_optimizer_schedule_growth_and_callbacks(config):
+    muon = {"class_path": "lit_tokenformer.optim.MuonWithAuxAdam", "init_args": {"weight_decay": 0.2}}
+    nested = {"class_path": "callbacks.NestedSizes", "init_args": {"sizes": [0.5]}}
+    other = {"optimizer": muon, "schedule": {"name": "wsd", "decay": 0.65}, "callbacks": [nested]}
+    deeper = {"grow": {0.25: {"depth": 4}}, "growth": {"new_state": "reset_copies"}}
+    setting, found = planned(config, "tokenformer_lm_tiny", {**GROWN, **other, **deeper, "lr": None})
+    plain, given = (setting.fit_config(one, 40, 0, one.arm.lr) for one in found)
+    assert given["model"]["init_args"]["optimizer"] == {**muon, "init_args": {"weight_decay": 0.2, "lr": 1e-3}}
+    assert given["model"]["init_args"]["schedule"] == {"name": "wsd", "warmup": 0.25, "decay": 0.65, "unit": "share"}
+    assert plain["model"]["init_args"]["optimizer"] == config["model"]["init_args"]["optimizer"]
+    assert given["trainer"]["callbacks"][0] == nested and nested not in plain["trainer"]["callbacks"]
+    growth = given["trainer"]["callbacks"][1]["init_args"]
+    assert growth["new_state"] == "reset_copies" and growth["schedule"][10]["depth"] == 4
+    assert found[1].final.depth == 4 and found[1].blocks == 2 * found[0].blocks
+    assert found[1].parameters == model_cost(found[1].final).parameters
+    each = [training_flops(setting, one, 40) / 40 for one in found]
+    deep = model_cost(found[1].final).training_flops * setting.samples_per_step
+    assert each[1] == pytest.approx(0.25 * each[0] + 0.75 * deep)
+    width = {"preset": "transformer_tiny", "grow": {0.5: {"hidden": 256}}}
+    assert planned(config, width)[1][0].final.mlp_hidden == 256
+
+
+def test_dropped_patches_are_counted_and_keep_their_share(config):
+    config["model"] = {"class_path": "LitImageClassifier", "init_args": {"overrides": TINY}}
+    config["data"] = {"class_path": "lit_tokenformer.data.ImageDataModule"}
+    config["trainer"] = {"max_steps": 80}
+    schedule = {"class_path": "callbacks.PatchDropSchedule", "init_args": {"schedule": {60: 0.0}, "unit": "step"}}
+    config["trainer"]["callbacks"] = [schedule]
+    preset = "tokenformer_vit_tiny_patch16_224"
+    own = {"preset": preset, "label": "own", "patch_drop": {0.5: 0.25, 0.9: 0.0}}
+    none = {"preset": preset, "label": "none", "patch_drop": {}, "overrides": {"patch_drop_rate": 0.0}}
+    setting, found = planned(config, preset, own, none, patch_size=2, patch_drop_rate=0.75)
+    schedules = []
+    for one in found:
+        callbacks = setting.fit_config(one, 40, 0, None)["trainer"]["callbacks"]
+        schedules += [[each["init_args"] for each in callbacks if "PatchDrop" in each["class_path"]]]
+    of_config, of_own = {30: 0.0}, {20: 0.25, 36: 0.0}
+    assert schedules == [[{"schedule": of_config, "unit": "step"}], [{"schedule": of_own, "unit": "step"}], []]
+    rates = [[config.patch_drop_rate for _, config in one.stages(40)] for one in found]
+    assert rates == [[0.75, 0.0], [0.75, 0.25, 0.0], [0.0]]
+    few, whole = (model_cost(one).training_flops for _, one in found[0].stages(40))
+    assert training_flops(setting, found[0], 40) == (30 * few + 10 * whole) * setting.samples_per_step
+    assert few < 0.4 * whole
 
 
 def test_flops_budget_is_filled_and_not_exceeded(config, tmp_path):
@@ -196,6 +241,16 @@ def entry(preset, **settings):
         ("[gpt2_tiny]", ["--budget=wall"], "budget: wall requires seconds"),
         ("[gpt2_tiny]", ["--budget=hours=2"], "budget: expected steps[=N], flops[=F] or wall=SECONDS"),
         ("[gpt2_tiny]", ["--budget=flops=10"], "budget: 10 FLOPs are less than two steps of 'gpt2_tiny'"),
+        ("[{preset: gpt2_tiny, patch_drop: {0.5: 0.0}}]", [], "'gpt2_tiny': patch_drop: no image stem (stem: patch)"),
+        (entry("gpt2_tiny", patch_drop=0.5), [], "'gpt2_tiny': patch_drop: expected settings by their names, got 0.5"),
+        (entry("gpt2_tiny", optimizer={"lr": 1}), [], "'gpt2_tiny': expected a class_path, got {'lr': 1}"),
+        (
+            entry("gpt2_tiny", callbacks=["NestedSizes"]),
+            [],
+            "callbacks: expected a list of mappings, got ['NestedSizes']",
+        ),
+        (entry("gpt2_tiny", schedule={"unit": "step"}), [], "schedule: unit: expected lengths as shares of the steps"),
+        (entry("tokenformer_lm_tiny", grow=True, growth={"method": "cut"}), [], "'tokenformer_lm_tiny grow': grow: "),
         (entry("gpt2_tiny", lr="fast"), [], "lr: expected a positive number, got 'fast'"),
         ("[gpt2_tiny]", ["--seeds=0"], "seeds: expected at least 1, got 0"),
         ("[gpt2_tiny]", ["--lrs=[-1]"], "lrs: expected positive numbers, got [-1.0]"),

@@ -17,7 +17,7 @@ from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
-from benchmarks import baselines
+from benchmarks import baselines, family
 from benchmarks.growth_study import __main__ as study
 from benchmarks.growth_study import arms, kept_images, model_growth, outcome
 
@@ -219,3 +219,55 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     assert baselines.main([*command, "--draw-only"]) == 0
     assert (tmp_path / "out" / "patches.md").read_text() == told
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+
+
+@pytest.mark.parametrize("domain", arms.DOMAINS.values(), ids=arms.DOMAINS)
+def test_a_ladder_counts_its_shared_stages_once(domain):
+    *_, tokens = ladders = family.ladders(domain)
+    assert [one.name for one in ladders] == (["blocks", "tokens"] if domain.task == "LitCausalLM" else ["tokens"])
+    for ladder in ladders:
+        budgets = [share * domain.budget for share in family.BUDGETS]
+        assert ladder.separate == pytest.approx(sum(budgets), rel=2e-3)
+        assert ladder.flops(0.4) == pytest.approx(budgets[0] + 0.4 * sum(budgets[1:]), rel=2e-3)
+        runs, stages = ladder.arms(0.4, 0.01), ladder.stages(0.4)
+        ends = [sum(stable for stable, _ in stages[: number + 1]) for number in range(len(stages))]
+        for number, run in enumerate(runs, 1):
+            assert run.starts(domain) == ends[:number] and run.steps(domain) == ends[number] + stages[number][1]
+            fit = run.fit(domain, 0, 1)
+            rate = fit["model"]["init_args"]["schedule"]
+            assert rate["unit"] == "step" and rate["decay"] == stages[number][1]
+            growth = next(one for one in fit["trainer"]["callbacks"] if "ParameterGrowth" in one["class_path"])
+            assert list(growth["init_args"]["schedule"]) == ends[:number]
+            assert growth["init_args"]["new_state"] == "reset_copies"
+    assert tokens.nested_shares == [0.25, 0.5]
+    nested = tokens.nested(0.01).fit(domain, 0, 1)["trainer"]["callbacks"][0]
+    assert nested["class_path"] == "callbacks.NestedSizes" and nested["init_args"]["sizes"] == [0.25, 0.5]
+    assert tokens.separate > tokens.nested_flops > domain.budget
+
+
+@pytest.mark.parametrize(
+    ("points", "told"),
+    [
+        ([(0.4, -0.01), (0.6, -0.02)], "all losses are reached at 0.40 of the FLOPs or less"),
+        ([(0.4, 0.01), (0.6, -0.01)], "all losses are reached at 0.50 of the FLOPs (interpolated)"),
+        ([(0.4, 0.02), (0.6, 0.01)], "not all losses are reached at 0.60 of the FLOPs"),
+    ],
+)
+def test_the_share_at_which_a_family_is_reached(points, told):
+    assert family.crossing(points) == told
+
+
+@pytest.mark.slow
+def test_the_family_runs_and_is_read_again(tmp_path, monkeypatch, text_cache):
+    text = arms.DOMAINS["text"]
+    given = {"dataset": "python_docs", "cache_dir": str(text_cache), "batch_size": 4, "eval_batch_size": 4}
+    data = {**text.data, "init_args": {**text.data["init_args"], **given}}
+    tiny = replace(text, budget=text.budget / 1000, data=data, val_batches=1)
+    monkeypatch.setattr(baselines, "DOMAINS", {"text": tiny})
+    command = ["family", str(tmp_path / "out"), "--reduced", "--logs", str(tmp_path / "logs")]
+    assert baselines.main(command) == 0
+    told = (tmp_path / "out" / "family.md").read_text()
+    assert "tokens: each size from scratch | 1.00 |" in told and "ladder, further sizes at 40% | 0.4" in told
+    (tmp_path / "out" / "family.md").unlink()
+    assert baselines.main([*command, "--draw-only"]) == 0
+    assert (tmp_path / "out" / "family.md").read_text() == told

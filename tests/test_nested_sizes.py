@@ -246,6 +246,22 @@ def test_the_logged_loss_of_a_size_is_that_of_the_shrunk_model(tmp_path):
         assert found["val/loss"] == logged[f"val/loss@{size}"].item() != logged["val/loss"].item()
 
 
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_a_step_descends_the_sum_of_the_losses_of_its_sizes(per_step, tmp_path):
+    task = text_task(partial(torch.optim.SGD, lr=0.1))
+    expected = copy.deepcopy(task)
+    fitted(task, tmp_path, NestedSizes([0.25, 0.5], 0.0, sort=False, per_step=per_step), max_steps=1)
+    batch = next(iter(loader()))
+    expected.feature_loss(*expected.batch_features(batch))[0].backward()
+    for size in (0.25, 0.5)[:per_step]:
+        with prefix(expected.backbone, size):
+            loss = expected.feature_loss(*expected.batch_features(batch))[0]
+        loss.backward()
+    for name, parameter in task.named_parameters():
+        old = expected.get_parameter(name)
+        torch.testing.assert_close(parameter, old - 0.1 * old.grad, msg=name)
+
+
 def test_sorting_preserves_the_model_and_its_average(tmp_path):
     task = text_task(partial(torch.optim.SGD, lr=0.0, momentum=0.9))
     before, order = copy.deepcopy(task), {}
@@ -429,6 +445,7 @@ def test_a_cloud_model_contains_the_device_model(tmp_path):
         ({"sizes": [0.5, 1.0]}, r"sizes: expected different shares above 0 and below 1, got \[0.5, 1.0\]"),
         ({"sizes": [0.5, 0.5]}, "sizes: expected different shares"),
         ({"sizes": [0.5], "distill": 1.5}, "distill: expected a weight from 0 to 1, got 1.5"),
+        ({"sizes": [0.5], "per_step": 2}, "per_step: expected a number from 1 to 1, that of sizes, got 2"),
         ({"sizes": [0.1]}, "sizes: 0.1 of 8 qkv of layer .* leaves none"),
         ({"sizes": [0.5], "kinds": ["fnn"]}, "sizes: unknown value 'fnn', did you mean 'ffn'"),
     ],
@@ -454,6 +471,7 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["nested_sizes", "--smoke", "--output", str(tmp_path / "found.json")])
     nested_sizes.main()
     found = json.loads((tmp_path / "found.json").read_text())["seeds"]["0"]
-    assert {"base", "whole", "nested", "alone@0.25", "alone@0.5", "flops"} == found.keys()
-    assert found["flops"]["nested"] < found["flops"]["separate"]
-    assert "val/loss@0.25" in found["nested"] and "seed 0 whole: val/loss" in capsys.readouterr().out
+    alone = {f"{name}@{size}" for name in ("alone", "alone, own steps") for size in (0.25, 0.5)}
+    assert {"base", "whole", "nested, 1 per step", "nested, 2 per step"} | alone == found.keys()
+    assert found["nested, 1 per step"]["flops"] < found["nested, 2 per step"]["flops"] == pytest.approx(1.0)
+    assert "val/loss@0.25" in found["nested, 1 per step"] and "seed 0 whole: val/loss" in capsys.readouterr().out

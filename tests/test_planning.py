@@ -1,6 +1,7 @@
 """A schedule for a budget: it spends what is given, and what it tells can be used."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ CONFIG = preset_config("tokenformer_lm_tiny", vocab_size=257, context_length=64)
 BATCH = 8
 
 
-def flops(size):
+def flops(size, patch_drop=0.0):
     return model_cost(CONFIG, size).training_flops * BATCH
 
 
@@ -60,6 +61,28 @@ def test_a_budget_that_is_none_or_too_small_is_refused_in_one_line(budget):
     with pytest.raises(ValueError, match=r"^budget: .*") as refused:
         proposal(budget)
     assert "\n" not in str(refused.value)
+
+
+def test_images_drop_patches_instead_of_growing():
+    config = preset_config("tokenformer_vit_tiny_patch16_224", num_classes=10)
+
+    def cost(size, patch_drop):
+        return model_cost(replace(config, patch_drop_rate=patch_drop), size).training_flops * BATCH
+
+    size, rule = {"qkv": 128, "proj": 128, "ffn": 512, "depth": config.depth}, GrowthRule()
+    found = propose(size, True, 1e17, cost, config.num_data_tokens * BATCH, parameters, images=True)
+    (whole,) = found.starts
+    assert found.rates == [rule.patch_drop, 0.0] and whole == round(rule.patches_at * found.steps)
+    assert found.sizes[0] == found.sizes[1] and not found.growths and found.drops == {whole: 0.0}
+    spent = whole * cost(found.sizes[0], rule.patch_drop) + (found.steps - whole) * cost(found.sizes[0], 0.0)
+    assert 0.98e17 < spent < 1.005e17
+    told = yaml.safe_load(found.settings(rule))
+    (dropping,) = told["trainer"]["callbacks"]
+    assert dropping == {
+        "class_path": "callbacks.PatchDropSchedule",
+        "init_args": {"unit": "step", "schedule": {whole: 0.0}},
+    }
+    assert told["model"]["init_args"]["overrides"]["patch_drop_rate"] == rule.patch_drop
 
 
 def test_a_proposal_reads_the_data_only_so_often():

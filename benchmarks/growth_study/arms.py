@@ -90,6 +90,7 @@ class Arm:
         rate_factor: Multiple of it to use.
         rate_at_growth: Factor of it at each growth.
         optimizer: Class and settings of the optimizer, in place of AdamW.
+        callbacks: Configs of further callbacks.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Arm:
     rate_factor: float = 1.0
     rate_at_growth: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
+    callbacks: tuple[dict[str, Any], ...] = ()
 
     def configs(self, domain: Domain) -> list[TokenformerConfig]:
         """The architecture at each stage."""
@@ -133,7 +135,7 @@ class Arm:
     def fit(self, domain: Domain, seed: int, evaluations: int) -> dict[str, Any]:
         """Build the config of its fit."""
         steps, starts = self.steps(domain), self.starts(domain)
-        callbacks: list[dict[str, Any]] = []
+        callbacks = list(self.callbacks)
         if len({str(size) for size in self.sizes}) > 1:
             callbacks.append({"class_path": f"{OWN}.LossAtGrowth", "init_args": {"steps": starts}})
             callbacks.append(self._growth(domain, starts))

@@ -43,7 +43,9 @@ def compare_presets(
         presets: Presets to compare: a list of names, or of mappings {preset: NAME, label: TEXT, overrides: {FIELD:
             VALUE}, lr: RATE, grow: true or {SHARE: TOKENS}}, or a YAML file with such a list. "grow: true" uses the
             growth schedule of the config; {0.3: 64, 0.6: matched} grows to these totals of parameter tokens at these
-            shares of the steps, where "matched" is the result of "match".
+            shares of the steps, where "matched" is the result of "match"; {0.3: {depth: 12}} inserts blocks. A mapping
+            can also contain "growth" (settings of the growth callback), "patch_drop" ({SHARE: RATE}), "optimizer",
+            "schedule" (of the learning rate, lengths as shares) and "callbacks" (in addition to those of the config).
         output: Output folder.
         seeds: Number of seeds per preset: 0, 1, ...
         budget: Budget per fit: "steps=N" optimizer steps (default N: those of the config), "flops=F" training FLOPs

@@ -27,15 +27,15 @@ def plan(
     budget: float | None = None,
     epochs: float | None = None,
 ) -> list[Stage]:
-    """Report the compute, parameters and memory of each stage of a fit, or propose a growth schedule for a budget.
+    """Report the compute, parameters and memory of each stage of a fit, or propose a schedule for a budget.
 
     Args:
         trainer: The trainer of the fit.
         model: The task at its initial size.
         datamodule: Data of the fit; only the number of training samples is read.
-        budget: Compute budget of the fit in training FLOPs. Parameter tokens, growth schedule and number of steps are
-            chosen for it and printed as YAML; those of the config are ignored. Width, final depth, data and batch size
-            are those of the config.
+        budget: Compute budget of the fit in training FLOPs. Parameter tokens, the schedule of growth (of dropped
+            patches for images) and the number of steps are chosen for it and printed as YAML; those of the config are
+            ignored. Width, final depth, data and batch size are those of the config.
         epochs: Maximum number of epochs over the training data that the budget may take; defaults to 4 for text and 300
             for images.
 
@@ -65,7 +65,7 @@ def plan(
     most = epochs or _most_epochs(model)
     if budget is None:
         total, growths = _length_and_growths(trainer, model, per_epoch)
-    elif rates:
+    elif rates and not _all_images(model):
         raise UserError("budget: not supported with PatchDropSchedule; remove the callback to plan a budget")
     else:
         if epochs is not None and per_epoch is None:
@@ -75,8 +75,9 @@ def plan(
         first = proposal.sizes[0]
         tokens = {kind: first.get(kind, 1) for kind in KINDS}  # kinds that the model lacks are ignored
         configs = {name: replace(config, param_tokens=tokens, depth=first["depth"]) for name, config in configs.items()}
-        growths = [(step, step, size) for step, size in zip(proposal.starts, proposal.sizes[1:], strict=True)]
-        total = proposal.steps
+        if _all_images(model):
+            configs = {name: replace(config, patch_drop_rate=proposal.rates[0]) for name, config in configs.items()}
+        growths, rates, total = proposal.growths, proposal.drops, proposal.steps
     rates_of = {name: rates if config.stem == "patch" else {} for name, config in configs.items()}
     planned = [
         plan_stages(config, growths, total, per_step[name], rates_of[name], checkpointing)
@@ -114,13 +115,14 @@ def plan(
 
 def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], max_steps: float) -> Proposal:
     """Propose the schedule for a budget of training FLOPs."""
-    backbones = model.backbones
+    backbones, images = model.backbones, _all_images(model)
 
-    def flops(size: Size) -> float:
-        costs = {
-            name: model_cost(backbone.config, size, backbone.grad_checkpointing) for name, backbone in backbones.items()
-        }
-        return sum(cost.training_flops * per_step[name] for name, cost in costs.items())
+    def flops(size: Size, patch_drop: float) -> float:
+        total = 0
+        for name, one in backbones.items():
+            config = replace(one.config, patch_drop_rate=patch_drop) if images else one.config
+            total += model_cost(config, size, one.grad_checkpointing).training_flops * per_step[name]
+        return total
 
     size = models.model_size(model)
     return propose(
@@ -132,6 +134,7 @@ def _propose(model: tasks.LitTask, budget: float, per_step: Mapping[str, int], m
         parameters=lambda size: _parameters(model, size),
         max_steps=max_steps,
         pattern=max(backbone.config.pattern_length for backbone in backbones.values()),
+        images=images,
     )
 
 

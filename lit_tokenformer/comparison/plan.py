@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from callbacks import ParameterGrowthCallback
+from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.comparison.arms import Arm, Planned, Schedule, has_pattention, naming, parse_arm
 from lit_tokenformer.comparison.fits import Runner
 from lit_tokenformer.comparison.setting import Setting
 from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig
+from lit_tokenformer.models.config import KINDS
 
 SPEED_STEPS = 12
 """Optimizer steps of a speed measurement."""
@@ -39,11 +40,11 @@ def plan_arms(setting: Setting, arms: Sequence[Arm], match: str | None, referenc
     matched_to = setting.architecture(reference_arm)
     planned = [_planned(setting, arm, arm == reference_arm, matched_to, match) for arm in arms]
     by = match or "parameters"
-    own = _of_blocks(matched_to, dict(matched_to.tokens.items()), by)
+    own = _of_blocks(matched_to, by)
     for one in planned:
-        one.differs = _of_blocks(one.config, one.final_tokens, by) / own - 1
+        one.differs = _of_blocks(one.final, by) / own - 1
         one.parameters = sum(parameter.numel() for parameter in setting.module(one).parameters())
-        one.blocks = _of_blocks(one.config, one.final_tokens, "parameters")
+        one.blocks = _of_blocks(one.final, "parameters")
     return planned
 
 
@@ -54,9 +55,10 @@ def reference_of(arms: Sequence[Arm], reference: str | None) -> Arm:
     return next((arm for arm in arms if reference in (arm.label, arm.preset)), None) or parse_arm(reference)
 
 
-def _of_blocks(config: TokenformerConfig, tokens: dict[str, int], by: str) -> int:
-    """Count ``parameters``, or ``flops`` per sample, without embedding and head."""
-    whole, half = (getattr(model_cost(replace(config, depth=n * config.depth), tokens), by) for n in (2, 1))
+def _of_blocks(config: TokenformerConfig, by: str) -> int:
+    """Count ``parameters``, or ``flops`` per sample without patch dropping, without embedding and head."""
+    config = replace(config, patch_drop_rate=0.0)
+    whole, half = (getattr(model_cost(replace(config, depth=n * config.depth)), by) for n in (2, 1))
     return whole - half  # embedding and head cost the same at any depth
 
 
@@ -69,44 +71,64 @@ def _planned(
         if match and not is_reference and has_pattention(config):
             matched = match_tokens(config, reference, match)
         growths = _growths(setting, arm, config, matched) if arm.grow else {}
+        drops = _drops(setting, arm, config)
     if matched and not arm.grow and "param_tokens" not in arm.overrides:
         config = setting.architecture(arm, matched)
-    return Planned(arm, config, growths)
+    return Planned(arm, config, growths, drops)
 
 
 def _growths(setting: Setting, arm: Arm, config: TokenformerConfig, matched: dict[str, int] | None) -> Schedule:
-    if not has_pattention(config):
-        raise UserError("grow: no Pattention layer to grow; set overrides.projection to pattention")
     of_config = arm.grow is True
     wanted: dict[Any, Any] = setting.growth.get("schedule") or {} if of_config else arm.grow
     unit = setting.growth.get("unit", "epoch") if of_config else "step"
     if not wanted:
         raise UserError("grow: no growth schedule in the config; write grow: {0.3: TOKENS, ...}")
-    shares: Schedule = {}
-    for key, tokens in wanted.items():
-        if isinstance(key, bool) or not isinstance(key, (int, float)) or key <= 0:
-            raise UserError(f"grow: expected a share of the steps or a step of the config as key, got {key!r}")
-        if tokens == "matched" and matched is None:
-            raise UserError("grow: 'matched' requires match, and another arm as reference")
-        share = key if isinstance(key, float) and key < 1 else setting.as_share(key, unit)
-        if share >= 1 or share <= max(shares, default=0):
-            raise UserError(f"grow: {key} expected before the end of the fit and after the previous growth")
-        shares[share] = matched if tokens == "matched" else tokens
-    numbered = {**setting.growth, "schedule": dict(enumerate(shares.values())), "unit": "step"}
+    if "matched" in wanted.values() and matched is None:
+        raise UserError("grow: 'matched' requires match, and another arm as reference")
+    at = _shares(setting, "grow", wanted, unit)
+    shares: Schedule = {share: matched if size == "matched" else size for share, size in at.items()}
+    named = {kind for size in shares.values() if isinstance(size, dict) for kind in size}
+    initial = dict(config.tokens.items()) if has_pattention(config) else {}
+    initial |= {kind: config.size[kind] for kind in config.size if kind in named and kind not in KINDS}
+    if not initial:
+        raise UserError("grow: no Pattention layer to grow; set overrides.projection to pattention")
+    numbered = {**setting.growth, **arm.growth, "schedule": dict(enumerate(shares.values())), "unit": "step"}
     try:
-        stages = ParameterGrowthCallback(**numbered).stages(dict(config.tokens.items()))
+        stages = ParameterGrowthCallback(**numbered).stages(initial)
     except ValueError as error:
         message = re.sub(r"^schedule: step (\d+): ", lambda found: f"{list(wanted)[int(found[1])]}: ", str(error))
         raise UserError(f"grow: {message}") from None
     return {share: tokens for share, (_, tokens) in zip(shares, stages, strict=True)}
 
 
+def _shares(setting: Setting, name: str, wanted: Mapping[Any, Any], unit: str) -> dict[float, Any]:
+    """Convert the keys of a schedule, shares of the steps or steps of the config, to shares."""
+    shares: dict[float, Any] = {}
+    for key, value in wanted.items():
+        if isinstance(key, bool) or not isinstance(key, (int, float)) or key <= 0:
+            raise UserError(f"{name}: expected a share of the steps or a step of the config as key, got {key!r}")
+        share = key if isinstance(key, float) and key < 1 else setting.as_share(key, unit)
+        if share >= 1 or share <= max(shares, default=0):
+            raise UserError(f"{name}: {key} expected before the end of the fit and after the previous change")
+        shares[share] = value
+    return shares
+
+
+def _drops(setting: Setting, arm: Arm, config: TokenformerConfig) -> dict[float, float]:
+    """Patch drop rates of an arm by share of the steps."""
+    drops = setting.patch_drop if arm.patch_drop is None else _shares(setting, "patch_drop", arm.patch_drop, "step")
+    PatchDropSchedule(dict(enumerate(drops.values())))  # rejects rates out of range
+    if drops and config.stem != "patch":
+        raise UserError("patch_drop: no image stem (stem: patch), so no patches can be dropped")
+    return drops
+
+
 def training_flops(setting: Setting, planned: Planned, steps: int) -> int:
     """Compute the training FLOPs of a fit in closed form."""
     checkpointing = bool(setting.model.get("grad_checkpointing"))
     return sum(
-        count * setting.samples_per_step * model_cost(planned.config, tokens, checkpointing).training_flops
-        for count, tokens in planned.stages(steps)
+        count * setting.samples_per_step * model_cost(config, checkpointing=checkpointing).training_flops
+        for count, config in planned.stages(steps)
     )
 
 
@@ -157,8 +179,8 @@ def _set_steps_by_speed(setting: Setting, planned: list[Planned], seconds: float
     run_of = 10_000  # steps; long enough for exact shares of each size
     fits = {
         one.arm.label: [
-            runner.fit(one.arm.label, "speed", setting.fit_config(one, SPEED_STEPS, 0, one.arm.lr, tokens))
-            for _, tokens in one.stages(run_of)
+            runner.fit(one.arm.label, "speed", setting.fit_config(one, SPEED_STEPS, 0, one.arm.lr, config))
+            for _, config in one.stages(run_of)
         ]
         for one in planned
     }
@@ -204,8 +226,8 @@ def describe_plan(setting: Setting, planned: list[Planned]) -> str:
     """Describe the planned fits, one line per arm."""
     lines = []
     for one in planned:
-        tokens = [dict(one.config.tokens.items()), *one.growths.values()] if has_pattention(one.config) else []
-        sizes = " -> ".join("/".join(map(str, totals.values())) for totals in tokens)
+        stages = [config for _, config in one.stages(10_000)] if has_pattention(one.config) else []
+        sizes = " -> ".join(dict.fromkeys("/".join(map(str, dict(one.tokens.items()).values())) for one in stages))
         length = f"{one.steps} steps, {training_flops(setting, one, one.steps):.3g} FLOPs"
         lines.append(
             f"{one.arm.label}: {one.parameters:,} parameters ({one.blocks:,} non-embedding, {one.differs:+.1%}), "

@@ -43,7 +43,7 @@ def row(setting: Setting, planned: Planned, results: dict[int, dict[str, Any]]) 
         "parameters": planned.parameters,
         "non_embedding": planned.blocks,
         "differs": planned.differs,
-        "forward_flops": model_cost(planned.config, planned.final_tokens).flops,
+        "forward_flops": model_cost(planned.final).flops,
         "training_flops": training_flops(setting, planned, planned.steps) if planned.steps else None,
         "steps": planned.steps,
         "seen": planned.steps * samples,

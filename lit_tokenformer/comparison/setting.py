@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_tokenformer import tasks
-from lit_tokenformer.comparison.arms import Arm, Planned, has_pattention, naming
+from lit_tokenformer.comparison.arms import Arm, Planned, by_step, has_pattention, naming, resized
 from lit_tokenformer.data.settings import FlatNameParser
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig, preset_config
@@ -21,8 +21,10 @@ HEADS = {"LitImageClassifier": "image", "LitCausalLM": "language", "LitMaskedLM"
 """Head of the architecture by task."""
 SIZES = ("num_classes", "image_size", "vocab_size", "context_length")
 """Architecture fields set by the data."""
-LEFT_OUT = ("ParameterGrowthCallback", "TrainingMonitor", "ModelCheckpoint", "EarlyStopping", "PredictionWriter")
-"""Callbacks of the config that are dropped; the first two are set per arm."""
+PER_ARM = ("ParameterGrowthCallback", "PatchDropSchedule", "TrainingMonitor")
+"""Callbacks that are set per arm."""
+LEFT_OUT = (*PER_ARM, "ModelCheckpoint", "EarlyStopping", "PredictionWriter")
+"""Callbacks of the config that are dropped."""
 LIMITS = ("min_steps", "min_epochs", "max_time", "limit_train_batches")
 """Other trainer settings that limit the length of a fit."""
 
@@ -114,7 +116,18 @@ class Setting:
     @cached_property
     def growth(self) -> dict[str, Any]:
         """Settings of the growth callback of the config; empty without one."""
-        found = (one.get("init_args") for one in self.callbacks if _name(one) == "ParameterGrowthCallback")
+        return self._callback("ParameterGrowthCallback")
+
+    @cached_property
+    def patch_drop(self) -> dict[float, float]:
+        """Patch drop rates of the config, by shares of its steps."""
+        given = self._callback("PatchDropSchedule")
+        unit = given.get("unit", "epoch")
+        return {self.as_share(key, unit): rate for key, rate in (given.get("schedule") or {}).items()}
+
+    def _callback(self, name: str) -> dict[str, Any]:
+        """Return the settings of a callback of the config; empty without it."""
+        found = (one.get("init_args") for one in self.callbacks if _name(one) == name)
         return dict(next(found, None) or {})
 
     @property
@@ -142,34 +155,44 @@ class Setting:
 
     def module(self, planned: Planned) -> Any:
         """Build the task of an arm at its final size on the meta device."""
-        model = copy.deepcopy(self.fit_config(planned, 1, 0, planned.arm.lr, planned.final_tokens)["model"])
+        model = copy.deepcopy(self.fit_config(planned, 1, 0, planned.arm.lr, planned.final)["model"])
         model["init_args"] |= self.of_data
         with naming(planned.arm), torch.device("meta"):
             return _built(LightningModule, "model", model)
 
     def fit_config(
-        self, planned: Planned, steps: int, seed: int, lr: float | None, tokens: dict[str, int] | None = None
+        self, planned: Planned, steps: int, seed: int, lr: float | None, at: TokenformerConfig | None = None
     ) -> dict[str, Any]:
-        """Build the config of one fit; ``tokens`` sets its initial size and disables growth and validation."""
-        speed_only = tokens is not None
-        callbacks = [one for one in self.callbacks if _name(one) not in LEFT_OUT]
+        """Build the config of one fit; ``at`` sets its initial size, and disables growth and validation."""
+        arm, speed_only = planned.arm, at is not None
+        callbacks = [one for one in (*self.callbacks, *arm.callbacks) if _name(one) not in LEFT_OUT]
         if planned.growths and not speed_only:
-            growth = {**self.growth, "schedule": planned.schedule(steps), "unit": "step"}
+            growth = {**self.growth, **arm.growth, "schedule": planned.schedule(steps), "unit": "step"}
             callbacks.append({"class_path": "callbacks.ParameterGrowthCallback", "init_args": growth})
+        if planned.drops and not speed_only:
+            rates = {"schedule": by_step(planned.drops, steps), "unit": "step"}
+            callbacks.append({"class_path": "callbacks.PatchDropSchedule", "init_args": rates})
         trainer = {key: value for key, value in self.trainer.items() if key not in LIMITS}
         trainer |= measured_trainer(steps, max(1, round(steps / self.evaluations)) * self.accumulated, callbacks)
         trainer |= {"num_nodes": 1, "strategy": "auto"}
         trainer["log_every_n_steps"] = min(int(self.trainer.get("log_every_n_steps") or 50), max(1, steps // 20))
         if speed_only:
             trainer["limit_val_batches"] = 0
-        overrides = {**self.overrides, **planned.arm.overrides}
-        if tokens or has_pattention(planned.config):
-            overrides["param_tokens"] = tokens or dict(planned.config.tokens.items())
-        model = {**copy.deepcopy(self.model), "preset": planned.arm.preset, "overrides": overrides}
-        if self.lr_schedule:
-            model["schedule"] = self.lr_schedule
+        overrides = {**self.overrides, **arm.overrides}
+        if has_pattention(planned.config):
+            overrides["param_tokens"] = dict(planned.config.tokens.items())
+        if at is not None:
+            overrides |= resized(at, planned.config)
+            if has_pattention(at):
+                overrides["param_tokens"] = dict(at.tokens.items())
+        model = {**copy.deepcopy(self.model), "preset": arm.preset, "overrides": overrides}
+        if self.lr_schedule or arm.schedule:
+            model["schedule"] = {**self.lr_schedule, **arm.schedule, "unit": "share"}
+        if arm.optimizer:
+            given = copy.deepcopy(dict(arm.optimizer))
+            model["optimizer"] = {**given, "init_args": {"lr": self.lr, **(given.get("init_args") or {})}}
         if lr is not None:
-            if self.lr is None:
+            if "lr" not in ((model.get("optimizer") or {}).get("init_args") or {}):
                 raise UserError("config: model.init_args.optimizer.init_args.lr: required to set a learning rate")
             model["optimizer"]["init_args"]["lr"] = lr
         return {

@@ -1,0 +1,224 @@
+"""A family of three sizes: a ladder of growths with annealed branches, and nested sizes, against training each size.
+
+Every size is wanted at the loss of its own training from scratch, on a budget that suits it. A ladder trains the
+smallest size at a constant learning rate, grows from the last checkpoint of this stable phase, and so on; every size is
+annealed on a branch of its own. A run that is stable up to a step and then decays is the branch from a checkpoint at
+that step, bit for bit, so each size is one run here, and the shared stable phases count once.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from benchmarks.growth_study.__main__ import Study
+from benchmarks.growth_study.arms import Arm, Domain, depth_ladder, load_arms
+from benchmarks.growth_study.outcome import Findings, Outcome, spread
+from lit_tokenformer.comparison.fits import Run
+from lit_tokenformer.comparison.results import table
+from lit_tokenformer.cost import model_cost
+
+BUDGETS = (0.25, 0.5, 1.0)
+"""Budget of each size from scratch, as shares of C; each beats the other sizes on it."""
+FURTHER = (0.4, 0.6)
+"""Costs of each further size of a ladder, as shares of its cost from scratch."""
+ANNEALED = 0.5
+"""Share of the steps of a further size that belongs to its branch."""
+OPTIMIZER: dict[str, Any] = {"class_path": "lit_tokenformer.optim.MuonWithAuxAdam"}
+"""Optimizer of all arms, by the result of ``python -m benchmarks.baselines muon``."""
+DECAY = 0.65
+"""Share of the steps from scratch over which the learning rate decays, by the same result."""
+NEW_ROWS = {"new_state": "reset_copies", "ramp_steps": 250, "new_updates": 1.3}
+"""State and updates of new rows (SPARKLING, arXiv 2602.02472, Table 7)."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Three sizes of one architecture.
+
+    Args:
+        name: What grows.
+        domain: Data and budget C.
+        scratch: The arm from scratch of each size, with its schedule and optimizer.
+        growth: Settings of the growth callback.
+    """
+
+    name: str
+    domain: Domain
+    scratch: tuple[Arm, ...]
+    growth: dict[str, Any]
+
+    @cached_property
+    def costs(self) -> list[float]:
+        """FLOPs of an optimizer step at each size."""
+        batch = self.domain.batch_size
+        return [model_cost(arm.configs(self.domain)[0]).training_flops * batch for arm in self.scratch]
+
+    @property
+    def separate(self) -> float:
+        """FLOPs of all sizes from scratch."""
+        return sum(arm.steps(self.domain) * cost for arm, cost in zip(self.scratch, self.costs, strict=True))
+
+    def stages(self, further: float) -> list[tuple[int, int]]:
+        """Steps of the stable phase and of the branch at each size."""
+        found = []
+        for number, arm in enumerate(self.scratch):
+            length = arm.steps(self.domain) * (further if number else 1.0)
+            branch = length * (ANNEALED if number else arm.schedule["decay"])
+            found.append((round(length - branch), round(branch)))
+        return found
+
+    def flops(self, further: float) -> float:
+        """FLOPs of the whole ladder; shared phases count once."""
+        return sum(sum(steps) * cost for steps, cost in zip(self.stages(further), self.costs, strict=True))
+
+    def arms(self, further: float, lr: float) -> list[Arm]:
+        """Build the run that ends at each size after the first."""
+        stages = self.stages(further)
+        warmup = round(0.05 * sum(stages[0]))
+        found = []
+        for last in range(1, len(stages)):
+            lengths = [stable for stable, _ in stages[: last + 1]]
+            branch = stages[last][1]
+            total = sum(lengths) + branch
+            starts = [sum(lengths[:number]) for number in range(1, last + 1)]
+            arm = Arm(
+                f"{self.name}, further sizes at {further:.0%}, size {last + 1}",
+                tuple(size.sizes[0] for size in self.scratch[: last + 1]),
+                tuple(start / total for start in starts),
+                self.growth,
+                {"warmup": warmup, "decay": branch, "unit": "step"},
+                length=total,
+                share=self.scratch[last].share,
+                lr=lr,
+                optimizer=self.scratch[last].optimizer,
+            )
+            assert arm.starts(self.domain) == starts
+            found.append(arm)
+        return found
+
+    def nested(self, lr: float) -> Arm:
+        """Build the fit of nested sizes with the steps of the final size from scratch."""
+        nesting = {"sizes": self.nested_shares, "distill": 0.5, "sort": False}
+        callback = {"class_path": "callbacks.NestedSizes", "init_args": nesting}
+        return replace(self.scratch[-1], name=f"{self.name}, nested sizes", callbacks=(callback,), lr=lr)
+
+    @property
+    def nested_shares(self) -> list[float]:
+        """Parameter tokens of the smaller sizes, as shares of those of the final size."""
+        *others, final = (arm.sizes[0]["param_tokens"] for arm in self.scratch)
+        return [count / final for count in others]
+
+    @property
+    def nested_flops(self) -> float:
+        """FLOPs of :meth:`nested`: each step trains the final size and one of the others in turn."""
+        *others, final = self.costs
+        return self.scratch[-1].steps(self.domain) * (final + statistics.mean(others))
+
+
+def ladders(domain: Domain) -> list[Ladder]:
+    """Build the ladders of a domain: parameter tokens, and blocks where there are three sizes of depth."""
+
+    def build(name: str, sizes: Sequence[dict[str, Any]], growth: dict[str, Any]) -> Ladder:
+        control = replace(load_arms(domain)["controls"][0], schedule={"decay": DECAY}, optimizer=OPTIMIZER)
+        scratch = [
+            replace(control, name=f"from scratch, {label(size)}", sizes=(size,), share=share)
+            for size, share in zip(sizes, BUDGETS, strict=True)
+        ]
+        return Ladder(name, domain, tuple(scratch), growth)
+
+    tokens = [{"param_tokens": count} for count in domain.ladder]
+    found = [build("tokens", tokens, NEW_ROWS)]
+    if domain.base["depth"] == len(BUDGETS):
+        blocks = [*depth_ladder(domain, 1, 2), tokens[-1]]
+        found.insert(0, build("blocks", blocks, {"new_state": "reset_copies"}))
+    return found
+
+
+def label(size: Mapping[str, int]) -> str:
+    """Name a size."""
+    blocks = f", {size['depth']} block" + "s" * (size["depth"] > 1) if "depth" in size else ""
+    return f"{size['param_tokens']} tokens{blocks}"
+
+
+def family(study: Study) -> Iterator[None]:
+    """Train all sizes from scratch, by the ladders and nested; yields after each phase."""
+    seeds = study.options.seeds
+    *others, tokens = ladders(study.domain)
+    if study.options.reduced:
+        rate = study.domain.rates[0]
+        scratch = [replace(arm, lr=rate) for arm in tokens.scratch]
+        study.train("final", [*scratch, *tokens.arms(FURTHER[0], rate)], seeds)
+        return
+    for ladder in (*others, tokens):
+        scratch = study.halved(study.with_rates(ladder.scratch))
+        study.train("final", scratch, seeds)
+        yield
+        rates = sorted({arm.lr for arm in scratch} | {min(arm.lr for arm in scratch) / 2})
+        tried = study.train("learning rate", [ladder.arms(FURTHER[0], rate)[-1] for rate in rates], seeds[:1])
+        lr = min(tried, key=lambda one: one.loss).arm.lr
+        yield
+        for further in FURTHER:
+            study.train("final", ladder.arms(further, lr), seeds)
+            yield
+    (nested,) = study.halved([tokens.nested(scratch[-1].lr)])
+    study.train("final", [nested], seeds)
+
+
+def report(found: Findings) -> str:
+    """Format the FLOPs and the losses of each way to a family, relative to training its sizes from scratch."""
+    rows, text = [], ""
+    for ladder in ladders(found.domain):
+        scratch = [[one.loss for one in found.of(arm.name, share=arm.share)] for arm in ladder.scratch]
+        if not all(scratch):
+            continue
+        ways = {f"{ladder.name}: each size from scratch": (1.0, dict(enumerate(scratch, 1)))}
+        points = []
+        for further in FURTHER:
+            arms = [found.of(arm.name) for arm in ladder.arms(further, 0.0)]
+            if all(arms):
+                excess = [above([one.loss for one in ours], each) for ours, each in zip(arms, scratch[1:], strict=True)]
+                share = ladder.flops(further) / ladder.separate
+                ways[f"{ladder.name}: ladder, further sizes at {further:.0%}"] = share, dict(enumerate(excess, 2))
+                points.append((share, max(map(statistics.mean, excess))))
+        nested = found.of(f"{ladder.name}, nested sizes")
+        if nested:
+            shares = (*ladder.nested_shares, 1.0)
+            excess = [
+                above([loss_at(one, at) for one in nested], each) for at, each in zip(shares, scratch, strict=True)
+            ]
+            ways[f"{ladder.name}: nested sizes"] = ladder.nested_flops / ladder.separate, dict(enumerate(excess, 1))
+        for name, (share, losses) in ways.items():
+            texts = {f"size {number}": spread(losses.get(number, []), 4) for number in (1, 2, 3)}
+            rows.append({"family": name, "FLOPs": f"{share:.2f}", **texts})
+        if len(points) > 1:
+            text += f"{ladder.name}: {crossing(points)}\n"
+    return (
+        f"{table(rows)}\nFLOPs: all stages, relative to training each size. Losses: nats; of a ladder or nested sizes, "
+        f"the difference from training that size from scratch, by seed.\n{text}"
+    )
+
+
+def above(losses: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Subtract the losses of other runs with the same seeds."""
+    return [one - other for one, other in zip(losses, others, strict=False)]
+
+
+def crossing(points: Sequence[tuple[float, float]]) -> str:
+    """Describe at which share of the FLOPs the worst size reaches its loss, from pairs of share and excess loss."""
+    (first, high), (last, low) = points[0], points[-1]
+    if high <= 0:
+        return f"all losses are reached at {first:.2f} of the FLOPs or less"
+    if low > 0:
+        return f"not all losses are reached at {last:.2f} of the FLOPs"
+    return f"all losses are reached at {first + (last - first) * high / (high - low):.2f} of the FLOPs (interpolated)"
+
+
+def loss_at(one: Outcome, share: float) -> float:
+    """Final validation loss of a nested size, or of the whole model."""
+    if share == 1:
+        return one.loss
+    return float(Run(str(one.folder / "lightning_logs" / "version_0")).series(f"val/loss@{share:g}")[1][-1])
