@@ -14,7 +14,7 @@ give the run of dropped patches, so the second control is that run with as many 
 FLOPs of all patches. It has the same regularization.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
-decay over 40 and 65 % of the steps; each keeps the better decay.
+decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
@@ -32,6 +32,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import family
 from benchmarks.growth_study import kept_images
@@ -111,17 +112,22 @@ def muon(study: Study) -> Iterator[None]:
         few = [replace(arm, lr=rate, share=share) for arm in (arms[0], arms[4]) for share in (0.5, 1.0)]
         study.train("final", [*few, replace(arms[5], lr=rate, share=0.65)], seeds)
         return
-    found = study.halved(study.with_rates(arms))
+    found = study.with_rates(arms)
+    pairs = [found[first : first + 3 : 2] for first in (0, 1, 4, 5)]  # that differ in the decay
     yield
-    for first in (0, 1, 4, 5):  # and the arm with the other decay
-        (arm,) = lowest(study, [found[first], found[first + 2]], 1)
+    for arm in study.halved([lowest(study, pair, 1)[0] for pair in pairs]):
         shares = (0.65, 0.85) if arm.at else (0.5, 1.0)
         study.train("final", [replace(arm, share=share) for share in shares], seeds)
         yield
 
 
 def cost(found: Findings, one: Outcome) -> float:
-    """FLOPs of a run in TFLOP; those of all patches for a control at full cost."""
+    """FLOPs of a run in TFLOP, those of Muon's updates included; those of all patches for a control at full cost."""
+    if one.arm.optimizer:
+        ends = [*one.arm.starts(found.domain), one.arm.steps(found.domain)]
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        updates = [family.update_flops(config) for config in one.arm.configs(found.domain)]
+        return one.tflops + sum(count * each for count, each in zip(lengths, updates, strict=True)) / 1e12
     if not one.arm.name.endswith(FULL_COST):
         return one.tflops
     return one.arm.share * statistics.mean(run.tflops / run.arm.share for run in found.of(found.final))
@@ -134,8 +140,8 @@ def curve_of(found: Findings, name: str) -> Curve:
     return [(statistics.mean(cost(found, one) for one in each), mean_loss(each)) for each in runs]
 
 
-def report(found: Findings) -> str:
-    """Format one row per arm and budget, with the cost of its loss relative to each control."""
+def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
+    """Build one row per arm and budget, with the cost of its loss relative to each control, and notes."""
     whole = statistics.mean(one.tflops for one in found.of(found.final, share=1.0))
     references = [
         name
@@ -167,9 +173,7 @@ def report(found: Findings) -> str:
         if one.phase == "learning rate" and (arm := one.arm)
     ]
     text = f"C = {whole:.3g} TFLOP. Ratio: FLOPs over those of that control at equal loss; all stages count.\n"
-    return "\n".join(
-        [table(rows), text, *(["Search of learning rates, one seed:\n", table(searched)] if searched else [])]
-    )
+    return rows, "\n".join([text, *(["Search of learning rates, one seed:\n", table(searched)] if searched else [])])
 
 
 STUDIES = {
@@ -191,18 +195,19 @@ def write(folder: Path, name: str, study: Study) -> None:
     write_csv(folder / f"{name}.csv", [one.row() for one in unique])
     environments = [one.result["environment"] for one in unique if "environment" in one.result]
     root = study.domain.data["init_args"].get("root")  # of images
-    record = {
+    record: dict[str, Any] = {
         "command": {"reduced": study.options.reduced, "seeds": study.options.seeds},
         "domain": {key: value for key, value in vars(study.domain).items() if key != "data"},
         "corpus": kept_images.summary(root) if root else corpus(unique),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
     found = Findings(study.domain, unique)
     if found.of(found.final, share=1.0):
-        text = STUDIES[name][2](found)
+        record["table"], notes = STUDIES[name][2](found)
+        text = f"{table(record['table'])}\n{notes}"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         print(f"\n{text}", flush=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import Arm, Domain, depth_ladder, load_arms
 from benchmarks.growth_study.outcome import Findings, Outcome, spread
 from lit_tokenformer.comparison.fits import Run
-from lit_tokenformer.comparison.results import table
 from lit_tokenformer.cost import model_cost
+from lit_tokenformer.models import Tokenformer, TokenformerConfig
 
 BUDGETS = (0.25, 0.5, 1.0)
 """Budget of each size from scratch, as shares of C; each beats the other sizes on it."""
@@ -33,6 +35,26 @@ DECAY = 0.65
 """Share of the steps from scratch over which the learning rate decays, by the same result."""
 NEW_ROWS = {"new_state": "reset_copies", "ramp_steps": 250, "new_updates": 1.3}
 """State and updates of new rows (SPARKLING, arXiv 2602.02472, Table 7)."""
+
+
+def update_flops(config: TokenformerConfig) -> int:
+    """FLOPs of an update by Muon: five Newton-Schulz steps of three products for each matrix of the blocks."""
+    with torch.device("meta"):
+        blocks = Tokenformer(config).blocks
+    found = 0
+    for parameter in blocks.parameters():
+        if parameter.ndim == 2:
+            few, many = sorted(parameter.shape)
+            found += 5 * (4 * few**2 * many + 2 * few**3)
+    return found
+
+
+def step_flops(arm: Arm, domain: Domain) -> list[int]:
+    """FLOPs of an optimizer step of an arm at each stage, its updates included."""
+    return [
+        model_cost(config).training_flops * domain.batch_size + (update_flops(config) if arm.optimizer else 0)
+        for config in arm.configs(domain)
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,8 +76,7 @@ class Ladder:
     @cached_property
     def costs(self) -> list[float]:
         """FLOPs of an optimizer step at each size."""
-        batch = self.domain.batch_size
-        return [model_cost(arm.configs(self.domain)[0]).training_flops * batch for arm in self.scratch]
+        return [step_flops(arm, self.domain)[0] for arm in self.scratch]
 
     @property
     def separate(self) -> float:
@@ -102,7 +123,7 @@ class Ladder:
 
     def nested(self, lr: float) -> Arm:
         """Build the fit of nested sizes with the steps of the final size from scratch."""
-        nesting = {"sizes": self.nested_shares, "distill": 0.5, "sort": False}
+        nesting = {"sizes": self.nested_shares, "distill": 0.0, "sort": False}
         callback = {"class_path": "callbacks.NestedSizes", "init_args": nesting}
         return replace(self.scratch[-1], name=f"{self.name}, nested sizes", callbacks=(callback,), lr=lr)
 
@@ -138,6 +159,11 @@ def ladders(domain: Domain) -> list[Ladder]:
     return found
 
 
+def as_nested(arm: Arm, domain: Domain, final: Arm) -> Arm:
+    """Give a smaller size the steps of the final size, which are those of the nested sizes."""
+    return replace(arm, name=f"{arm.name}, as many steps as nested", length=final.steps(domain))
+
+
 def label(size: Mapping[str, int]) -> str:
     """Name a size."""
     blocks = f", {size['depth']} block" + "s" * (size["depth"] > 1) if "depth" in size else ""
@@ -165,11 +191,11 @@ def family(study: Study) -> Iterator[None]:
             study.train("final", ladder.arms(further, lr), seeds)
             yield
     (nested,) = study.halved([tokens.nested(scratch[-1].lr)])
-    study.train("final", [nested], seeds)
+    study.train("final", [nested, *(as_nested(arm, study.domain, scratch[-1]) for arm in scratch[:-1])], seeds)
 
 
-def report(found: Findings) -> str:
-    """Format the FLOPs and the losses of each way to a family, relative to training its sizes from scratch."""
+def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
+    """Build a row for each way to a family: FLOPs and losses relative to training each size from scratch; and notes."""
     rows, text = [], ""
     for ladder in ladders(found.domain):
         scratch = [[one.loss for one in found.of(arm.name, share=arm.share)] for arm in ladder.scratch]
@@ -187,18 +213,22 @@ def report(found: Findings) -> str:
         nested = found.of(f"{ladder.name}, nested sizes")
         if nested:
             shares = (*ladder.nested_shares, 1.0)
-            excess = [
-                above([loss_at(one, at) for one in nested], each) for at, each in zip(shares, scratch, strict=True)
-            ]
-            ways[f"{ladder.name}: nested sizes"] = ladder.nested_flops / ladder.separate, dict(enumerate(excess, 1))
+            losses_at = [[loss_at(one, share) for one in nested] for share in shares]
+            excess = [above(ours, each) for ours, each in zip(losses_at, scratch, strict=True)]
+            share = ladder.nested_flops / ladder.separate
+            ways[f"{ladder.name}: nested sizes"] = share, dict(enumerate(excess, 1))
+            alone = [found.of(as_nested(arm, found.domain, ladder.scratch[-1]).name) for arm in ladder.scratch[:-1]]
+            others = [*([one.loss for one in runs] for runs in alone), scratch[-1]]
+            excess = [above(ours, each) for ours, each in zip(losses_at, others, strict=True)]
+            ways[f"{ladder.name}: nested sizes, above each size on as many steps"] = share, dict(enumerate(excess, 1))
         for name, (share, losses) in ways.items():
             texts = {f"size {number}": spread(losses.get(number, []), 4) for number in (1, 2, 3)}
             rows.append({"family": name, "FLOPs": f"{share:.2f}", **texts})
         if len(points) > 1:
             text += f"{ladder.name}: {crossing(points)}\n"
-    return (
-        f"{table(rows)}\nFLOPs: all stages, relative to training each size. Losses: nats; of a ladder or nested sizes, "
-        f"the difference from training that size from scratch, by seed.\n{text}"
+    return rows, (
+        "FLOPs: all stages, relative to training each size. Losses: nats; of a ladder or nested sizes, the difference "
+        f"from training that size from scratch, by seed.\n{text}"
     )
 
 
