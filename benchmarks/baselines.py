@@ -9,12 +9,13 @@ tries the domain's learning rates on a quarter of its budget, then the best of t
 
 ``patches`` (Fashion-MNIST, read from ``--root``): 2, 4 or 6 of 16 patches for 50 to 90 % of the steps, then all. The
 six best at a quarter of the budget train on all of it, and the two best of those with every seed. Two controls: all
-patches, and the same dropping at full cost. Masked patches that are computed but excluded from attention and pooling
-give the run of dropped patches, so the second control is that run with as many steps as the first, charged with the
-FLOPs of all patches. It has the same regularization.
+patches, and the dropping of the best arm at full cost. Masked patches that are computed but excluded from attention and
+pooling give the run of dropped patches, so the second control is that run with as many steps as the first, charged with
+the FLOPs of all patches. It has the same regularization.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
-decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget.
+decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
+learning rate for as long as that helps.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
@@ -84,11 +85,12 @@ def patches(study: Study) -> Iterator[None]:
     yield
     winners = lowest(study, study.halved(lowest(study, tried, 6)), 2)
     yield
-    study.train("final", [replace(arm, share=share) for arm in winners for share in SHARES], seeds)
+    runs = study.train("final", [replace(arm, share=share) for arm in winners for share in SHARES], seeds)
     yield
-    masked = study.halved([at_full_cost(study, arm, control, 1.0) for arm in winners])
-    shorter = [replace(at_full_cost(study, arm, control, 0.5), name=arm.name) for arm in masked]
-    study.train("final", [*masked, *shorter], seeds)
+    winner = min(winners, key=lambda arm: mean_loss([one for one in runs if one.arm.name == arm.name]))
+    (longest,) = study.halved([at_full_cost(study, winner, control, 1.0)])
+    shorter = replace(at_full_cost(study, winner, control, 0.5), lr=longest.lr)
+    study.train("final", [longest, shorter], seeds)
 
 
 def lowest(study: Study, arms: Sequence[Arm], count: int) -> list[Arm]:
@@ -98,6 +100,14 @@ def lowest(study: Study, arms: Sequence[Arm], count: int) -> list[Arm]:
         for arm in arms
     }
     return sorted(arms, key=lambda arm: losses[arm.name])[:count]
+
+
+def refined(study: Study, arms: Sequence[Arm]) -> list[Arm]:
+    """Halve the learning rate of each arm at the end of its budget for as long as that lowers the loss."""
+    found = study.halved(arms)
+    halved = [one for one, arm in zip(found, arms, strict=True) if one.lr < arm.lr]
+    again = {arm.name: arm for arm in refined(study, halved)} if halved else {}
+    return [again.get(arm.name, arm) for arm in found]
 
 
 def muon(study: Study) -> Iterator[None]:
@@ -115,7 +125,7 @@ def muon(study: Study) -> Iterator[None]:
     found = study.with_rates(arms)
     pairs = [found[first : first + 3 : 2] for first in (0, 1, 4, 5)]  # that differ in the decay
     yield
-    for arm in study.halved([lowest(study, pair, 1)[0] for pair in pairs]):
+    for arm in refined(study, [lowest(study, pair, 1)[0] for pair in pairs]):
         shares = (0.65, 0.85) if arm.at else (0.5, 1.0)
         study.train("final", [replace(arm, share=share) for share in shares], seeds)
         yield

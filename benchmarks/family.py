@@ -31,7 +31,7 @@ ANNEALED = 0.5
 """Share of the steps of a further size that belongs to its branch."""
 OPTIMIZER: dict[str, Any] = {"class_path": "lit_tokenformer.optim.MuonWithAuxAdam"}
 """Optimizer of all arms, by the result of ``python -m benchmarks.baselines muon``."""
-DECAY = 0.65
+DECAY = 0.4
 """Share of the steps from scratch over which the learning rate decays, by the same result."""
 NEW_ROWS = {"new_state": "reset_copies", "ramp_steps": 250, "new_updates": 1.3}
 """State and updates of new rows (SPARKLING, arXiv 2602.02472, Table 7)."""
@@ -196,7 +196,7 @@ def family(study: Study) -> Iterator[None]:
 
 def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
     """Build a row for each way to a family: FLOPs and losses relative to training each size from scratch; and notes."""
-    rows, text = [], ""
+    rows: list[dict[str, Any]] = []
     for ladder in ladders(found.domain):
         scratch = [[one.loss for one in found.of(arm.name, share=arm.share)] for arm in ladder.scratch]
         if not all(scratch):
@@ -225,10 +225,12 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
             texts = {f"size {number}": spread(losses.get(number, []), 4) for number in (1, 2, 3)}
             rows.append({"family": name, "FLOPs": f"{share:.2f}", **texts})
         if len(points) > 1:
-            text += f"{ladder.name}: {crossing(points)}\n"
+            name = f"{ladder.name}: ladder, every size at its loss"
+            rows.append({**dict.fromkeys(rows[0], "-"), "family": name, "FLOPs": crossing(points)})
     return rows, (
-        "FLOPs: all stages, relative to training each size. Losses: nats; of a ladder or nested sizes, the difference "
-        f"from training that size from scratch, by seed.\n{text}"
+        "FLOPs: all stages and updates, relative to training each size. Losses: nats; of a ladder or nested sizes, the "
+        "difference from training that size from scratch, by seed. Every size at its loss: the FLOPs at which the mean "
+        "difference of the worst size is 0, interpolated.\n"
     )
 
 
@@ -238,13 +240,13 @@ def above(losses: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def crossing(points: Sequence[tuple[float, float]]) -> str:
-    """Describe at which share of the FLOPs the worst size reaches its loss, from pairs of share and excess loss."""
+    """Find the share of the FLOPs at which the worst size reaches its loss, from pairs of share and excess loss."""
     (first, high), (last, low) = points[0], points[-1]
     if high <= 0:
-        return f"all losses are reached at {first:.2f} of the FLOPs or less"
+        return f"<= {first:.2f}"
     if low > 0:
-        return f"not all losses are reached at {last:.2f} of the FLOPs"
-    return f"all losses are reached at {first + (last - first) * high / (high - low):.2f} of the FLOPs (interpolated)"
+        return f"> {last:.2f}"
+    return f"{first + (last - first) * high / (high - low):.2f}"
 
 
 def loss_at(one: Outcome, share: float) -> float:

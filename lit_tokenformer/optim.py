@@ -136,6 +136,9 @@ class MuonWithAuxAdam(Optimizer):
     def _make_inner(self) -> None:
         """Create the two optimizers, whose groups and state are set in each step."""
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"MuonWithAuxAdam: needs torch.optim.Muon (got torch {torch.__version__}, expected >= 2.9)")
+            raise UserError(
+                f"model.optimizer: MuonWithAuxAdam needs torch >= 2.9 (got {torch.__version__}); upgrade torch, or use "
+                "torch.optim.AdamW"
+            )
         self._muon: Optimizer = torch.optim.Muon([torch.zeros(1, 1)])
         self._adam: Optimizer = torch.optim.AdamW([torch.zeros(1)])

@@ -132,7 +132,7 @@ class GrowthRule:
     data_tokens_per_parameter: float = 60.0
     decay: float = 0.4
     patch_drop: float = 0.75
-    patches_at: float = 0.5
+    patches_at: float = 0.65
     epochs: float = 4.0
     image_epochs: float = 300.0
 

@@ -95,7 +95,7 @@ def test_a_copy_and_a_restored_optimizer_continue_bit_equal():
 
 def test_a_torch_without_muon_is_refused_in_one_line(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match=r"^MuonWithAuxAdam: needs torch.optim.Muon \(got torch \S+, expected"):
+    with pytest.raises(UserError, match=r"^model.optimizer: MuonWithAuxAdam needs torch >= 2.9 \(got \S+\); upgrade"):
         MuonWithAuxAdam([nn.Parameter(matrix(2, 2))])
 
 
