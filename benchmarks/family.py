@@ -190,7 +190,7 @@ def family(study: Study) -> Iterator[None]:
         for further in FURTHER:
             study.train("final", ladder.arms(further, lr), seeds)
             yield
-    (nested,) = study.halved([tokens.nested(scratch[-1].lr)])
+    (nested,) = study.halved([tokens.nested(2 * scratch[-1].lr)])
     study.train("final", [nested, *(as_nested(arm, study.domain, scratch[-1]) for arm in scratch[:-1])], seeds)
 
 
