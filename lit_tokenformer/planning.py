@@ -99,7 +99,10 @@ class Scale:
 
 
 MEASURED = {
-    "text": (Scale(49_152, 2_870_784, 0.3), "0.80 to 0.90 of the FLOPs of training from scratch at equal loss with AdamW, 1.0 with Muon"),
+    "text": (
+        Scale(49_152, 2_870_784, 0.3),
+        "at equal loss 0.80 to 0.90 of the FLOPs of training from scratch with AdamW, 1.0 with Muon",
+    ),
     "images": (Scale(8_192, 7_370_752, 7.7), "0.51 of the FLOPs of using all patches at equal loss"),
 }
 """Scale and result of ``benchmarks/growth_study`` and ``benchmarks/baselines``, in which the rule was measured."""

@@ -150,7 +150,7 @@ def test_plan_tells_settings_that_a_fit_takes(tmp_path, capsys, text_cache):
     assert main(["plan", "--config", str(base), "--config", str(settings)]) == 0
     again = capsys.readouterr().out
     assert f"{steps} optimizer steps" in again
-    assert "rule measured at 0.0492 M non-embedding parameters, 2.87 M data tokens, 0.3 epochs: 0.80 to 0.90 of" in shown
+    assert "rule measured at 0.0492 M non-embedding parameters, 2.87 M data tokens, 0.3 epochs: at equal" in shown
     read = int(steps) * 4 * 16 / 1e6
     assert re.search(rf"settings for the config: \S+ M non-embedding parameters, {read:.3g} M data tokens, ", shown)
     assert main(["plan", "--config", str(base), "--budget", "1e17", "--epochs", "0.5"]) == 0
