@@ -13,11 +13,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from PIL import Image
 
+from callbacks import PatchDropSchedule
 from lit_tokenformer.cli.commands import grow_checkpoint, read_checkpoint
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.cli.parser import shipped_configs
+from lit_tokenformer.cli.preflight import replace_repeated
 from lit_tokenformer.models import param_tokens
 from lit_tokenformer.tasks import LitImageClassifier
 
@@ -513,6 +516,13 @@ def test_growth_options_add_a_callback(tmp_path, few_digits, capsys):
     assert run("fit", tmp_path, *args, "--growth.schedule", "{0: 24}") == 0
     path = next(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
     assert torch.load(path, weights_only=True)["param_tokens"]["qkv"] == 24
+
+
+def test_a_later_callback_of_the_project_replaces_an_earlier_one():
+    first, other, later = PatchDropSchedule({5: 0.0}), LearningRateMonitor(), PatchDropSchedule({1: 0.0})
+    assert replace_repeated([first, other, LearningRateMonitor(), later])[:2] == [later, other]
+    assert len(replace_repeated([first, other, LearningRateMonitor(), later])) == 3
+    assert replace_repeated(True) is True
 
 
 def test_a_schedule_for_another_callback_names_what_is_missing(tmp_path, capsys):

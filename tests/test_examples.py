@@ -93,6 +93,7 @@ def test_the_slurm_script_starts_and_resumes(tmp_path):
     given = [f"--model.overrides={sizes}", "--model.compile=false", "--model.schedule.warmup=1"]
     given += ["--data.image_size=16", "--data.loader.num_workers=0", "--data.loader.batch_size=4"]
     given += ["--trainer.callbacks+=ParameterGrowthCallback", "--trainer.callbacks.schedule={1: 16}"]
+    given += ["--trainer.callbacks+=PatchDropSchedule", "--trainer.callbacks.schedule={1: 0.0}"]
     given += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
     environment = {**os.environ, "DATA": str(folder), "OUTPUT": str(tmp_path / "runs"), "LAUNCH": ""}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

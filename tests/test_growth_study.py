@@ -226,7 +226,10 @@ def test_a_ladder_counts_its_shared_stages_once(domain):
     *_, tokens = ladders = family.ladders(domain)
     assert [one.name for one in ladders] == (["blocks", "tokens"] if domain.task == "LitCausalLM" else ["tokens"])
     for ladder in ladders:
-        budgets = [share * domain.budget for share in family.BUDGETS]
+        costs = [family.step_flops(arm, domain)[0] for arm in ladder.scratch]
+        budgets = [arm.steps(domain) * cost for arm, cost in zip(ladder.scratch, costs, strict=True)]
+        for share, spent in zip(family.BUDGETS, budgets, strict=True):
+            assert 1.0 < spent / (share * domain.budget) < 1.15  # updates of Muon
         assert ladder.separate == pytest.approx(sum(budgets), rel=2e-3)
         assert ladder.flops(0.4) == pytest.approx(budgets[0] + 0.4 * sum(budgets[1:]), rel=2e-3)
         runs, stages = ladder.arms(0.4, 0.01), ladder.stages(0.4)
@@ -243,6 +246,15 @@ def test_a_ladder_counts_its_shared_stages_once(domain):
     nested = tokens.nested(0.01).fit(domain, 0, 1)["trainer"]["callbacks"][0]
     assert nested["class_path"] == "callbacks.NestedSizes" and nested["init_args"]["sizes"] == [0.25, 0.5]
     assert tokens.separate > tokens.nested_flops > domain.budget
+
+
+def test_updates_of_muon_are_the_products_of_its_iterations():
+    config = arms.controls(arms.DOMAINS["text"])[0].configs(arms.DOMAINS["text"])[0]
+    shapes = [(32, 32)] * 8 + [(32, 128)] * 2  # keys and values of q, k, v and proj; of the feed-forward
+    products = [
+        2 * a * a * b + 2 * a**3 + 2 * a * a * b for a, b in shapes
+    ]  # X X^T, its square, and its product with X
+    assert family.update_flops(config) == 3 * 5 * sum(products)
 
 
 @pytest.mark.parametrize(

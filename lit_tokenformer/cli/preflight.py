@@ -53,6 +53,7 @@ class WarmupCheck(Callback):
 def replace_repeated(callbacks: Any) -> Any:
     """Replace a callback by a later one with the same state key, which Lightning accepts only once.
 
+    Callbacks of this project without state are replaced by a later one of their class.
     ``--trainer.callbacks+=ParameterGrowthCallback`` with its options thus replaces the one of a config.
 
     Args:
@@ -60,14 +61,20 @@ def replace_repeated(callbacks: Any) -> Any:
     """
     kept: list[Any] = []
     for callback in callbacks if isinstance(callbacks, list) else ():
-        stateful = is_overridden("state_dict", instance=callback, parent=Callback)
-        keys = [one.state_key if stateful else None for one in kept]
-        if stateful and callback.state_key in keys:
-            kept[keys.index(callback.state_key)] = callback
+        key, keys = _identity(callback), [_identity(one) for one in kept]
+        if key is not None and key in keys:
+            kept[keys.index(key)] = callback
             rank_zero_info(f"trainer.callbacks: {type(callback).__name__} replaces an earlier one")
         else:
             kept.append(callback)
     return kept if isinstance(callbacks, list) else callbacks
+
+
+def _identity(callback: Any) -> Any:
+    """Return what a fit can have only one callback with; ``None`` if it can have any number of them."""
+    if is_overridden("state_dict", instance=callback, parent=Callback):
+        return callback.state_key
+    return type(callback) if type(callback).__module__.split(".")[0] == "callbacks" else None
 
 
 def check_trainer_settings(settings: Mapping[str, Any]) -> None:
