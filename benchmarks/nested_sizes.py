@@ -7,7 +7,7 @@ steps, so the smaller sizes are also trained alone for as many. With ``--base_st
 the same trained weights, and the smaller ones train as long in total. The draft is a nested size of the whole model.
 ``docs/nested_sizes.md`` has the figures.
 
-    python -m benchmarks.nested_sizes [--steps 4500] [--distill 0.5] [--output nested_sizes.json]
+    python -m benchmarks.nested_sizes [--steps 4500] [--distill 0] [--output nested_sizes.json]
     python -m benchmarks.nested_sizes --base_steps 3000 --steps 1500 --distill 1
 """
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--distill", type=float, default=0.5)
+    parser.add_argument("--distill", type=float, default=0.0)
     parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each seed")
     parser.add_argument("--smoke", action="store_true", help="two steps of a tiny model")
     given = parser.parse_args()
