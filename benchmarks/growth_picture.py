@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def draw(theme: str, path: Path) -> None:
     axis.set_xlim(0.06, 1.32)
     axis.set_ylim(1.57, 2.36)
     axis.grid(color=colors["grid"], linewidth=0.7)
+    save(figure, colors, path)
+
+
+def save(figure: Figure, colors: Mapping[str, str], path: Path) -> None:
+    """Color the axes of a picture in a theme, and write it."""
+    (axis,) = figure.axes
     axis.tick_params(colors=colors["text"], length=0)
     for label in (axis.xaxis.label, axis.yaxis.label):
         label.set_color(colors["text"])

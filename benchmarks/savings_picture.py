@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.growth_picture import THEMES
+from benchmarks.growth_picture import THEMES, save
 
 RESULTS = Path(__file__).parent / "results" / "baselines"
 
@@ -74,12 +74,7 @@ def draw(theme: str, path: Path) -> None:
     )
     axis.set(xlabel="training FLOPs for the same validation loss, all stages counted", xlim=(0, 1.2), yticks=[])
     axis.set_ylim(-0.6, len(BARS) - 0.4)
-    axis.tick_params(colors=colors["text"], length=0)
-    axis.xaxis.label.set_color(colors["text"])
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(colors["grid"])
-    figure.savefig(path, dpi=150, bbox_inches="tight", transparent=True, metadata={"Software": None})
+    save(figure, colors, path)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,11 @@ def entry(preset, **settings):
             [],
             "callbacks: expected a list of mappings, got ['NestedSizes']",
         ),
+        (
+            entry("gpt2_tiny", callbacks=[{"class_path": "EarlyStopping"}]),
+            [],
+            "callbacks: EarlyStopping cannot be added",
+        ),
         (entry("gpt2_tiny", schedule={"unit": "step"}), [], "schedule: unit: expected lengths as shares of the steps"),
         (entry("tokenformer_lm_tiny", grow=True, growth={"method": "cut"}), [], "'tokenformer_lm_tiny grow': grow: "),
         (entry("gpt2_tiny", lr="fast"), [], "lr: expected a positive number, got 'fast'"),

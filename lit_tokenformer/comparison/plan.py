@@ -10,7 +10,7 @@ from typing import Any
 from callbacks import ParameterGrowthCallback, PatchDropSchedule
 from lit_tokenformer.comparison.arms import Arm, Planned, Schedule, has_pattention, naming, parse_arm
 from lit_tokenformer.comparison.fits import Runner
-from lit_tokenformer.comparison.setting import Setting
+from lit_tokenformer.comparison.setting import LEFT_OUT, Setting
 from lit_tokenformer.cost import match_tokens, model_cost
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models import TokenformerConfig
@@ -68,6 +68,9 @@ def _planned(
     config = setting.architecture(arm)
     matched: dict[str, int] | None = None
     with naming(arm):
+        for name in (str(one["class_path"]).split(".")[-1] for one in arm.callbacks):
+            if name in LEFT_OUT:
+                raise UserError(f"callbacks: {name} cannot be added (growth: grow; dropped patches: patch_drop)")
         if match and not is_reference and has_pattention(config):
             matched = match_tokens(config, reference, match)
         growths = _growths(setting, arm, config, matched) if arm.grow else {}

@@ -190,7 +190,8 @@ class Setting:
             model["schedule"] = {**self.lr_schedule, **arm.schedule, "unit": "share"}
         if arm.optimizer:
             given = copy.deepcopy(dict(arm.optimizer))
-            model["optimizer"] = {**given, "init_args": {"lr": self.lr, **(given.get("init_args") or {})}}
+            rate = {} if self.lr is None else {"lr": self.lr}
+            model["optimizer"] = {**given, "init_args": {**rate, **(given.get("init_args") or {})}}
         if lr is not None:
             if "lr" not in ((model.get("optimizer") or {}).get("init_args") or {}):
                 raise UserError("config: model.init_args.optimizer.init_args.lr: required to set a learning rate")
