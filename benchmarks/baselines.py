@@ -1,7 +1,7 @@
 """Stronger baselines of the growth study: short image sequences for most of the steps, and Muon in place of AdamW.
 
-    python -m benchmarks.baselines {patches,muon,family,family_images} OUTPUT [--reduced] [--root FOLDER]
-        [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--draw-only]
+    python -m benchmarks.baselines {patches,patches_muon,muon,family,family_images,late} OUTPUT [--reduced]
+        [--root FOLDER] [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--draw-only]
 
 Data, architectures and budgets C are those of ``benchmarks.growth_study``, and so is the order of the work: every arm
 tries the domain's learning rates on a quarter of its budget, then the best of them and half of it on all of its budget
@@ -11,13 +11,16 @@ tries the domain's learning rates on a quarter of its budget, then the best of t
 six best at a quarter of the budget train on all of it, and the two best of those with every seed. Two controls: all
 patches, and the dropping of the best arm at full cost. Masked patches that are computed but excluded from attention and
 pooling give the run of dropped patches, so the second control is that run with as many steps as the first, charged with
-the FLOPs of all patches. It has the same regularization.
+the FLOPs of all patches. It has the same regularization. ``patches_muon`` is the best of them and both
+controls with Muon.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
 decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
 learning rate for as long as that helps.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
+
+``late`` (text): one block to eight late in training, at equal steps (:mod:`benchmarks.late_growth`).
 
 ``--reduced`` takes the most important arms, one seed and one learning rate, in less than ten minutes on two cores.
 Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes.
@@ -35,7 +38,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import family
+from benchmarks import family, late_growth
 from benchmarks.growth_study import kept_images
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
@@ -77,17 +80,43 @@ def patches(study: Study) -> Iterator[None]:
         masked = [at_full_cost(study, few[1], control, share) for share in (0.5, 1.0)]
         study.train("final", [*few, *(replace(control, share=share) for share in (0.5, 1.0)), *masked], seeds)
         return
-    (control,) = study.halved(study.with_rates([control]))
-    (half,) = study.halved([replace(control, share=0.5)], evaluations=2)
-    study.train("final", [control, half], seeds)
+    control = train_control(study, control)
     yield
     tried = study.with_rates([with_few(control, kept, at) for kept in KEPT for at in PHASE_SHARES])
     yield
     winners = lowest(study, study.halved(lowest(study, tried, 6)), 2)
     yield
-    runs = study.train("final", [replace(arm, share=share) for arm in winners for share in SHARES], seeds)
+    yield from train_few(study, winners, control)
+
+
+def patches_muon(study: Study) -> Iterator[None]:
+    """Train the best arm of :func:`patches` and its controls with Muon; yields after each phase."""
+    control = replace(controls(study.domain)[0], optimizer=MUON)
+    if study.options.reduced:
+        control = replace(control, lr=study.domain.rates[0])
+        study.train("final", [with_few(control, 4, 0.65), control, replace(control, share=0.5)], study.options.seeds)
+        return
+    control = train_control(study, control)
     yield
-    winner = min(winners, key=lambda arm: mean_loss([one for one in runs if one.arm.name == arm.name]))
+    few = study.halved(study.with_rates([with_few(control, 4, 0.65)]))
+    yield
+    yield from train_few(study, few, control)
+
+
+def train_control(study: Study, control: Arm) -> Arm:
+    """Train the control at half and all of C, each with its own learning rate; return the latter."""
+    (control,) = study.halved(study.with_rates([control]))
+    (half,) = study.halved([replace(control, share=0.5)], evaluations=2)
+    study.train("final", [control, half], study.options.seeds)
+    return control
+
+
+def train_few(study: Study, arms: Sequence[Arm], control: Arm) -> Iterator[None]:
+    """Train arms of short sequences at all budgets, and the best one at full cost; yields after each phase."""
+    seeds = study.options.seeds
+    runs = study.train("final", [replace(arm, share=share) for arm in arms for share in SHARES], seeds)
+    yield
+    winner = min(arms, key=lambda arm: mean_loss([one for one in runs if one.arm.name == arm.name]))
     (longest,) = study.halved([at_full_cost(study, winner, control, 1.0)])
     shorter = replace(at_full_cost(study, winner, control, 0.5), lr=longest.lr)
     study.train("final", [longest, shorter], seeds)
@@ -133,14 +162,10 @@ def muon(study: Study) -> Iterator[None]:
 
 def cost(found: Findings, one: Outcome) -> float:
     """FLOPs of a run in TFLOP, those of Muon's updates included; those of all patches for a control at full cost."""
-    if one.arm.optimizer:
-        ends = [*one.arm.starts(found.domain), one.arm.steps(found.domain)]
-        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        updates = [family.update_flops(config) for config in one.arm.configs(found.domain)]
-        return one.tflops + sum(count * each for count, each in zip(lengths, updates, strict=True)) / 1e12
     if not one.arm.name.endswith(FULL_COST):
-        return one.tflops
-    return one.arm.share * statistics.mean(run.tflops / run.arm.share for run in found.of(found.final))
+        return family.tflops(one, found.domain)
+    whole = [family.tflops(run, found.domain) / run.arm.share for run in found.of(found.final)]
+    return one.arm.share * statistics.mean(whole)
 
 
 def curve_of(found: Findings, name: str) -> Curve:
@@ -187,12 +212,14 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
 
 
 STUDIES = {
-    "patches": ("images", patches, report),
-    "muon": ("text", muon, report),
-    "family": ("text", family.family, family.report),
-    "family_images": ("images", family.family, family.report),
+    "patches": ("images", DOMAINS["images"], patches, report),
+    "patches_muon": ("images", DOMAINS["images"], patches_muon, report),
+    "muon": ("text", DOMAINS["text"], muon, report),
+    "family": ("text", DOMAINS["text"], family.family, family.report),
+    "family_images": ("images", DOMAINS["images"], family.family, family.report),
+    "late": ("deep text", late_growth.DOMAIN, late_growth.late, late_growth.report),
 }
-"""Domain, function and report of each study."""
+"""Name of the domain, the domain, function and report of each study."""
 
 
 def write(folder: Path, name: str, study: Study) -> None:
@@ -213,7 +240,7 @@ def write(folder: Path, name: str, study: Study) -> None:
     }
     found = Findings(study.domain, unique)
     if found.of(found.final, share=1.0):
-        record["table"], notes = STUDIES[name][2](found)
+        record["table"], notes = STUDIES[name][3](found)
         text = f"{table(record['table'])}\n{notes}"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         print(f"\n{text}", flush=True)
@@ -234,8 +261,8 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     if options.reduced:
         options.seeds = options.seeds[:1]
-    name, run, _ = STUDIES[options.study]
-    domain = copy.deepcopy(DOMAINS[name])
+    name, domain, run, _ = STUDIES[options.study]
+    domain = copy.deepcopy(domain)
     if "root" in domain.data["init_args"]:
         domain.data["init_args"]["root"] = options.root
     with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:

@@ -49,6 +49,16 @@ def update_flops(config: TokenformerConfig) -> int:
     return found
 
 
+def tflops(one: Outcome, domain: Domain) -> float:
+    """FLOPs of a run in TFLOP, those of Muon's updates included."""
+    if not one.arm.optimizer:
+        return one.tflops
+    ends = [*one.arm.starts(domain), one.arm.steps(domain)]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    updates = [update_flops(config) for config in one.arm.configs(domain)]
+    return one.tflops + sum(count * each for count, each in zip(lengths, updates, strict=True)) / 1e12
+
+
 def step_flops(arm: Arm, domain: Domain) -> list[int]:
     """FLOPs of an optimizer step of an arm at each stage, its updates included."""
     return [

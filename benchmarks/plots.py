@@ -59,8 +59,8 @@ def scaling_picture(
     """Draw ``speed.scaling``: time above and memory below, a column for each axis."""
     colors = {"layer": "tab:green", "training": "tab:blue", "decoding": "tab:orange"}
     names = {"layer": "one layer, forward + backward", "training": "training step", "decoding": "decoding one token"}
-    figure = Figure(figsize=(13, 7.5))
-    axes = figure.subplots(2, 3, sharex="col", sharey="row")
+    figure = Figure(figsize=(4 * len(labels), 7.5))
+    axes = figure.subplots(2, len(labels), sharex="col", sharey="row")
     for column, (axis, label) in enumerate(labels.items()):
         upper, lower = axes[:, column]
         for curve, exponent in zip(found, exponents, strict=True):

@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import yaml
 
 from lit_tokenformer.cli.main import main
 from lit_tokenformer.comparison.arms import Arm, parse_arm
-from lit_tokenformer.comparison.fits import Runner
+from lit_tokenformer.comparison.fits import SERVER, Runner
 from lit_tokenformer.comparison.plan import plan_arms, set_steps, training_flops
 from lit_tokenformer.comparison.results import markdown, row, sort_rows
 from lit_tokenformer.comparison.setting import Setting
@@ -368,3 +370,41 @@ def test_every_fit_that_fails_is_an_error(config, tmp_path, capsys):
     assert run(config, tmp_path, "[gpt2_tiny]", "--draw_only=true") == 2
     assert "presets: every fit failed" in capsys.readouterr().err
     assert "seed 0 failed: not run" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_fit_ends_with_a_command_that_is_killed(config, tmp_path):
+    config["trainer"] |= {"max_steps": 10**6, "limit_val_batches": 0}
+    config["model"]["init_args"]["schedule"] = {"name": "constant"}
+    folder = tmp_path / "fit"
+    folder.mkdir()
+    (folder / "given.yaml").write_text(yaml.safe_dump(config))
+    code = (
+        "import subprocess, sys\n"
+        "server = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, text=True)\n"
+        "print(server.pid, flush=True)\n"
+        "server.stdin.write(sys.argv[2] + '\\n')\n"
+        "server.stdin.flush()\n"
+        "server.wait()\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code, SERVER, str(folder)], stdout=subprocess.PIPE, text=True)
+    server = int(command.stdout.readline())
+    wait_until((folder / "output.txt").exists)
+    (fit,) = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    command.kill()
+    command.wait()
+    wait_until(lambda: not running(server) and not running(fit))
+
+
+def running(pid):
+    """Whether a process exists and is no zombie."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)

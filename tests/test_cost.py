@@ -118,6 +118,17 @@ def test_plan_of_a_shipped_language_model_equals_counting_and_measuring(name, ch
     assert planned == pytest.approx(measured, rel=0.05)  # without statistics of norms and position biases
 
 
+@pytest.mark.parametrize("preset", ["tokenformer_lm_tiny", "gpt2_tiny"])
+@pytest.mark.parametrize("experts", [2, 4])
+def test_experts_keep_what_a_single_one_keeps_and_a_copy_of_their_weights(preset, experts):
+    sizes = {"dim": 32, "depth": 2, "num_heads": 2, "param_tokens": 32, "vocab_size": 31, "context_length": 64}
+    config = preset_config(preset, **sizes, experts=experts, dropout=0.0)
+    cost = model_cost(config)
+    weights = [one for name, one in Tokenformer(config).named_parameters() if ".experts." in name]
+    planned = cost.training_memory(8) - cost.training_memory(0) + sum(one.nbytes for one in weights)
+    assert planned == pytest.approx(kept_for_backward(config, False), rel=0.03)
+
+
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "pangu_pi_tiny", "rwkv4_tiny", "bert_tiny", "tokenformer_lm_tiny"])
 def test_cost_is_right_at_every_size(preset):
     """Hidden units, heads and blocks, as growth leads to them."""

@@ -33,6 +33,12 @@ def insert_copies(model: Tokenformer, depth: int) -> Origins:
     return _put(model, [block for block in blocks for _ in range(times)])
 
 
+def append_random(model: Tokenformer, depth: int) -> Origins:
+    """Append blocks with the initialization of a new model. It changes the function."""
+    fresh = Tokenformer(dataclasses.replace(model.config, depth=depth)).to(next(model.parameters()).device)
+    return _put(model, [*model.blocks, *fresh.blocks[len(model.blocks) :]])
+
+
 def _put(model: Tokenformer, order: list[nn.Module]) -> Origins:
     found: list[nn.Module] = []
     origins: Origins = {}
@@ -75,6 +81,7 @@ def widen(model: Tokenformer, dim: int, noise: float = 0.5) -> Origins:
 WAYS: dict[str, tuple[str, Callable[[Tokenformer, int], Origins]]] = {
     "stack": ("depth", stack),
     "insert_copies": ("depth", insert_copies),
+    "append_random": ("depth", append_random),
     "widen": ("dim", widen),
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Literal
@@ -134,10 +136,11 @@ def serve_fits() -> None:
     """Run ``fit`` with the ``given.yaml`` in each folder read from the standard input, one per line.
 
     Every fit is a fork of this process, so slow packages are imported once. Its output is written to ``output.txt``,
-    and its exit status to the standard output.
+    and its exit status to the standard output. A fit ends with the command that asked for it.
     """
     from lit_tokenformer.cli.main import main
 
+    command = os.getppid()
     for line in sys.stdin:
         folder = line.rstrip("\n")
         child = os.fork()
@@ -154,4 +157,9 @@ def serve_fits() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        print(os.waitpid(child, 0)[1], flush=True)
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if os.getppid() != command:
+                os.kill(child, signal.SIGTERM)
+                return
+            time.sleep(0.1)
+        print(ended[1], flush=True)

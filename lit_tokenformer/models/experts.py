@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.models.part_cost import Cost, count_parameters, part_cost
@@ -290,8 +291,15 @@ class Grouped:
             first = layers[0]
             scores = self.product(x, torch.stack([layer.key_tokens for layer in layers]).mT)  # (M, N)
             tau = self._each(torch.stack([layer.tau for layer in layers]), len(x))[:, None]
-            weights = SCORE_NORMS[first.score_norm].function(scores, tau, first.activation)
-            return self.product(weights, torch.stack([layer.value_tokens for layer in layers]))
+            values, norm = torch.stack([layer.value_tokens for layer in layers]), SCORE_NORMS[first.score_norm]
+
+            def output(scores: Tensor, tau: Tensor, values: Tensor) -> Tensor:
+                return self.product(norm.function(scores, tau, first.activation), values)
+
+            if norm.whole is None:
+                return output(scores, tau, values)
+            # keep the scores alone for the backward pass, as Pattention does by itself
+            return checkpoint(output, scores, tau, values, use_reentrant=False, preserve_rng_state=False)
         out = self.product(x, torch.stack([layer.weight for layer in layers]).mT)
         if layers[0].bias is None:
             return out

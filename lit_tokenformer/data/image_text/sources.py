@@ -149,9 +149,11 @@ class DigitGrids(Pairs):
         canvas = np.zeros((2 * _CELL, 2 * _CELL), dtype=np.uint8)
         for place, digit in enumerate(self.images[chosen]):
             down, right = rng.integers(-1, 2, size=2) if training else (0, 0)
-            padded = np.pad(digit, 1)[1 + down : 9 + down, 1 + right : 9 + right]
+            padded = np.zeros((_CELL + 2, _CELL + 2), dtype=np.uint8)
+            padded[1:-1, 1:-1] = digit
             row, column = place // 2 * _CELL, place % 2 * _CELL
-            canvas[row : row + _CELL, column : column + _CELL] = padded
+            shifted = padded[1 + down : 1 + down + _CELL, 1 + right : 1 + right + _CELL]
+            canvas[row : row + _CELL, column : column + _CELL] = shifted
         digits = "".join(str(label) for label in self.labels[chosen])
         image = Image.fromarray(canvas)
         if rng.integers(2):
