@@ -32,10 +32,11 @@ def read_step(model: Tokenformer, tokens: Tensor, state: Any) -> Tensor:
 def compile_step(model: Tokenformer) -> Step:
     """Compile the decoding step of a model, by Inductor on a CPU and with CUDA graphs on a GPU.
 
-    The first token of each batch size and capacity compiles, which takes seconds to minutes.
+    The first token of each batch size and capacity compiles, which takes seconds to minutes. On a CPU, products of a
+    single row read each weight once (:mod:`~lit_tokenformer.inference.row_products`).
 
     Args:
-        model: Causal language model.
+        model: Causal language model. On a CPU, its weights are stored in another order from now on, with equal values.
 
     Raises:
         UserError: If a part of the model has a decoding state without slots, or torch cannot compile here.
@@ -45,7 +46,13 @@ def compile_step(model: Tokenformer) -> Step:
     if device == "cpu":
         _check_compiler()
     mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(read_step, mode=mode, dynamic=False, fullgraph=True)
+    options = None
+    if device == "cpu":
+        from lit_tokenformer.inference.row_products import cpu_options, store_by_rows
+
+        store_by_rows(model)
+        options = cpu_options()
+    return torch.compile(read_step, mode=mode, options=options, dynamic=False, fullgraph=True)
 
 
 def _check_compiler() -> None:
