@@ -17,7 +17,7 @@ from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import create_backbone
 
 pytest.importorskip("matplotlib")
-from benchmarks import baselines, family
+from benchmarks import baselines, family, late_growth
 from benchmarks.growth_study import __main__ as study
 from benchmarks.growth_study import arms, kept_images, model_growth, outcome
 
@@ -206,7 +206,8 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     images = arms.DOMAINS["images"]
     data = {**images.data, "init_args": {**images.data["init_args"], "batch_size": 8, "eval_batch_size": 4}}
     tiny = replace(images, budget=images.budget / 500, data=data, val_batches=1)
-    monkeypatch.setattr(baselines, "DOMAINS", {"images": tiny})
+    name, _, *study = baselines.STUDIES["patches"]
+    monkeypatch.setitem(baselines.STUDIES, "patches", (name, tiny, *study))
     command = ["patches", str(tmp_path / "out"), "--reduced", "--root", str(tmp_path), "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
     told = (tmp_path / "out" / "patches.md").read_text()
@@ -219,6 +220,43 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     assert baselines.main([*command, "--draw-only"]) == 0
     assert (tmp_path / "out" / "patches.md").read_text() == told
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+
+
+def test_late_growth_has_the_steps_of_its_control_and_decays_in_the_second_half():
+    domain = late_growth.DOMAIN
+    control = arms.controls(domain)[0]
+    assert control.steps(domain) == late_growth.STEPS
+    assert control.configs(domain)[0].depth == late_growth.BLOCKS
+    for way in late_growth.WAYS:
+        for at in late_growth.AT:
+            arm = late_growth.grown(control, way, at)
+            fit = arm.fit(domain, 0, 1)
+            (start,) = arm.starts(domain)
+            assert arm.steps(domain) == fit["trainer"]["max_steps"] == late_growth.STEPS
+            assert start == pytest.approx(at * late_growth.STEPS, abs=1)
+            assert fit["model"]["init_args"]["schedule"]["decay"] == pytest.approx((1 - at) / 2)
+            assert [config.depth for config in arm.configs(domain)] == [1, late_growth.BLOCKS]
+
+
+@pytest.mark.parametrize(("losses", "mixed"), [((4, 3, 2.505, 2.0, 1.9), 200), ((4, 3, 2.9, 2.6, 1.0), None)])
+def test_steps_to_mix_are_counted_before_the_decay(losses, mixed):
+    def run(arm, losses):
+        return outcome.Outcome("", "", arm, 0, {"steps": 1000, "curve": {"losses": losses}}, None)
+
+    control = arms.controls(late_growth.DOMAIN)[0]
+    late = replace(control, at=(0.4,), schedule={"decay": 0.2})
+    assert late_growth.mixing_steps(run(late, losses), run(control, (4, 3, 2.5, 2.0, 1.5))) == mixed
+
+
+def test_appended_blocks_are_those_of_a_new_model():
+    torch.manual_seed(0)
+    model = create_backbone("tokenformer_lm_tiny", dim=8, depth=1, num_heads=1, param_tokens=4, vocab_size=5)
+    (first,) = model.blocks
+    assert model_growth.append_random(model, 3) == {}
+    assert model.blocks[0] is first and len(model.blocks) == model.config.depth == 3
+    keys = [block.mlp.key_tokens for block in model.blocks]
+    assert len({one.sum().item() for one in keys}) == 3
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 5)
 
 
 @pytest.mark.parametrize("domain", arms.DOMAINS.values(), ids=arms.DOMAINS)
