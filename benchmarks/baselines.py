@@ -16,7 +16,7 @@ controls with Muon.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
 decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
-learning rate for as long as that helps.
+learning rate for as long as that helps. The search also has a model of twice the tokens, with Muon.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
@@ -91,16 +91,24 @@ def patches(study: Study) -> Iterator[None]:
 
 def patches_muon(study: Study) -> Iterator[None]:
     """Train the best arm of :func:`patches` and its controls with Muon; yields after each phase."""
-    control = replace(controls(study.domain)[0], optimizer=MUON)
+    adamw = controls(study.domain)[0]
+    control = with_muon(adamw)
     if study.options.reduced:
-        control = replace(control, lr=study.domain.rates[0])
-        study.train("final", [with_few(control, 4, 0.65), control, replace(control, share=0.5)], study.options.seeds)
+        adamw, control = (replace(arm, lr=study.domain.rates[0]) for arm in (adamw, control))
+        both = [replace(arm, share=share) for arm in (adamw, control) for share in (0.5, 1.0)]
+        study.train("final", [*both, with_muon(with_few(control, 4, 0.65))], study.options.seeds)
         return
+    train_control(study, adamw)
     control = train_control(study, control)
     yield
-    few = study.halved(study.with_rates([with_few(control, 4, 0.65)]))
+    few = study.halved(study.with_rates([with_muon(with_few(control, 4, 0.65))]))
     yield
     yield from train_few(study, few, control)
+
+
+def with_muon(arm: Arm) -> Arm:
+    """Train an arm with Muon."""
+    return replace(arm, name=f"{arm.name}, Muon", optimizer=MUON)
 
 
 def train_control(study: Study, control: Arm) -> Arm:
@@ -144,7 +152,7 @@ def muon(study: Study) -> Iterator[None]:
     scratch, grown = controls(study.domain)[0], load_arms(study.domain)["grown"][0]
     arms = [scratch, replace(grown, name="grown")]
     arms += [replace(arm, name=f"{arm.name}, decay over 65 %", schedule={"decay": 0.65}) for arm in arms]
-    arms += [replace(arm, name=f"{arm.name}, Muon", optimizer=MUON) for arm in arms]
+    arms += [with_muon(arm) for arm in arms]
     seeds = study.options.seeds
     if study.options.reduced:
         rate = study.domain.rates[1]
@@ -158,13 +166,17 @@ def muon(study: Study) -> Iterator[None]:
         shares = (0.65, 0.85) if arm.at else (0.5, 1.0)
         study.train("final", [replace(arm, share=share) for share in shares], seeds)
         yield
+    tokens = 2 * study.domain.ladder[-1]
+    larger = replace(scratch, name=f"from scratch, {tokens} tokens", sizes=({"param_tokens": tokens},))
+    study.halved(study.with_rates([with_muon(larger)]))  # is the final size the right one for C?
 
 
 def cost(found: Findings, one: Outcome) -> float:
     """FLOPs of a run in TFLOP, those of Muon's updates included; those of all patches for a control at full cost."""
     if not one.arm.name.endswith(FULL_COST):
         return family.tflops(one, found.domain)
-    whole = [family.tflops(run, found.domain) / run.arm.share for run in found.of(found.final)]
+    control = f"{found.final}, Muon" if one.arm.optimizer else found.final
+    whole = [family.tflops(run, found.domain) / run.arm.share for run in found.of(control)]
     return one.arm.share * statistics.mean(whole)
 
 
