@@ -30,16 +30,21 @@ class Bar(NamedTuple):
 
 ADAMW = "ratio to from scratch, 32 tokens"
 MUON = "ratio to from scratch, 32 tokens, Muon"
+IMAGES_MUON = "ratio to from scratch, 8 tokens, Muon"
 BARS = (
     Bar("text: Muon\nagainst AdamW", "muon", ("from scratch, 32 tokens", "1.00 C"), MUON, inverted=True),
+    Bar(
+        "images: Muon\nagainst AdamW", "patches_muon", ("from scratch, 8 tokens", "1.00 C"), IMAGES_MUON, inverted=True
+    ),
     Bar("text: growth from 1 block to 3\nagainst from scratch, both AdamW", "muon", ("grown", "0.85 C"), ADAMW),
     Bar("text: growth from 1 block to 3\nagainst from scratch, both Muon", "muon", ("grown, Muon", "0.96 C"), MUON),
     Bar(
-        "images: a quarter of the patches for 65 %\nof the steps, against all patches",
+        "images: a quarter of the patches for 65 % of the\nsteps, against all patches, both AdamW",
         "patches",
         ("4 of 16 patches for 65%", "0.55 C"),
         "ratio to from scratch, 8 tokens",
     ),
+    Bar("the same, both Muon", "patches_muon", ("4 of 16 patches for 65%, Muon", "0.62 C"), IMAGES_MUON),
 )
 
 
