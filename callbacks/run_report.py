@@ -82,7 +82,7 @@ def log_growth(trainer: Trainer, event: Mapping[str, Any], before: Mapping[str, 
     rows = [(kind, f"{old:,}" if isinstance(old, int) else old, f"{new:,}") for kind, old, new in rows]
     if "parameters" in event:
         rows.append(("parameters", f"{before['parameters']:,}", f"{event['parameters']:,}"))
-    if before["flops"]:
+    if before["flops"] and "flops_per_sample" in event:
         rows.append(("GFLOPs per sample", f"{before['flops'] / 1e9:.3g}", f"{event['flops_per_sample'] / 1e9:.3g}"))
     table = "".join(f"| {name} | {old} | {new} |\n" for name, old, new in rows)
     facts = {

@@ -1,6 +1,7 @@
 """The study of whether growing pays: its growths keep what they should, its arms cost what they should, its sums are
 right."""
 
+import csv
 import hashlib
 import json
 import math
@@ -220,6 +221,22 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     assert baselines.main([*command, "--draw-only"]) == 0
     assert (tmp_path / "out" / "patches.md").read_text() == told
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
+
+
+@pytest.mark.slow
+def test_every_way_of_late_growth_trains(tmp_path, monkeypatch, text_cache):
+    name, domain, *study = baselines.STUDIES["late"]
+    data = {**domain.data, "init_args": {**domain.data["init_args"], "cache_dir": str(text_cache)}}
+    data["init_args"]["dataset"] = "python_docs"
+    tiny = replace(domain, budget=domain.budget / 60, data=data, val_batches=1)
+    monkeypatch.setitem(baselines.STUDIES, "late", (name, tiny, *study))
+    monkeypatch.setattr(late_growth, "EVALUATIONS", 2)
+    command = ["late", str(tmp_path / "out"), "--reduced", "--logs", str(tmp_path / "logs")]
+    assert baselines.main(command) == 0
+    with (tmp_path / "out" / "late.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"].split(" at")[0] for row in rows} == {"from scratch, 32 tokens", *late_growth.WAYS}
+    assert len({row["steps"] for row in rows}) == 1 and all(row["failed"] == "" for row in rows)
 
 
 def test_late_growth_has_the_steps_of_its_control_and_decays_in_the_second_half():
