@@ -4,7 +4,7 @@ The paper reports that a model of one block that grows after 80 % of the steps r
 scratch at the same step. New blocks are identities, copies of the block, or random ones. All arms use Muon and have the
 same number of steps; the learning rate of a grown one decays over the second half of what follows the growth. The
 controls are the deep model from scratch, with a decay over 40 % of the steps, and over the last 10 % as in the paper;
-and three blocks with the same FLOPs, which show whether eight are too many.
+and three blocks with the same FLOPs and learning rate, which show whether eight are too many.
 """
 
 from __future__ import annotations
@@ -64,13 +64,12 @@ def late(study: Study) -> Iterator[None]:
     yield
     found = study.train("late", [grown(control, way, at) for at in AT for way in WAYS], seeds[:1], EVALUATIONS)
     yield
-    study.train("final", [control], seeds, EVALUATIONS)
+    three = replace(control, name="from scratch, 3 blocks", sizes=depth_ladder(domain, 3))
+    study.train("final", [three], seeds[:1], EVALUATIONS)
+    study.train("final", [control, replace(control, share=0.5)], seeds, EVALUATIONS)
     yield
     ways = [min((one for one in found if one.arm.at == (at,)), key=lambda one: one.loss).arm for at in AT]
     study.train("final", ways, seeds, EVALUATIONS)
-    yield
-    three = replace(control, name="from scratch, 3 blocks", sizes=depth_ladder(domain, 3))
-    study.train("final", [replace(control, share=0.5), three], seeds, EVALUATIONS)
     yield
     rates = [replace(ways[-1], lr=control.lr * factor) for factor in (0.5, 2.0)]
     study.train("learning rate", rates, seeds[:1], EVALUATIONS)
