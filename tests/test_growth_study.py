@@ -201,14 +201,19 @@ def test_arms_of_muon_differ_in_the_optimizer_alone():
     assert theirs["init_args"] == {**ours["init_args"], "fused": True}
 
 
+def use_domain(monkeypatch, name, domain):
+    """Let a study train on another domain."""
+    label, _, *others = baselines.STUDIES[name]
+    monkeypatch.setitem(baselines.STUDIES, name, (label, domain, *others))
+
+
 @pytest.mark.slow
 def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     images = arms.DOMAINS["images"]
     data = {**images.data, "init_args": {**images.data["init_args"], "batch_size": 8, "eval_batch_size": 4}}
     tiny = replace(images, budget=images.budget / 500, data=data, val_batches=1)
-    name, _, *study = baselines.STUDIES["patches"]
-    monkeypatch.setitem(baselines.STUDIES, "patches", (name, tiny, *study))
+    use_domain(monkeypatch, "patches", tiny)
     command = ["patches", str(tmp_path / "out"), "--reduced", "--root", str(tmp_path), "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
     told = (tmp_path / "out" / "patches.md").read_text()
@@ -225,11 +230,11 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_way_of_late_growth_trains(tmp_path, monkeypatch, text_cache):
-    name, domain, *study = baselines.STUDIES["late"]
+    domain = late_growth.DOMAIN
     data = {**domain.data, "init_args": {**domain.data["init_args"], "cache_dir": str(text_cache)}}
     data["init_args"]["dataset"] = "python_docs"
     tiny = replace(domain, budget=domain.budget / 60, data=data, val_batches=1)
-    monkeypatch.setitem(baselines.STUDIES, "late", (name, tiny, *study))
+    use_domain(monkeypatch, "late", tiny)
     monkeypatch.setattr(late_growth, "EVALUATIONS", 2)
     command = ["late", str(tmp_path / "out"), "--reduced", "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
@@ -330,7 +335,7 @@ def test_the_family_runs_and_is_read_again(tmp_path, monkeypatch, text_cache):
     given = {"dataset": "python_docs", "cache_dir": str(text_cache), "batch_size": 4, "eval_batch_size": 4}
     data = {**text.data, "init_args": {**text.data["init_args"], **given}}
     tiny = replace(text, budget=text.budget / 1000, data=data, val_batches=1)
-    monkeypatch.setattr(baselines, "DOMAINS", {"text": tiny})
+    use_domain(monkeypatch, "family", tiny)
     command = ["family", str(tmp_path / "out"), "--reduced", "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
     told = (tmp_path / "out" / "family.md").read_text()
