@@ -10,8 +10,8 @@ greedily without an end token, and go from 32 to 512 tokens; the prompt is not t
 theirs waits in its streamer meanwhile. 32 prompts take turns of 4 tokens each.
 
 The bandwidth is that of the sum of a float32 matrix of 1.6 GB (the fastest pass over the memory in torch), once per
-turn. A model that only read its weights would decode bandwidth / bytes tokens per
-second. The last line is the bound of the bare products: each of our weight matrices times a vector, in the same dtype.
+turn. A model that only read its weights would decode bandwidth / bytes tokens per second.
+The last line is the bound of the bare products: each of our weight matrices times a vector, in the same dtype.
 """
 
 from __future__ import annotations

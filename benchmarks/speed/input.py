@@ -132,7 +132,7 @@ def read_epoch(loader: DataLoader, device: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, rounds=15)
+    parser = arguments(__doc__, rounds=40)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)

@@ -31,11 +31,11 @@ class Int8Linear(nn.Linear):
         weight, size = self.weight, x.shape[-1]
         fast = x.device.type == "cpu" and 0 < x.numel() <= _FEW_ROWS * size and not torch.is_autocast_enabled("cpu")
         scale = weight.scale.flatten().to(x.dtype)
-        if fast and torch.compiler.is_compiling() and x.numel() == size:
-            out = row_product(x.reshape(1, size), weight.qdata.t()) * scale
-        elif fast and not torch.compiler.is_compiling():  # Inductor finds the kernel itself
+        if fast and not torch.compiler.is_compiling():
             out = torch._weight_int8pack_mm(x.reshape(-1, size), weight.qdata, scale)
-        else:
+        elif fast and x.numel() == size:
+            out = row_product(x.reshape(1, size), weight.qdata.t()) * scale
+        else:  # Inductor finds the kernel itself
             return super().forward(x)
         out = out.view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

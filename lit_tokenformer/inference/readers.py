@@ -43,13 +43,12 @@ def compile_step(model: Tokenformer) -> Step:
     """
     SlotState(model, 1, 1)  # raises
     device = next(model.parameters()).device.type
-    if device == "cpu":
-        _check_compiler()
     mode = "reduce-overhead" if device == "cuda" else None
     options = None
     if device == "cpu":
         from lit_tokenformer.inference.row_products import cpu_options, store_by_rows
 
+        _check_compiler()
         store_by_rows(model)
         options = cpu_options()
     return torch.compile(read_step, mode=mode, options=options, dynamic=False, fullgraph=True)
