@@ -16,7 +16,8 @@ controls with Muon.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
 decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
-learning rate for as long as that helps. The search also has a model of twice the tokens, with Muon.
+learning rate for as long as that helps. The search also has a model of twice the tokens, with Muon, and half and twice
+the batch with both optimizers.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
@@ -162,13 +163,31 @@ def muon(study: Study) -> Iterator[None]:
     found = study.with_rates(arms)
     pairs = [found[first : first + 3 : 2] for first in (0, 1, 4, 5)]  # that differ in the decay
     yield
-    for arm in refined(study, [lowest(study, pair, 1)[0] for pair in pairs]):
+    better = [lowest(study, pair, 1)[0] for pair in pairs]
+    for arm in refined(study, better):
         shares = (0.65, 0.85) if arm.at else (0.5, 1.0)
         study.train("final", [replace(arm, share=share) for share in shares], seeds)
         yield
     tokens = 2 * study.domain.ladder[-1]
     larger = replace(scratch, name=f"from scratch, {tokens} tokens", sizes=({"param_tokens": tokens},))
     study.halved(study.with_rates([with_muon(larger)]))  # is the final size the right one for C?
+    yield
+    for arm in (better[0], better[2]):
+        for factor in (0.5, 2):
+            train_with_batch(study, arm, int(factor * study.domain.batch_size))
+            yield
+
+
+def train_with_batch(study: Study, arm: Arm, size: int) -> None:
+    """Train an arm with another batch size on a quarter of its budget, and on all of it if that lowers the loss."""
+    domain = copy.deepcopy(study.domain)
+    domain.data["init_args"]["batch_size"] = size
+    other = Study(study.name, domain, study.options, study.runner)
+    found = other.with_rates([replace(arm, name=f"{arm.name}, batches of {size}")])
+    usual = [one for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share / 4]
+    if min(one.loss for one in other.outcomes) < min(one.loss for one in usual):
+        other.train("learning rate", found, study.options.seeds[:1])
+    study.outcomes += other.outcomes
 
 
 def cost(found: Findings, one: Outcome) -> float:

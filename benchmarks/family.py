@@ -116,16 +116,15 @@ class Ladder:
             branch = stages[last][1]
             total = sum(lengths) + branch
             starts = [sum(lengths[:number]) for number in range(1, last + 1)]
-            arm = Arm(
-                f"{self.name}, further sizes at {further:.0%}, size {last + 1}",
-                tuple(size.sizes[0] for size in self.scratch[: last + 1]),
-                tuple(start / total for start in starts),
-                self.growth,
-                {"warmup": warmup, "decay": branch, "unit": "step"},
+            arm = replace(
+                self.scratch[last],
+                name=f"{self.name}, further sizes at {further:.0%}, size {last + 1}",
+                sizes=tuple(size.sizes[0] for size in self.scratch[: last + 1]),
+                at=tuple(start / total for start in starts),
+                growth=self.growth,
+                schedule={"warmup": warmup, "decay": branch, "unit": "step"},
                 length=total,
-                share=self.scratch[last].share,
                 lr=lr,
-                optimizer=self.scratch[last].optimizer,
             )
             assert arm.starts(self.domain) == starts
             found.append(arm)
@@ -151,22 +150,26 @@ class Ladder:
 
 
 def ladders(domain: Domain) -> list[Ladder]:
-    """Build the ladders of a domain: parameter tokens, and blocks where there are three sizes of depth."""
+    """Build the ladders of a domain: hidden units of the linear twin, blocks where there are three sizes of depth, and
+    parameter tokens, which come last."""
+    controls = [one for one in load_arms(domain)["controls"] if not one.at]
 
-    def build(name: str, sizes: Sequence[dict[str, Any]], growth: dict[str, Any]) -> Ladder:
-        control = replace(load_arms(domain)["controls"][0], schedule={"decay": DECAY}, optimizer=OPTIMIZER)
+    def build(name: str, sizes: Sequence[dict[str, Any]], growth: dict[str, Any], twin: bool = False) -> Ladder:
+        first = next(one for one in controls if one.twin == twin)
+        control = replace(first, schedule={"decay": DECAY}, optimizer=OPTIMIZER)
         scratch = [
-            replace(control, name=f"from scratch, {label(size)}", sizes=(size,), share=share)
+            replace(control, name=f"from scratch, {label(size, domain)}", sizes=(size,), share=share)
             for size, share in zip(sizes, BUDGETS, strict=True)
         ]
         return Ladder(name, domain, tuple(scratch), growth)
 
+    ratios = [{"mlp_ratio": share * domain.twin_base["mlp_ratio"]} for share in (0.25, 0.5, 1)]
     tokens = [{"param_tokens": count} for count in domain.ladder]
-    found = [build("tokens", tokens, NEW_ROWS)]
+    found = [build("hidden units", ratios, NEW_ROWS, twin=True)]
     if domain.base["depth"] == len(BUDGETS):
         blocks = [*depth_ladder(domain, 1, 2), tokens[-1]]
-        found.insert(0, build("blocks", blocks, {"new_state": "reset_copies"}))
-    return found
+        found.append(build("blocks", blocks, {"new_state": "reset_copies"}))
+    return [*found, build("tokens", tokens, NEW_ROWS)]
 
 
 def as_nested(arm: Arm, domain: Domain, final: Arm) -> Arm:
@@ -174,8 +177,10 @@ def as_nested(arm: Arm, domain: Domain, final: Arm) -> Arm:
     return replace(arm, name=f"{arm.name}, as many steps as nested", length=final.steps(domain))
 
 
-def label(size: Mapping[str, int]) -> str:
+def label(size: Mapping[str, Any], domain: Domain) -> str:
     """Name a size."""
+    if "mlp_ratio" in size:
+        return f"{size['mlp_ratio'] * {**domain.base, **domain.twin_base}['dim']:.0f} hidden units"
     blocks = f", {size['depth']} block" + "s" * (size["depth"] > 1) if "depth" in size else ""
     return f"{size['param_tokens']} tokens{blocks}"
 

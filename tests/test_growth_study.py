@@ -15,7 +15,8 @@ from torchvision.datasets import FashionMNIST
 
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.data import ImageDataModule
-from lit_tokenformer.models import create_backbone
+from lit_tokenformer.models import Tokenformer, create_backbone
+from lit_tokenformer.models.backbone import growable_size
 
 pytest.importorskip("matplotlib")
 from benchmarks import baselines, family, late_growth
@@ -201,6 +202,30 @@ def test_arms_of_muon_differ_in_the_optimizer_alone():
     assert theirs["init_args"] == {**ours["init_args"], "fused": True}
 
 
+@pytest.mark.parametrize("better", [6, 24])
+def test_another_batch_size_trains_on_the_whole_budget_if_it_wins_a_quarter(better):
+    configs = []
+
+    def fit(arm, what, config):
+        configs.append(config)
+        loss = 1.0 if config["data"]["init_args"]["batch_size"] == better else 2.0
+        return SimpleNamespace(result={"loss": loss}, folder=None)
+
+    runner = SimpleNamespace(fit=fit, run=lambda fits: None)
+    domain, options = arms.DOMAINS["text"], SimpleNamespace(seeds=[0])
+    muon = study.Study("text", domain, options, runner)
+    (arm,) = muon.with_rates([baselines.with_muon(arms.controls(domain)[0])])
+    usual = [config["trainer"]["max_steps"] for config in configs]
+    for size in (6, 24):
+        configs.clear()
+        baselines.train_with_batch(muon, arm, size)
+        steps = [config["trainer"]["max_steps"] for config in configs]
+        assert steps[:3] == pytest.approx([usual[0] * 12 / size] * 3, abs=2)
+        assert steps[3:] == ([pytest.approx(4 * steps[0], abs=4)] if size == better else [])
+        assert {config["data"]["init_args"]["batch_size"] for config in configs} == {size}
+    assert domain.data["init_args"]["batch_size"] == 12
+
+
 def use_domain(monkeypatch, name, domain):
     """Let a study train on another domain."""
     label, _, *others = baselines.STUDIES[name]
@@ -284,7 +309,8 @@ def test_appended_blocks_are_those_of_a_new_model():
 @pytest.mark.parametrize("domain", arms.DOMAINS.values(), ids=arms.DOMAINS)
 def test_a_ladder_counts_its_shared_stages_once(domain):
     *_, tokens = ladders = family.ladders(domain)
-    assert [one.name for one in ladders] == (["blocks", "tokens"] if domain.task == "LitCausalLM" else ["tokens"])
+    blocks = ["blocks"] if domain.task == "LitCausalLM" else []
+    assert [one.name for one in ladders] == ["hidden units", *blocks, "tokens"]
     for ladder in ladders:
         costs = [family.step_flops(arm, domain)[0] for arm in ladder.scratch]
         budgets = [arm.steps(domain) * cost for arm, cost in zip(ladder.scratch, costs, strict=True)]
@@ -302,6 +328,11 @@ def test_a_ladder_counts_its_shared_stages_once(domain):
             growth = next(one for one in fit["trainer"]["callbacks"] if "ParameterGrowth" in one["class_path"])
             assert list(growth["init_args"]["schedule"]) == ends[:number]
             assert growth["init_args"]["new_state"] == "reset_copies"
+            with torch.device("meta"):
+                before, *after = (growable_size(Tokenformer(size.configs(domain)[0])) for size in ladder.scratch)
+            for totals, size in zip(growth["init_args"]["schedule"].values(), after, strict=False):
+                before |= totals
+                assert before == size
     assert tokens.nested_shares == [0.25, 0.5]
     nested = tokens.nested(0.01).fit(domain, 0, 1)["trainer"]["callbacks"][0]
     assert nested["class_path"] == "callbacks.NestedSizes" and nested["init_args"]["sizes"] == [0.25, 0.5]

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from lit_tokenformer.comparison.setting import measured_trainer
 from lit_tokenformer.cost import model_cost
-from lit_tokenformer.growth import target_sizes
-from lit_tokenformer.models import TokenformerConfig, preset_config
+from lit_tokenformer.models import Tokenformer, TokenformerConfig, preset_config
+from lit_tokenformer.models.backbone import growable_size
+from lit_tokenformer.models.config import KINDS
 
 HERE = Path(__file__).parent
 OWN = "benchmarks.growth_study.model_growth"
@@ -183,13 +185,14 @@ class Arm:
             field_name = "dim" if settings["way"] == "widen" else "depth"
             schedule = {step: size[field_name] for step, size in zip(starts, self.sizes[1:], strict=True)}
             return {"class_path": f"{OWN}.ModelGrowth", "init_args": {**settings, "schedule": schedule}}
-        tokens: dict[str, int] = dict(self.configs(domain)[0].tokens.items())
         waits = settings.get("trigger", "schedule") != "schedule"
         keys = range(1, len(starts) + 1) if waits else starts
-        schedule = {}
-        for step, size in zip(keys, self.sizes[1:], strict=True):
-            tokens = target_sizes(size["param_tokens"], tokens)
-            schedule[step] = {**tokens, **({"depth": size["depth"]} if "depth" in size else {})}
+        with torch.device("meta"):
+            sizes = [growable_size(Tokenformer(config)) for config in self.configs(domain)]
+        schedule = {
+            step: {kind: total for kind, total in size.items() if kind in KINDS or total != before[kind]}
+            for step, before, size in zip(keys, sizes, sizes[1:], strict=False)
+        }
         return {
             "class_path": "callbacks.ParameterGrowthCallback",
             "init_args": {"unit": "step", "check": False, **settings, "schedule": schedule},

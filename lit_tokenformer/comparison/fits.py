@@ -92,8 +92,10 @@ class Fit:
             return json.loads(file.read_text(encoding="utf-8"))
         output = self.folder / "output.txt"
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
-        causes = [line for line in lines if re.match(r"\S*(Error|Exception|error)\b", line)] or lines
-        return {"failed": causes[-1].strip()[:200] if causes else NOT_RUN}
+        errors = [line.strip() for line in lines if re.match(r"\S*(Error|Exception|error)\b", line)]
+        if errors:
+            return {"failed": errors[-1][:200]}
+        return {"failed": f"ended without a result after: {lines[-1].strip()}"[:200] if lines else NOT_RUN}
 
     @cached_property
     def curve(self) -> Run:
