@@ -1,7 +1,7 @@
 """Stronger baselines of the growth study: short image sequences for most of the steps, and Muon in place of AdamW.
 
     python -m benchmarks.baselines {patches,patches_muon,muon,family,family_images,late} OUTPUT [--reduced]
-        [--root FOLDER] [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--draw-only]
+        [--root FOLDER] [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--tables FOLDER] [--draw-only]
 
 Data, architectures and budgets C are those of ``benchmarks.growth_study``, and so is the order of the work: every arm
 tries the domain's learning rates on a quarter of its budget, then the best of them and half of it on all of its budget
@@ -24,7 +24,8 @@ the batch with both optimizers.
 ``late`` (text): one block to eight late in training, at equal steps (:mod:`benchmarks.late_growth`).
 
 ``--reduced`` takes the most important arms, one seed and one learning rate, in less than ten minutes on two cores.
-Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes.
+Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes. So are
+those in the tables of ``--tables``, such as ``benchmarks/results/baselines``: a study continues on another machine.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from typing import Any
 
 from benchmarks import family, late_growth
 from benchmarks.growth_study import kept_images
-from benchmarks.growth_study.__main__ import Study
+from benchmarks.growth_study.__main__ import Study, read_recorded
 from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
 from benchmarks.growth_study.results_files import corpus
@@ -182,7 +183,7 @@ def train_with_batch(study: Study, arm: Arm, size: int) -> None:
     """Train an arm with another batch size on a quarter of its budget, and on all of it if that lowers the loss."""
     domain = copy.deepcopy(study.domain)
     domain.data["init_args"]["batch_size"] = size
-    other = Study(study.name, domain, study.options, study.runner)
+    other = Study(study.name, domain, study.options, study.runner, study.recorded)
     found = other.with_rates([replace(arm, name=f"{arm.name}, batches of {size}")])
     usual = [one for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share / 4]
     if min(one.loss for one in other.outcomes) < min(one.loss for one in usual):
@@ -261,12 +262,14 @@ def write(folder: Path, name: str, study: Study) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / f"{name}.csv", [one.row() for one in unique])
-    environments = [one.result["environment"] for one in unique if "environment" in one.result]
+    earlier = earlier_record(study.options, name)
+    environments = earlier.get("environments", [])
+    environments += [one.result["environment"] for one in unique if "environment" in one.result]
     root = study.domain.data["init_args"].get("root")  # of images
     record: dict[str, Any] = {
         "command": {"reduced": study.options.reduced, "seeds": study.options.seeds},
         "domain": {key: value for key, value in vars(study.domain).items() if key != "data"},
-        "corpus": kept_images.summary(root) if root else corpus(unique),
+        "corpus": earlier.get("corpus") or (kept_images.summary(root) if root else corpus(unique)),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
     found = Findings(study.domain, unique)
@@ -276,6 +279,12 @@ def write(folder: Path, name: str, study: Study) -> None:
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         print(f"\n{text}", flush=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
+
+
+def earlier_record(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Read ``NAME.json`` in the folder of earlier tables; empty without one."""
+    file = Path(options.tables or "", f"{name}.json")
+    return json.loads(file.read_text(encoding="utf-8")) if options.tables and file.exists() else {}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -288,6 +297,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
     parser.add_argument("--logs", default="lightning_logs/baselines", help="folder of the fits")
+    parser.add_argument("--tables", help="folder with the tables of an earlier run, whose fits are not repeated")
     parser.add_argument("--draw-only", action="store_true", help="train nothing; tables of the finished fits")
     options = parser.parse_args(args)
     if options.reduced:
@@ -297,7 +307,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if "root" in domain.data["init_args"]:
         domain.data["init_args"]["root"] = options.root
     with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
-        study = Study(name, domain, options, runner)
+        table_of_fits = Path(options.tables or "", f"{options.study}.csv")
+        recorded = read_recorded(table_of_fits) if options.tables and table_of_fits.exists() else {}
+        study = Study(name, domain, options, runner, recorded)
         for _ in run(study):
             write(Path(options.output), options.study, study)
     write(Path(options.output), options.study, study)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ import torch
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import Arm, Domain, depth_ladder, load_arms
 from benchmarks.growth_study.outcome import Findings, Outcome, spread
-from lit_tokenformer.comparison.fits import Run
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import Tokenformer, TokenformerConfig
 
@@ -37,6 +36,7 @@ NEW_ROWS = {"new_state": "reset_copies", "ramp_steps": 250, "new_updates": 1.3}
 """State and updates of new rows (SPARKLING, arXiv 2602.02472, Table 7)."""
 
 
+@cache
 def update_flops(config: TokenformerConfig) -> int:
     """FLOPs of an update by Muon: five Newton-Schulz steps of three products for each matrix of the blocks."""
     with torch.device("meta"):
@@ -266,6 +266,4 @@ def crossing(points: Sequence[tuple[float, float]]) -> str:
 
 def loss_at(one: Outcome, share: float) -> float:
     """Final validation loss of a nested size, or of the whole model."""
-    if share == 1:
-        return one.loss
-    return float(Run(str(one.folder / "lightning_logs" / "version_0")).series(f"val/loss@{share:g}")[1][-1])
+    return one.loss if share == 1 else one.nested[f"{share:g}"]

@@ -10,7 +10,7 @@ and three blocks with the same FLOPs and learning rate, which show whether eight
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,6 +104,15 @@ def mixing_steps(one: Outcome, control: Outcome) -> int | None:
     return next((round(step - start) for step in reached if start < step <= end), None)
 
 
+def mixing_text(runs: Sequence[Outcome], stable: Sequence[Outcome]) -> str:
+    """Name the mixing steps of the first seed with curves of the arm and the control; a recorded fit has none."""
+    for one in runs:
+        for other in stable:
+            if one.seed == other.seed and min(len(curve(each)[0]) for each in (one, other)) > 1:
+                return str(mixing_steps(one, other) or "not mixed")
+    return "-"
+
+
 def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
     """Build a row for each arm: FLOPs, loss, the difference from the control at equal steps, and the mixing time."""
     control = found.of(found.final, share=1.0)
@@ -121,7 +130,7 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
                 runs = found.of(name, (phase,), share)
                 pairs = [(one.loss, other.loss) for one in runs for other in control if other.seed == one.seed]
                 needed = [(cost(one), compute_for(of_control, one.loss)) for one in runs]
-                mixed = mixing_steps(runs[0], stable[0]) if stable and runs[0].arm.at else None
+                mixed = mixing_text(runs, stable) if runs[0].arm.at else "-"
                 rows.append(
                     {
                         "arm": name,
@@ -129,7 +138,7 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
                         "validation loss": spread([one.loss for one in runs], 4),
                         "above the control": spread([one - other for one, other in pairs], 3),
                         "FLOPs for its loss": spread([spent / most for spent, most in needed if most], 2),
-                        "steps to mix": mixed or ("not mixed" if runs[0].arm.at else "-"),
+                        "steps to mix": mixed,
                         "seeds": len(runs),
                     }
                 )

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.growth_study.arms import (
     DOMAINS,
@@ -38,9 +40,10 @@ from benchmarks.growth_study.arms import (
     load_arms,
     policies,
 )
-from benchmarks.growth_study.outcome import Outcome
+from benchmarks.growth_study.outcome import Outcome, Recorded
 from benchmarks.growth_study.results_files import write
-from lit_tokenformer.comparison.fits import Runner
+from lit_tokenformer.comparison.fits import Fit, Runner
+from lit_tokenformer.comparison.meter import MEASURED
 
 SHARES = (0.45, 0.65, 0.85)
 """Shares of C at which the grown model is trained, to find where it reaches the loss of the control."""
@@ -52,21 +55,31 @@ PHASES = ("search", "final", "family")
 
 
 class Study:
-    """Fits of one domain."""
+    """Fits of one domain; those in ``recorded``, by :func:`key_of`, are not repeated."""
 
-    def __init__(self, name: str, domain: Domain, options: argparse.Namespace, runner: Runner) -> None:
+    def __init__(
+        self,
+        name: str,
+        domain: Domain,
+        options: argparse.Namespace,
+        runner: Runner,
+        recorded: Mapping[tuple[Any, ...], Recorded] | None = None,
+    ) -> None:
         self.name, self.domain, self.options, self.runner = name, domain, options, runner
+        self.recorded = recorded or {}
         self.outcomes: list[Outcome] = []
 
     def train(self, phase: str, arms: Sequence[Arm], seeds: Sequence[int], evaluations: int = 6) -> list[Outcome]:
         """Train arms, or read their results."""
-        fits = []
+        fits: list[tuple[Arm, int, Fit | Recorded]] = []
         for arm in arms:
             for seed in seeds[:1] if arm.once else seeds:
                 config = arm.fit(self.domain, seed, evaluations)
                 fit = self.runner.fit(f"{self.name} {arm.name}", f"{phase}, seed {seed}", config)
-                fits.append((arm, seed, fit))
-        self.runner.run([fit for *_, fit in fits])
+                key = key_of(arm.name, arm.share, arm.lr * arm.rate_factor, seed, arm.steps(self.domain))
+                known = self.recorded.get(key)
+                fits.append((arm, seed, known if known and not (fit.folder / MEASURED).exists() else fit))
+        self.runner.run([fit for *_, fit in fits if isinstance(fit, Fit)])
         found = [Outcome(self.name, phase, arm, seed, fit.result, fit.folder) for arm, seed, fit in fits]
         self.outcomes += found
         return found
@@ -128,6 +141,21 @@ class Study:
             for (small, large), sizes in family_steps(self.domain).items()
             for cost, factor in FAMILY
         ]
+
+
+def key_of(name: str, share: Any, lr: Any, seed: Any, steps: Any) -> tuple[Any, ...]:
+    """Identify a fit within a study: name of the arm, share of the budget, learning rate, seed, steps."""
+    return name, round(float(share), 6), round(float(lr), 9), int(seed), int(steps)
+
+
+def read_recorded(file: Path) -> dict[tuple[Any, ...], Recorded]:
+    """Read the finished fits of a table, by :func:`key_of`; a non-finite loss is a result."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["steps"]]
+    return {
+        key_of(*(row[name] for name in ("arm", "share_of_budget", "lr", "seed", "steps"))): Recorded(row)
+        for row in rows
+    }
 
 
 def best(outcomes: Sequence[Outcome]) -> Arm:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.growth_study.arms import Arm, Domain, family_steps
+from lit_tokenformer.comparison.fits import Run
 from lit_tokenformer.comparison.results import table
 
 
@@ -51,7 +52,18 @@ class Outcome:
     @property
     def largest_jump(self) -> float | None:
         """Largest change of the validation loss at a growth."""
+        if "largest_jump" in self.result:
+            return self.result["largest_jump"]
         return max((abs(after - before) for _, before, after in self.jumps), default=None)
+
+    @cached_property
+    def nested(self) -> dict[str, float]:
+        """Final validation loss of each nested size, by its share of the units."""
+        if "nested" in self.result or "curve" not in self.result:
+            return self.result.get("nested", {})
+        logged = Run(str(self.folder / "lightning_logs" / "version_0"))
+        tags = [tag for tag in logged.tags if tag.startswith("val/loss@")]
+        return {tag.removeprefix("val/loss@"): float(logged.series(tag)[1][-1]) for tag in tags}
 
     def loss_before(self, place: float) -> float | None:
         """Last validation loss within 1 % before ``place`` (TFLOP); None without one."""
@@ -74,8 +86,38 @@ class Outcome:
             "tflop": self.tflops if "curve" in measured else None,
             **{name: measured.get(name) for name in ("loss", "score", "score_name")},
             "largest_jump": self.largest_jump,
+            "nested": json.dumps(self.nested) if self.nested else None,
             "train_seconds": measured.get("seconds"),
             "failed": measured.get("failed"),
+        }
+
+
+@dataclass
+class Recorded:
+    """A finished fit in a table of an earlier run, without the curve.
+
+    Args:
+        row: Its row of the CSV, as :meth:`Outcome.row` builds it.
+    """
+
+    row: Mapping[str, str]
+    folder = Path()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The final values, in the form of ``Fit.result``."""
+        row = self.row
+        known: dict[str, Any] = {"failed": row["failed"] or None, "seconds": float(row["train_seconds"])}
+        known |= {name: int(row[name]) for name in ("steps", "parameters")}
+        if row["failed"]:
+            return known
+        return known | {
+            "loss": float(row["loss"]),
+            "score": float(row["score"]),
+            "score_name": row["score_name"],
+            "largest_jump": float(row["largest_jump"]) if row["largest_jump"] else None,
+            "nested": json.loads(row.get("nested") or "{}"),
+            "curve": {"tflops": [float(row["tflop"])], "losses": [float(row["loss"])], "growths": []},
         }
 
 
