@@ -18,7 +18,7 @@ from lit_tokenformer.cli.main import main
 from lit_tokenformer.errors import UserError
 from lit_tokenformer.growth import grow
 from lit_tokenformer.models import Pattention
-from lit_tokenformer.optim import MuonWithAuxAdam
+from lit_tokenformer.optim import MuonWithAuxAdam, orthogonalize
 from lit_tokenformer.tasks import LitCausalLM, LRSchedule
 
 
@@ -56,13 +56,14 @@ def test_matrices_take_the_published_step(shape, nesterov):
 
 @pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
 def test_steps_equal_those_of_torchs_muon_and_adamw(adjust_lr_fn):
+    pytest.importorskip("torch", "2.9", reason="torch.optim.Muon")
     ours = [nn.Parameter(matrix(6, 4)), nn.Parameter(matrix(5, 4, 1)), nn.Parameter(matrix(1, 4, 2)[0])]
     theirs = copy.deepcopy(ours)
     groups = [
         {"params": [ours[0], ours[2]], "weight_decay": 0.3},
         {"params": [ours[1]], "use_muon": False, "weight_decay": 0.0},
     ]
-    optimizer = MuonWithAuxAdam(groups, 0.02, adjust_lr_fn=adjust_lr_fn, aux_lr_scale=0.5)
+    optimizer = MuonWithAuxAdam(groups, 0.02, adjust_lr_fn=adjust_lr_fn, aux_lr_scale=0.5, ns_dtype="bfloat16")
     muon = torch.optim.Muon(theirs[:1], 0.02, 0.3, adjust_lr_fn=adjust_lr_fn)
     settings = [{"params": theirs[2:], "weight_decay": 0.3}, {"params": theirs[1:2], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(settings, 0.01, (0.9, 0.95))
@@ -93,13 +94,53 @@ def test_a_copy_and_a_restored_optimizer_continue_bit_equal():
     assert torch.equal(trained(*both, [3, 4]), expected) and torch.equal(trained(restored, fresh, [3, 4]), expected)
 
 
-def test_a_torch_without_muon_is_refused_in_one_line(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match=r"^model.optimizer: MuonWithAuxAdam needs torch >= 2.9 \(got \S+\); upgrade"):
-        MuonWithAuxAdam([nn.Parameter(matrix(2, 2))])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"momentum": 1.0}, "^momentum: expected at least 0 and less than 1, got 1.0$"),
+        ({"ns_steps": 0}, "^ns_steps: expected at least 1, got 0$"),
+        ({"adjust_lr_fn": "orginal"}, "^adjust_lr_fn: .*original"),
+        ({"ns_dtype": "float16"}, "^ns_dtype: .*float32"),
+        ({"aux_lr_scale": -1}, "^aux_lr_scale: expected at least 0, got -1$"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(setting, message):
+    with pytest.raises(UserError, match=message):
+        MuonWithAuxAdam([nn.Parameter(matrix(2, 2))], **setting)
 
 
-@pytest.mark.parametrize("make", [MuonWithAuxAdam, torch.optim.Muon])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_newton_schulz_keeps_the_singular_vectors(shape, dtype):
+    given = matrix(*shape)
+    found = orthogonalize(given, dtype=dtype)
+    assert found.dtype == dtype and found.shape == shape
+    u, values, v = torch.linalg.svd(given, full_matrices=False)
+    a, b, c = 3.4445, -4.775, 2.0315
+    values /= given.norm()
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5  # the iteration on the singular values
+    torch.testing.assert_close(found.float(), u * values @ v, rtol=0, atol=0.03 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_the_precision_follows_the_processor(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert orthogonalize(matrix(3, 2)).dtype == dtype
+
+
+def test_a_checkpoint_without_the_precision_is_read():
+    weight = nn.Parameter(matrix(3, 2))
+    state = MuonWithAuxAdam([weight]).state_dict()
+    for group in state["param_groups"]:
+        del group["ns_dtype"]
+    optimizer = MuonWithAuxAdam([weight])
+    optimizer.load_state_dict(state)
+    weight.grad = matrix(3, 2, 1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", [MuonWithAuxAdam, getattr(torch.optim, "Muon", MuonWithAuxAdam)])
 def test_identical_copies_are_refused(make):
     layer = Pattention(8, 8, num_tokens=4)
     before = layer.key_tokens
@@ -198,4 +239,6 @@ def test_a_config_names_it(tmp_path, text_cache, capsys):
     settings["adjust_lr_fn"] = "other"
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "two.yaml")]) == 2
-    assert re.search(r"^error: model.optimizer: .*other is not supported", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(
+        r"^error: model.optimizer: adjust_lr_fn: unknown value 'other'", capsys.readouterr().err, re.MULTILINE
+    )
