@@ -46,7 +46,7 @@ from benchmarks.growth_study.__main__ import Study, read_recorded
 from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
 from benchmarks.growth_study.results_files import corpus
-from lit_tokenformer.comparison.fits import NOT_RUN, Runner
+from lit_tokenformer.comparison.fits import NOT_RUN, UNFINISHED, Runner
 from lit_tokenformer.comparison.results import table, write_csv
 
 KEPT = (2, 4, 6)
@@ -256,7 +256,7 @@ STUDIES = {
 
 def write(folder: Path, name: str, study: Study) -> None:
     """Write ``NAME.csv``, ``NAME.json`` and, once the control is trained, ``NAME.md``."""
-    run = [one for one in study.outcomes if one.result["failed"] != NOT_RUN]
+    run = [one for one in study.outcomes if not str(one.result["failed"]).startswith((NOT_RUN, UNFINISHED))]
     unique = list({(one.phase, one.arm.name, one.arm.share, one.arm.lr, one.seed): one for one in run}.values())
     if not unique:
         return

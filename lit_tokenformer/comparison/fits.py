@@ -35,6 +35,8 @@ SCORES = {
 """Logged metrics that can be the score of a task: column of the table, and factor."""
 
 NOT_RUN = "not run"
+UNFINISHED = "ended without a result"
+"""Begins the reason of a fit that was stopped from outside."""
 
 
 class Run:
@@ -95,7 +97,7 @@ class Fit:
         errors = [line.strip() for line in lines if re.match(r"\S*(Error|Exception|error)\b", line)]
         if errors:
             return {"failed": errors[-1][:200]}
-        return {"failed": f"ended without a result after: {lines[-1].strip()}"[:200] if lines else NOT_RUN}
+        return {"failed": f"{UNFINISHED} after: {lines[-1].strip()}"[:200] if lines else NOT_RUN}
 
     @cached_property
     def curve(self) -> Run:
