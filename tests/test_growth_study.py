@@ -254,7 +254,7 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
 
 
-@pytest.mark.parametrize("name", ["muon", "patches", "patches_muon"])
+@pytest.mark.parametrize("name", ["muon", "patches", "patches_muon", "family", "family_images"])
 def test_a_study_continues_from_its_tables(tmp_path, name):
     results = Path(baselines.__file__).parent / "results" / "baselines"
     command = [name, str(tmp_path / "out"), "--logs", str(tmp_path / "logs"), "--tables", str(results), "--draw-only"]
