@@ -23,7 +23,7 @@ the batch with both optimizers.
 
 ``late`` (text): one block to eight late in training, at equal steps (:mod:`benchmarks.late_growth`).
 
-``--reduced`` takes the most important arms, one seed and one learning rate, in less than ten minutes on two cores.
+``--reduced`` takes the most important arms, one seed and one learning rate.
 Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes. So are
 those in the tables of ``--tables``, such as ``benchmarks/results/baselines``: a study continues on another machine.
 """
@@ -43,7 +43,7 @@ from typing import Any
 from benchmarks import family, late_growth
 from benchmarks.growth_study import kept_images
 from benchmarks.growth_study.__main__ import Study, read_recorded
-from benchmarks.growth_study.arms import DOMAINS, Arm, controls, load_arms
+from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
 from benchmarks.growth_study.results_files import corpus
 from lit_tokenformer.comparison.fits import NOT_RUN, UNFINISHED, Runner
@@ -268,7 +268,7 @@ def write(folder: Path, name: str, study: Study) -> None:
     root = study.domain.data["init_args"].get("root")  # of images
     record: dict[str, Any] = {
         "command": {"reduced": study.options.reduced, "seeds": study.options.seeds},
-        "domain": {key: value for key, value in vars(study.domain).items() if key != "data"},
+        "domain": settings_of(study.domain),
         "corpus": earlier.get("corpus") or (kept_images.summary(root) if root else corpus(unique)),
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
@@ -281,10 +281,16 @@ def write(folder: Path, name: str, study: Study) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=list) + "\n", encoding="utf-8")
 
 
+def settings_of(domain: Domain) -> dict[str, Any]:
+    """Settings of a domain in the form of its JSON, without the data."""
+    return json.loads(json.dumps({key: value for key, value in vars(domain).items() if key != "data"}))
+
+
 def earlier_record(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Read ``NAME.json`` in the folder of earlier tables; empty without one."""
-    file = Path(options.tables or "", f"{name}.json")
-    return json.loads(file.read_text(encoding="utf-8")) if options.tables and file.exists() else {}
+    if not options.tables:
+        return {}
+    return json.loads(Path(options.tables, f"{name}.json").read_text(encoding="utf-8"))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -306,9 +312,15 @@ def main(args: Sequence[str] | None = None) -> int:
     domain = copy.deepcopy(domain)
     if "root" in domain.data["init_args"]:
         domain.data["init_args"]["root"] = options.root
+    recorded = {}
+    if options.tables:
+        file = Path(options.tables, f"{options.study}.csv")
+        if not file.exists() or not file.with_suffix(".json").exists():
+            parser.error(f"--tables: {options.tables} has no {file.name} with its .json")
+        if earlier_record(options, options.study)["domain"] != settings_of(domain):
+            parser.error(f"--tables: the domain of {file.with_suffix('.json')} has other settings than this version's")
+        recorded = read_recorded(file)
     with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
-        table_of_fits = Path(options.tables or "", f"{options.study}.csv")
-        recorded = read_recorded(table_of_fits) if options.tables and table_of_fits.exists() else {}
         study = Study(name, domain, options, runner, recorded)
         for _ in run(study):
             write(Path(options.output), options.study, study)

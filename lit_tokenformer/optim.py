@@ -27,7 +27,8 @@ NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def orthogonalize(matrix: Tensor, steps: int = 5, eps: float = 1e-8, dtype: torch.dtype | None = None) -> Tensor:
     """Orthogonalize a matrix approximately by quintic Newton-Schulz iterations.
 
-    Singular values become about 0.7 to 1.2 (Keller Jordan, https://kellerjordan.github.io/posts/muon).
+    Singular values become about 0.7 to 1.2 (Keller Jordan, https://kellerjordan.github.io/posts/muon). In bfloat16 the
+    result is that of :class:`torch.optim.Muon`, which has no other precision.
 
     Args:
         matrix: (rows, columns).

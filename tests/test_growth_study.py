@@ -309,6 +309,30 @@ def test_steps_to_mix_are_counted_before_the_decay(losses, mixed):
     assert late_growth.mixing_steps(run(late, losses), run(control, (4, 3, 2.5, 2.0, 1.5))) == mixed
 
 
+def test_a_recorded_fit_has_no_mixing_time():
+    row = {"failed": "", "steps": "10", "parameters": "3", "train_seconds": "1", "loss": "2", "score": "3"}
+    recorded = outcome.Recorded({**row, "score_name": "x", "largest_jump": "", "tflop": "1"})
+    late = replace(arms.controls(late_growth.DOMAIN)[0], at=(0.4,), schedule={"decay": 0.2})
+    one, whole = (
+        outcome.Outcome("", "", late, 0, result, None)
+        for result in (recorded.result, {"steps": 10, "curve": {"losses": (3.0, 2.0)}})
+    )
+    assert late_growth.mixing_text([one], [one]) == late_growth.mixing_text([one], [whole]) == "-"
+    assert late_growth.mixing_text([one, whole], [whole]) != "-"
+
+
+def test_tables_of_another_study_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    command = ["muon", str(tmp_path / "out"), "--logs", str(tmp_path / "logs"), "--draw-only", "--tables"]
+    with pytest.raises(SystemExit):
+        baselines.main([*command, str(tmp_path)])
+    assert f"error: --tables: {tmp_path} has no muon.csv with its .json" in capsys.readouterr().err
+    use_domain(monkeypatch, "muon", replace(arms.DOMAINS["text"], budget=1e9))
+    with pytest.raises(SystemExit):
+        baselines.main([*command, str(Path(baselines.__file__).parent / "results" / "baselines")])
+    assert "muon.json has other settings than this version's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_appended_blocks_are_those_of_a_new_model():
     torch.manual_seed(0)
     model = create_backbone("tokenformer_lm_tiny", dim=8, depth=1, num_heads=1, param_tokens=4, vocab_size=5)
