@@ -100,12 +100,11 @@ def patches_muon(study: Study) -> Iterator[None]:
         both = [replace(arm, share=share) for arm in (adamw, control) for share in (0.5, 1.0)]
         study.train("final", [*both, with_muon(with_few(control, 4, 0.65))], study.options.seeds)
         return
-    train_control(study, adamw)
-    control = train_control(study, control)
-    yield
+    seeds = study.options.seeds
+    control = train_control(study, control, seeds)
     few = study.halved(study.with_rates([with_muon(with_few(control, 4, 0.65))]))
-    yield
-    yield from train_few(study, few, control)
+    yield from train_few(study, refined(study, few, seeds), control, seeds)
+    train_control(study, adamw, seeds)
 
 
 def with_muon(arm: Arm) -> Arm:
@@ -113,21 +112,30 @@ def with_muon(arm: Arm) -> Arm:
     return replace(arm, name=f"{arm.name}, Muon", optimizer=MUON)
 
 
-def train_control(study: Study, control: Arm) -> Arm:
-    """Train the control at half and all of C, each with its own learning rate; return the latter."""
+def train_control(study: Study, control: Arm, several: Sequence[int] = ()) -> Arm:
+    """Train the control at half and all of C, each with its own learning rate; return the latter.
+
+    Seeds in ``several`` decide on the learning rates together (:func:`refined`); without them, the first one.
+    """
     (control,) = study.halved(study.with_rates([control]))
-    (half,) = study.halved([replace(control, share=0.5)], evaluations=2)
+    (control,) = refined(study, [control], several) if several else [control]
+    half = replace(control, share=0.5)
+    (half,) = refined(study, [half], several) if several else study.halved([half], evaluations=2)
     study.train("final", [control, half], study.options.seeds)
     return control
 
 
-def train_few(study: Study, arms: Sequence[Arm], control: Arm) -> Iterator[None]:
-    """Train arms of short sequences at all budgets, and the best one at full cost; yields after each phase."""
+def train_few(study: Study, arms: Sequence[Arm], control: Arm, several: Sequence[int] = ()) -> Iterator[None]:
+    """Train arms of short sequences at all budgets, and the best one at full cost; yields after each phase.
+
+    Seeds in ``several`` decide on the learning rate of the latter together, as in :func:`train_control`.
+    """
     seeds = study.options.seeds
     runs = study.train("final", [replace(arm, share=share) for arm in arms for share in SHARES], seeds)
     yield
     winner = min(arms, key=lambda arm: mean_loss([one for one in runs if one.arm.name == arm.name]))
     (longest,) = study.halved([at_full_cost(study, winner, control, 1.0)])
+    (longest,) = refined(study, [longest], several) if several else [longest]
     shorter = replace(at_full_cost(study, winner, control, 0.5), lr=longest.lr)
     study.train("final", [longest, shorter], seeds)
 
@@ -141,11 +149,14 @@ def lowest(study: Study, arms: Sequence[Arm], count: int) -> list[Arm]:
     return sorted(arms, key=lambda arm: losses[arm.name])[:count]
 
 
-def refined(study: Study, arms: Sequence[Arm]) -> list[Arm]:
-    """Halve the learning rate of each arm at the end of its budget for as long as that lowers the loss."""
-    found = study.halved(arms)
+def refined(study: Study, arms: Sequence[Arm], seeds: Sequence[int] = ()) -> list[Arm]:
+    """Halve the learning rate of each arm at the end of its budget for as long as that lowers the loss.
+
+    The mean loss over ``seeds`` decides; without them, the first seed of the study.
+    """
+    found = study.halved(arms, seeds=seeds)
     halved = [one for one, arm in zip(found, arms, strict=True) if one.lr < arm.lr]
-    again = {arm.name: arm for arm in refined(study, halved)} if halved else {}
+    again = {arm.name: arm for arm in refined(study, halved, seeds)} if halved else {}
     return [again.get(arm.name, arm) for arm in found]
 
 
@@ -234,13 +245,22 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
                     "seeds": len(runs),
                 }
             )
-    searched = [
-        {"arm": arm.name, "share of C": arm.share, "learning rate": arm.lr, "validation loss": f"{one.loss:.4f}"}
-        for one in found.outcomes
-        if one.phase == "learning rate" and (arm := one.arm)
+    searched: dict[tuple[str, float, float], list[Outcome]] = {}
+    for one in found.outcomes:
+        if one.phase == "learning rate":
+            searched.setdefault((one.arm.name, one.arm.share, one.arm.lr), []).append(one)
+    tried = [
+        {
+            "arm": name,
+            "share of C": share,
+            "learning rate": lr,
+            "validation loss": spread([one.loss for one in runs], 4),
+            "seeds": len(runs),
+        }
+        for (name, share, lr), runs in searched.items()
     ]
     text = f"C = {whole:.3g} TFLOP. Ratio: FLOPs over those of that control at equal loss; all stages count.\n"
-    return rows, "\n".join([text, *(["Search of learning rates, one seed:\n", table(searched)] if searched else [])])
+    return rows, "\n".join([text, *(["Search of learning rates:\n", table(tried)] if tried else [])])
 
 
 STUDIES = {

@@ -14,6 +14,7 @@ import torch
 from test_images import write_fashion_mnist
 from torchvision.datasets import FashionMNIST
 
+from lit_tokenformer.comparison.fits import Runner
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.data import ImageDataModule
 from lit_tokenformer.models import Tokenformer, create_backbone
@@ -225,6 +226,30 @@ def test_another_batch_size_trains_on_the_whole_budget_if_it_wins_a_quarter(bett
         assert steps[3:] == ([pytest.approx(4 * steps[0], abs=4)] if size == better else [])
         assert {config["data"]["init_args"]["batch_size"] for config in configs} == {size}
     assert domain.data["init_args"]["batch_size"] == 12
+
+
+def test_equal_settings_are_one_fit_under_any_label(tmp_path):
+    runner = Runner(tmp_path, 1, read_only=True)
+    made = runner.fit("images control", "seed 0", {"seed_everything": 0}).folder
+    made.mkdir()
+    assert runner.fit("images control", "final", {"seed_everything": 0}).folder == made
+    assert runner.fit("another name", "final", {"seed_everything": 0}).folder == made
+    assert runner.fit("images control", "seed 1", {"seed_everything": 1}).folder != made
+
+
+@pytest.mark.parametrize(("seeds", "rate"), [((), 0.02), ((0, 1), 0.005)])
+def test_the_learning_rate_is_halved_for_as_long_as_that_lowers_the_loss_of_the_seeds_that_decide(seeds, rate):
+    losses = {0.02: (1.0, 3.0), 0.01: (1.1, 2.0), 0.005: (1.2, 1.6), 0.0025: (1.3, 1.6)}
+
+    def fit(arm, what, config):
+        init = config["model"]["init_args"]["optimizer"]["init_args"]
+        return SimpleNamespace(result={"loss": losses[init["lr"]][config["seed_everything"]]}, folder=None)
+
+    text = study.Study(
+        "text", arms.DOMAINS["text"], SimpleNamespace(seeds=[0, 1]), SimpleNamespace(fit=fit, run=lambda fits: None)
+    )
+    (found,) = baselines.refined(text, [replace(arms.controls(text.domain)[0], lr=0.02)], seeds)
+    assert found.lr == rate
 
 
 def use_domain(monkeypatch, name, domain):

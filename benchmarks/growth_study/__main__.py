@@ -40,7 +40,7 @@ from benchmarks.growth_study.arms import (
     load_arms,
     policies,
 )
-from benchmarks.growth_study.outcome import Outcome, Recorded
+from benchmarks.growth_study.outcome import Outcome, Recorded, mean_loss
 from benchmarks.growth_study.results_files import write
 from lit_tokenformer.comparison.fits import Fit, Runner
 from lit_tokenformer.comparison.meter import MEASURED
@@ -90,10 +90,13 @@ class Study:
         found = self.train("learning rate", tried, self.options.seeds[:1], evaluations=1)
         return [replace(arm, lr=best([one for one in found if one.arm.name == arm.name]).lr) for arm in arms]
 
-    def halved(self, arms: Sequence[Arm], evaluations: int = 6) -> list[Arm]:
-        """Set the learning rate of each arm to the better of itself and its half at the end of the budget."""
+    def halved(self, arms: Sequence[Arm], evaluations: int = 6, seeds: Sequence[int] = ()) -> list[Arm]:
+        """Set the learning rate of each arm to the better of itself and its half at the end of the budget.
+
+        The mean loss over ``seeds`` decides; without them, the first seed of the study.
+        """
         tried = [replace(arm, lr=arm.lr * factor) for arm in arms for factor in (1, 0.5)]
-        found = self.train("learning rate", tried, self.options.seeds[:1], evaluations)
+        found = self.train("learning rate", tried, seeds or self.options.seeds[:1], evaluations)
         return [best([one for one in found if one.arm.name == arm.name]) for arm in arms]
 
     def run(self) -> None:
@@ -159,8 +162,9 @@ def read_recorded(file: Path) -> dict[tuple[Any, ...], Recorded]:
 
 
 def best(outcomes: Sequence[Outcome]) -> Arm:
-    """Find the arm with the lowest loss; the first if all failed."""
-    return min(outcomes, key=lambda one: one.loss).arm
+    """Find the arm with the lowest mean loss, by its learning rate; the first if all failed."""
+    arms = {one.arm.lr: one.arm for one in outcomes}
+    return min(arms.values(), key=lambda arm: mean_loss([one for one in outcomes if one.arm.lr == arm.lr]))
 
 
 def is_size(arm: Arm) -> bool:

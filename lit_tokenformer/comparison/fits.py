@@ -67,7 +67,7 @@ class Run:
 
 @dataclass
 class Fit:
-    """Fit in a separate folder, named by a hash of its settings.
+    """Fit in a separate folder, named by a hash of its settings; equal settings are one fit under any label.
 
     Args:
         arm: Label of the arm.
@@ -84,7 +84,8 @@ class Fit:
     @cached_property
     def folder(self) -> Path:
         key = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:10]
-        return self.logs / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.arm)[:60]}-{key}"
+        own = self.logs / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.arm)[:60]}-{key}"
+        return own if own.exists() else next(self.logs.glob(f"*-{key}"), own)  # of an arm with another label
 
     @property
     def measured(self) -> dict[str, Any]:
