@@ -42,7 +42,7 @@ from typing import Any
 
 from benchmarks import family, late_growth
 from benchmarks.growth_study import kept_images
-from benchmarks.growth_study.__main__ import Study, read_recorded
+from benchmarks.growth_study.__main__ import Study, best, read_recorded
 from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
 from benchmarks.growth_study.results_files import corpus
@@ -92,19 +92,23 @@ def patches(study: Study) -> Iterator[None]:
 
 
 def patches_muon(study: Study) -> Iterator[None]:
-    """Train the best arm of :func:`patches` and its controls with Muon; yields after each phase."""
+    """Train the best arm of :func:`patches` and its controls with Muon, each at two rates with every seed."""
     adamw = controls(study.domain)[0]
     control = with_muon(adamw)
+    few = with_muon(with_few(control, 4, 0.65))
     if study.options.reduced:
-        adamw, control = (replace(arm, lr=study.domain.rates[0]) for arm in (adamw, control))
-        both = [replace(arm, share=share) for arm in (adamw, control) for share in (0.5, 1.0)]
-        study.train("final", [*both, with_muon(with_few(control, 4, 0.65))], study.options.seeds)
+        few, *both = (replace(arm, lr=study.domain.rates[0]) for arm in (few, adamw, control))
+        both = [replace(arm, share=share) for arm in both for share in (0.5, 1.0)]
+        study.train("final", [*both, few], study.options.seeds)
         return
-    seeds = study.options.seeds
-    control = train_control(study, control, seeds)
-    few = study.halved(study.with_rates([with_muon(with_few(control, 4, 0.65))]))
-    yield from train_few(study, refined(study, few, seeds), control, seeds)
-    train_control(study, adamw, seeds)
+    masked = [at_full_cost(study, few, control, share) for share in (0.5, 1.0)]
+    ours, theirs = ([replace(arm, share=share) for share in (1.0, 0.5)] for arm in (control, adamw))
+    arms = [*ours, *(replace(few, share=share) for share in SHARES), *masked, *theirs]
+    rates = study.domain.rates[0], study.domain.rates[0] / 2
+    for arm in arms:
+        found = study.train("learning rate", [replace(arm, lr=rate) for rate in rates], study.options.seeds)
+        study.train("final", [best(found)], study.options.seeds)
+        yield
 
 
 def with_muon(arm: Arm) -> Arm:
@@ -112,30 +116,21 @@ def with_muon(arm: Arm) -> Arm:
     return replace(arm, name=f"{arm.name}, Muon", optimizer=MUON)
 
 
-def train_control(study: Study, control: Arm, several: Sequence[int] = ()) -> Arm:
-    """Train the control at half and all of C, each with its own learning rate; return the latter.
-
-    Seeds in ``several`` decide on the learning rates together (:func:`refined`); without them, the first one.
-    """
+def train_control(study: Study, control: Arm) -> Arm:
+    """Train the control at half and all of C, each with its own learning rate; return the latter."""
     (control,) = study.halved(study.with_rates([control]))
-    (control,) = refined(study, [control], several) if several else [control]
-    half = replace(control, share=0.5)
-    (half,) = refined(study, [half], several) if several else study.halved([half], evaluations=2)
+    (half,) = study.halved([replace(control, share=0.5)], evaluations=2)
     study.train("final", [control, half], study.options.seeds)
     return control
 
 
-def train_few(study: Study, arms: Sequence[Arm], control: Arm, several: Sequence[int] = ()) -> Iterator[None]:
-    """Train arms of short sequences at all budgets, and the best one at full cost; yields after each phase.
-
-    Seeds in ``several`` decide on the learning rate of the latter together, as in :func:`train_control`.
-    """
+def train_few(study: Study, arms: Sequence[Arm], control: Arm) -> Iterator[None]:
+    """Train arms of short sequences at all budgets, and the best one at full cost; yields after each phase."""
     seeds = study.options.seeds
     runs = study.train("final", [replace(arm, share=share) for arm in arms for share in SHARES], seeds)
     yield
     winner = min(arms, key=lambda arm: mean_loss([one for one in runs if one.arm.name == arm.name]))
     (longest,) = study.halved([at_full_cost(study, winner, control, 1.0)])
-    (longest,) = refined(study, [longest], several) if several else [longest]
     shorter = replace(at_full_cost(study, winner, control, 0.5), lr=longest.lr)
     study.train("final", [longest, shorter], seeds)
 
@@ -149,14 +144,11 @@ def lowest(study: Study, arms: Sequence[Arm], count: int) -> list[Arm]:
     return sorted(arms, key=lambda arm: losses[arm.name])[:count]
 
 
-def refined(study: Study, arms: Sequence[Arm], seeds: Sequence[int] = ()) -> list[Arm]:
-    """Halve the learning rate of each arm at the end of its budget for as long as that lowers the loss.
-
-    The mean loss over ``seeds`` decides; without them, the first seed of the study.
-    """
-    found = study.halved(arms, seeds=seeds)
+def refined(study: Study, arms: Sequence[Arm]) -> list[Arm]:
+    """Halve the learning rate of each arm at the end of its budget for as long as that lowers the loss."""
+    found = study.halved(arms)
     halved = [one for one, arm in zip(found, arms, strict=True) if one.lr < arm.lr]
-    again = {arm.name: arm for arm in refined(study, halved, seeds)} if halved else {}
+    again = {arm.name: arm for arm in refined(study, halved)} if halved else {}
     return [again.get(arm.name, arm) for arm in found]
 
 

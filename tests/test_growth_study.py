@@ -237,19 +237,18 @@ def test_equal_settings_are_one_fit_under_any_label(tmp_path):
     assert runner.fit("images control", "seed 1", {"seed_everything": 1}).folder != made
 
 
-@pytest.mark.parametrize(("seeds", "rate"), [((), 0.02), ((0, 1), 0.005)])
-def test_the_learning_rate_is_halved_for_as_long_as_that_lowers_the_loss_of_the_seeds_that_decide(seeds, rate):
-    losses = {0.02: (1.0, 3.0), 0.01: (1.1, 2.0), 0.005: (1.2, 1.6), 0.0025: (1.3, 1.6)}
+def test_all_seeds_decide_on_the_learning_rates_of_short_sequences_with_muon():
+    losses = {0.012: (1.0, 3.0), 0.006: (1.1, 2.0)}
 
     def fit(arm, what, config):
         init = config["model"]["init_args"]["optimizer"]["init_args"]
         return SimpleNamespace(result={"loss": losses[init["lr"]][config["seed_everything"]]}, folder=None)
 
-    text = study.Study(
-        "text", arms.DOMAINS["text"], SimpleNamespace(seeds=[0, 1]), SimpleNamespace(fit=fit, run=lambda fits: None)
-    )
-    (found,) = baselines.refined(text, [replace(arms.controls(text.domain)[0], lr=0.02)], seeds)
-    assert found.lr == rate
+    options, runner = SimpleNamespace(seeds=[0, 1], reduced=False), SimpleNamespace(fit=fit, run=lambda fits: None)
+    images = study.Study("images", arms.DOMAINS["images"], options, runner)
+    assert len(list(baselines.patches_muon(images))) == 9
+    assert {one.arm.lr for one in images.outcomes if one.phase == "final"} == {0.006}
+    assert len(images.outcomes) == 9 * (4 + 2)
 
 
 def use_domain(monkeypatch, name, domain):

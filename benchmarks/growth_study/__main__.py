@@ -90,13 +90,10 @@ class Study:
         found = self.train("learning rate", tried, self.options.seeds[:1], evaluations=1)
         return [replace(arm, lr=best([one for one in found if one.arm.name == arm.name]).lr) for arm in arms]
 
-    def halved(self, arms: Sequence[Arm], evaluations: int = 6, seeds: Sequence[int] = ()) -> list[Arm]:
-        """Set the learning rate of each arm to the better of itself and its half at the end of the budget.
-
-        The mean loss over ``seeds`` decides; without them, the first seed of the study.
-        """
+    def halved(self, arms: Sequence[Arm], evaluations: int = 6) -> list[Arm]:
+        """Set the learning rate of each arm to the better of itself and its half at the end of the budget."""
         tried = [replace(arm, lr=arm.lr * factor) for arm in arms for factor in (1, 0.5)]
-        found = self.train("learning rate", tried, seeds or self.options.seeds[:1], evaluations)
+        found = self.train("learning rate", tried, self.options.seeds[:1], evaluations)
         return [best([one for one in found if one.arm.name == arm.name]) for arm in arms]
 
     def run(self) -> None:
