@@ -105,7 +105,7 @@ MEASURED = {
     ),
     "images": (
         Scale(8_192, 7_370_752, 7.7),
-        "0.51 (AdamW) to 0.70 (Muon, extrapolated) of the FLOPs of using all patches at equal loss",
+        "0.51 (AdamW) to 0.69 (Muon) of the FLOPs of using all patches at equal loss",
     ),
 }
 """Scale and result of ``benchmarks/growth_study`` and ``benchmarks/baselines``, in which the rule was measured."""
