@@ -190,7 +190,7 @@ def train_with_batch(study: Study, arm: Arm, size: int) -> None:
     found = other.with_rates([replace(arm, name=f"{arm.name}, batches of {size}")])
     usual = [one for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share / 4]
     if min(one.loss for one in other.outcomes) < min(one.loss for one in usual):
-        other.train("learning rate", found, study.options.seeds[:1])
+        other.halved(found)
     study.outcomes += other.outcomes
 
 

@@ -223,7 +223,7 @@ def test_another_batch_size_trains_on_the_whole_budget_if_it_wins_a_quarter(bett
         baselines.train_with_batch(muon, arm, size)
         steps = [config["trainer"]["max_steps"] for config in configs]
         assert steps[:3] == pytest.approx([usual[0] * 12 / size] * 3, abs=2)
-        assert steps[3:] == ([pytest.approx(4 * steps[0], abs=4)] if size == better else [])
+        assert steps[3:] == ([pytest.approx(4 * steps[0], abs=4)] * 2 if size == better else [])
         assert {config["data"]["init_args"]["batch_size"] for config in configs} == {size}
     assert domain.data["init_args"]["batch_size"] == 12
 
