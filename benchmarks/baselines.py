@@ -12,7 +12,7 @@ six best at a quarter of the budget train on all of it, and the two best of thos
 patches, and the dropping of the best arm at full cost. Masked patches that are computed but excluded from attention and
 pooling give the run of dropped patches, so the second control is that run with as many steps as the first, charged with
 the FLOPs of all patches. It has the same regularization. ``patches_muon`` is the best of them and both
-controls with Muon.
+controls with Muon, every arm and budget at the better of two rates by the mean of all seeds.
 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
 decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
