@@ -17,13 +17,13 @@ controls with Muon, every arm and budget at the better of two rates by the mean 
 ``muon`` (text): AdamW and :class:`~lit_tokenformer.optim.MuonWithAuxAdam`, from scratch and grown, with learning-rate
 decay over 40 and 65 % of the steps; each keeps the decay that is better at a quarter of the budget, and then halves its
 learning rate for as long as that helps. The search also has a model of twice the tokens, with Muon, and half and twice
-the batch with both optimizers.
+the batch with both optimizers; a batch size that wins is another control.
 
 ``family`` (text) and ``family_images``: three sizes by a ladder of growths, and nested (:mod:`benchmarks.family`).
 
 ``late`` (text): one block to eight late in training, at equal steps (:mod:`benchmarks.late_growth`).
 
-``--reduced`` takes the most important arms, one seed and one learning rate.
+``--reduced`` takes the most important arms, one seed and one learning rate, on budgets of two thirds.
 Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes. So are
 those in the tables of ``--tables``, such as ``benchmarks/results/baselines``: a study continues on another machine.
 """
@@ -57,6 +57,8 @@ SHARES = (0.35, 0.45, 0.55)
 """Budgets of short sequences, as shares of C."""
 FULL_COST = ", at full cost"
 """Suffix of arms that are charged with the FLOPs of all patches."""
+REDUCED = 2 / 3
+"""Budget C of ``--reduced``, as a share of the usual one."""
 MUON = {"class_path": "lit_tokenformer.optim.MuonWithAuxAdam"}
 
 
@@ -183,14 +185,23 @@ def muon(study: Study) -> Iterator[None]:
 
 
 def train_with_batch(study: Study, arm: Arm, size: int) -> None:
-    """Train an arm with another batch size on a quarter of its budget, and on all of it if that lowers the loss."""
+    """Train an arm with another batch size on a quarter of its budget, on all of it if that lowers the loss, and with
+    every seed if it does so there too."""
     domain = copy.deepcopy(study.domain)
     domain.data["init_args"]["batch_size"] = size
     other = Study(study.name, domain, study.options, study.runner, study.recorded)
+
+    def wins(share: float) -> bool:
+        runs = [one for one in (*study.outcomes, *other.outcomes) if one.arm.share == share and one.seed == first]
+        ours, theirs = ([one.loss for one in runs if one.arm.name == name] for name in (found[0].name, arm.name))
+        return min(ours) < min(theirs)
+
+    first, *_ = study.options.seeds
     found = other.with_rates([replace(arm, name=f"{arm.name}, batches of {size}")])
-    usual = [one for one in study.outcomes if one.arm.name == arm.name and one.arm.share == arm.share / 4]
-    if min(one.loss for one in other.outcomes) < min(one.loss for one in usual):
-        other.halved(found)
+    if wins(arm.share / 4):
+        found = refined(other, found)
+        if wins(arm.share):
+            other.train("final", [replace(found[0], share=share) for share in (0.5, 1.0)], study.options.seeds)
     study.outcomes += other.outcomes
 
 
@@ -310,7 +321,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("output", help="folder of the results")
-    parser.add_argument("--reduced", action="store_true", help="the most important arms, one seed, one learning rate")
+    parser.add_argument("--reduced", action="store_true", help="the most important arms, one seed, two thirds of C")
     parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="fits at a time")
@@ -318,8 +329,6 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", help="folder with the tables of an earlier run, whose fits are not repeated")
     parser.add_argument("--draw-only", action="store_true", help="train nothing; tables of the finished fits")
     options = parser.parse_args(args)
-    if options.reduced:
-        options.seeds = options.seeds[:1]
     name, domain, run, _ = STUDIES[options.study]
     domain = copy.deepcopy(domain)
     if "root" in domain.data["init_args"]:
@@ -332,6 +341,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if earlier_record(options, options.study)["domain"] != settings_of(domain):
             parser.error(f"--tables: the domain of {file.with_suffix('.json')} has other settings than this version's")
         recorded = read_recorded(file)
+    if options.reduced:
+        options.seeds = options.seeds[:1]
+        domain = replace(domain, budget=REDUCED * domain.budget)
     with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
         study = Study(name, domain, options, runner, recorded)
         for _ in run(study):

@@ -204,27 +204,38 @@ def test_arms_of_muon_differ_in_the_optimizer_alone():
     assert theirs["init_args"] == {**ours["init_args"], "fused": True}
 
 
-@pytest.mark.parametrize("better", [6, 24])
-def test_another_batch_size_trains_on_the_whole_budget_if_it_wins_a_quarter(better):
+@pytest.mark.parametrize(("better", "wins"), [(6, True), (6, False), (24, True)])
+def test_another_batch_size_goes_on_for_as_long_as_it_wins(better, wins):
     configs = []
 
     def fit(arm, what, config):
         configs.append(config)
-        loss = 1.0 if config["data"]["init_args"]["batch_size"] == better else 2.0
+        loss, init = 2.0, config["model"]["init_args"]["optimizer"]["init_args"]
+        if config["data"]["init_args"]["batch_size"] == better:
+            on_all = config["trainer"]["max_steps"] > 1.5 * quarter * 12 / better
+            loss = 2.5 if on_all and not wins else 1 + abs(init["lr"] - 0.003)
         return SimpleNamespace(result={"loss": loss}, folder=None)
 
     runner = SimpleNamespace(fit=fit, run=lambda fits: None)
-    domain, options = arms.DOMAINS["text"], SimpleNamespace(seeds=[0])
+    domain, options = arms.DOMAINS["text"], SimpleNamespace(seeds=[0, 1])
+    quarter = arms.replace(baselines.with_muon(arms.controls(domain)[0]), share=0.25).steps(domain)
     muon = study.Study("text", domain, options, runner)
     (arm,) = muon.with_rates([baselines.with_muon(arms.controls(domain)[0])])
-    usual = [config["trainer"]["max_steps"] for config in configs]
+    muon.halved([arm])
     for size in (6, 24):
-        configs.clear()
+        before, first = len(configs), len(muon.outcomes)
         baselines.train_with_batch(muon, arm, size)
-        steps = [config["trainer"]["max_steps"] for config in configs]
-        assert steps[:3] == pytest.approx([usual[0] * 12 / size] * 3, abs=2)
-        assert steps[3:] == ([pytest.approx(4 * steps[0], abs=4)] * 2 if size == better else [])
-        assert {config["data"]["init_args"]["batch_size"] for config in configs} == {size}
+        steps = [config["trainer"]["max_steps"] / (quarter * 12 / size) for config in configs[before:]]
+        final = [one for one in muon.outcomes[first:] if one.phase == "final"]
+        assert {config["data"]["init_args"]["batch_size"] for config in configs[before:]} == {size}
+        assert steps[:3] == pytest.approx([1, 1, 1], rel=0.01)
+        if size != better:
+            assert len(steps) == 3
+        elif not wins:
+            assert steps[3:] == pytest.approx([4, 4], rel=0.01) and not final
+        else:
+            assert [(one.arm.share, one.seed) for one in final] == [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+            assert {one.arm.lr for one in final} == {0.003}
     assert domain.data["init_args"]["batch_size"] == 12
 
 
