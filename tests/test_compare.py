@@ -94,6 +94,17 @@ def test_configs_are_merged_and_presets_read_from_a_file(config, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_every_growing_size_is_in_the_plan(config, tmp_path, capsys):
+    linear = {"preset": "gpt2_tiny", "label": "linear", "grow": {0.3: {"depth": 3}, 0.6: {"hidden": 160}}}
+    blocks = {"preset": "tokenformer_lm_tiny", "label": "blocks", "grow": {0.5: {"depth": 4, "ffn": 64}}}
+    presets = tmp_path / "presets.yaml"
+    presets.write_text(yaml.safe_dump([linear, blocks]))
+    assert run(config, tmp_path, presets, "--match=null", "--plan_only=true") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "hidden 128 -> 160, depth 2 -> 3, " in lines[0] and "tokens" not in lines[0]
+    assert "tokens qkv/proj/ffn 8/8/32 -> 8/8/64, depth 2 -> 4, " in lines[1]
+
+
 def test_pattention_arms_are_matched_and_the_others_are_not(config):
     with_pattention = {"preset": "gpt2_tiny", "overrides": {"projection": "pattention"}}
     small = {"preset": "tokenformer_lm_tiny", "overrides": {"param_tokens": 5}}

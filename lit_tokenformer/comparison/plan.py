@@ -229,12 +229,16 @@ def describe_plan(setting: Setting, planned: list[Planned]) -> str:
     """Describe the planned fits, one line per arm."""
     lines = []
     for one in planned:
-        stages = [config for _, config in one.stages(10_000)] if has_pattention(one.config) else []
-        sizes = " -> ".join(dict.fromkeys("/".join(map(str, dict(one.tokens.items()).values())) for one in stages))
+        stages = [config for _, config in one.stages(10_000)]
+        sizes = {kind: [config.size[kind] for config in stages] for kind in one.config.size if kind not in KINDS}
+        shown: dict[str, list[Any]] = {kind: found for kind, found in sizes.items() if len(set(found)) > 1}
+        if has_pattention(one.config):
+            tokens = ["/".join(map(str, dict(config.tokens.items()).values())) for config in stages]
+            shown = {"tokens qkv/proj/ffn": tokens, **shown}
         length = f"{one.steps} steps, {training_flops(setting, one, one.steps):.3g} FLOPs"
         lines.append(
             f"{one.arm.label}: {one.parameters:,} parameters ({one.blocks:,} non-embedding, {one.differs:+.1%}), "
-            + (f"tokens qkv/proj/ffn {sizes}, " if sizes else "")
+            + "".join(f"{kind} {' -> '.join(map(str, dict.fromkeys(found)))}, " for kind, found in shown.items())
             + (length if one.steps else "steps unknown before the speed measurement")
         )
     return "\n".join(lines)
