@@ -4,7 +4,7 @@ The paper reports that a model of one block that grows after 80 % of the steps r
 scratch at the same step. New blocks are identities, copies of the block, or random ones. All arms use Muon and have the
 same number of steps; the learning rate of a grown one decays over the second half of what follows the growth. The
 controls are the deep model from scratch, with a decay over 40 % of the steps, and over the last 10 % as in the paper;
-and three blocks with the same FLOPs and learning rate, which show whether eight are too many.
+and three blocks at several budgets with the same learning rate, which show whether eight are too many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.family import OPTIMIZER, tflops
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import DOMAINS, Arm, depth_ladder, load_arms
-from benchmarks.growth_study.outcome import Findings, Outcome, compute_for, mean_loss, spread
+from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
 from lit_tokenformer.cost import model_cost
 from lit_tokenformer.models import preset_config
 
@@ -37,6 +37,8 @@ WAYS: dict[str, dict[str, Any]] = {
 (identities, random blocks) or with that of the copied block."""
 MIXED = 0.01
 """Difference from the control in nats below which a grown model counts as mixed."""
+SMALLER = 0.3, 0.6, 1.0
+"""Budgets of three blocks, as shares of C."""
 EVALUATIONS = 30
 
 _TEXT = DOMAINS["text"]
@@ -65,7 +67,7 @@ def late(study: Study) -> Iterator[None]:
     found = study.train("late", [grown(control, way, at) for at in AT for way in WAYS], seeds[:1], EVALUATIONS)
     yield
     three = replace(control, name="from scratch, 3 blocks", sizes=depth_ladder(domain, 3))
-    study.train("final", [three], seeds[:1], EVALUATIONS)
+    study.train("final", [replace(three, share=share) for share in SMALLER], seeds[:1], EVALUATIONS)
     study.train("final", [control, replace(control, share=0.5)], seeds, EVALUATIONS)
     yield
     ways = [min((one for one in found if one.arm.at == (at,)), key=lambda one: one.loss).arm for at in AT]
@@ -118,8 +120,10 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
     control = found.of(found.final, share=1.0)
     cost = partial(tflops, domain=found.domain)
     whole = statistics.mean(map(cost, control))
-    points = [found.of(found.final, share=share) for share in (0.5, 1.0)]
-    of_control = [(statistics.mean(map(cost, runs)), mean_loss(runs)) for runs in points if runs]
+    curves: dict[str, Curve] = {}
+    for name in (name for name in found.names("final") if len({one.arm.share for one in found.of(name)}) > 1):
+        budgets = [found.of(name, share=share) for share in sorted({one.arm.share for one in found.of(name)})]
+        curves[name] = [(statistics.mean(map(cost, runs)), mean_loss(runs)) for runs in budgets]
     stable = found.of(f"{found.final}, decay over the last 10 %")
     rows = []
     for phase in ("final", "late"):
@@ -129,7 +133,10 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
             for share in sorted({one.arm.share for one in found.of(name, (phase,))}):
                 runs = found.of(name, (phase,), share)
                 pairs = [(one.loss, other.loss) for one in runs for other in control if other.seed == one.seed]
-                needed = [(cost(one), compute_for(of_control, one.loss)) for one in runs]
+                ratios = {}
+                for reference, points in curves.items():
+                    needed = [(cost(one), compute_for(points, one.loss)) for one in runs]
+                    ratios[f"ratio to {reference}"] = spread([spent / most for spent, most in needed if most], 2)
                 mixed = mixing_text(runs, stable) if runs[0].arm.at else "-"
                 rows.append(
                     {
@@ -137,13 +144,13 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
                         "FLOPs": f"{cost(runs[0]) / whole:.2f} C",
                         "validation loss": spread([one.loss for one in runs], 4),
                         "above the control": spread([one - other for one, other in pairs], 3),
-                        "FLOPs for its loss": spread([spent / most for spent, most in needed if most], 2),
+                        **ratios,
                         "steps to mix": mixed,
                         "seeds": len(runs),
                     }
                 )
     return rows, (
-        f"C = {whole:.3g} TFLOP, {STEPS:,} steps of {BLOCKS} blocks. FLOPs for its loss: relative to the control at "
-        "equal loss, interpolated; all stages and Muon's updates count. Steps to mix (seed 0): from the growth until "
+        f"C = {whole:.3g} TFLOP, {STEPS:,} steps of {BLOCKS} blocks. Ratio: FLOPs over those of that control at equal "
+        "loss, interpolated; all stages and Muon's updates count. Steps to mix (seed 0): from the growth until "
         f"the loss is within {MIXED} nats of the control's at the same step, while both learning rates are constant.\n"
     )
