@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.family import OPTIMIZER, tflops
+from benchmarks.family import DECAY, OPTIMIZER, tflops
 from benchmarks.growth_study.__main__ import Study
 from benchmarks.growth_study.arms import DOMAINS, Arm, depth_ladder, load_arms
 from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
@@ -96,21 +96,27 @@ def curve(one: Outcome) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(0, one.result["steps"], len(losses) + 1)[1:], losses
 
 
+def constant_until(one: Outcome, control: Outcome) -> float:
+    """Step at which the first of two learning rates starts to decay."""
+    decay = max(each.arm.schedule.get("decay", DECAY) for each in (one, control))
+    return (1 - decay) * one.result["steps"]
+
+
 def mixing_steps(one: Outcome, control: Outcome) -> int | None:
-    """Steps from the growth until the loss is within ``MIXED`` of a control at the same step, before any decay."""
+    """Steps from the growth until the loss is within ``MIXED`` of a control at the same step, before either decay."""
     steps, losses = curve(one)
-    total = one.result["steps"]
-    start, end = one.arm.at[0] * total, (1 - one.arm.schedule["decay"]) * total
+    start, end = one.arm.at[0] * one.result["steps"], constant_until(one, control)
     others = np.interp(steps, *curve(control))
     reached = [step for step, loss, other in zip(steps, losses, others, strict=True) if loss - other <= MIXED]
     return next((round(step - start) for step in reached if start < step <= end), None)
 
 
 def mixing_text(runs: Sequence[Outcome], stable: Sequence[Outcome]) -> str:
-    """Name the mixing steps of the first seed with curves of the arm and the control; a recorded fit has none."""
-    for one in runs:
-        for other in stable:
-            if one.seed == other.seed and min(len(curve(each)[0]) for each in (one, other)) > 1:
+    """Name the mixing steps of the first seed with curves of the arm and a control; a recorded fit has none."""
+    for other in stable:
+        for one in runs:
+            compared = one.seed == other.seed and min(len(curve(each)[0]) for each in (one, other)) > 1
+            if compared and one.arm.at[0] * one.result["steps"] < constant_until(one, other):
                 return str(mixing_steps(one, other) or "not mixed")
     return "-"
 
@@ -124,7 +130,7 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
     for name in (name for name in found.names("final") if len({one.arm.share for one in found.of(name)}) > 1):
         budgets = [found.of(name, share=share) for share in sorted({one.arm.share for one in found.of(name)})]
         curves[name] = [(statistics.mean(map(cost, runs)), mean_loss(runs)) for runs in budgets]
-    stable = found.of(f"{found.final}, decay over the last 10 %")
+    stable = [*found.of(f"{found.final}, decay over the last 10 %"), *control]
     rows = []
     for phase in ("final", "late"):
         for name in found.names(phase):
@@ -151,6 +157,6 @@ def report(found: Findings) -> tuple[list[dict[str, Any]], str]:
                 )
     return rows, (
         f"C = {whole:.3g} TFLOP, {STEPS:,} steps of {BLOCKS} blocks. Ratio: FLOPs over those of that control at equal "
-        "loss, interpolated; all stages and Muon's updates count. Steps to mix (seed 0): from the growth until "
+        "loss, interpolated; all stages and Muon's updates count. Steps to mix (one seed): from the growth until "
         f"the loss is within {MIXED} nats of the control's at the same step, while both learning rates are constant.\n"
     )

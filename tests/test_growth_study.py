@@ -341,7 +341,14 @@ def test_steps_to_mix_are_counted_before_the_decay(losses, mixed):
 
     control = arms.controls(late_growth.DOMAIN)[0]
     late = replace(control, at=(0.4,), schedule={"decay": 0.2})
-    assert late_growth.mixing_steps(run(late, losses), run(control, (4, 3, 2.5, 2.0, 1.5))) == mixed
+    theirs = (4, 3, 2.5, 2.0, 1.5)
+    stable = replace(control, schedule={"decay": 0.1})
+    assert late_growth.mixing_steps(run(late, losses), run(stable, theirs)) == mixed
+    assert late_growth.mixing_steps(run(late, losses), run(control, theirs)) == mixed  # after 600 steps
+    early = replace(control, schedule={"decay": 0.5})
+    assert late_growth.mixing_steps(run(late, losses), run(early, theirs)) is None  # after 500
+    never = replace(control, schedule={"decay": 0.6})
+    assert late_growth.mixing_text([run(late, losses)], [run(never, theirs)]) == "-"
 
 
 def test_a_recorded_fit_has_no_mixing_time():
