@@ -32,7 +32,13 @@ ADAMW = "ratio to from scratch, 32 tokens"
 MUON = "ratio to from scratch, 32 tokens, Muon"
 IMAGES_MUON = "ratio to from scratch, 8 tokens, Muon"
 BARS = (
-    Bar("text: Muon\nagainst AdamW", "muon", ("from scratch, 32 tokens", "1.00 C"), MUON, inverted=True),
+    Bar(
+        "text: Muon\nagainst AdamW, each with its best batch",
+        "muon",
+        ("from scratch, 32 tokens, batches of 6", "1.00 C"),
+        MUON,
+        inverted=True,
+    ),
     Bar(
         "images: Muon\nagainst AdamW", "patches_muon", ("from scratch, 8 tokens", "1.00 C"), IMAGES_MUON, inverted=True
     ),
