@@ -1,6 +1,6 @@
 """Stronger baselines of the growth study: short image sequences for most of the steps, and Muon in place of AdamW.
 
-    python -m benchmarks.baselines {patches,patches_muon,muon,family,family_images,late} OUTPUT [--reduced]
+    python -m benchmarks.baselines {all,patches,patches_muon,muon,family,family_images,late} OUTPUT [--reduced]
         [--root FOLDER] [--seeds 0 1 2] [--jobs 2] [--logs FOLDER] [--tables FOLDER] [--draw-only]
 
 Data, architectures and budgets C are those of ``benchmarks.growth_study``, and so is the order of the work: every arm
@@ -44,7 +44,7 @@ from benchmarks import family, late_growth
 from benchmarks.growth_study import kept_images
 from benchmarks.growth_study.__main__ import Study, best, read_recorded
 from benchmarks.growth_study.arms import DOMAINS, Arm, Domain, controls, load_arms
-from benchmarks.growth_study.outcome import Curve, Findings, Outcome, compute_for, mean_loss, spread
+from benchmarks.growth_study.outcome import Curve, Findings, Outcome, Recorded, compute_for, mean_loss, spread
 from benchmarks.growth_study.results_files import corpus
 from lit_tokenformer.comparison.fits import NOT_RUN, UNFINISHED, Runner
 from lit_tokenformer.comparison.results import table, write_csv
@@ -319,7 +319,7 @@ def earlier_record(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=["all", *STUDIES])
     parser.add_argument("output", help="folder of the results")
     parser.add_argument("--reduced", action="store_true", help="the most important arms, one seed, two thirds of C")
     parser.add_argument("--root", default="data", help="folder with FashionMNIST/raw")
@@ -329,26 +329,28 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", help="folder with the tables of an earlier run, whose fits are not repeated")
     parser.add_argument("--draw-only", action="store_true", help="train nothing; tables of the finished fits")
     options = parser.parse_args(args)
-    name, domain, run, _ = STUDIES[options.study]
-    domain = copy.deepcopy(domain)
-    if "root" in domain.data["init_args"]:
-        domain.data["init_args"]["root"] = options.root
-    recorded = {}
-    if options.tables:
-        file = Path(options.tables, f"{options.study}.csv")
+    names = list(STUDIES) if options.study == "all" else [options.study]
+    domains = {name: copy.deepcopy(STUDIES[name][1]) for name in names}
+    for domain in domains.values():
+        if "root" in domain.data["init_args"]:
+            domain.data["init_args"]["root"] = options.root
+    recorded: dict[str, dict[tuple[Any, ...], Recorded]] = {name: {} for name in names}
+    for name in names if options.tables else []:
+        file = Path(options.tables, f"{name}.csv")
         if not file.exists() or not file.with_suffix(".json").exists():
             parser.error(f"--tables: {options.tables} has no {file.name} with its .json")
-        if earlier_record(options, options.study)["domain"] != settings_of(domain):
+        if earlier_record(options, name)["domain"] != settings_of(domains[name]):
             parser.error(f"--tables: the domain of {file.with_suffix('.json')} has other settings than this version's")
-        recorded = read_recorded(file)
+        recorded[name] = read_recorded(file)
     if options.reduced:
         options.seeds = options.seeds[:1]
-        domain = replace(domain, budget=REDUCED * domain.budget)
-    with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
-        study = Study(name, domain, options, runner, recorded)
-        for _ in run(study):
-            write(Path(options.output), options.study, study)
-    write(Path(options.output), options.study, study)
+        domains = {name: replace(domain, budget=REDUCED * domain.budget) for name, domain in domains.items()}
+    for name, domain in domains.items():
+        with Runner(Path(options.logs), options.jobs, options.draw_only) as runner:
+            study = Study(STUDIES[name][0], domain, options, runner, recorded[name])
+            for _ in STUDIES[name][2](study):
+                write(Path(options.output), name, study)
+        write(Path(options.output), name, study)
     return 0
 
 

@@ -289,17 +289,19 @@ def test_the_baselines_run_and_are_read_again(tmp_path, monkeypatch):
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("measured.json")}
 
 
-@pytest.mark.parametrize("name", ["muon", "patches", "patches_muon", "family", "family_images"])
-def test_a_study_continues_from_its_tables(tmp_path, name):
+@pytest.mark.slow
+def test_all_studies_continue_from_their_tables(tmp_path):
     results = Path(baselines.__file__).parent / "results" / "baselines"
-    command = [name, str(tmp_path / "out"), "--logs", str(tmp_path / "logs"), "--tables", str(results), "--draw-only"]
+    command = ["all", str(tmp_path / "out"), "--logs", str(tmp_path / "logs"), "--tables", str(results), "--draw-only"]
     assert baselines.main(command) == 0
-    assert (tmp_path / "out" / f"{name}.md").read_text() == (results / f"{name}.md").read_text()
-    again, before = (json.loads((folder / f"{name}.json").read_text()) for folder in (tmp_path / "out", results))
-    assert again == before
-    again, before = (list(csv.DictReader((folder / f"{name}.csv").open())) for folder in (tmp_path / "out", results))
-    own = {"nested": "", "train_seconds": ""}  # the search and the final runs can share a fit
-    assert [{**row, **own} for row in before] == [{**row, **own} for row in again]
+    for name in baselines.STUDIES:
+        if name != "late":  # has a column that needs the curves of the fits
+            assert (tmp_path / "out" / f"{name}.md").read_text() == (results / f"{name}.md").read_text()
+            again, before = (json.loads((at / f"{name}.json").read_text()) for at in (tmp_path / "out", results))
+            assert again == before
+        again, before = (list(csv.DictReader((at / f"{name}.csv").open())) for at in (tmp_path / "out", results))
+        own = {"nested": "", "train_seconds": ""}  # the search and the final runs can share a fit
+        assert [{**row, **own} for row in before] == [{**row, **own} for row in again]
 
 
 @pytest.mark.slow
