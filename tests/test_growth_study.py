@@ -447,7 +447,7 @@ def test_the_family_runs_and_is_read_again(tmp_path, monkeypatch, text_cache):
     text = arms.DOMAINS["text"]
     given = {"dataset": "python_docs", "cache_dir": str(text_cache), "batch_size": 4, "eval_batch_size": 4}
     data = {**text.data, "init_args": {**text.data["init_args"], **given}}
-    tiny = replace(text, budget=text.budget / 1000, data=data, val_batches=1)
+    tiny = replace(text, budget=text.budget / 1000 / baselines.REDUCED, data=data, val_batches=1)
     use_domain(monkeypatch, "family", tiny)
     command = ["family", str(tmp_path / "out"), "--reduced", "--logs", str(tmp_path / "logs")]
     assert baselines.main(command) == 0
