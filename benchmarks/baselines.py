@@ -23,7 +23,7 @@ the batch with both optimizers; a batch size that wins is another control.
 
 ``late`` (text): one block to eight late in training, at equal steps (:mod:`benchmarks.late_growth`).
 
-``--reduced`` takes the most important arms, one seed and one learning rate, on budgets of two thirds.
+``--reduced`` takes the most important arms, one seed, one learning rate and two thirds of C.
 Results are written after each phase. Finished fits in ``--logs`` are reused, so an interrupted study resumes. So are
 those in the tables of ``--tables``, such as ``benchmarks/results/baselines``: a study continues on another machine.
 """
@@ -185,8 +185,10 @@ def muon(study: Study) -> Iterator[None]:
 
 
 def train_with_batch(study: Study, arm: Arm, size: int) -> None:
-    """Train an arm with another batch size on a quarter of its budget, on all of it if that lowers the loss, and with
-    every seed if it does so there too."""
+    """Train an arm with another batch size, further for as long as that lowers the loss.
+
+    It trains on a quarter of the budget, then on all of it, then with every seed on half and all of C.
+    """
     domain = copy.deepcopy(study.domain)
     domain.data["init_args"]["batch_size"] = size
     other = Study(study.name, domain, study.options, study.runner, study.recorded)
